@@ -1,0 +1,421 @@
+"""DiRL: the method of "Attention De-sparsification Matters" (sections 3.1, 3.3, 3.4, 3.5).
+
+torch and the standard library alone, so that every function can be copied out as it stands.
+Shapes: B crops, n tokens of a crop, d features, K outputs of a head, V views, U = 2 global views.
+A prior is P_c (B, n): 1 for a patch with a cell, 0 for background.
+"""
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---------------------------------------------------------------- 3.1 vision transformer
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole samples with probability p while training."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.p
+        return x * keep.to(x.dtype) / (1 - self.p)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(d_head)) v, then a linear layer."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5  # the paper leaves it out; ViT and DINO divide
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def project(self, x):
+        """x (B, n, d) to q, k, v, each (B, heads, n, d_head)."""
+        B, n, d = x.shape
+        qkv = self.qkv(x).view(B, n, 3, self.num_heads, d // self.num_heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def merge(self, heads):
+        """(B, heads, n, d_head) to (B, n, d), through the output layer."""
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+    def logits(self, q, k):
+        """q k^T / sqrt(d_head), (B, heads, n, n): before any mask and softmax."""
+        return q @ k.transpose(-2, -1) * self.scale
+
+    def forward(self, x):
+        return self.merge(F.scaled_dot_product_attention(*self.project(x)))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear; four times as wide inside."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Eq. 2: T' = T + MSA(LN(T)); T = T' + MLP(LN(T')). (B, n, d) to (B, n, d)."""
+
+    def __init__(self, dim, num_heads, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_weights(module):
+    """Linear layers: normal with std 0.02 cut at 2, biases 0, as ViT and DINO start."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Eq. 1: the filters E, d of them of p x p pixels. (B, 3, H, W) to (B, n, d), row by row."""
+
+    def __init__(self, dim, patch_size):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder: images (B, 3, H, W) to T_L (B, n, d), through the closing LayerNorm; no class token.
+
+    H and W are multiples of patch_size (ValueError if not); sizes other than img_size interpolate the
+    position embedding. f is T_L.mean(1). State dict in timm's names.
+    """
+
+    def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0):
+        super().__init__()
+        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.grid = img_size // patch_size
+        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, embed_dim))
+        rates = torch.linspace(0, drop_path, depth).tolist()  # later blocks are dropped more often
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_weights)
+
+    def embed(self, images):
+        """T_0 (B, n, d): patches through E, plus the position embedding at this view's size."""
+        H, W = images.shape[-2:]
+        p = self.patch_size
+        if H % p or W % p:
+            raise ValueError(f"an image of {H} x {W} px is not made of {p} x {p} px patches")
+        pos = self.pos_embed
+        if (H // p, W // p) != (self.grid, self.grid):
+            pos = pos.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
+            pos = F.interpolate(pos, size=(H // p, W // p), mode="bicubic", align_corners=False)
+            pos = pos.flatten(2).transpose(1, 2)
+        return self.patch_embed(images) + pos
+
+    def forward(self, images):
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def last_attention(self, images):
+        """softmax(q k^T / sqrt(d_head)) of the last block, (B, heads, n, n); every row sums to 1."""
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        q, k, _ = last.attn.project(last.norm1(x))
+        return last.attn.logits(q, k).softmax(-1)
+
+
+def vit_t(**kw):
+    """ViT-Tiny: d = 192, 12 blocks, 3 heads; 5 M parameters (section 4)."""
+    return VisionTransformer(192, 12, 3, **kw)
+
+
+def vit_s(**kw):
+    """ViT-Small: d = 384, 12 blocks, 6 heads; 22 M parameters (section 4)."""
+    return VisionTransformer(384, 12, 6, **kw)
+
+
+def vit_h(drop_path=0.0, **kw):
+    """ViT-H (Table 4): 8 blocks of ViT-S, a linear layer 384 to 192, 4 blocks of ViT-T, trained together."""
+    model = VisionTransformer(384, 8, 6, **kw)
+    tail = [nn.Linear(384, 192)] + [Block(192, 3) for _ in range(4)]
+    model.blocks.extend(tail)
+    model.norm = nn.LayerNorm(192, eps=1e-6)
+    model.embed_dim = 192
+    for module in tail:
+        module.apply(init_weights)
+    blocks = [b for b in model.blocks if isinstance(b, Block)]
+    for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
+        block.drop_path.p = rate
+    return model
+
+
+ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h}
+
+
+# ---------------------------------------------------------------- 3.3 cell-back pooling
+
+def regions_present(prior):
+    """P_c (B, n) to two bools (B,): is |P_c| > 0, is |1 - P_c| > 0. Eq. 3 and 8 divide by these."""
+    return prior.sum(-1) > 0, (1 - prior).sum(-1) > 0
+
+
+def region_mean(tokens, region):
+    """region^T T / |region|: tokens (B, n, d), region (B, n) of 0 and 1, to (B, d); 0 where it is empty."""
+    total = (region.unsqueeze(-1) * tokens).sum(1)
+    return total / region.sum(-1, keepdim=True).clamp(min=1)
+
+
+def cell_back_pool(tokens, prior):
+    """Eq. 3: f_c = P_c^T T_L / |P_c| and f_b = (1 - P_c)^T T_L / |1 - P_c|.
+
+    tokens (B, n, d), prior (B, n), to f_c, f_b (B, d). An empty region gives zeros and takes no gradient.
+    """
+    prior = prior.to(tokens.dtype)
+    return region_mean(tokens, prior), region_mean(tokens, 1 - prior)
+
+
+# ---------------------------------------------------------------- 3.4 disentangle block
+
+def disentangle_masks(prior):
+    """Eq. 4: P_c (B, n) to M_self and M_cross, (B, n, n) of exact 0 and -inf, to add to the logits.
+
+    M_self(i, j) = 0 where P_c(i) = P_c(j); M_cross(i, j) = 0 where P_c(i) != P_c(j) or i = j.
+    The diagonal is open in both, so no row is all -inf: with one region only, M_cross attends to itself.
+    """
+    same = prior.unsqueeze(-1) == prior.unsqueeze(-2)  # (B, n, n)
+    eye = torch.eye(prior.shape[-1], dtype=torch.bool, device=prior.device)
+    shut = torch.zeros(same.shape, device=prior.device)
+    return shut.masked_fill(~same, -math.inf), shut.masked_fill(same & ~eye, -math.inf)
+
+
+class DisentangleBlock(Block):
+    """Eq. 5 to 7: T_L (B, n, d) and P_c (B, n) to T_self and T_cross, each (B, n, d).
+
+    A transformer block used twice with the same weights, once under M_self and once under M_cross;
+    LN, q, k, v and the logits are the same for both and computed once.
+    """
+
+    def forward(self, tokens, prior):
+        q, k, v = self.attn.project(self.norm1(tokens))
+        logits = self.attn.logits(q, k)  # (B, heads, n, n)
+        out = []
+        for mask in disentangle_masks(prior):
+            attention = (logits + mask.unsqueeze(1)).softmax(-1)  # eq. 5
+            x = tokens + self.drop_path(self.attn.merge(attention.to(v.dtype) @ v))  # eq. 6, 7
+            out.append(x + self.drop_path(self.mlp(self.norm2(x))))
+        return tuple(out)
+
+
+# ---------------------------------------------------------------- 3.5 heads and loss
+
+class DINOHead(nn.Module):
+    """DINO's projection head: (.., in_dim) to (.., out_dim) through 2048, 2048 and an L2-normed 256.
+
+    The last layer is weight-normed with its norm fixed at 1: logits are cosines with out_dim prototypes.
+    """
+
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim))
+        self.mlp.apply(init_weights)
+        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+
+    def forward(self, f):
+        z = F.normalize(self.mlp(f), dim=-1)
+        return F.linear(z, F.normalize(self.last_layer.weight, dim=-1))
+
+
+class PairCrossEntropy(torch.autograd.Function):
+    """sum over u, v, b of weight[u, v, b] * CE(target[u, b], softmax(student[v, b] / temp)).
+
+    The plain double loop keeps a log-softmax of each of its pairs. Here the targets of a view are summed
+    first, CE = logsumexp(x) - <target, x>, and the gradient is written view by view: beside the student's
+    logits (V, B, K) and their gradient there is never more than one view's copy.
+    student (V, B, K), target (U, B, K), weight (U, V, B).
+    """
+
+    @staticmethod
+    def forward(ctx, student, target, weight, temp):
+        ctx.save_for_backward(student, target, weight)
+        ctx.temp = temp
+        total = weight.new_zeros(())
+        for v in range(len(student)):
+            x = student[v].float() / temp
+            wanted = torch.einsum("ub,ubk->bk", weight[:, v], target)
+            total += (weight[:, v].sum(0) * x.logsumexp(-1) - (wanted * x).sum(-1)).sum()
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        student, target, weight = ctx.saved_tensors
+        out = torch.empty_like(student)
+        for v in range(len(student)):
+            wanted = torch.einsum("ub,ubk->bk", weight[:, v], target)
+            p = (student[v].float() / ctx.temp).softmax(-1)
+            out[v] = grad / ctx.temp * (weight[:, v].sum(0).unsqueeze(-1) * p - wanted)
+        return out, None, None, None
+
+
+class DINOLoss(nn.Module):
+    """L_CE of one head (Caron et al. 2021), with that head's centre.
+
+    student (V, B, K): all views, the U global ones first; teacher (U, B, K). Every student view is held
+    against every other global view of the teacher. A pair counts where the region is there in both
+    (present_s (V, B), present_t (U, B); None: everywhere); the loss is the mean over the pairs that
+    count, 0 where none does, and the centre sees only the teacher's rows that count.
+    """
+
+    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(out_dim))
+
+    def forward(self, student, teacher, teacher_temp=0.04, present_s=None, present_t=None):
+        V, U = len(student), len(teacher)
+        s = torch.ones(student.shape[:2], device=student.device) if present_s is None else present_s.float()
+        t = torch.ones(teacher.shape[:2], device=teacher.device) if present_t is None else present_t.float()
+        other = 1 - torch.eye(U, V, device=student.device)  # no view is held against itself
+        weight = other.unsqueeze(-1) * t.unsqueeze(1) * s.unsqueeze(0)  # (U, V, B)
+        with torch.no_grad():
+            target = ((teacher.float() - self.center) / teacher_temp).softmax(-1)
+        loss = PairCrossEntropy.apply(student, target, weight, self.student_temp) / weight.sum().clamp(min=1)
+        self.update_center(teacher, t)
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, teacher, present):
+        """centre = m * centre + (1 - m) * mean of the teacher's rows that count; unchanged with none."""
+        rows = present.sum()
+        mean = torch.einsum("ub,ubk->k", present, teacher.float()) / rows.clamp(min=1)
+        step = (1 - self.center_momentum) * (rows > 0).float()
+        self.center += step * (mean - self.center)
+
+
+# ---------------------------------------------------------------- DiRL
+
+REGIONS = ("c", "b")  # eq. 3
+DISENTANGLED = ("cc", "bb", "cb", "bc")  # eq. 8
+METHODS = {"baseline": ("f",), "cellback": REGIONS, "dirl": REGIONS + DISENTANGLED}
+
+
+class DiRL(nn.Module):
+    """Encoder, disentangle block and a head for each representation of the method.
+
+    "baseline" is DINO on f; "cellback" has f_c and f_b; "dirl" has all six (ValueError otherwise).
+    """
+
+    def __init__(self, encoder, method="dirl", out_dim=65536, disentangled_dim=4096):
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
+        self.method, self.encoder = method, encoder
+        d = encoder.embed_dim
+        if method == "dirl":
+            self.disentangle = DisentangleBlock(d, d // 64)
+            self.disentangle.apply(init_weights)
+        self.heads = nn.ModuleDict({
+            name: DINOHead(d, disentangled_dim if name in DISENTANGLED else out_dim)
+            for name in METHODS[method]})
+
+    def represent(self, images, prior):
+        """images (B, 3, H, W), P_c (B, n) to {name: (f_name (B, d), present (B,))}."""
+        tokens = self.encoder(images)  # T_L (B, n, d)
+        if self.method == "baseline":
+            return {"f": (tokens.mean(1), torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))}
+        has_cell, has_back = regions_present(prior)
+        f_c, f_b = cell_back_pool(tokens, prior)  # eq. 3
+        out = {"c": (f_c, has_cell), "b": (f_b, has_back)}
+        if self.method == "dirl":
+            t_self, t_cross = self.disentangle(tokens, prior)  # eq. 5 to 7
+            f_cc, f_bb = cell_back_pool(t_self, prior)  # eq. 8
+            f_cb, f_bc = cell_back_pool(t_cross, prior)
+            out.update(cc=(f_cc, has_cell), bb=(f_bb, has_back), cb=(f_cb, has_cell), bc=(f_bc, has_back))
+        return out
+
+    def forward(self, views, priors):
+        """views: one (V_i, B, 3, H, W) a size, the global ones first; priors: (V_i, B, n) to match.
+
+        Gives {name: (logits (V, B, K), present (V, B))} over all V views.
+        """
+        B = views[0].shape[1]
+        parts = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        return {name: (head(torch.cat([part[name][0] for part in parts])).unflatten(0, (-1, B)),
+                       torch.cat([part[name][1] for part in parts]).unflatten(0, (-1, B)))
+                for name, head in self.heads.items()}
+
+
+class DiRLLoss(nn.Module):
+    """Eq. 9: lambda_1 (L_c + L_b) + lambda_2 (L_cc + L_bb + L_cb + L_bc); the baseline is L_f alone.
+
+    Takes what two DiRL models give and returns (loss, {name: L_name without gradient}).
+    """
+
+    def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.weight = {name: 1.0 if name == "f" else lambda_1 if name in REGIONS else lambda_2
+                       for name in model.heads}
+        self.losses = nn.ModuleDict({
+            name: DINOLoss(head.last_layer.out_features, student_temp, center_momentum)
+            for name, head in model.heads.items()})
+
+    def forward(self, student, teacher, teacher_temp=0.04):
+        each = {name: loss(student[name][0], teacher[name][0], teacher_temp, student[name][1], teacher[name][1])
+                for name, loss in self.losses.items()}
+        total = sum(self.weight[name] * value for name, value in each.items())
+        return total, {name: value.detach() for name, value in each.items()}
+
+
+def make_teacher(student):
+    """A copy of the student that shares no storage, takes no gradient and drops no path."""
+    return copy.deepcopy(student).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(student, teacher, momentum):
+    """theta_t = m theta_t + (1 - m) theta_s, parameter by parameter."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+# ---------------------------------------------------------------- 4.2 attention
+
+def aggregated_attention(attention):
+    """attention (B, heads, n, n) to (B, n): column sums, averaged over the heads; the n values sum to n."""
+    return attention.sum(-2).mean(1)
+
+
+def attention_bins(aggregated):
+    """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4), three floats that sum to 1."""
+    low, high = (aggregated < 0.5).float().mean().item(), (aggregated > 2).float().mean().item()
+    return low, 1 - low - high, high

@@ -1,0 +1,86 @@
+"""DSMIL (Li et al. 2021), the multiple instance learning of section 3.6; torch alone.
+
+A bag is the feature matrix (N, d) of a slide's N crops; C classes.
+"""
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class DSMIL(nn.Module):
+    """Dual-stream MIL: a bag (N, d) to instance scores (N, C), bag scores (C,), attention (N, C).
+
+    Stream 1 scores every instance; the highest of each class is its critical instance. Stream 2 attends
+    from it: attention = softmax over the instances of q . q_critical / sqrt(128), the bag's embedding
+    (C, d) is the features under that attention, and a Conv1d with one filter a class scores it.
+    """
+
+    def __init__(self, in_dim, num_classes):
+        super().__init__()
+        self.instance = nn.Linear(in_dim, num_classes)
+        self.query = nn.Sequential(nn.Linear(in_dim, 128), nn.ReLU(), nn.Linear(128, 128), nn.Tanh())
+        self.bag = nn.Conv1d(num_classes, num_classes, in_dim)  # each filter sees all C rows
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d)):
+                nn.init.orthogonal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features):
+        scores = self.instance(features)  # (N, C)
+        q = self.query(features)  # (N, 128)
+        critical = q[scores.argmax(0)]  # (C, 128)
+        attention = (q @ critical.T / math.sqrt(q.shape[1])).softmax(0)  # (N, C), columns sum to 1
+        embedding = attention.T @ features  # (C, d)
+        return scores, self.bag(embedding.unsqueeze(0)).view(-1), attention
+
+
+def dsmil_loss(scores, bag_scores, label):
+    """Half the bag's and half the highest instances' binary cross-entropy per class; label is an int."""
+    target = F.one_hot(torch.as_tensor(label, device=bag_scores.device), len(bag_scores)).to(bag_scores.dtype)
+    return 0.5 * (F.binary_cross_entropy_with_logits(bag_scores, target)
+                  + F.binary_cross_entropy_with_logits(scores.max(0).values, target))
+
+
+def dsmil_predict(model, features):
+    """A bag (N, d) to class scores (C,): the mean of the bag's and the highest instances' sigmoids."""
+    with torch.no_grad():
+        scores, bag_scores, _ = model(features)
+        return (bag_scores.sigmoid() + scores.max(0).values.sigmoid()) / 2
+
+
+def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None):
+    """Trains DSMIL on [(features (N, d), label), ...] with batch 1 and keeps the epoch that is best on val.
+
+    Adam (0.5, 0.9), cosine from lr to 5e-6. Best is the lowest validation loss; nothing else is ever
+    looked at. Gives the model in eval mode. progress, if given, is called as progress(epoch, loss, val_loss).
+    """
+    if not train or not val:
+        raise ValueError("DSMIL needs at least one training and one validation bag")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DSMIL(train[0][0].shape[1], num_classes).to(train[0][0].device)
+        orders = [torch.randperm(len(train)).tolist() for _ in range(epochs)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.5, 0.9), weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=5e-6)
+    best, best_state = math.inf, None
+    for epoch, order in enumerate(orders):
+        total = 0.0
+        for i in order:
+            features, label = train[i]
+            loss = dsmil_loss(*model(features)[:2], label)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        schedule.step()
+        with torch.no_grad():
+            val_loss = sum(dsmil_loss(*model(x)[:2], y).item() for x, y in val) / len(val)
+        if best_state is None or val_loss < best:
+            best, best_state = val_loss, copy.deepcopy(model.state_dict())
+        if progress:
+            progress(epoch, total / len(train), val_loss)
+    model.load_state_dict(best_state)
+    return model.eval()
