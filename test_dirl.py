@@ -1,12 +1,20 @@
 """Tests of the mathematics: brute force, hand-made cases, invariants, gradients."""
+import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.spatial import cKDTree
 
 import dirl
 import mil
+import prior as prior_py
 
 
 @pytest.fixture(autouse=True)
@@ -292,3 +300,98 @@ def test_dsmil_learns_from_one_telling_instance_and_repeats_with_its_seed():
     assert right >= 16
     again = mil.train_dsmil(train, val, 2, epochs=30, lr=2e-3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+# ---------------------------------------------------------------- prior
+
+def test_c_max_pooled_equals_direct_binning_and_loops():
+    rng = np.random.default_rng(0)
+    for size in (224, 96):
+        xy = rng.uniform(-20, size + 20, (60, 2))
+        xy[:4] = [[0, 0], [size, 5], [5, size], [np.nextafter(size, 0)] * 2]
+        want = torch.zeros(size // 16, size // 16)
+        for x, y in xy:
+            if 0 <= x < size and 0 <= y < size:
+                want[int(y // 16), int(x // 16)] = 1
+        drawn = prior_py.downsample_prior(prior_py.centroid_map(xy, size))
+        assert torch.equal(drawn, want.flatten()) and torch.equal(prior_py.bin_centroids(xy, size), want.flatten())
+    assert prior_py.bin_centroids(np.zeros((0, 2)), 224).sum() == 0
+
+
+def discs(mpp, centres_um, side_um=120, radius_um=3.5):
+    """Synthetic nuclei: haematoxylin discs of that radius on an eosin ground, by Beer-Lambert."""
+    y, x = np.mgrid[0: side_um / mpp, 0: side_um / mpp]
+    inside = np.zeros(x.shape)
+    for cx, cy in centres_um:
+        inside = np.maximum(inside, (np.hypot(x + .5 - cx / mpp, y + .5 - cy / mpp) < radius_um / mpp) * 1.0)
+    density = inside[..., None] * prior_py.STAINS[0] * 1.0 + 0.25 * prior_py.STAINS[1]
+    return (245 * np.exp(-density)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 1.0])
+def test_detector_finds_synthetic_nuclei_at_any_um_per_px(mpp):
+    centres = np.array([[x, y] for x in range(15, 110, 18) for y in range(15, 110, 18)], float)
+    found = (prior_py.segment_nuclei(discs(mpp, centres), mpp) + 0.5) * mpp
+    distance = np.linalg.norm(found[:, None] - centres[None], axis=-1)
+    assert len(found) == len(centres) and (distance.min(0) < 1.5).all()
+
+
+def test_detector_finds_nothing_on_white_and_refuses_what_is_no_image():
+    assert len(prior_py.segment_nuclei(np.full((300, 300, 3), 243, np.uint8), 0.5)) == 0
+    with pytest.raises(ValueError, match="mpp"):
+        prior_py.segment_nuclei(np.zeros((4, 4, 3), np.uint8), 0)
+    with pytest.raises(ValueError, match="uint8"):
+        prior_py.segment_nuclei(np.zeros((4, 4, 3)), 0.5)
+
+
+def nuclei_f1(group):
+    """F1 of the detector over a group of the real images: within 3 um, one to one."""
+    hits = found = marked = 0
+    for path in sorted(NUCLEI.glob(group + "*.json")):
+        truth = json.loads(path.read_text())
+        xy = prior_py.segment_nuclei(np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")), truth["mpp"])
+        near = cKDTree(xy).sparse_distance_matrix(cKDTree(truth["centroids"]), 3 / truth["mpp"], output_type="coo_matrix")
+        graph = coo_matrix((np.ones(near.nnz), (near.row, near.col)), near.shape).tocsr()
+        hits += (maximum_bipartite_matching(graph) >= 0).sum()
+        found, marked = found + len(xy), marked + len(truth["centroids"])
+    return 2 * hits / (found + marked)
+
+
+NUCLEI = Path(__file__).resolve().parent.parent / "shared" / "data" / "nuclei"
+
+
+@pytest.mark.skipif(not NUCLEI.is_dir(), reason="the real images of ../shared/data/nuclei are not here")
+@pytest.mark.parametrize("group, at_least", [("crchisto_", 0.65), ("monuseg_", 0.80)])
+def test_detector_on_real_images(group, at_least):
+    assert nuclei_f1(group) >= at_least
+
+
+def test_read_hovernet_slide_and_tile_mode(tmp_path):
+    path = tmp_path / "s.json"
+    nuc = {"3": {"centroid": [10.0, 20.0], "bbox": [[1, 2], [3, 4]]}, "9": {"centroid": [1.5, 2]}}
+    path.write_text(json.dumps({"mag": 40, "nuc": nuc}))
+    np.testing.assert_allclose(prior_py.read_cells(path, slide_mpp=0.5), [[5, 10], [0.75, 1]])  # a 20x slide
+    with pytest.raises(prior_py.InputError, match="um/px"):
+        prior_py.read_cells(path)
+    path.write_text(json.dumps({"mag": None, "nuc": nuc}))
+    np.testing.assert_allclose(prior_py.read_cells(path), [[10, 20], [1.5, 2]])
+    path.write_text('{"mag": null, "nuc": {}}')
+    assert prior_py.read_cells(path).shape == (0, 2)
+
+
+def test_read_tables(tmp_path):
+    (tmp_path / "a.csv").write_bytes("\ufeffid;X;y\r\n1;2.5;3\r\n".encode())
+    np.testing.assert_allclose(prior_py.read_cells(tmp_path / "a.csv"), [[2.5, 3]])
+    np.savez(tmp_path / "a.npz", x=[1, 2], y=[3, 4])
+    np.testing.assert_allclose(prior_py.read_cells(tmp_path / "a.npz"), [[1, 3], [2, 4]])
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.json", ""), ("a.json", "[]"), ("a.json", '{"nuc": {"1": {}}}'), ("a.json", '{"nuc": {"1": {"centroid": ["a", 1]}}}'),
+    ("a.json", '{"mag": null, "nuc": {"1": {"centroid": [NaN, 1]}}}'), ("a.csv", "u,v\n1,2\n"), ("a.csv", "x,y\n1,b\n"),
+    ("a.csv", "x,y\n1\n"), ("a.npz", "no zip"), ("a.txt", "x,y\n"), ("a.json", "[" * 100_000)])
+def test_bad_cell_files_are_named_in_one_line(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(prior_py.InputError) as error:
+        prior_py.read_cells(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
