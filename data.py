@@ -1,0 +1,620 @@
+"""Slides, tiles, cells and data sets (A.1): from a user's disk to crops of 224 px with their cells.
+
+A slide is read at a target in um/px; levels are never counted. Coordinates of tiles and cells on a slide are
+level-0 px, x before y. What is made here stands under datasets/<name>/: crops/<slide>/<x>_<y>.jpg with
+crops/<slide>.json (what they were cut with, written last), cells/<slide>.npz. The user's own folder is only read.
+"""
+import csv
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import openslide
+import torch
+from PIL import Image
+from scipy import ndimage
+from tqdm import tqdm
+
+import prior
+from prior import InputError
+
+CROP = 224  # px
+DATASETS = {  # name: um/px (A.1: 5x, BRIGHT 10x), epochs of pre-training (A.1.2)
+    "demo": (2.0, 3), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
+    "bright3": (1.0, 50), "bright6": (1.0, 50)}
+SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
+               ".png", ".jpg", ".jpeg"}
+CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+
+
+@contextmanager
+def renamed(path):
+    """A temporary name beside path to write to; it takes path's name when the block ends without an error."""
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temp.parent.mkdir(parents=True, exist_ok=True)
+        yield temp
+        os.replace(temp, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or run where you may write") from None
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- slides
+
+def number(text):
+    """A property as a positive finite float, or None: "unknown", 0 and inf count as missing."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def recorded_mpp(properties):
+    """um/px of level 0 as the file records it: its mpp, or 10 / objective power; None where neither is there."""
+    mpp = number(properties.get("openslide.mpp-x")) or number(properties.get("aperio.MPP"))
+    if mpp and 0.05 < mpp < 20:
+        return mpp
+    power = number(properties.get("openslide.objective-power")) or number(properties.get("aperio.AppMag"))
+    return 10 / power if power and 0.5 < power < 200 else None
+
+
+class Slide:
+    """An open slide, or a plain image taken as one. width, height: level-0 px; mpp: um/px of level 0.
+
+    InputError, with the file's name, where it cannot be read or no um/px is recorded and slide_mpp is None.
+    """
+
+    def __init__(self, path, slide_mpp=None):
+        self.path = Path(path)
+        try:
+            self.handle = openslide.open_slide(str(path))
+        except (openslide.OpenSlideError, OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
+                             "is the file whole?") from None
+        self.mpp = recorded_mpp(self.handle.properties) or slide_mpp
+        if not self.mpp:
+            raise InputError(f"{path}: no um/px and no magnification is recorded in it; say it with --slide-mpp "
+                             "(0.25 for 40x, 0.5 for 20x)")
+        self.width, self.height = self.handle.dimensions
+
+    def level_for(self, mpp):
+        """The coarsest level that is still as fine as mpp (a twentieth is forgiven), and its downsample."""
+        downs = self.handle.level_downsamples
+        level = max((i for i, d in enumerate(downs) if d * self.mpp <= mpp * 1.05), key=lambda i: downs[i], default=0)
+        return level, downs[level]
+
+    def read_level(self, level, x, y, width, height):
+        """RGB image of a box of a level, in px of that level; what lies outside the slide is white."""
+        down = self.handle.level_downsamples[level]
+        try:
+            rgba = self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
+        except (openslide.OpenSlideError, OSError) as error:
+            raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
+                             "is the file whole?") from None
+        rgb = Image.new("RGB", rgba.size, "white")
+        rgb.paste(rgba, mask=rgba.getchannel("A"))
+        return rgb
+
+    def read(self, x, y, width, height, mpp):
+        """RGB image at mpp um/px of width x height px, its corner at x, y in level-0 px; one resampling."""
+        level, down = self.level_for(mpp)
+        scale = mpp / self.mpp / down  # px of the level a px of the result
+        left, top = x / down, y / down
+        x0, y0 = int(left), int(top)
+        x1, y1 = int(np.ceil(left + width * scale)), int(np.ceil(top + height * scale))
+        image = self.read_level(level, x0, y0, x1 - x0, y1 - y0)
+        box = (left - x0, top - y0, left - x0 + width * scale, top - y0 + height * scale)
+        return image.resize((width, height), Image.BICUBIC, box=box)
+
+    def picture(self, mpp):
+        """The whole slide at about mpp um/px: uint8 (h, w, 3), and the level-0 px of one of its px.
+
+        Whole multiples of a level's px are averaged, block by block: memory stays flat on one-level slides.
+        """
+        level, down = self.level_for(mpp)
+        factor = max(1, int(mpp / (self.mpp * down)))
+        width, height = self.handle.level_dimensions[level]
+        out = np.full((max(1, height // factor), max(1, width // factor), 3), 255, np.uint8)
+        step = max(1, 4096 // factor)
+        for y in range(0, out.shape[0], step):
+            for x in range(0, out.shape[1], step):
+                h, w = min(step, out.shape[0] - y), min(step, out.shape[1] - x)
+                block = self.read_level(level, x * factor, y * factor, w * factor, h * factor)
+                out[y: y + h, x: x + w] = np.asarray(block.reduce(factor) if factor > 1 else block)
+        return out, down * factor
+
+
+# ---------------------------------------------------------------- tissue and tiles
+
+MASK_MPP = 8.0  # um/px of the picture that the tissue mask is made of
+TISSUE_SMOOTH = 16.0  # um: gaps narrower than this are tissue
+TISSUE_FLOOR = 0.04  # optical density of magenta over grey below which there is none
+
+
+def tissue_mask(picture, mpp):
+    """Tissue of an H&E picture uint8 (h, w, 3) at mpp um/px: bool (h, w).
+
+    Haematoxylin and eosin both take up green most: tissue is where green's optical density exceeds the mean
+    of red's and blue's. White, grey dust, coverslip edges and black, blue or green ink do not.
+    """
+    density = -np.log((picture.astype(np.float32) + 1) / 256)
+    r, g, b = np.moveaxis(density, -1, 0)
+    magenta = ndimage.gaussian_filter(g - (r + b) / 2, TISSUE_SMOOTH / mpp / 2)
+    red_ink = (b > 0.8 * g) & (g > 0.5) & (r < 0.3 * g)
+    return (magenta > TISSUE_FLOOR) & ~red_ink
+
+
+def tile_grid(slide, mpp, tissue):
+    """Level-0 corners (N, 2) int64, row by row, of the CROP px tiles at mpp with at least that share of tissue."""
+    picture, unit = slide.picture(MASK_MPP)
+    mask = tissue_mask(picture, unit * slide.mpp)
+    total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    side = CROP * mpp / slide.mpp  # level-0 px
+    corners = []
+    for j in range(int(slide.height / side + 1e-9)):
+        for i in range(int(slide.width / side + 1e-9)):
+            x0, y0 = int(i * side / unit), int(j * side / unit)
+            x1, y1 = max(x0 + 1, round((i + 1) * side / unit)), max(y0 + 1, round((j + 1) * side / unit))
+            x1, y1 = min(x1, mask.shape[1]), min(y1, mask.shape[0])
+            count = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]
+            if count >= tissue * max(1, (x1 - x0) * (y1 - y0)):
+                corners.append((round(i * side), round(j * side)))
+    return np.array(corners, np.int64).reshape(-1, 2)
+
+
+def cut_tiles(path, crops, mpp, slide_mpp, tissue):
+    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives their number.
+
+    Tiles that touch in a row are read and resampled in one piece, at most 16 at a time.
+    """
+    slide = Slide(path, slide_mpp)
+    if slide.mpp > 1.25 * mpp:
+        raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; give a larger --mpp")
+    corners = tile_grid(slide, mpp, tissue)
+    if not len(corners):
+        raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
+                         "lower --tissue or --mpp")
+    name = Path(path).stem
+    part = crops / f".{name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        side, start = CROP * mpp / slide.mpp, 0
+        for end in range(1, len(corners) + 1):
+            last = corners[end - 1]
+            if end < len(corners) and end - start < 16 and corners[end][1] == last[1] and corners[end][0] - last[0] < side + 1:
+                continue
+            strip = slide.read(*corners[start], (end - start) * CROP, CROP, mpp)
+            for k, (x, y) in enumerate(corners[start: end]):
+                strip.crop((k * CROP, 0, (k + 1) * CROP, CROP)).save(part / f"{x}_{y}.jpg", quality=90)
+            start = end
+        shutil.rmtree(crops / name, ignore_errors=True)
+        part.rename(crops / name)
+        info = {"slide": name, "file": str(path), "mpp": mpp, "slide_mpp": slide.mpp, "tissue": tissue,
+                "tiles": len(corners), "width": slide.width, "height": slide.height}
+        with renamed(crops / f"{name}.json") as temp:
+            temp.write_text(json.dumps(info))
+    except OSError as error:
+        raise InputError(f"{crops / name}: cannot be written ({error.strerror}); make room or run elsewhere") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return len(corners)
+
+
+# ---------------------------------------------------------------- cells of a whole slide
+
+REGION = 2048  # px of the detector's working size
+MARGIN = 40.0  # um around a region: more than the detector sees, so that seams agree
+
+
+def cell_regions(path, slide_mpp, tiles):
+    """The regions of a slide that hold tiles (their (N, 2) corners and side in level-0 px), for detect_region.
+
+    Gives [(path, slide_mpp, parameters, (x, y, w, h)), ...]; boxes are in px of the level that is read.
+    """
+    slide, (corners, side) = Slide(path, slide_mpp), tiles
+    level, down = slide.level_for(prior.WORK_MPP)
+    width, height = slide.handle.level_dimensions[level]
+    size = REGION * prior.work_factor(slide.mpp * down)
+    first, last = (corners / down // size).astype(int), ((corners + side) / down // size).astype(int)
+    used = {(i, j) for a, b in zip(first, last) for i in range(a[0], b[0] + 1) for j in range(a[1], b[1] + 1)}
+    boxes = [(i * size, j * size, min(size, width - i * size), min(size, height - j * size)) for i, j in sorted(used)]
+    boxes = [box for box in boxes if box[2] > 0 and box[3] > 0]
+    spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is judged once a slide, on a few of its regions
+    sample = np.concatenate([np.asarray(slide.read_level(level, x, y, min(w, 1024), min(h, 1024))).reshape(-1, 3)
+                             for x, y, w, h in spread])
+    parameters = prior.adapt(sample[None], slide.mpp * down)
+    return [(path, slide_mpp, parameters, box) for box in boxes]
+
+
+def detect_region(path, slide_mpp, parameters, box):
+    """Cells (K, 2), level-0 px, whose centroid lies in the box; read with a margin, so none is cut by a seam."""
+    slide = Slide(path, slide_mpp)
+    level, down = slide.level_for(prior.WORK_MPP)
+    factor = prior.work_factor(slide.mpp * down)
+    margin = int(np.ceil(MARGIN / (slide.mpp * down) / factor)) * factor  # whole working px: the same grid everywhere
+    x, y, w, h = box
+    x0, y0 = max(0, x - margin), max(0, y - margin)
+    limit = slide.handle.level_dimensions[level]
+    x1, y1 = min(limit[0], x + w + margin), min(limit[1], y + h + margin)
+    image = np.asarray(slide.read_level(level, x0, y0, x1 - x0, y1 - y0))
+    xy = prior.segment_nuclei(image, slide.mpp * down, parameters) + [x0, y0]
+    inside = ((xy + 0.5 >= [x, y]) & (xy + 0.5 < [x + w, y + h])).all(1)
+    return (xy[inside] + 0.5) * down - 0.5
+
+
+# ---------------------------------------------------------------- work in processes
+
+def call(function, arguments):
+    """What a worker process does: (result, None), or (None, one line) for what the user can mend."""
+    torch.set_num_threads(1)
+    try:
+        return function(*arguments), None
+    except InputError as error:
+        return None, str(error)
+    except MemoryError:
+        return None, f"{arguments[0]}: not enough memory for it"
+
+
+def each(function, tasks, workers, what):
+    """Yields (task, result, error) as they end, under a progress bar; a worker that dies costs its own task only."""
+    bar = tqdm(total=len(tasks), desc=what, unit="", disable=not tasks, leave=False)
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield (task, *call(function, task))
+            bar.update()
+        return bar.close()
+    left = []
+    with ProcessPoolExecutor(min(workers, len(tasks)), get_context("spawn")) as pool:
+        futures = {pool.submit(call, function, task): task for task in tasks}
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                left.append(futures[future])
+                continue
+            yield (futures[future], *result)
+            bar.update()
+    for task in left:  # one of these killed its process: each alone now
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            try:
+                result = pool.submit(call, function, task).result()
+            except BrokenProcessPool:
+                result = None, f"{task[0]}: reading it ended the process; is the file whole?"
+        yield (task, *result)
+        bar.update()
+    bar.close()
+
+
+# ---------------------------------------------------------------- data sets
+
+@dataclass
+class Data:
+    """A data set on disk. images: {name: file}, slides or crops; labels: {name: row of labels.csv}."""
+
+    name: str
+    source: Path  # the user's folder
+    work: Path  # datasets/<name>
+    mpp: float  # um/px of the crops
+    kind: str  # "slides" or "crops"
+    images: dict
+    labels: dict = field(default_factory=dict)
+    classes: list = field(default_factory=list)
+
+    def split(self, part):
+        """Names of "train", "val" or "test"; without labels everything is "train"."""
+        if not self.labels:
+            return sorted(self.images) if part == "train" else []
+        return sorted(name for name in self.images if self.labels[name]["split"] == part)
+
+
+def find_data(data, mpp=None, slide_mpp=None, seed=0, root="datasets"):
+    """The data set of a name in DATASETS or of a folder, with its labels and split, as a Data.
+
+    A folder holds slides/ (or slides as they are), crops/ alone, or images with a labels.csv of image,label.
+    InputError in one line for what is missing.
+    """
+    for value, flag in ((mpp, "--mpp"), (slide_mpp, "--slide-mpp")):
+        if value is not None and not 0.05 <= value <= 20:
+            raise InputError(f"{flag} {value:g}: um/px between 0.05 and 20 is expected (0.5 is 20x)")
+    known = data in DATASETS
+    source = Path(root) / data if known else Path(data)
+    if not source.is_dir():
+        if known:
+            raise InputError(f"{source}/ is not there: put the slides into {source}/slides/ and labels.csv "
+                             "(slide,label) beside it")
+        raise InputError(f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}")
+    if mpp is None and not known:
+        raise InputError(f"--data {data}: say the um/px of its crops with --mpp (2.0 is 5x, 1.0 10x, 0.5 20x)")
+    name = data if known else re.sub(r"[^\w.-]+", "_", source.resolve().name)
+    mpp, work = mpp or DATASETS[data][0], Path(root) / name
+    table = source / "labels.csv"
+    rows = read_table(table) if table.is_file() else None
+    column = "image" if rows and "image" in rows[0] else "slide"
+    if column == "image":
+        kind, images = "crops", {}
+        for row in rows:
+            path = source / row["image"]
+            if Path(row["image"]).is_absolute() or ".." in Path(row["image"]).parts:
+                raise InputError(f"{table}: image {row['image']!r} lies outside the folder")
+            if path.is_file():
+                images[row["image"]] = path
+    elif (source / "slides").is_dir() or not (source / "crops").is_dir():
+        kind, folder = "slides", source / "slides" if (source / "slides").is_dir() else source
+        images = by_stem(folder, SLIDE_TYPES, folder.rglob("*") if folder.name == "slides" else folder.iterdir())
+    else:
+        kind, folder = "crops", source / "crops"
+        images = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.suffix.lower() in CROP_TYPES}
+        rows = None
+    if not images:
+        raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(SLIDE_TYPES if kind == 'slides' else CROP_TYPES))})")
+    found = Data(name, source, work, mpp, kind, images)
+    if rows is not None:
+        found.labels = check_labels(table, rows, column, found.images, seed)
+        found.classes = sorted({row["label"] for row in found.labels.values()})
+    return found
+
+
+def by_stem(folder, types, files):
+    """{stem: file}; InputError where two files have one stem, for crops and cells are named by it."""
+    out = {}
+    for path in sorted(files):
+        if path.suffix.lower() not in types or path.name.startswith(".") or not path.is_file():
+            continue
+        if path.stem in out:
+            raise InputError(f"{path}: has the name of {out[path.stem]}; rename one of the two")
+        out[path.stem] = path
+    return out
+
+
+def read_table(path):
+    """Rows of a CSV file as dicts, column names lower-cased; commas or semicolons, with or without a BOM."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=";" if head.count(";") > head.count(",") else ",")
+            names = [name.strip().lower() for name in next(reader, [])]
+            rows = [dict(zip(names, (value.strip() for value in row))) for row in reader if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from None
+    if not {"label"} < set(names) or not {"slide", "image"} & set(names):
+        raise InputError(f"{path}: its first line has to name the columns slide,label (or image,label), not {','.join(names)}")
+    if not rows:
+        raise InputError(f"{path}: no row in it")
+    return rows
+
+
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def check_labels(path, rows, column, images, seed):
+    """{name: {"label", "patient", "split"}} of labels.csv; makes the split by patient where none is given.
+
+    InputError for: no label, a name twice, a name with no file, a file with no name, a patient in two splits.
+    """
+    out = {}
+    for line, row in enumerate(rows, 2):
+        name = row.get(column, "")
+        if column == "slide" and name not in images and Path(name).suffix.lower() in SLIDE_TYPES:
+            name = Path(name).stem
+        if not row.get("label"):
+            raise InputError(f"{path}: line {line} has no label for {name!r}")
+        if name in out:
+            raise InputError(f"{path}: line {line} names {name!r} a second time")
+        if name not in images:
+            raise InputError(f"{path}: line {line}: there is no file of {name!r}; take the line out or fetch the {column}")
+        split = row.get("split", "").lower()
+        if split and split not in SPLITS:
+            raise InputError(f"{path}: line {line}: split {split!r} is none of train, val, test")
+        patient = row.get("patient") or row.get("group") or row.get("source_tile")
+        out[name] = {"label": row["label"], "patient": patient or (name[:12] if name.startswith("TCGA-") else name),
+                     "split": SPLITS.get(split, "")}
+    for name in sorted(images):
+        if name not in out:
+            raise InputError(f"{images[name]}: has no label in {path}; add a line or move the file away")
+    if len({row["label"] for row in out.values()}) < 2:
+        raise InputError(f"{path}: one label only; two classes at least are needed")
+    given = [bool(row["split"]) for row in out.values()]
+    if any(given) and not all(given):
+        raise InputError(f"{path}: some lines have a split and some have none; give all or none")
+    if not any(given):
+        divide(out, list(out), "test", 0.2, seed)
+    if not any(row["split"] == "val" for row in out.values()):
+        divide(out, [name for name, row in out.items() if row["split"] != "test"], "val", 0.2, seed + 1)
+    seen = {}
+    for name, row in out.items():
+        if seen.setdefault(row["patient"], row["split"]) != row["split"]:
+            raise InputError(f"{path}: patient {row['patient']!r} is in {seen[row['patient']]} and in {row['split']} ({name}); "
+                             "keep a patient in one split")
+    return out
+
+
+def divide(labels, names, part, share, seed):
+    """Puts that share of the patients of each class into part, the rest into train; seeded."""
+    classes = {}
+    for name in sorted(names):
+        classes.setdefault(labels[name]["patient"], labels[name]["label"])
+    rng, chosen = np.random.default_rng(seed), set()
+    for label in sorted(set(classes.values())):
+        patients = sorted(p for p in classes if classes[p] == label)
+        count = max(1, round(share * len(patients))) if len(patients) > 1 else 0
+        chosen |= {patients[i] for i in rng.permutation(len(patients))[:count]}
+    for name in names:
+        labels[name]["split"] = part if labels[name]["patient"] in chosen else "train"
+
+
+# ---------------------------------------------------------------- preparing
+
+def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
+    """Cuts the tiles and finds the cells that are not there yet. Gives one line for each image that was passed over."""
+    failed = []
+    note = data.work / "source.txt"
+    if note.is_file() and note.read_text() != str(data.source.resolve()):
+        raise InputError(f"{data.work}: made from {note.read_text()}, not from {data.source}; rename one of the folders")
+    with renamed(note) as temp:
+        temp.write_text(str(data.source.resolve()))
+    if data.kind == "crops":
+        todo = {} if (data.work / "cells" / "crops.npz").is_file() else data.images
+        return failed + crop_cells(data, todo, workers)
+    crops, todo = data.work / "crops", []
+    for name, path in data.images.items():
+        info = tile_info(data, name)
+        if info is None:
+            todo.append((path, crops, data.mpp, slide_mpp, tissue))
+        elif abs(info["mpp"] / data.mpp - 1) > 1e-6 or info["tissue"] != tissue:
+            raise InputError(f"{crops / name}: cut with --mpp {info['mpp']:g} --tissue {info['tissue']:g}; "
+                             f"say the same, or delete {crops}")
+    failed += [error for _, _, error in each(cut_tiles, todo, workers, "tiles, slides") if error]
+    ready = [name for name in data.images if tile_info(data, name)]
+    if not ready:
+        raise InputError(failed[0] if len(failed) == 1 else f"none of the {len(failed)} slides could be used: {failed[0]}")
+    todo = []
+    for name in ready:
+        if cell_file(data, name) is None:
+            info = tile_info(data, name)
+            corners = np.array([[int(v) for v in p.stem.split("_")] for p in (crops / name).glob("*.jpg")])
+            todo.append((data.images[name], info["slide_mpp"], (corners, CROP * info["mpp"] / info["slide_mpp"])))
+    regions = []
+    for task, result, error in each(cell_regions, todo, workers, "stains, slides"):
+        failed += [error] if error else []
+        regions += result or []
+    waiting, found, broken = {}, {}, set()
+    for path, *_ in regions:
+        waiting[path] = waiting.get(path, 0) + 1
+    for task, xy, error in each(detect_region, regions, workers, "cells, regions"):
+        path = task[0]
+        if error:
+            broken.add(path)
+            failed.append(error)
+        found.setdefault(path, []).append(xy)
+        waiting[path] -= 1
+        if waiting[path] == 0 and path not in broken:
+            save_cells(data.work / "cells" / f"{path.stem}.npz", np.concatenate(found.pop(path)))
+    return failed
+
+
+def save_cells(path, xy, **more):
+    """x and y (K,) float32 in level-0 px, sorted by y then x."""
+    order = np.lexsort((xy[:, 0], xy[:, 1])) if not more else slice(None)
+    with renamed(path) as temp, open(temp, "wb") as file:
+        np.savez_compressed(file, x=xy[order, 0].astype(np.float32), y=xy[order, 1].astype(np.float32), **more)
+
+
+def tile_info(data, name):
+    """What a finished slide's tiles were cut with, or None."""
+    try:
+        return json.loads((data.work / "crops" / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def cell_file(data, name):
+    """The cells of a slide: the user's own file first, then what the built-in detector found, or None."""
+    for folder in (data.source / "cells", data.work / "cells"):
+        for kind in (".json", ".csv", ".npz"):
+            if (folder / (name + kind)).is_file():
+                return folder / (name + kind)
+    return None
+
+
+def cells_of_crop(path, mpp):
+    """Cells (K, 2) of one image file, scaled to its CROP px square."""
+    return prior.segment_nuclei(np.asarray(read_crop(path)), mpp)
+
+
+def read_crop(path):
+    """A crop as an RGB image of CROP px a side; InputError where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+    return image if image.size == (CROP, CROP) else image.resize((CROP, CROP), Image.BICUBIC)
+
+
+def crop_cells(data, images, workers):
+    """Cells of a folder of crops, all in cells/crops.npz: x, y in px of the crop, and the crop's number."""
+    names, found, failed = sorted(images), {}, []
+    for task, xy, error in each(cells_of_crop, [(images[name], data.mpp) for name in names], workers, "cells, crops"):
+        failed += [error] if error else []
+        found[task[0]] = xy if error is None else np.zeros((0, 2))
+    if names:
+        xy = [found[images[name]] for name in names]
+        save_cells(data.work / "cells" / "crops.npz", np.concatenate(xy), names=np.array(names),
+                   crop=np.repeat(np.arange(len(names)), [len(a) for a in xy]))
+    return failed
+
+
+# ---------------------------------------------------------------- crops with their cells
+
+class Crops(torch.utils.data.Dataset):
+    """The crops of some slides (or crops): item i is (uint8 (3, 224, 224), cells (K, 2) float32 in px of the crop).
+
+    files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is.
+    """
+
+    def __init__(self, data, names):
+        self.files, self.owner, corners, cells = [], [], [], []
+        if data.kind == "crops":
+            with np.load(data.work / "cells" / "crops.npz", allow_pickle=False) as file:
+                xy, crop, index = np.stack([file["x"], file["y"]], 1), file["crop"], file["names"].tolist()
+            rows = {name: xy[a: b] for name, a, b in zip(
+                index, np.searchsorted(crop, range(len(index))), np.searchsorted(crop, range(1, len(index) + 1)))}
+            for name in names:
+                if name in rows:
+                    self.files.append(data.images[name])
+                    self.owner.append(name)
+                    corners.append((0, 0))
+                    cells.append(rows[name])
+        else:
+            for name in names:
+                info = tile_info(data, name)
+                if info is None or cell_file(data, name) is None:
+                    continue  # passed over when it was prepared, and said so
+                xy = prior.read_cells(cell_file(data, name), info["slide_mpp"])
+                xy = xy[np.argsort(xy[:, 1], kind="stable")]
+                side, scale = CROP * info["mpp"] / info["slide_mpp"], info["slide_mpp"] / info["mpp"]
+                for path in sorted((data.work / "crops" / name).glob("*.jpg")):
+                    x, y = (int(v) for v in path.stem.split("_"))
+                    row = xy[np.searchsorted(xy[:, 1], y): np.searchsorted(xy[:, 1], y + side)]
+                    row = row[(row[:, 0] >= x) & (row[:, 0] < x + side)]
+                    self.files.append(path)
+                    self.owner.append(name)
+                    corners.append((x, y))
+                    cells.append((row - [x, y]) * scale)
+        self.corners = np.array(corners, np.int64).reshape(-1, 2)
+        self.start = np.cumsum([0] + [len(c) for c in cells])  # flat arrays: workers share them without copies
+        self.xy = np.concatenate(cells).astype(np.float32) if cells else np.zeros((0, 2), np.float32)
+
+    def __len__(self):
+        return len(self.files)
+
+    def cells(self, i):
+        return self.xy[self.start[i]: self.start[i + 1]]
+
+    def priors(self):
+        """P_c of every crop as a whole, (N, n)."""
+        return torch.stack([prior.bin_centroids(self.cells(i), CROP) for i in range(len(self))])
+
+    def __getitem__(self, i):
+        image = torch.from_numpy(np.asarray(read_crop(self.files[i])).copy())
+        return image.permute(2, 0, 1), torch.from_numpy(self.cells(i))
+
+
+def collate(items):
+    """Crops (B, 3, H, W) uint8 and their cells (B, K, 2), filled up with NaN."""
+    cells = torch.nn.utils.rnn.pad_sequence([xy for _, xy in items], True, float("nan"))
+    return torch.stack([image for image, _ in items]), cells

@@ -1,0 +1,159 @@
+"""Synthetic H&E slides of two classes that differ only in how the cells are arranged: glands and nests.
+
+Both have units of the same size with the same number of nuclei, the same white space, stroma and lymphocytes. In
+a gland the nuclei stand in a ring around a lumen; in a nest they fill the disc and the white lies around it.
+Colours are Beer-Lambert's: light = white * exp(-density of H * vector of H - density of E * vector of E).
+"""
+import csv
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import tifffile
+from scipy import ndimage
+from tqdm import tqdm
+
+MPP = 1.0  # um/px of the slides, 10x
+WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles of 224 px at 2.0 um/px
+CLASSES = ("glands", "nests")
+PATIENTS = {"train": 7, "val": 2, "test": 4}  # of each class; every other patient has a second slide
+H_VECTOR, E_VECTOR = np.array([0.65, 0.70, 0.29]), np.array([0.07, 0.99, 0.11])
+UNIT, SPACING, NUCLEI = 44.0, 118.0, 42  # um: radius of a unit and distance between two; nuclei of a unit
+LUMEN = 0.5  # radius of the lumen / radius of the unit
+
+
+def smooth_noise(rng, shape, sigma):
+    """Gaussian noise smoothed at sigma px, mean 0 and standard deviation 1; made small and enlarged."""
+    step = max(1, int(sigma / 3))
+    small = ndimage.gaussian_filter(rng.standard_normal([s // step + 2 for s in shape]), sigma / step)
+    big = ndimage.zoom(small, step, order=1)[: shape[0], : shape[1]]
+    return ((big - big.mean()) / big.std()).astype(np.float32)
+
+
+def draw(field, x, y, a, b, angle, value):
+    """Adds an ellipse with half axes a, b px (soft over a px) to a density field, in place."""
+    r = int(max(a, b) + 3)
+    x0, y0 = int(x) - r, int(y) - r
+    if x0 < 0 or y0 < 0 or x0 + 2 * r >= field.shape[1] or y0 + 2 * r >= field.shape[0]:
+        return False
+    v, u = np.mgrid[y0: y0 + 2 * r, x0: x0 + 2 * r] + 0.5 - np.array([y, x])[:, None, None]
+    c, s = np.cos(angle), np.sin(angle)
+    distance = np.hypot((c * u + s * v) / a, (c * v - s * u) / b)
+    patch = field[y0: y0 + 2 * r, x0: x0 + 2 * r]
+    np.maximum(patch, value * np.clip((1 - distance) * min(a, b) + 0.5, 0, 1), out=patch)
+    return True
+
+
+def place(rng, count, sample, gap):
+    """count points (x, y) of sample() with at least gap between any two; fewer where no more fit."""
+    points = np.zeros((0, 2))
+    for _ in range(60 * count):
+        point = sample()
+        if not len(points) or ((points - point) ** 2).sum(1).min() >= gap ** 2:
+            points = np.vstack([points, point])
+            if len(points) == count:
+                break
+    return points
+
+
+def render(label, seed):
+    """One slide: uint8 (HEIGHT, WIDTH, 3) and the true nuclei (K, 2) as x, y in px."""
+    rng = np.random.default_rng(seed)
+    shape = (HEIGHT, WIDTH)
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
+    edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.52), (y - HEIGHT / 2) / (HEIGHT * 0.52))
+    tissue = edge + 0.10 * smooth_noise(rng, shape, 150) < 0.95
+    fibres = smooth_noise(rng, shape, 3) * 0.5 + smooth_noise(rng, shape, 12)
+    eosin = np.where(tissue, 0.32 + 0.07 * fibres, 0).astype(np.float32)
+    haematoxylin = np.where(tissue, 0.04, 0).astype(np.float32)
+    clear = np.zeros(shape, np.float32)  # lumina and clefts
+    body = np.zeros(shape, np.float32)
+    nuclei = []
+
+    def nucleus(px, py, a, b, angle, value):
+        if 0 <= px < WIDTH and 0 <= py < HEIGHT and tissue[int(py), int(px)] and draw(
+                haematoxylin, px, py, a, b, angle, value * rng.uniform(0.85, 1.15)):
+            nuclei.append((px, py))
+
+    taken = np.zeros(shape, np.float32)
+    rows = [(i, j) for j in range(int(HEIGHT / SPACING / 0.87) + 1) for i in range(int(WIDTH / SPACING) + 1)]
+    for i, j in rows:
+        cx = (i + 0.5 * (j % 2)) * SPACING + rng.normal(0, 7)
+        cy = j * SPACING * 0.87 + rng.normal(0, 7)
+        keep, radius, stretch, turn = rng.random() < 0.85, UNIT * rng.uniform(0.9, 1.1), rng.uniform(0.85, 1.0), rng.uniform(0, np.pi)
+        if not (keep and 70 < cx < WIDTH - 70 and 70 < cy < HEIGHT - 70 and tissue[int(cy), int(cx)]):
+            continue
+        hole = LUMEN * radius
+        outer = radius if label == "glands" else np.hypot(radius, hole)  # the same white area either way
+        draw(taken, cx, cy, outer, outer * stretch, turn, 1)
+        if label == "glands":
+            draw(body, cx, cy, radius, radius * stretch, turn, 1.0)
+            draw(clear, cx, cy, hole, hole * stretch, turn, 1.0)
+            low, high = hole + 5, radius - 3
+        else:
+            draw(clear, cx, cy, outer, outer * stretch, turn, 1.0)
+            draw(body, cx, cy, radius, radius * stretch, turn, 2.0)
+            low, high = 0, radius - 3
+
+        def inside():
+            r, phi = np.sqrt(rng.uniform(low ** 2, high ** 2)), rng.uniform(0, 2 * np.pi)
+            u, v = r * np.cos(phi), r * stretch * np.sin(phi)
+            return np.array([np.cos(turn) * u - np.sin(turn) * v, np.sin(turn) * u + np.cos(turn) * v])
+        for u, v in place(rng, NUCLEI, inside, 6.5):
+            size = rng.uniform(3.0, 4.0)
+            nucleus(cx + u, cy + v, size, size * rng.uniform(0.75, 1), rng.uniform(0, np.pi), 0.85)
+    eosin = np.where((body > 0.5) & tissue, 0.22 + 0.03 * fibres, eosin)
+    white = (clear > 0.5) & ((body < 0.5) | ((label == "glands") & (body < 1.5)))
+    free = np.flatnonzero(tissue & (taken == 0))
+    flow = smooth_noise(rng, shape, 120) * 1.2
+    for spot in rng.choice(free, 1100):  # spindle cells of the stroma, along its fibres
+        py, px = divmod(int(spot), WIDTH)
+        nucleus(px + 0.5, py + 0.5, rng.uniform(4, 6), rng.uniform(1.3, 1.9), flow[py, px], 0.75)
+    for spot in rng.choice(free, 14):  # lymphocytes, in clusters
+        py, px = divmod(int(spot), WIDTH)
+        for u, v in rng.normal(0, 22, (25, 2)):
+            qx, qy = px + u, py + v
+            if 0 <= qx < WIDTH and 0 <= qy < HEIGHT and not taken[int(qy), int(qx)]:
+                nucleus(qx, qy, rng.uniform(2.3, 2.8), rng.uniform(2.2, 2.6), 0, 1.15)
+    haematoxylin[white] = np.where(haematoxylin[white] > 0.3, haematoxylin[white], 0)
+    eosin[white & (haematoxylin == 0)] = 0
+    stain = rng.uniform(0.75, 1.3, 2)  # each slide is stained by another hand
+    vectors = [np.clip(v + rng.normal(0, 0.04, 3), 0.02, None) for v in (H_VECTOR, E_VECTOR)]
+    vectors = [v / np.linalg.norm(v) for v in vectors]
+    density = (haematoxylin * stain[0])[..., None] * vectors[0] * 1.3 + (np.clip(eosin, 0, None) * stain[1])[..., None] * vectors[1]
+    density = ndimage.gaussian_filter(density, (0.6, 0.6, 0))  # the microscope's sharpness
+    light = rng.uniform(236, 247) * np.exp(-density) + rng.normal(0, 2, (*shape, 1))
+    return np.clip(light, 0, 255).astype(np.uint8), np.array(nuclei)
+
+
+def write_slide(folder, name, label, seed):
+    """slides/<name>.svs, tiled, with its um/px recorded as Aperio does; truth/<name>.csv with the nuclei."""
+    image, nuclei = render(label, seed)
+    temp = folder / "slides" / f".{name}.part"
+    tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", photometric="rgb",
+                     description=f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}")
+    np.savetxt(folder / "truth" / f"{name}.csv", nuclei, fmt="%.2f", delimiter=",", header="x,y", comments="")
+    temp.rename(folder / "slides" / f"{name}.svs")
+
+
+def make_demo(folder, seed=0, workers=2, patients=PATIENTS):
+    """Writes the demo data set to a folder, once: slides/, truth/ and labels.csv with patients and split."""
+    rows, number = [], 0
+    for split, count in patients.items():
+        for label in CLASSES:
+            for patient in range(count):
+                for slide in range(1 + patient % 2):
+                    number += 1
+                    rows.append((f"demo_{number:03d}_{slide}", label, f"{split}_{label}_{patient}", split))
+    for sub in ("slides", "truth"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    todo = [(folder, name, label, [seed, i]) for i, (name, label, _, _) in enumerate(rows)
+            if not (folder / "slides" / f"{name}.svs").is_file()]
+    with ProcessPoolExecutor(max(1, workers), get_context("spawn")) as pool:
+        jobs = [pool.submit(write_slide, *task) for task in todo]
+        for job in tqdm(jobs, desc="synthetic slides", leave=False):
+            job.result()
+    temp = folder / ".labels.part"
+    with open(temp, "w", newline="") as file:
+        csv.writer(file).writerows([("slide", "label", "patient", "split"), *rows])
+    temp.replace(folder / "labels.csv")
