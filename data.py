@@ -233,9 +233,8 @@ def cell_regions(path, slide_mpp, tiles):
     boxes = [(i * size, j * size, min(size, width - i * size), min(size, height - j * size)) for i, j in sorted(used)]
     boxes = [box for box in boxes if box[2] > 0 and box[3] > 0]
     spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is judged once a slide, on a few of its regions
-    sample = np.concatenate([np.asarray(slide.read_level(level, x, y, min(w, 1024), min(h, 1024))).reshape(-1, 3)
-                             for x, y, w, h in spread])
-    parameters = prior.adapt(sample[None], slide.mpp * down)
+    sample = [np.asarray(slide.read_level(level, x, y, min(w, 1024), min(h, 1024))) for x, y, w, h in spread]
+    parameters = prior.adapt(sample, slide.mpp * down)
     return [(path, slide_mpp, parameters, box) for box in boxes]
 
 
@@ -338,7 +337,7 @@ def find_data(data, mpp=None, slide_mpp=None, seed=0, root="datasets"):
         raise InputError(f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}")
     if mpp is None and not known:
         raise InputError(f"--data {data}: say the um/px of its crops with --mpp (2.0 is 5x, 1.0 10x, 0.5 20x)")
-    name = data if known else re.sub(r"[^\w.-]+", "_", source.resolve().name)
+    name = data if known else safe_name(source)
     mpp, work = mpp or DATASETS[data][0], Path(root) / name
     table = source / "labels.csv"
     rows = read_table(table) if table.is_file() else None
@@ -365,6 +364,11 @@ def find_data(data, mpp=None, slide_mpp=None, seed=0, root="datasets"):
         found.labels = check_labels(table, rows, column, found.images, seed)
         found.classes = sorted({row["label"] for row in found.labels.values()})
     return found
+
+
+def safe_name(folder):
+    """The name that a folder's work and runs go by."""
+    return re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
 
 
 def by_stem(folder, types, files):

@@ -130,7 +130,7 @@ def write_slide(folder, name, label, seed):
     """slides/<name>.svs, tiled, with its um/px recorded as Aperio does; truth/<name>.csv with the nuclei."""
     image, nuclei = render(label, seed)
     temp = folder / "slides" / f".{name}.part"
-    tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", photometric="rgb",
+    tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
                      description=f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}")
     np.savetxt(folder / "truth" / f"{name}.csv", nuclei, fmt="%.2f", delimiter=",", header="x,y", comments="")
     temp.rename(folder / "slides" / f"{name}.svs")

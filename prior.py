@@ -79,26 +79,27 @@ def otsu(values, bins=256):
     return centre[np.nanargmax(between[:-1])] if np.isfinite(between[:-1]).any() else centre[0]
 
 
-def segment_nuclei(image, mpp):
-    """Nuclei of an H&E image by multi-scale Gaussian differences (after Al-Kofahi et al. 2009).
+def work_factor(mpp):
+    """How many px a side are averaged into one working px; whole, so that regions of a slide share one grid."""
+    return max(1, int(WORK_MPP / mpp + 0.25))
 
-    image uint8 RGB (H, W, 3), mpp um/px, to centroids (K, 2) in px of the image. Seeds are the local maxima
-    of the response over space and scale that pass a share of Otsu's threshold of all maxima.
-    Raises ValueError for another dtype or shape, or an mpp that is not positive.
+
+def seeds(image, mpp):
+    """Candidates for nuclei: centroids (K, 2) in px of the image and their responses (K,).
+
+    The local maxima, over space and scale, of the Gaussian differences of the haematoxylin density.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"segment_nuclei takes uint8 (H, W, 3), not {image.dtype} {image.shape}")
     if not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"mpp is {mpp}: it has to be um/px, above 0")
-    H, W = image.shape[:2]
-    if min(H, W) == 0:
-        return np.zeros((0, 2))
-    small = (max(1, round(W * mpp / WORK_MPP)), max(1, round(H * mpp / WORK_MPP))) if mpp < 0.8 * WORK_MPP else (W, H)
-    if small != (W, H):
-        image = np.asarray(Image.fromarray(image).resize(small, Image.BOX))
-    zoom = np.array([W / small[0], H / small[1]])
-    px = mpp * zoom.mean()  # um a working pixel
+    if min(image.shape[:2]) == 0:
+        return np.zeros((0, 2)), np.zeros(0)
+    factor = work_factor(mpp)
+    if factor > 1:
+        image = np.asarray(Image.fromarray(image).reduce(factor))
+    px = mpp * factor  # um a working px
     density = nuclear_density(image)
     response = np.full(density.shape, -np.inf, np.float32)
     for sigma in SCALES:
@@ -108,15 +109,30 @@ def segment_nuclei(image, mpp):
     radius = max(1, round(MIN_DISTANCE / px))
     peaks = (response == ndimage.maximum_filter(response, 2 * radius + 1)) & (response > FLOOR)
     labels, count = ndimage.label(peaks, np.ones((3, 3)))  # a symmetric nucleus peaks in a plateau: one seed
-    if not count:
-        return np.zeros((0, 2))
     y, x = np.nonzero(peaks)
     which = labels[y, x] - 1
-    size = np.bincount(which)
-    yx = np.stack([np.bincount(which, y) / size, np.bincount(which, x) / size], 1)
-    strength = np.bincount(which, response[y, x]) / size
-    seeds = yx[strength >= OTSU_SHARE * otsu(strength), ::-1]
-    return (seeds + 0.5) * zoom - 0.5
+    size = np.bincount(which, minlength=count)
+    xy, strength = np.stack([np.bincount(which, x) / size, np.bincount(which, y) / size], 1), np.bincount(which, response[y, x]) / size
+    return (xy + 0.5) * factor - 0.5, strength
+
+
+def adapt(images, mpp):
+    """The response that a seed has to reach: a share of Otsu's threshold of all seeds of some images of a slide."""
+    strength = np.concatenate([seeds(image, mpp)[1] for image in images])
+    return max(FLOOR, OTSU_SHARE * otsu(strength)) if len(strength) else FLOOR
+
+
+def segment_nuclei(image, mpp, threshold=None):
+    """Nuclei of an H&E image by multi-scale Gaussian differences (after Al-Kofahi et al. 2009).
+
+    image uint8 RGB (H, W, 3), mpp um/px, to centroids (K, 2) in px of the image. threshold: what adapt() gave for
+    the slide that the image is a region of; None adapts to the image itself.
+    Raises ValueError for another dtype or shape, or an mpp that is not positive.
+    """
+    xy, strength = seeds(image, mpp)
+    if threshold is None:
+        threshold = max(FLOOR, OTSU_SHARE * otsu(strength)) if len(strength) else FLOOR
+    return xy[strength >= threshold]
 
 
 # ---------------------------------------------------------------- readers

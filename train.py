@@ -1,0 +1,312 @@
+"""Pre-training (3.5, A.1.2): python train.py [--data demo] [--arch vit_t] [--method dirl].
+
+Prepares what is missing (tiles, cells), pre-trains with DINO on the method's representations and writes
+runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder), log.csv, config.json, split.csv.
+The same command goes on where a stopped run was; every step draws its random numbers from (seed, step).
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data as data_py
+import dirl
+import views
+from data import DATASETS, renamed
+from prior import InputError
+
+# The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
+DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, warmup_epochs=1, lr=2e-3)
+NOT_THE_RUN = ("run", "workers", "save_minutes", "max_steps", "device")  # may change when a run goes on
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description="Pre-trains DiRL; run it again to go on with a stopped run.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder with slides or crops")
+    add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="vit_s where the data has 10^5 crops and more")
+    add("--method", default="dirl", choices=list(dirl.METHODS), help="baseline is DINO; cellback is DiRL without its block")
+    add("--run", help="folder of the run, to keep several apart (runs/<data>_<arch>_<method>)")
+    add("--mpp", type=float, help="um/px of the crops; a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
+    add("--slide-mpp", type=float, help="um/px of slides and images that record none")
+    add("--tissue", type=float, default=0.5, help="least share of tissue in a tile; lower for thin biopsies")
+    add("--fraction", type=float, default=1.0, help="share of the training crops that is used (Fig. 6)")
+    add("--epochs", type=int, help="default: the paper's for the data set, 100 for a folder; more for few crops")
+    add("--batch", type=int, default=256, help="crops a step; lower it when memory runs out")
+    add("--local-crops", type=int, default=8, help="local views of a crop; 0 is the two-view setting, faster")
+    add("--global-scale", type=float, nargs=2, default=(0.4, 1.0), help="area of the global views, share of the crop")
+    add("--local-scale", type=float, nargs=2, default=(0.05, 0.4), help="area of the local views, share of the crop")
+    add("--out-dim", type=int, default=65536, help="outputs of the heads of f, f_c, f_b; fewer for small data")
+    add("--disentangled-dim", type=int, default=4096, help="outputs of the four disentangled heads")
+    add("--lambda-1", type=float, default=0.5, help="weight of L_c and L_b in eq. 9")
+    add("--lambda-2", type=float, default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
+    add("--lr", type=float, default=5e-4, help="learning rate for a batch of 256; it is scaled by batch / 256")
+    add("--min-lr", type=float, default=1e-6, help="learning rate at the end")
+    add("--warmup-epochs", type=int, default=10, help="epochs of linear warm-up; more if the loss blows up early")
+    add("--weight-decay", type=float, default=0.04, help="at the start; none on biases and norms")
+    add("--weight-decay-end", type=float, default=0.4, help="at the end")
+    add("--clip", type=float, default=3.0, help="largest gradient norm of a parameter; 0 is off")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth of the student")
+    add("--momentum", type=float, default=0.996, help="of the teacher at the start, 1 at the end; higher for small batches")
+    add("--student-temp", type=float, default=0.1, help="temperature of the student")
+    add("--teacher-temp", type=float, default=0.04, help="of the teacher; lower if the loss stays at ln(out_dim)")
+    add("--center-momentum", type=float, default=0.9, help="of each head's centre")
+    add("--freeze-last-layer", type=int, default=1, help="epochs in which the heads' last layers stand still")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the device has it")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that cut tiles and read crops")
+    add("--save-minutes", type=float, default=10, help="time between checkpoints within an epoch")
+    add("--max-steps", type=int, help="stop after this many steps in this call; the next call goes on")
+    add("--seed", type=int, default=0, help="of everything; the same seed on the same machine gives the same run")
+    demo = "demo" == parser.parse_known_args(argv)[0].data
+    if demo:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.epochs is None:
+        args.epochs = DATASETS[args.data][1] if args.data in DATASETS else 100
+    args.run = args.run or f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
+    for name, low, high in (("fraction", 1e-9, 1), ("tissue", 0, 1), ("epochs", 1, 1e6), ("batch", 1, 1e6),
+                            ("local_crops", 0, 100), ("out_dim", 2, 1e7), ("disentangled_dim", 2, 1e7),
+                            ("drop_path", 0, 0.99), ("momentum", 0, 1), ("lr", 0, 10), ("workers", 0, 1024),
+                            ("student_temp", 1e-4, 100), ("teacher_temp", 1e-4, 100), ("center_momentum", 0, 1)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
+    for name in ("global_scale", "local_scale"):
+        if not 0 < getattr(args, name)[0] <= getattr(args, name)[1] <= 1:
+            raise InputError(f"--{name.replace('_', '-')}: two shares, 0 < low <= high <= 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+    return args
+
+
+def run_name(data):
+    return data if data in DATASETS else data_py.safe_name(data)
+
+
+def native_bf16(device):
+    """Does the device compute in bf16 itself? Elsewhere it would only be emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(test() for test in tests if test)
+
+
+def cosine(start, end, step, steps, warmup=0):
+    """The schedule at a step: linear from 0 to start over warmup steps, then half a cosine to end."""
+    if step < warmup:
+        return start * step / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def clip_gradients(parameters, limit):
+    """Each parameter's gradient on its own, cut to that norm, as DINO does."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    factors = [(limit / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, factors)
+
+
+def batches(count, batch, start, steps, seed):
+    """Indices of the crops of steps start to steps; each epoch in its own order, the incomplete batch left out."""
+    per_epoch, order, epoch = count // batch, None, None
+    for step in range(start, steps):
+        if epoch != step // per_epoch:
+            epoch = step // per_epoch
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        k = step % per_epoch
+        yield order[k * batch: (k + 1) * batch]
+
+
+def save(path, state):
+    with renamed(path) as temp:
+        torch.save(state, temp)
+
+
+def load(path):
+    """A file of tensors and plain values; InputError where it is not one."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        raise InputError(f"{path}: cannot be loaded ({type(error).__name__}); delete it or take another copy") from None
+
+
+def train(args):
+    if args.data == "demo":
+        from demo import make_demo
+        if not Path("datasets/demo/labels.csv").is_file():
+            print("The demo data is synthetic: slides are drawn into datasets/demo (once).")
+            make_demo(Path("datasets/demo"), workers=args.workers)
+    found = data_py.find_data(args.data, args.mpp, args.slide_mpp, args.seed)
+    run, device = Path(args.run), torch.device(args.device)
+    config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN} | {"mpp": found.mpp}
+    config = json.loads(json.dumps(config))
+    checkpoint = run / "checkpoint.pt"
+    if (run / "config.json").is_file() and checkpoint.is_file():
+        old = json.loads((run / "config.json").read_text())
+        changed = [f"--{k.replace('_', '-')} {old.get(k)}, not {v}" for k, v in config.items() if old.get(k) != v]
+        if changed:
+            raise InputError(f"{run}: was made with {'; '.join(changed)}: say the same to go on, --run for a new run")
+    failed = data_py.prepare(found, args.slide_mpp, args.tissue, args.workers)
+    for line in failed:
+        print("passed over:", line)
+    names = found.split("train") + found.split("val")  # nothing of the test part is ever seen here
+    crops = data_py.Crops(found, names)
+    if args.fraction < 1:
+        keep = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed))
+        crops = torch.utils.data.Subset(crops, sorted(keep[: max(1, round(args.fraction * len(crops)))].tolist()))
+    if len(crops) < args.batch:
+        raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
+    per_epoch = len(crops) // args.batch
+    steps, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
+    lr = args.lr * args.batch / 256
+
+    torch.set_flush_denormal(True)
+    torch.manual_seed(args.seed)
+    encoder = dirl.ARCHS[args.arch](drop_path=args.drop_path)
+    student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim).to(device)
+    teacher = dirl.make_teacher(student)
+    loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum).to(device)
+    parameters = list(student.parameters())
+    groups = [{"params": [p for p in parameters if p.ndim > 1]},
+              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # biases and norms
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    bf16 = args.precision == "bf16" or args.precision == "auto" and native_bf16(device)
+    parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
+
+    start = 0
+    if checkpoint.is_file():
+        state = load(checkpoint)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        start = state["step"]
+    run.mkdir(parents=True, exist_ok=True)
+    with renamed(run / "config.json") as temp:
+        temp.write_text(json.dumps(config, indent=1))
+    write_split(run / "split.csv", found)
+
+    def keep(step):
+        log.flush()
+        save(checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"step": step})
+        save(run / "encoder.pt", {"encoder": teacher.encoder.state_dict(), "arch": args.arch, "method": args.method,
+                                  "data": args.data, "mpp": found.mpp, "mean": list(views.MEAN), "std": list(views.STD),
+                                  "step": step})
+
+    loader = DataLoader(crops, batch_sampler=batches(len(crops), args.batch, start, steps, args.seed),
+                        collate_fn=data_py.collate, num_workers=args.workers if device.type == "cuda" else 0,
+                        pin_memory=device.type == "cuda")
+    print(f"{len(crops)} crops of {len(names)} {found.kind}, {steps} steps of {args.batch} ({args.epochs} epochs), "
+          f"{args.method} {args.arch} on {device} in {'bf16' if bf16 else 'fp32'}"
+          + (f"; goes on at step {start}" if start else ""))
+    stop = []
+    old_handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    log, writer = open_log(run / "log.csv", start, list(student.heads))
+    bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
+    saved = began = time.monotonic()
+    last = min(steps, start + args.max_steps) if args.max_steps else steps
+    step = start
+    for images, cells in loader if start < last else ():
+        rate = cosine(lr, args.min_lr, step, steps, warmup)
+        decay = cosine(args.weight_decay, args.weight_decay_end, step, steps)
+        momentum = cosine(args.momentum, 1, step, steps)
+        optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
+        optimizer.param_groups[1].update(lr=rate)
+        torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
+        x, priors = views.make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                target = teacher(x[:1], priors[:1])
+            output = student(x, priors)
+            total, each = loss_fn(output, target, args.teacher_temp)
+        value = total.item()
+        if not math.isfinite(value):
+            bar.close()
+            log.close()
+            raise FloatingPointError(f"the loss is {value} at step {step}; {checkpoint} is the last good state. "
+                                     "Try a lower --lr, a longer --warmup-epochs or --precision fp32 with a new --run")
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        if step < args.freeze_last_layer * per_epoch:
+            for head in student.heads.values():
+                head.last_layer.weight.grad = None
+        if args.clip:
+            clip_gradients(parameters, args.clip)
+        optimizer.step()
+        dirl.update_teacher(student, teacher, momentum)
+        both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
+        writer.writerow([step, step // per_epoch, f"{value:.6g}", *(f"{v.item():.6g}" for v in each.values()),
+                         f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{math.log(args.out_dim):.6g}"])
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", img_s=f"{(step - start) * args.batch / (time.monotonic() - began):.0f}")
+        if step == last or stop:
+            break
+        if step % per_epoch == 0 or time.monotonic() - saved > 60 * args.save_minutes:
+            keep(step)
+            saved = time.monotonic()
+    bar.close()
+    if step > start:
+        keep(step)
+    log.close()
+    for number, handler in old_handlers.items():
+        signal.signal(number, handler)
+    speed = f", {(step - start) * args.batch / (time.monotonic() - began):.1f} crops a second" if step > start else ""
+    if step < steps:
+        print(f"Stopped at step {step} of {steps}{speed}; the same command goes on from {checkpoint}.")
+    else:
+        print(f"Wrote {run}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed}). "
+              f"Next: python eval.py --data {args.data}" + ("" if args.run == f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
+                                                              else f" --checkpoint {run}/encoder.pt"))
+    if failed:
+        print(f"{len(failed)} images were passed over (see above).")
+    if stop:
+        return 130
+    return 1 if failed else 0
+
+
+def open_log(path, start, heads):
+    """log.csv, open for the row of step start: rows from there on, of steps that were not kept, are taken out."""
+    names = ["step", "epoch", "loss", *(f"loss_{h}" for h in heads), "lr", "momentum", "both_regions", "ln_out_dim"]
+    rows = []
+    if start and path.is_file():
+        with open(path, newline="") as file:
+            rows = [row for row in list(csv.reader(file))[1:] if row and row[0].isdigit() and int(row[0]) < start]
+    with renamed(path) as temp, open(temp, "w", newline="") as file:
+        csv.writer(file).writerows([names, *rows])
+    file = open(path, "a", newline="")
+    return file, csv.writer(file)
+
+
+def write_split(path, found):
+    """Which image is in which part, beside the run."""
+    with renamed(path) as temp, open(temp, "w", newline="") as file:
+        rows = [(name, row["label"], row["patient"], row["split"]) for name, row in sorted(found.labels.items())]
+        csv.writer(file).writerows([(found.kind[:-1], "label", "patient", "split"), *rows])
+
+
+def main(argv=None):
+    try:
+        return train(arguments(argv))
+    except InputError as error:
+        print("train.py:", error, file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print("train.py:", error, file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError):
+        print("train.py: out of memory; lower --batch or --local-crops", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
