@@ -150,10 +150,9 @@ def tissue_mask(picture, mpp):
     of red's and blue's. White, grey dust, coverslip edges and black, blue or green ink do not.
     """
     density = -np.log((picture.astype(np.float32) + 1) / 256)
-    r, g, b = np.moveaxis(density, -1, 0)
-    magenta = ndimage.gaussian_filter(g - (r + b) / 2, TISSUE_SMOOTH / mpp / 2)
-    red_ink = (b > 0.8 * g) & (g > 0.5) & (r < 0.3 * g)
-    return (magenta > TISSUE_FLOOR) & ~red_ink
+    r, g, b = (ndimage.gaussian_filter(density[..., i], TISSUE_SMOOTH / mpp / 2) for i in range(3))
+    ink = (r > 1.1 * g) | (b > 0.8 * g) & (g > 0.5) & (r < 0.3 * g)  # blue or green; red
+    return (g - (r + b) / 2 > TISSUE_FLOOR) & ~ink
 
 
 def tile_grid(slide, mpp, tissue):

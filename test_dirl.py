@@ -1,20 +1,32 @@
 """Tests of the mathematics: brute force, hand-made cases, invariants, gradients."""
+import csv
 import json
 import math
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+import tifffile
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from scipy import ndimage
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 
+import data as data_py
+import demo
 import dirl
+import eval as eval_py
 import mil
 import prior as prior_py
+import train as train_py
+import views as views_py
 
 
 @pytest.fixture(autouse=True)
@@ -395,3 +407,494 @@ def test_bad_cell_files_are_named_in_one_line(tmp_path, name, text):
     with pytest.raises(prior_py.InputError) as error:
         prior_py.read_cells(tmp_path / name)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- views
+
+def random_box(rng, size, scale):
+    """Left, top, width, height of DINO's random resized crop: ten tries, else the whole image."""
+    for _ in range(10):
+        area, aspect = rng.uniform(*scale) * size * size, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= size and 0 < h <= size:
+            return rng.randint(0, size - w), rng.randint(0, size - h), w, h
+    return 0, 0, size, size
+
+
+def pillow_hue(image, turn):
+    """Hue turned in HSV by that share of a circle."""
+    h, s, v = image.convert("HSV").split()
+    h = Image.fromarray((np.asarray(h).astype(int) + round(turn * 255)).astype(np.uint8))
+    return Image.merge("HSV", (h, s, v)).convert("RGB")
+
+
+def pillow_view(image, rng, size, scale, blur, solarize):
+    """One view as DINO's own pipeline makes it, an image at a time: the reference and the yardstick."""
+    left, top, w, h = random_box(rng, image.width, scale)
+    view = image.crop((left, top, left + w, top + h)).resize((size, size), Image.BICUBIC)
+    if rng.random() < 0.5:
+        view = ImageOps.mirror(view)
+    if rng.random() < 0.8:
+        steps = [lambda x: ImageEnhance.Brightness(x).enhance(rng.uniform(0.6, 1.4)),
+                 lambda x: ImageEnhance.Contrast(x).enhance(rng.uniform(0.6, 1.4)),
+                 lambda x: ImageEnhance.Color(x).enhance(rng.uniform(0.8, 1.2)),
+                 lambda x: pillow_hue(x, rng.uniform(-0.1, 0.1))]
+        for step in rng.sample(steps, 4):
+            view = step(view)
+    if rng.random() < 0.2:
+        view = view.convert("L").convert("RGB")
+    if rng.random() < blur:
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2)))
+    if rng.random() < solarize:
+        view = ImageOps.solarize(view)
+    x = torch.from_numpy(np.asarray(view).copy()).permute(2, 0, 1).float() / 255
+    return (x - torch.tensor(views_py.MEAN)[:, None, None]) / torch.tensor(views_py.STD)[:, None, None]
+
+
+def tissue_like(size=224, seed=0):
+    """Synthetic: discs of haematoxylin on eosin of uneven strength."""
+    rng = np.random.default_rng(seed)
+    image = discs(0.5, rng.uniform(0, size / 2, (40, 2)), side_um=size / 2).astype(float)
+    return np.clip(image + 12 * ndimage.gaussian_filter(rng.standard_normal((size, size, 1)), (2, 2, 0)) * 4, 0, 255).astype(np.uint8)
+
+
+def as_batch(*arrays):
+    return torch.stack([torch.from_numpy(a.copy()).permute(2, 0, 1) for a in arrays]).float() / 255
+
+
+@pytest.mark.parametrize("box", [(0, 0, 224, 224), (31, 57, 150, 130), (10, 80, 100, 100)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_resampling_is_pillows_bilinear_crop(box, mirrored):
+    image = tissue_like()
+    left, top, w, h = box
+    want = Image.fromarray(image).resize((224, 224), Image.BILINEAR, box=(left, top, left + w, top + h))
+    want = np.asarray(ImageOps.mirror(want) if mirrored else want).astype(float)
+    got = views_py.resample(as_batch(image), torch.tensor([box]).float(), torch.tensor([mirrored]), 224)[0] * 255
+    difference = np.abs(got.permute(1, 2, 0).numpy() - want)[3:-3, 3:-3]  # Pillow's window ends at the box
+    assert difference.max() <= 1.01
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_c_drawn_in_the_view_and_max_pooled_is_the_binning_under_every_crop_and_flip(size):
+    generator = torch.Generator().manual_seed(3)
+    B = 40
+    boxes = views_py.random_boxes(B, 224, (0.05, 1.0), generator)
+    flip = torch.rand(B, generator=generator) < 0.5
+    cells = torch.rand(B, 60, 2, generator=generator) * 240 - 8
+    cells[:, 50:] = float("nan")
+    cells[:, :5] = (cells[:, :5] / 16).round() * 16  # on boundaries of patches
+    got = views_py.view_prior(cells, boxes, flip, size)
+    for b in range(B):
+        xy = (cells[b, :50] - boxes[b, :2]) / boxes[b, 2:] * size
+        c_map = prior_py.centroid_map(xy, size)
+        c_map = c_map.flip(-1) if flip[b] else c_map
+        assert torch.equal(prior_py.downsample_prior(c_map), got[b])
+
+
+def jitter(image, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, grey=False, order=(0, 1, 2, 3)):
+    x = as_batch(image)
+    t = lambda v: torch.tensor([v])
+    m = views_py.jitter_matrix(x.mean((2, 3)), t(brightness), t(contrast), t(saturation), t(hue), t(grey), t(order))
+    y = (m[0, :, :3] @ x[0].flatten(1) + m[0, :, 3:]).clamp(0, 1).view_as(x[0])
+    return y.permute(1, 2, 0).numpy() * 255
+
+
+@pytest.mark.parametrize("factor", [0.6, 0.85, 1.25])
+def test_jitter_is_pillows_operation_by_operation(factor):
+    image = (tissue_like() * 0.75).astype(np.uint8)  # so that nothing is clipped
+    pil = Image.fromarray(image)
+    for name, enhance in (("brightness", ImageEnhance.Brightness), ("contrast", ImageEnhance.Contrast),
+                          ("saturation", ImageEnhance.Color)):
+        want = np.asarray(enhance(pil).enhance(factor)).astype(float)
+        assert np.abs(jitter(image, **{name: factor}) - want).max() <= 2, name
+    assert np.abs(jitter(image, grey=True) - np.asarray(pil.convert("L"))[..., None]).max() <= 1
+    both = np.asarray(ImageEnhance.Brightness(ImageEnhance.Contrast(pil).enhance(factor)).enhance(0.9)).astype(float)
+    assert np.abs(jitter(image, brightness=0.9, contrast=factor, order=(1, 3, 0, 2)) - both).max() <= 3
+
+
+@pytest.mark.parametrize("turn", [-0.1, 0.05, 0.1])
+def test_hue_turns_as_pillows_does_and_keeps_the_luma(turn):
+    image = (tissue_like() * 0.75).astype(np.uint8)
+    got, want = jitter(image, hue=turn), np.asarray(pillow_hue(Image.fromarray(image), turn)).astype(float)
+    luma = np.array(views_py.GREY)
+    assert np.abs(got @ luma - image @ luma).max() < 1
+    moved = want.mean((0, 1)) - image.mean((0, 1))
+    colour = lambda v: v - v.mean()
+    a, b = colour(moved), colour(got.mean((0, 1)) - image.mean((0, 1)))
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.8  # the same way round
+    assert 0.4 < np.linalg.norm(b) / np.linalg.norm(a) < 2.5
+
+
+def test_blur_is_a_gaussian_and_solarize_is_pillows():
+    image = tissue_like()
+    got = views_py.blur(as_batch(image, image), torch.tensor([0.7, 2.0]))
+    for x, sigma in zip(got, (0.7, 2.0)):
+        want = ndimage.gaussian_filter(image / 255, (sigma, sigma, 0), mode="nearest", radius=6)
+        np.testing.assert_allclose(x.permute(1, 2, 0).numpy(), want, atol=1e-4)
+    want = np.asarray(ImageOps.solarize(Image.fromarray(image)))
+    np.testing.assert_allclose(views_py.solarize(as_batch(image))[0].permute(1, 2, 0).numpy() * 255, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+def test_random_boxes_are_distributed_as_torchvisions(scale):
+    boxes = views_py.random_boxes(4000, 224, scale, torch.Generator().manual_seed(0))
+    rng = random.Random(0)
+    want = np.array([random_box(rng, 224, scale) for _ in range(4000)])
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 224).all()
+    assert torch.equal(boxes, boxes.round())
+    np.testing.assert_allclose(boxes.mean(0).numpy(), want.mean(0), atol=4)
+    np.testing.assert_allclose(boxes.std(0).numpy(), want.std(0), atol=3)
+
+
+def test_views_have_dinos_shapes_and_repeat_with_their_seed():
+    crops = (as_batch(tissue_like(), tissue_like(seed=1)) * 255).to(torch.uint8)
+    cells = torch.rand(2, 30, 2) * 224
+    make = lambda seed: views_py.make_views(crops, cells, torch.Generator().manual_seed(seed))
+    x, priors = make(0)
+    assert [tuple(v.shape) for v in x] == [(2, 2, 3, 224, 224), (8, 2, 3, 96, 96)]  # A.1.2: 196 and 36 tokens
+    assert [tuple(p.shape) for p in priors] == [(2, 2, 196), (8, 2, 36)]
+    assert all(torch.equal(a, b) for a, b in zip(x + priors, sum(make(0), [])))
+    assert not torch.equal(x[0], make(1)[0][0])
+    assert len(views_py.make_views(crops, cells, torch.Generator(), local_crops=0)[0]) == 1
+
+
+def benchmark():
+    """Images a second of DINO's Pillow pipeline and of make_views at 2 + 8 views, one thread, interleaved."""
+    torch.set_num_threads(1)
+    arrays = [tissue_like(seed=i) for i in range(16)]
+    crops, cells = (as_batch(*arrays) * 255).to(torch.uint8), torch.rand(16, 60, 2) * 224
+    generator, rng, speed = torch.Generator().manual_seed(0), random.Random(0), {"pillow": [], "batched": []}
+    kinds = [(views_py.GLOBAL_1, (0.4, 1))] + [(views_py.GLOBAL_2, (0.4, 1))] + [(views_py.LOCAL, (0.05, 0.4))] * 8
+    for _ in range(7):
+        start = time.perf_counter()
+        for array in arrays:
+            image = Image.fromarray(array)
+            for kind, scale in kinds:
+                pillow_view(image, rng, kind["size"], scale, kind["blur"], kind["solarize"])
+        middle = time.perf_counter()
+        views_py.make_views(crops, cells, generator)
+        speed["pillow"].append(16 / (middle - start))
+        speed["batched"].append(16 / (time.perf_counter() - middle))
+    pillow, batched = (float(np.median(speed[k])) for k in speed)
+    print(f"2 + 8 views, one thread: Pillow {pillow:.0f}, batched {batched:.0f} images a second, {batched / pillow:.2f} times")
+
+
+# ---------------------------------------------------------------- slides and data
+
+@pytest.mark.parametrize("properties, mpp", [
+    ({"openslide.mpp-x": "0.25", "openslide.objective-power": "20"}, 0.25), ({"openslide.objective-power": "40"}, 0.25),
+    ({"aperio.AppMag": "20.0"}, 0.5), ({"openslide.mpp-x": "0", "aperio.AppMag": "40"}, 0.25),
+    ({"openslide.mpp-x": "1000000"}, None), ({"openslide.mpp-x": "unknown"}, None), ({}, None)])
+def test_um_per_px_of_a_slide(properties, mpp):
+    assert data_py.recorded_mpp(properties) == mpp
+
+
+@pytest.fixture(scope="session")
+def rendered():
+    """One synthetic slide of each class, as an array, and its nuclei."""
+    return {label: demo.render(label, [7, i]) for i, label in enumerate(demo.CLASSES)}
+
+
+def pyramid(path, image, mpp, levels=(1, 2, 4)):
+    """A tiled slide with levels and its um/px, as Aperio writes it."""
+    with tifffile.TiffWriter(path) as file:
+        for k in levels:
+            small = np.asarray(Image.fromarray(image).reduce(k)) if k > 1 else image
+            file.write(small, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
+                       description=f"Aperio|AppMag = {10 / mpp:g}|MPP = {mpp:g}", subfiletype=0 if k == 1 else 1)
+
+
+def test_tiles_lie_where_their_names_say_at_any_target(tmp_path):
+    y, x = np.mgrid[0:1400, 0:1900]
+    image = np.stack([x / 1900 * 120 + 100, np.full(x.shape, 60), y / 1400 * 120 + 100], -1).astype(np.uint8)  # magenta
+    pyramid(tmp_path / "a.svs", image, 0.5)
+    for mpp in (0.5, 1.0, 1.37):
+        count = data_py.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", mpp, None, 0.5)
+        side = 224 * mpp / 0.5
+        files = list((tmp_path / "crops" / "a").glob("*.jpg"))
+        assert len(files) == count == int(1900 / side) * int(1400 / side)
+        for path in files:
+            left, top = (int(v) for v in path.stem.split("_"))
+            tile = np.asarray(Image.open(path)).astype(float)
+            assert tile.shape == (224, 224, 3)
+            assert abs(tile[..., 0].mean() - ((left + side / 2) / 1900 * 120 + 100)) < 1.5
+            assert abs(tile[..., 2].mean() - ((top + side / 2) / 1400 * 120 + 100)) < 1.5
+
+
+def test_tissue_is_found_and_white_dust_and_ink_are_not():
+    stain = lambda h, e: 245 * np.exp(-(h * prior_py.STAINS[0] + e * prior_py.STAINS[1]))
+    colours = {"dark": stain(0.8, 0.6), "pale": stain(0.03, 0.12), "white": (243, 243, 243), "dust": (190, 190, 192),
+               "blue ink": (40, 60, 170), "green ink": (30, 120, 70), "black ink": (25, 25, 30), "red ink": (215, 30, 45)}
+    for name, colour in colours.items():
+        mask = data_py.tissue_mask(np.full((40, 40, 3), colour, np.float64).round().astype(np.uint8), 8.0)
+        assert mask.all() if name in ("dark", "pale") else not mask.any(), name
+
+
+def test_no_cell_is_lost_or_doubled_on_a_seam(tmp_path, rendered, monkeypatch):
+    image = rendered["nests"][0][:1100, 500:1700]
+    for mpp, name in ((1.0, "a.png"), (0.25, "b.png")):  # at 0.25 um/px two px are averaged
+        Image.fromarray(image if mpp == 1 else image.repeat(2, 0).repeat(2, 1)[:1000, :1400]).save(tmp_path / name)
+        whole = np.asarray(Image.open(tmp_path / name))
+        corners = (np.array([[0, 0]]), max(whole.shape))
+        monkeypatch.setattr(data_py, "REGION", 301)
+        tasks = data_py.cell_regions(tmp_path / name, mpp, corners)
+        assert len(tasks) >= 4
+        got = np.concatenate([data_py.detect_region(*task) for task in tasks])
+        want = prior_py.segment_nuclei(whole, mpp, tasks[0][2])
+        sort = lambda xy: xy[np.lexsort(xy.T)]
+        assert len(want) > 300
+        np.testing.assert_allclose(sort(got), sort(want), atol=1e-6)
+
+
+def test_detector_on_the_synthetic_slides(rendered):
+    for image, truth in rendered.values():
+        found = prior_py.segment_nuclei(image, demo.MPP)
+        near = cKDTree(found).sparse_distance_matrix(cKDTree(truth), 3 / demo.MPP, output_type="coo_matrix")
+        hits = (maximum_bipartite_matching(coo_matrix((np.ones(near.nnz), (near.row, near.col)), near.shape).tocsr()) >= 0).sum()
+        assert 2 * hits / (len(found) + len(truth)) > 0.8
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, rendered):
+    """A folder of eight small plain images of both classes, as slides at 1.0 um/px, with labels.csv."""
+    root = tmp_path_factory.mktemp("given") / "tiny set"
+    (root / "slides").mkdir(parents=True)
+    rows = ["slide,label,patient,split"]
+    for label, (image, _) in rendered.items():
+        for i, split in enumerate(("train", "train", "val", "test")):
+            name = f"{label}_{i}"
+            Image.fromarray(image[600: 1048, 700 + 300 * i: 1148 + 300 * i]).save(root / "slides" / f"{name}.png")
+            rows.append(f"{name},{label},p{label}{i},{split}")
+    (root / "labels.csv").write_text("\n".join(rows))
+    return root
+
+
+def test_cells_reach_their_crops(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = data_py.find_data(str(folder), mpp=2.0, slide_mpp=1.0)
+    (tmp_path / "x").mkdir()
+    assert data_py.prepare(found, 1.0, 0.3, workers=1) == []
+    xy = prior_py.read_cells(tmp_path / "datasets" / "tiny_set" / "cells" / "glands_0.npz")
+    crops = data_py.Crops(found, ["glands_0"])
+    assert crops.corners.tolist() == [[0, 0]] and len(crops) == 1
+    np.testing.assert_allclose(crops.cells(0), xy / 2, atol=1e-3)
+    image, cells = crops[0]
+    assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and len(cells) > 50
+    assert torch.equal(crops.priors()[0], prior_py.bin_centroids(xy / 2, 224))
+    made = (tmp_path / "datasets/tiny_set/crops/glands_0.json").stat().st_mtime_ns
+    assert data_py.prepare(found, 1.0, 0.3, workers=1) == []  # nothing is done again
+    assert (tmp_path / "datasets/tiny_set/crops/glands_0.json").stat().st_mtime_ns == made
+    with pytest.raises(prior_py.InputError, match="--tissue 0.3"):
+        data_py.prepare(found, 1.0, 0.5, workers=1)
+
+
+def test_broken_slides_are_passed_over_and_listed(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.png").write_bytes((folder / "slides" / "nests_0.png").read_bytes())
+    (tmp_path / "in" / "cut.png").write_bytes((folder / "slides" / "nests_0.png").read_bytes()[:5000])
+    (tmp_path / "in" / "text.svs").write_text("no slide")
+    (tmp_path / "in" / "empty.tiff").write_bytes(b"")
+    Image.new("RGB", (500, 500), "white").save(tmp_path / "in" / "white.png")
+    found = data_py.find_data("in", mpp=1.0)
+    failed = data_py.prepare(found, 1.0, 0.5, workers=2)
+    assert len(failed) == 4 and all("\n" not in line for line in failed)
+    for name in ("cut.png", "text.svs", "empty.tiff", "white.png"):
+        assert sum(name in line for line in failed) == 1
+    assert len(data_py.Crops(found, found.split("train"))) == 4
+    left = sorted(p.name for p in (tmp_path / "datasets" / "in").rglob("*") if "part" in p.name)
+    assert left == []
+
+
+def test_split_is_by_patient_stratified_seeded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s" / "slides").mkdir(parents=True)
+    rows = ["slide,label"]
+    for i in range(40):
+        name = f"TCGA-05-{i // 2:04d}-01Z-00-DX{i % 2}"
+        (tmp_path / "s" / "slides" / f"{name}.svs").write_bytes(b"x")
+        rows.append(f"{name},{'AB'[i // 2 % 2]}")
+    (tmp_path / "s" / "labels.csv").write_text("\n".join(rows))
+    a, b, c = (data_py.find_data("s", 1.0, seed=seed).labels for seed in (0, 0, 1))
+    assert a == b != c
+    for part, count in (("test", 8), ("val", 8), ("train", 24)):
+        rows = [row for row in a.values() if row["split"] == part]
+        assert len(rows) == count and {row["label"] for row in rows} == {"A", "B"}
+    held = {}
+    for name, row in a.items():
+        assert row["patient"] == name[:12] and held.setdefault(name[:12], row["split"]) == row["split"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("slide,label\na,A\nb,B\n", "c.svs"), ("slide,label\na,A\nb,B\nc,\n", "no label"), ("slide,label\na,A\nb,B\nc,A\nc,A\n", "second time"),
+    ("slide,label\na,A\nb,B\nc,A\nd,A\n", "no file"), ("slide,label\na,A\nb,A\nc,A\n", "two classes"), ("", "slide,label"),
+    ("slide,kind\na,A\n", "slide,label"), ("slide,label\n", "no row"), ("slide,label,split\na,A,train\nb,B,\nc,B,test\n", "all or none"),
+    ("slide,label,split\na,A,train\nb,B,maybe\nc,B,test\n", "maybe"),
+    ("slide,label,patient,split\na,A,p,train\nb,B,q,test\nc,B,p,test\n", "'p' is in train")])
+def test_bad_labels_are_told_in_one_line(tmp_path, monkeypatch, capsys, text, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s" / "slides").mkdir(parents=True)
+    for name in "abc":
+        (tmp_path / "s" / "slides" / f"{name}.svs").write_bytes(b"x")
+    (tmp_path / "s" / "labels.csv").write_text(text)
+    assert train_py.main(["--data", "s", "--mpp", "1"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and "s/" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--data", "nowhere"], "nowhere"), (["--data", "lung"], "datasets/lung/slides/"), (["--data", "s"], "--mpp"),
+    (["--data", "s", "--mpp", "0"], "--mpp"), (["--data", "s", "--mpp", "1"], "no slides"), (["--fraction", "0"], "--fraction"),
+    (["--device", "cuda"], "--device"), (["--local-scale", "0.5", "0.1"], "--local-scale")])
+def test_bad_flags_are_told_in_one_line(tmp_path, monkeypatch, capsys, argv, says):
+    if argv == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s").mkdir()
+    assert train_py.main(argv) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_two_slides_of_one_name_and_paths_out_of_the_folder_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.svs", "a.tiff"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(prior_py.InputError, match="rename"):
+        data_py.find_data(str(tmp_path), 1.0)
+    (tmp_path / "labels.csv").write_text("image,label\n../x.png,A\n")
+    with pytest.raises(prior_py.InputError, match="outside"):
+        data_py.find_data(str(tmp_path), 1.0)
+
+
+# ---------------------------------------------------------------- scripts
+
+SMALL = ["--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3"]
+TRAIN = [*SMALL, "--batch", "2", "--epochs", "2", "--warmup-epochs", "1", "--out-dim", "32", "--disentangled-dim", "16",
+         "--local-crops", "1", "--workers", "1", "--device", "cpu"]
+
+
+def test_schedules_by_hand():
+    assert train_py.cosine(1.0, 0.0, 5, 20, 10) == 0.5 and train_py.cosine(1.0, 0.0, 10, 20, 10) == 1.0
+    assert train_py.cosine(1.0, 0.0, 15, 20, 10) == pytest.approx(0.5) and train_py.cosine(0.996, 1, 20, 20) == pytest.approx(1)
+
+
+def test_defaults_are_the_papers_and_dinos(monkeypatch):
+    args = train_py.arguments(["--data", "lung"])
+    assert (args.batch, args.out_dim, args.disentangled_dim, args.epochs) == (256, 65536, 4096, 100)
+    assert (args.lambda_1, args.lambda_2, args.lr, args.min_lr) == (0.5, 0.1 / 4, 5e-4, 1e-6)
+    assert (args.momentum, args.teacher_temp, args.student_temp, args.clip, args.drop_path) == (0.996, 0.04, 0.1, 3.0, 0.1)
+    assert [train_py.arguments(["--data", d]).epochs for d in ("brca", "paad", "bright3", "bright6")] == [30, 100, 50, 50]
+    assert [data_py.DATASETS[d][0] for d in ("lung", "brca", "paad", "bright3")] == [2.0, 2.0, 2.0, 1.0]
+
+
+def test_gradients_are_clipped_parameter_by_parameter():
+    a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    a.grad, b.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.3, 0.4])
+    train_py.clip_gradients([a, b], 3.0)
+    torch.testing.assert_close(a.grad, torch.tensor([1.8, 2.4]))
+    torch.testing.assert_close(b.grad, torch.tensor([0.3, 0.4]))
+
+
+def test_every_epoch_sees_every_crop_once_and_goes_on_in_the_middle():
+    whole = list(train_py.batches(10, 3, 0, 9, seed=1))
+    assert whole[4:] == list(train_py.batches(10, 3, 4, 9, seed=1))
+    for epoch in range(3):
+        seen = sum(whole[3 * epoch: 3 * epoch + 3], [])
+        assert len(set(seen)) == 9
+    assert whole[:3] != whole[3:6]
+
+
+def test_train_and_eval_end_to_end_interrupted_equals_uninterrupted(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", str(folder), *TRAIN]
+    assert train_py.main([*argv, "--run", "runs/whole"]) == 0
+    assert train_py.main([*argv, "--max-steps", "2"]) == 0
+    assert "same command goes on" in capsys.readouterr().out
+    run = tmp_path / "runs" / "tiny_set_vit_t_dirl"
+    with open(run / "log.csv", "a") as file:
+        file.write("2,0,9.9,half a line that was never kep")  # as a kill leaves it
+    assert train_py.main(argv) == 0
+    assert "Next: python eval.py" in capsys.readouterr().out
+    assert (tmp_path / "runs/whole/log.csv").read_text() == (run / "log.csv").read_text()
+    a, b = (train_py.load(path / "checkpoint.pt") for path in (tmp_path / "runs/whole", run))
+    assert a["step"] == b["step"] == 6
+    for part in ("student", "teacher", "loss"):
+        assert all(torch.equal(x, b[part][k]) for k, x in a[part].items())
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert len(rows) == 6 and {"loss_c", "loss_b", "loss_cc", "loss_bb", "loss_cb", "loss_bc", "both_regions"} <= set(rows[0])
+    assert float(rows[0]["ln_out_dim"]) == pytest.approx(math.log(32), rel=1e-4)
+    assert len(list(csv.reader(open(run / "split.csv")))) == 9
+    assert train_py.main([*argv, "--lr", "0.1"]) == 2
+    assert "--lr" in capsys.readouterr().err
+
+    test = ["--data", str(folder), *SMALL, "--repeats", "2", "--epochs", "5", "--device", "cpu", "--workers", "1"]
+    assert eval_py.main([*test, "--checkpoint", str(run)]) == 0
+    assert "slide accuracy" in capsys.readouterr().out
+    with np.load(run / "features" / "nests_1.npz", allow_pickle=False) as file:
+        assert file["features"].shape == (1, 192) and file["features"].dtype == np.float32
+        assert file["coords"].tolist() == [[0, 0]] and file["coords"].dtype == np.int64
+        features = file["features"]
+    encoder, _ = eval_py.load_encoder(run / "encoder.pt")
+    image = np.asarray(Image.open(tmp_path / "datasets/tiny_set/crops/nests_1/0_0.jpg"))
+    with torch.no_grad():
+        want = encoder(views_py.normalize(as_batch(image))).mean(1)
+    np.testing.assert_allclose(features, want.numpy(), atol=1e-5)
+    results = {row["measure"]: float(row["mean"]) for row in csv.DictReader(open(run / "results.csv"))}
+    shares = [results[f"tokens with attention {b}"] for b in ("0 to 0.5", "0.5 to 2", "over 2")]
+    assert sum(shares) == pytest.approx(1, abs=2e-4)
+    assert all((run / name).read_bytes()[:4] == b"\x89PNG" for name in ("attention_bins.png", "attention_overlay.png"))
+    written = (run / "features" / "nests_1.npz").stat().st_mtime_ns
+    assert eval_py.main([*test, "--checkpoint", str(run)]) == 0
+    assert (run / "features" / "nests_1.npz").stat().st_mtime_ns == written  # not made twice
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", str(folder), *TRAIN, "--method", "baseline"]
+    assert train_py.main([*argv, "--max-steps", "2"]) == 0
+    kept = (tmp_path / "runs/tiny_set_vit_t_baseline/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(dirl.DiRLLoss, "forward", lambda self, s, *rest: (s["f"][0].sum() * math.nan, {"f": torch.tensor(math.nan)}))
+    assert train_py.main(argv) == 1
+    assert "step 2" in capsys.readouterr().err
+    assert (tmp_path / "runs/tiny_set_vit_t_baseline/checkpoint.pt").read_bytes() == kept
+
+
+def test_a_folder_of_crops_with_labels_trains_on_its_training_part(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c" / "kind").mkdir(parents=True)
+    rows = ["image,label,split,group"]
+    for i, path in enumerate(sorted((folder / "slides").glob("*.png"))):
+        Image.open(path).resize((224, 224)).save(tmp_path / "c" / "kind" / path.name)
+        rows.append(f"kind/{path.name},{path.stem[:5]},{'test' if i % 4 == 3 else 'train'},{i}")
+    (tmp_path / "c" / "labels.csv").write_text("\n".join(rows))
+    found = data_py.find_data("c", 2.0)
+    assert data_py.prepare(found, workers=1) == []
+    assert len(found.split("train")) + len(found.split("val")) == 6 and len(found.split("test")) == 2
+    crops = data_py.Crops(found, found.split("train"))
+    whole = prior_py.segment_nuclei(np.asarray(Image.open(crops.files[0])), 2.0)
+    np.testing.assert_allclose(crops.cells(0), whole, atol=1e-3)
+
+
+def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "WIDTH", 700)
+    monkeypatch.setattr(demo, "HEIGHT", 600)
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "truth").mkdir()
+    demo.write_slide(tmp_path, "a", "glands", [0, 0])
+    slide = data_py.Slide(tmp_path / "slides" / "a.svs")
+    assert (slide.width, slide.height, slide.mpp) == (700, 600, demo.MPP)
+    truth = prior_py.read_cells(tmp_path / "truth" / "a.csv")
+    image, nuclei = demo.render("glands", [0, 0])
+    np.testing.assert_allclose(truth, nuclei, atol=0.006)
+    assert np.array_equal(np.asarray(slide.read_level(0, 0, 0, 700, 600)), image)
+
+
+def test_scripts_say_what_they_do():
+    for script in ("train.py", "eval.py"):
+        out = subprocess.run([sys.executable, Path(__file__).with_name(script), "--help"], capture_output=True, text=True)
+        assert out.returncode == 0 and "--data" in out.stdout
+
+
+if __name__ == "__main__":
+    benchmark()

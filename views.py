@@ -85,7 +85,7 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     yiq = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=device)
     cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
     turn, hued = eye[:, :3, :3].clone(), eye.clone()
-    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, -sin, sin, cos
+    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, sin, -sin, cos
     hued[:, :3, :3] = torch.linalg.inv(yiq) @ turn @ yiq
     total = eye
     for step in range(4):
