@@ -152,7 +152,7 @@ def tissue_mask(picture, mpp):
     density = -np.log((picture.astype(np.float32) + 1) / 256)
     r, g, b = (ndimage.gaussian_filter(density[..., i], TISSUE_SMOOTH / mpp / 2) for i in range(3))
     ink = (r > 1.1 * g) | (b > 0.8 * g) & (g > 0.5) & (r < 0.3 * g)  # blue or green; red
-    return (g - (r + b) / 2 > TISSUE_FLOOR) & ~ink
+    return (g - (r + b) / 2 > np.maximum(TISSUE_FLOOR, 0.08 * g)) & ~ink  # black is grey but for noise
 
 
 def tile_grid(slide, mpp, tissue):
@@ -215,7 +215,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
 # ---------------------------------------------------------------- cells of a whole slide
 
 REGION = 2048  # px of the detector's working size
-MARGIN = 40.0  # um around a region: more than the detector sees, so that seams agree
+MARGIN = 24.0  # um around a region: more than the detector sees, so that seams agree
 
 
 def cell_regions(path, slide_mpp, tiles):

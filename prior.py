@@ -51,22 +51,53 @@ def bin_centroids(centroids, size, patch_size=16):
 # ---------------------------------------------------------------- built-in detector
 
 WORK_MPP = 0.5  # um/px: finer images are averaged down to this; nuclei of 3 um are still 6 px
-SCALES = (1.5, 2.2)  # um: sigma of the inner Gaussians; a disc's best response is at radius / sqrt(2)
-SURROUND = 4.0  # outer sigma / inner sigma
-MIN_DISTANCE = 2.0  # um: no two seeds nearer than this
-OTSU_SHARE, FLOOR = 0.5, 0.05  # a seed passes at this share of Otsu's threshold, and never under the floor
+SMOOTH, GATHER = 1.9, 0.9  # um: sigma of the density before its gradient is taken, and of the convergence after
+MIN_DISTANCE = 1.5  # um: no two seeds nearer than this
+TISSUE = 0.05  # density: what is below is glass, which has no say in adapt()
+EDGE_FLOOR, THRESHOLD_FLOOR = 0.03, 0.1  # the least that adapt() returns: glass and plain tissue stay empty
 
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # H, E, rest (Ruifrok 2001)
-HAEMATOXYLIN = np.linalg.inv(STAINS)[:, 0]
-# Half deconvolution, half the red density: deconvolved alone is noisy where the stains differ from Ruifrok's.
-NUCLEAR = ((HAEMATOXYLIN + [1, 0, 0]) / 2).astype(np.float32)
+HAEMATOXYLIN = np.linalg.inv(STAINS)[:, 0].astype(np.float32)
 DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float32)  # of a uint8 grey value
 
 
-def nuclear_density(image):
-    """uint8 RGB (H, W, 3) to the haematoxylin density (H, W) float32, cut to 0 to 2."""
-    r, g, b = (weight * DENSITY[image[..., i]] for i, weight in enumerate(NUCLEAR))
-    return np.clip(r + g + b, 0, 2)
+def work_factor(mpp):
+    """How many px a side are averaged into one working px; whole, so that regions of a slide share one grid."""
+    return max(1, int(WORK_MPP / mpp + 0.25))
+
+
+def smooth(values, sigma):
+    """Gaussian of that sigma in px, cut at 3 sigma, so that the detector looks at a finite neighbourhood."""
+    return ndimage.gaussian_filter(values, sigma, truncate=3)
+
+
+def slope(values, axis):
+    """Central difference a px."""
+    return ndimage.correlate1d(values, [-0.5, 0, 0.5], axis)
+
+
+def density_and_slopes(image, mpp):
+    """uint8 RGB (H, W, 3) at mpp um/px to the haematoxylin density, cut to 0 to 2 and smoothed, and its slopes.
+
+    Gives the density (h, w) at work_factor(mpp), its slopes in y and x a um, and the um of a working px.
+    """
+    factor = work_factor(mpp)
+    if factor > 1:
+        image = np.asarray(Image.fromarray(image).reduce(factor))
+    px = mpp * factor
+    r, g, b = (weight * DENSITY[image[..., i]] for i, weight in enumerate(HAEMATOXYLIN))
+    density = smooth(np.clip(r + g + b, 0, 2), SMOOTH / px)
+    return density, slope(density, 0) / px, slope(density, 1) / px, px
+
+
+def convergence(dy, dx, edge, px):
+    """How far the slopes point inwards from all sides: minus the divergence of their direction, smoothed.
+
+    A slope is divided by sqrt(its length^2 + edge^2), edge in density a um: those steeper than edge count by
+    direction alone, so that pale and dark nuclei answer alike, and those below fade out.
+    """
+    length, sigma = np.sqrt(dy * dy + dx * dx + edge * edge), GATHER / px
+    return -sigma * (slope(smooth(dy / length, sigma), 0) + slope(smooth(dx / length, sigma), 1))
 
 
 def otsu(values, bins=256):
@@ -79,60 +110,48 @@ def otsu(values, bins=256):
     return centre[np.nanargmax(between[:-1])] if np.isfinite(between[:-1]).any() else centre[0]
 
 
-def work_factor(mpp):
-    """How many px a side are averaged into one working px; whole, so that regions of a slide share one grid."""
-    return max(1, int(WORK_MPP / mpp + 0.25))
+def adapt_to(fields):
+    """(edge, threshold) of what density_and_slopes gave for some images: edge is the median slope of the tissue,
+    threshold is Otsu's over the tissue's px where the slopes converge, of convergence times density."""
+    slopes = np.concatenate([np.hypot(dy, dx)[density > TISSUE] for density, dy, dx, _ in fields])
+    edge = max(EDGE_FLOOR, float(np.median(slopes))) if len(slopes) else EDGE_FLOOR
+    scores = np.concatenate([(convergence(dy, dx, edge, px) * d)[d > TISSUE] for d, dy, dx, px in fields])
+    scores = scores[scores > 0]
+    return edge, max(THRESHOLD_FLOOR, float(otsu(scores)) if len(scores) else 0)
 
 
-def seeds(image, mpp):
-    """Candidates for nuclei: centroids (K, 2) in px of the image and their responses (K,).
+def adapt(images, mpp):
+    """(edge, threshold) for the regions of a slide, from a sample of them (uint8 RGB arrays at mpp um/px)."""
+    return adapt_to([density_and_slopes(image, mpp) for image in images])
 
-    The local maxima, over space and scale, of the Gaussian differences of the haematoxylin density.
+
+def segment_nuclei(image, mpp, parameters=None):
+    """Nuclei of an H&E image: where the gradient of haematoxylin converges (after Kobatake and Hashimoto 1999).
+
+    image uint8 RGB (H, W, 3), mpp um/px, to centroids (K, 2) in px of the image. parameters: what adapt() gave
+    for the slide that the image is a region of; None adapts to the image itself. Seeds are the local maxima of the
+    convergence where convergence times density passes the threshold; nothing farther than 15 um has a part in one.
+    Raises ValueError for another dtype or shape, or an mpp that is not positive.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"segment_nuclei takes uint8 (H, W, 3), not {image.dtype} {image.shape}")
     if not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"mpp is {mpp}: it has to be um/px, above 0")
-    if min(image.shape[:2]) == 0:
-        return np.zeros((0, 2)), np.zeros(0)
-    factor = work_factor(mpp)
-    if factor > 1:
-        image = np.asarray(Image.fromarray(image).reduce(factor))
-    px = mpp * factor  # um a working px
-    density = nuclear_density(image)
-    response = np.full(density.shape, -np.inf, np.float32)
-    for sigma in SCALES:
-        inner = ndimage.gaussian_filter(density, sigma / px, truncate=3)
-        outer = ndimage.gaussian_filter(density, sigma * SURROUND / px, truncate=3)
-        np.maximum(response, inner - outer, out=response)
+    if image.size == 0:
+        return np.zeros((0, 2))
+    density, dy, dx, px = field = density_and_slopes(image, mpp)
+    edge, threshold = parameters or adapt_to([field])
+    response = convergence(dy, dx, edge, px)
     radius = max(1, round(MIN_DISTANCE / px))
-    peaks = (response == ndimage.maximum_filter(response, 2 * radius + 1)) & (response > FLOOR)
+    peaks = response == ndimage.maximum_filter(response, 2 * radius + 1)
+    peaks &= response * density > threshold
     labels, count = ndimage.label(peaks, np.ones((3, 3)))  # a symmetric nucleus peaks in a plateau: one seed
     y, x = np.nonzero(peaks)
     which = labels[y, x] - 1
     size = np.bincount(which, minlength=count)
-    xy, strength = np.stack([np.bincount(which, x) / size, np.bincount(which, y) / size], 1), np.bincount(which, response[y, x]) / size
-    return (xy + 0.5) * factor - 0.5, strength
-
-
-def adapt(images, mpp):
-    """The response that a seed has to reach: a share of Otsu's threshold of all seeds of some images of a slide."""
-    strength = np.concatenate([seeds(image, mpp)[1] for image in images])
-    return max(FLOOR, OTSU_SHARE * otsu(strength)) if len(strength) else FLOOR
-
-
-def segment_nuclei(image, mpp, threshold=None):
-    """Nuclei of an H&E image by multi-scale Gaussian differences (after Al-Kofahi et al. 2009).
-
-    image uint8 RGB (H, W, 3), mpp um/px, to centroids (K, 2) in px of the image. threshold: what adapt() gave for
-    the slide that the image is a region of; None adapts to the image itself.
-    Raises ValueError for another dtype or shape, or an mpp that is not positive.
-    """
-    xy, strength = seeds(image, mpp)
-    if threshold is None:
-        threshold = max(FLOOR, OTSU_SHARE * otsu(strength)) if len(strength) else FLOOR
-    return xy[strength >= threshold]
+    seeds = np.stack([np.bincount(which, x) / size, np.bincount(which, y) / size], 1)
+    return (seeds + 0.5) * work_factor(mpp) - 0.5
 
 
 # ---------------------------------------------------------------- readers

@@ -148,7 +148,7 @@ def make_view(images, cells, kind, scale, generator):
 def normalize(images):
     """0 to 1 RGB to ImageNet's mean 0 and standard deviation 1, which the encoder takes."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images - mean) / std
+    return images.sub(mean).div_(std)
 
 
 def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
