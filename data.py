@@ -28,7 +28,7 @@ from prior import InputError
 
 CROP = 224  # px
 DATASETS = {  # name: um/px (A.1: 5x, BRIGHT 10x), epochs of pre-training (A.1.2)
-    "demo": (2.0, 3), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
+    "demo": (2.0, 6), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
     "bright3": (1.0, 50), "bright6": (1.0, 50)}
 SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
                ".png", ".jpg", ".jpeg"}
