@@ -85,7 +85,7 @@ def embed(encoder, crops, args, what):
     bf16 = args.precision == "bf16" or args.precision == "auto" and native_bf16(device)
     loader = DataLoader(crops, args.batch, collate_fn=data_py.collate, num_workers=args.workers if device.type == "cuda" else 0)
     out = []
-    for images, _ in tqdm(loader, desc=what, unit="batch", leave=False, mininterval=1):
+    for images, _ in tqdm(loader, desc=what, unit="batch", leave=False, disable=len(loader) < 20):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             tokens = encoder(views.normalize(images.to(device).float() / 255))  # (B, n, d)
         out.append(tokens.float().mean(1).cpu())
@@ -264,6 +264,9 @@ def main(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         print("eval.py: out of memory; lower --batch", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"eval.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("eval.py: stopped; finished slides stay, run it again to go on", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -888,6 +889,15 @@ def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path, monkeypatc
     image, nuclei = demo.render("glands", [0, 0])
     np.testing.assert_allclose(truth, nuclei, atol=0.006)
     assert np.array_equal(np.asarray(slide.read_level(0, 0, 0, 700, 600)), image)
+
+
+def test_the_readmes_line_anchors_point_at_what_they_name():
+    here = Path(__file__).resolve().parent
+    links = re.findall(r"\[`(\w+)\.(\w+)`\]\((\w+\.py)#L(\d+)\)", (here / "README.md").read_text())
+    assert len(links) >= 20
+    for module, name, file, line in links:
+        assert file == module + ".py"
+        assert re.match(rf"(class|def) {name}\b", (here / file).read_text().splitlines()[int(line) - 1]), (name, line)
 
 
 def test_scripts_say_what_they_do():

@@ -308,6 +308,12 @@ def main(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         print("train.py: out of memory; lower --batch or --local-crops", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"train.py: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped; finished slides stay, run it again to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
