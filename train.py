@@ -229,7 +229,7 @@ def train(args):
             with torch.no_grad():
                 target = teacher(x[:1], priors[:1])
             output = student(x, priors)
-            total, each = loss_fn(output, target, args.teacher_temp)
+        total, each = loss_fn(output, target, args.teacher_temp)  # in fp32
         value = total.item()
         if not math.isfinite(value):
             bar.close()
