@@ -22,8 +22,9 @@ import dirl
 import mil
 import prior
 import views
-from data import DATASETS, renamed
+from data import DATASETS
 from prior import InputError
+from slides import CROP, renamed
 from train import load, native_bf16, run_name
 
 
@@ -180,7 +181,7 @@ def plot_overlays(crops, attention, priors, path):
     axes = figure.subplots(count, 3, squeeze=False)
     for row, (image, heat, p) in enumerate(zip(crops, attention, priors)):
         grid = int(len(heat) ** 0.5)
-        grow = lambda v: np.asarray(Image.fromarray(v.view(grid, grid).numpy()).resize((data_py.CROP,) * 2, Image.NEAREST))
+        grow = lambda v: np.asarray(Image.fromarray(v.view(grid, grid).numpy()).resize((CROP,) * 2, Image.NEAREST))
         for axis in axes[row]:
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set_axis_off()
@@ -243,7 +244,7 @@ def evaluate(args):
     plot_bins(bins, f"{about['data']}, {about['arch']}, {about['method']}", run / "attention_bins.png")
     chosen = spread(len(part), args.overlays)
     plot_overlays([part[i][0] for i in chosen], attention[chosen],
-                  [prior.bin_centroids(part[i][1], data_py.CROP) for i in chosen], run / "attention_overlay.png")
+                  [prior.bin_centroids(part[i][1], CROP) for i in chosen], run / "attention_overlay.png")
     write_csv(run / "results.csv", table)
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     for row in table:

@@ -26,6 +26,7 @@ import dirl
 import eval as eval_py
 import mil
 import prior as prior_py
+import slides as slides_py
 import train as train_py
 import views as views_py
 
@@ -587,7 +588,7 @@ def benchmark():
     ({"aperio.AppMag": "20.0"}, 0.5), ({"openslide.mpp-x": "0", "aperio.AppMag": "40"}, 0.25),
     ({"openslide.mpp-x": "1000000"}, None), ({"openslide.mpp-x": "unknown"}, None), ({}, None)])
 def test_um_per_px_of_a_slide(properties, mpp):
-    assert data_py.recorded_mpp(properties) == mpp
+    assert slides_py.recorded_mpp(properties) == mpp
 
 
 @pytest.fixture(scope="session")
@@ -610,7 +611,7 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path):
     image = np.stack([x / 1900 * 120 + 100, np.full(x.shape, 60), y / 1400 * 120 + 100], -1).astype(np.uint8)  # magenta
     pyramid(tmp_path / "a.svs", image, 0.5)
     for mpp in (0.5, 1.0, 1.37):
-        count = data_py.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", mpp, None, 0.5)
+        count = slides_py.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", mpp, None, 0.5)
         side = 224 * mpp / 0.5
         files = list((tmp_path / "crops" / "a").glob("*.jpg"))
         assert len(files) == count == int(1900 / side) * int(1400 / side)
@@ -627,7 +628,7 @@ def test_tissue_is_found_and_white_dust_and_ink_are_not():
     colours = {"dark": stain(0.8, 0.6), "pale": stain(0.03, 0.12), "white": (243, 243, 243), "dust": (190, 190, 192),
                "blue ink": (40, 60, 170), "green ink": (30, 120, 70), "black ink": (25, 25, 30), "red ink": (215, 30, 45)}
     for name, colour in colours.items():
-        mask = data_py.tissue_mask(np.full((40, 40, 3), colour, np.float64).round().astype(np.uint8), 8.0)
+        mask = slides_py.tissue_mask(np.full((40, 40, 3), colour, np.float64).round().astype(np.uint8), 8.0)
         assert mask.all() if name in ("dark", "pale") else not mask.any(), name
 
 
@@ -637,10 +638,10 @@ def test_no_cell_is_lost_or_doubled_on_a_seam(tmp_path, rendered, monkeypatch):
         Image.fromarray(image if mpp == 1 else image.repeat(2, 0).repeat(2, 1)[:1000, :1400]).save(tmp_path / name)
         whole = np.asarray(Image.open(tmp_path / name))
         corners = (np.array([[0, 0]]), max(whole.shape))
-        monkeypatch.setattr(data_py, "REGION", 301)
-        tasks = data_py.cell_regions(tmp_path / name, mpp, corners)
+        monkeypatch.setattr(slides_py, "REGION", 301)
+        tasks = slides_py.cell_regions(tmp_path / name, mpp, corners)
         assert len(tasks) >= 4
-        got = np.concatenate([data_py.detect_region(*task) for task in tasks])
+        got = np.concatenate([slides_py.detect_region(*task) for task in tasks])
         want = prior_py.segment_nuclei(whole, mpp, tasks[0][2])
         sort = lambda xy: xy[np.lexsort(xy.T)]
         assert len(want) > 300
@@ -883,7 +884,7 @@ def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path, monkeypatc
     (tmp_path / "slides").mkdir()
     (tmp_path / "truth").mkdir()
     demo.write_slide(tmp_path, "a", "glands", [0, 0])
-    slide = data_py.Slide(tmp_path / "slides" / "a.svs")
+    slide = slides_py.Slide(tmp_path / "slides" / "a.svs")
     assert (slide.width, slide.height, slide.mpp) == (700, 600, demo.MPP)
     truth = prior_py.read_cells(tmp_path / "truth" / "a.csv")
     image, nuclei = demo.render("glands", [0, 0])

@@ -21,8 +21,9 @@ from tqdm import tqdm
 import data as data_py
 import dirl
 import views
-from data import DATASETS, renamed
+from data import DATASETS
 from prior import InputError
+from slides import renamed
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: fewer outputs, a sharper and quicker teacher, or the loss only reaches ln(out_dim).
