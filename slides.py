@@ -5,6 +5,8 @@ Levels are never counted. Coordinates of tiles and cells on a slide are level-0 
 import json
 import os
 import shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,28 +38,61 @@ def renamed(path):
 
 # ---------------------------------------------------------------- slides
 
-def number(text):
-    """A property as a positive finite float, or None: "unknown", 0 and inf count as missing."""
+MPP_LIMITS, POWER_LIMITS = (0.05, 20), (0.5, 200)  # um/px; "unknown", 0 and 10^6 count as missing
+
+
+def number(text, low, high):
+    """A property as a float between low and high, or None."""
     try:
         value = float(text)
     except (TypeError, ValueError):
         return None
-    return value if 0 < value < float("inf") else None
+    return value if low < value < high else None
 
 
 def recorded_mpp(properties):
-    """um/px of level 0 as the file records it: its mpp, or 10 / objective power; None where neither is there."""
-    mpp = number(properties.get("openslide.mpp-x")) or number(properties.get("aperio.MPP"))
-    if mpp and 0.05 < mpp < 20:
-        return mpp
-    power = number(properties.get("openslide.objective-power")) or number(properties.get("aperio.AppMag"))
-    return 10 / power if power and 0.5 < power < 200 else None
+    """um/px of level 0 as the file records it, the property that says so, and a warning or "".
+
+    The order is openslide.mpp-x and -y, aperio.MPP, 10 / objective power, TIFF resolution; (None, "", "") where none
+    is there. mpp and power that differ by more than 1.5 times: mpp counts, with a warning. ValueError where a px is
+    not square (5 % and more).
+    """
+    def first(names, limits):
+        found = ((number(properties.get(name), *limits), name) for name in names)
+        return next((pair for pair in found if pair[0]), (None, ""))
+
+    mpp, name = first(("openslide.mpp-x", "aperio.MPP"), MPP_LIMITS)
+    power, power_name = first(("openslide.objective-power", "aperio.AppMag"), POWER_LIMITS)
+    if name == "openslide.mpp-x":
+        other = number(properties.get("openslide.mpp-y"), *MPP_LIMITS) or mpp
+        if not 0.95 < mpp / other < 1 / 0.95:
+            raise ValueError(f"its px are not square: {mpp:g} by {other:g} um")
+    if mpp:
+        odd = power and not 1 / 1.5 <= mpp * power / 10 <= 1.5
+        return mpp, name, f"{name} is {mpp:g} um/px, {power_name} {power:g} would be {10 / power:g}; {mpp:g} is taken" if odd else ""
+    if power:
+        return 10 / power, power_name, ""
+    unit = {"inch": 25400, "centimeter": 10000}.get(properties.get("tiff.ResolutionUnit", "inch"), 0)  # um
+    per_unit = number(properties.get("tiff.XResolution"), 0, 1e9)
+    mpp = number(unit / per_unit, *MPP_LIMITS) if per_unit else None
+    return mpp, "tiff.XResolution" if mpp else "", ""
+
+
+def on_white(rgba):
+    """RGBA to RGB."""
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return rgba.convert("RGB")
+    rgb = Image.new("RGB", rgba.size, "white")
+    rgb.paste(rgba, mask=alpha)
+    return rgb
 
 
 class Slide:
     """An open slide, or a plain image taken as one. width, height: level-0 px; mpp: um/px of level 0.
 
-    InputError, with the file's name, where it cannot be read or no um/px is recorded and slide_mpp is None.
+    source is the property that recorded mpp ("--slide-mpp" if none did), warning what is odd about it. InputError,
+    with the file's name, where it cannot be read or no um/px is recorded and slide_mpp is None.
     """
 
     def __init__(self, path, slide_mpp=None):
@@ -67,7 +102,12 @@ class Slide:
         except (openslide.OpenSlideError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
                              "is the file whole?") from None
-        self.mpp = recorded_mpp(self.handle.properties) or slide_mpp
+        try:
+            self.mpp, self.source, self.warning = recorded_mpp(self.handle.properties)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; make it anew with square px") from None
+        if not self.mpp:
+            self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
             raise InputError(f"{path}: no um/px and no magnification is recorded in it; say it with --slide-mpp "
                              "(0.25 for 40x, 0.5 for 20x)")
@@ -79,28 +119,18 @@ class Slide:
         level = max((i for i, d in enumerate(downs) if d * self.mpp <= mpp * 1.05), key=lambda i: downs[i], default=0)
         return level, downs[level]
 
-    def read_level(self, level, x, y, width, height):
-        """RGB image of a box of a level, in px of that level; what lies outside the slide is white."""
+    def read_rgba(self, level, x, y, width, height):
+        """RGBA image of a box of a level, in px of that level; what lies outside the slide is transparent."""
         down = self.handle.level_downsamples[level]
         try:
-            rgba = self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
+            return self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
         except (openslide.OpenSlideError, OSError) as error:
             raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
                              "is the file whole?") from None
-        rgb = Image.new("RGB", rgba.size, "white")
-        rgb.paste(rgba, mask=rgba.getchannel("A"))
-        return rgb
 
-    def read(self, x, y, width, height, mpp):
-        """RGB image at mpp um/px of width x height px, its corner at x, y in level-0 px; one resampling."""
-        level, down = self.level_for(mpp)
-        scale = mpp / self.mpp / down  # px of the level a px of the result
-        left, top = x / down, y / down
-        x0, y0 = int(left), int(top)
-        x1, y1 = int(np.ceil(left + width * scale)), int(np.ceil(top + height * scale))
-        image = self.read_level(level, x0, y0, x1 - x0, y1 - y0)
-        box = (left - x0, top - y0, left - x0 + width * scale, top - y0 + height * scale)
-        return image.resize((width, height), Image.BICUBIC, box=box)
+    def read_level(self, level, x, y, width, height):
+        """The same as RGB, white outside the slide."""
+        return on_white(self.read_rgba(level, x, y, width, height))
 
     def picture(self, mpp):
         """The whole slide at about mpp um/px: uint8 (h, w, 3), and the level-0 px of one of its px.
@@ -139,61 +169,96 @@ def tissue_mask(picture, mpp):
     return (g - (r + b) / 2 > np.maximum(TISSUE_FLOOR, 0.08 * g)) & ~ink  # black is grey but for noise
 
 
-def tile_grid(slide, mpp, tissue):
-    """Level-0 corners (N, 2) int64, row by row, of the CROP px tiles at mpp with at least that share of tissue."""
-    picture, unit = slide.picture(MASK_MPP)
-    mask = tissue_mask(picture, unit * slide.mpp)
+def tissue_shares(picture, mpp, x_edges, y_edges):
+    """Share of tissue in each box of a grid, (len(y_edges) - 1, len(x_edges) - 1); edges in px of the picture."""
+    mask = tissue_mask(picture, mpp)
     total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    side = CROP * mpp / slide.mpp  # level-0 px
-    corners = []
-    for j in range(int(slide.height / side + 1e-9)):
-        for i in range(int(slide.width / side + 1e-9)):
-            x0, y0 = int(i * side / unit), int(j * side / unit)
-            x1, y1 = max(x0 + 1, round((i + 1) * side / unit)), max(y0 + 1, round((j + 1) * side / unit))
-            x1, y1 = min(x1, mask.shape[1]), min(y1, mask.shape[0])
-            count = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]
-            if count >= tissue * max(1, (x1 - x0) * (y1 - y0)):
-                corners.append((round(i * side), round(j * side)))
-    return np.array(corners, np.int64).reshape(-1, 2)
+
+    def bounds(edges, size):
+        low = np.minimum(edges[:-1].astype(int), size - 1)
+        return low, np.clip(edges[1:].round().astype(int), low + 1, size)
+    (x0, x1), (y0, y1) = bounds(x_edges, mask.shape[1]), bounds(y_edges, mask.shape[0])
+    count = total[np.ix_(y1, x1)] - total[np.ix_(y0, x1)] - total[np.ix_(y1, x0)] + total[np.ix_(y0, x0)]
+    return count / np.outer(y1 - y0, x1 - x0)
+
+
+BLOCK = 2560  # px a side, at least, of what is read at once: large, so that few tiles of the file are decoded twice
+
+
+def read_blocks(slide, mpp, tissue):
+    """Yields blocks of CROP px tiles at mpp um/px: (RGBA image, its left and top, first tile's i and j, columns, rows).
+
+    Tile i, j has its level-0 corner at (i, j) * CROP * mpp / slide.mpp; image, left and top are px of the level that
+    is read. Where a coarse level shows clearly less tissue than asked for, nothing is read: a slide that has no such
+    level is decoded once all the same.
+    """
+    level, down = slide.level_for(mpp)
+    side = CROP * mpp / slide.mpp  # level-0 px of a tile
+    nx, ny = int(slide.width / side + 1e-9), int(slide.height / side + 1e-9)
+    maybe = np.ones((ny, nx), bool)
+    if maybe.size and slide.level_for(MASK_MPP)[1] >= 4 * down:
+        picture, unit = slide.picture(MASK_MPP)
+        edges = (np.arange(n + 1) * side / unit for n in (nx, ny))
+        maybe = tissue_shares(picture, unit * slide.mpp, *edges) >= tissue / 2
+    k = int(np.ceil(BLOCK * down / side))
+    for j0 in range(0, ny, k):
+        for i0 in range(0, nx, k):
+            j, i = np.nonzero(maybe[j0: j0 + k, i0: i0 + k])
+            if len(i):
+                i, j, columns, rows = i0 + i.min(), j0 + j.min(), np.ptp(i) + 1, np.ptp(j) + 1
+                left, top, right, bottom = (v * side / down for v in (i, j, i + columns, j + rows))
+                left, top, right, bottom = int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom))
+                yield slide.read_rgba(level, left, top, right - left, bottom - top), left, top, i, j, columns, rows
+
+
+def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
+    """Resamples and writes the tiles of a block with at least that share of tissue; gives their number."""
+    rgba, left, top, i0, j0, columns, rows = block
+    image, side = on_white(rgba), CROP * mpp / slide_mpp
+    x, y = np.arange(i0, i0 + columns + 1) * side / down - left, np.arange(j0, j0 + rows + 1) * side / down - top
+    factor = max(1, int(MASK_MPP / (slide_mpp * down)))
+    share = tissue_shares(np.asarray(image.reduce(factor)), slide_mpp * down * factor, x / factor, y / factor)
+    kept = np.argwhere(share >= tissue)
+    for j, i in kept:
+        box = (x[i], y[j], min(x[i + 1], image.width), min(y[j + 1], image.height))
+        image.resize((CROP, CROP), Image.BICUBIC, box=box).save(
+            folder / f"{round((i0 + i) * side)}_{round((j0 + j) * side)}.jpg", quality=90)
+    return len(kept)
 
 
 def cut_tiles(path, crops, mpp, slide_mpp, tissue):
-    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives their number.
+    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives its warning or "".
 
-    Tiles that touch in a row are read and resampled in one piece, at most 16 at a time.
+    One thread reads blocks, another resamples and writes them; three blocks are held at most, so memory stays flat.
     """
     slide = Slide(path, slide_mpp)
     if slide.mpp > 1.25 * mpp:
         raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; give a larger --mpp")
-    corners = tile_grid(slide, mpp, tissue)
-    if not len(corners):
-        raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
-                         "lower --tissue or --mpp")
-    name = Path(path).stem
-    part = crops / f".{name}.part"
+    name, down = Path(path).stem, slide.level_for(mpp)[1]
+    part, count, waiting = crops / f".{name}.part", 0, deque()
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        side, start = CROP * mpp / slide.mpp, 0
-        for end in range(1, len(corners) + 1):
-            last = corners[end - 1]
-            if end < len(corners) and end - start < 16 and corners[end][1] == last[1] and corners[end][0] - last[0] < side + 1:
-                continue
-            strip = slide.read(*corners[start], (end - start) * CROP, CROP, mpp)
-            for k, (x, y) in enumerate(corners[start: end]):
-                strip.crop((k * CROP, 0, (k + 1) * CROP, CROP)).save(part / f"{x}_{y}.jpg", quality=90)
-            start = end
+        with ThreadPoolExecutor(1) as writer:
+            for block in read_blocks(slide, mpp, tissue):
+                waiting.append(writer.submit(write_tiles, block, slide.mpp, down, mpp, tissue, part))
+                while len(waiting) > 2:
+                    count += waiting.popleft().result()
+            count += sum(job.result() for job in waiting)
+        if not count:
+            raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
+                             "lower --tissue or --mpp")
         shutil.rmtree(crops / name, ignore_errors=True)
         part.rename(crops / name)
         info = {"slide": name, "file": str(path), "mpp": mpp, "slide_mpp": slide.mpp, "tissue": tissue,
-                "tiles": len(corners), "width": slide.width, "height": slide.height}
+                "tiles": count, "width": slide.width, "height": slide.height}
         with renamed(crops / f"{name}.json") as temp:
             temp.write_text(json.dumps(info))
     except OSError as error:
         raise InputError(f"{crops / name}: cannot be written ({error.strerror}); make room or run elsewhere") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return len(corners)
+    return f"{path}: {slide.warning}" if slide.warning else ""
 
 
 # ---------------------------------------------------------------- cells of a whole slide

@@ -586,9 +586,18 @@ def benchmark():
 @pytest.mark.parametrize("properties, mpp", [
     ({"openslide.mpp-x": "0.25", "openslide.objective-power": "20"}, 0.25), ({"openslide.objective-power": "40"}, 0.25),
     ({"aperio.AppMag": "20.0"}, 0.5), ({"openslide.mpp-x": "0", "aperio.AppMag": "40"}, 0.25),
+    ({"aperio.MPP": "0.5", "openslide.mpp-x": "unknown"}, 0.5), ({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.26"}, 0.25),
+    ({"tiff.XResolution": "20000", "tiff.ResolutionUnit": "centimeter"}, 0.5), ({"tiff.XResolution": "72"}, None),
     ({"openslide.mpp-x": "1000000"}, None), ({"openslide.mpp-x": "unknown"}, None), ({}, None)])
 def test_um_per_px_of_a_slide(properties, mpp):
-    assert slides_py.recorded_mpp(properties) == mpp
+    assert slides_py.recorded_mpp(properties)[0] == mpp
+
+
+def test_um_per_px_that_contradicts_the_power_is_warned_of_and_oblong_px_are_refused():
+    assert slides_py.recorded_mpp({"aperio.MPP": "0.25", "aperio.AppMag": "40"})[2] == ""
+    assert "0.25 is taken" in slides_py.recorded_mpp({"aperio.MPP": "0.25", "aperio.AppMag": "20"})[2]
+    with pytest.raises(ValueError, match="not square"):
+        slides_py.recorded_mpp({"openslide.mpp-x": "0.25", "openslide.mpp-y": "0.5"})
 
 
 @pytest.fixture(scope="session")
@@ -611,10 +620,10 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path):
     image = np.stack([x / 1900 * 120 + 100, np.full(x.shape, 60), y / 1400 * 120 + 100], -1).astype(np.uint8)  # magenta
     pyramid(tmp_path / "a.svs", image, 0.5)
     for mpp in (0.5, 1.0, 1.37):
-        count = slides_py.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", mpp, None, 0.5)
+        assert slides_py.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", mpp, None, 0.5) == ""
         side = 224 * mpp / 0.5
         files = list((tmp_path / "crops" / "a").glob("*.jpg"))
-        assert len(files) == count == int(1900 / side) * int(1400 / side)
+        assert len(files) == int(1900 / side) * int(1400 / side)
         for path in files:
             left, top = (int(v) for v in path.stem.split("_"))
             tile = np.asarray(Image.open(path)).astype(float)
