@@ -1,17 +1,26 @@
 """Data sets (A.1): from a user's disk to crops of 224 px with their cells.
 
 Coordinates on a slide are level-0 px, x before y. What is made here stands under datasets/<name>/:
-crops/<slide>/<x>_<y>.jpg with crops/<slide>.json (what they were cut with, written last), cells/<slide>.npz.
-The user's own folder is only read.
+crops/<slide>/<x>_<y>.jpg with crops/<slide>.json (what they were cut with, written last), and
+cells/builtin/<slide>.npz. The user's own folder is only read.
+
+    python data.py manifest --data lung    the list of slides that gdc-client downloads, and labels.csv
+    python data.py check --data NAME       what lies there, what is missing and where to get it
+    python data.py look SLIDE              a picture: slide, tissue, tiles, cells
 """
+import argparse
 import csv
 import json
+import os
 import re
+import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,9 +31,15 @@ import prior
 from prior import InputError
 from slides import CROP, cell_regions, cut_tiles, detect_region, renamed
 
+# ---------------------------------------------------------------- the paper's data sets
+
 DATASETS = {  # name: um/px (A.1: 5x, BRIGHT 10x), epochs of pre-training (A.1.2)
     "demo": (2.0, 6), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
     "bright3": (1.0, 50), "bright6": (1.0, 50)}
+FOLDERS = {"bright3": "bright", "bright6": "bright"}  # both sub-tasks are on the same slides, with six labels
+BRIGHT3 = {"PB": "non-cancerous", "UDH": "non-cancerous", "ADH": "pre-cancerous", "FEA": "pre-cancerous",
+           "DCIS": "cancerous", "IC": "cancerous"}  # A.1
+PRIORS = ("auto", "builtin", "hovernet", "cellpose", "histomicstk")
 SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
                ".png", ".jpg", ".jpeg"}
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -89,6 +104,7 @@ class Data:
     mpp: float  # um/px of the crops
     kind: str  # "slides" or "crops"
     images: dict
+    prior: str = "auto"  # whose cells: one of PRIORS
     labels: dict = field(default_factory=dict)
     classes: list = field(default_factory=list)
 
@@ -99,7 +115,7 @@ class Data:
         return sorted(name for name in self.images if self.labels[name]["split"] == part)
 
 
-def find_data(data, mpp=None, slide_mpp=None, seed=0, root="datasets"):
+def find_data(data, mpp=None, slide_mpp=None, seed=0, prior="auto", root="datasets"):
     """The data set of a name in DATASETS or of a folder, with its labels and split, as a Data.
 
     A folder holds slides/ (or slides as they are), crops/ alone, or images with a labels.csv of image,label.
@@ -109,15 +125,15 @@ def find_data(data, mpp=None, slide_mpp=None, seed=0, root="datasets"):
         if value is not None and not 0.05 <= value <= 20:
             raise InputError(f"{flag} {value:g}: um/px between 0.05 and 20 is expected (0.5 is 20x)")
     known = data in DATASETS
-    source = Path(root) / data if known else Path(data)
+    source = Path(root) / FOLDERS.get(data, data) if known else Path(data)
     if not source.is_dir():
         if known:
             raise InputError(f"{source}/ is not there: put the slides into {source}/slides/ and labels.csv "
-                             "(slide,label) beside it")
+                             f"(slide,label) beside it; python data.py check --data {data} says where they are to be had")
         raise InputError(f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}")
     if mpp is None and not known:
         raise InputError(f"--data {data}: say the um/px of its crops with --mpp (2.0 is 5x, 1.0 10x, 0.5 20x)")
-    name = data if known else safe_name(source)
+    name = FOLDERS.get(data, data) if known else safe_name(source)
     mpp, work = mpp or DATASETS[data][0], Path(root) / name
     table = source / "labels.csv"
     rows = read_table(table) if table.is_file() else None
@@ -139,11 +155,23 @@ def find_data(data, mpp=None, slide_mpp=None, seed=0, root="datasets"):
         rows = None
     if not images:
         raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(SLIDE_TYPES if kind == 'slides' else CROP_TYPES))})")
-    found = Data(name, source, work, mpp, kind, images)
+    found = Data(name, source, work, mpp, kind, images, prior)
+    if rows is not None and name == "bright":
+        rows = bright_rows(table, rows, data)
     if rows is not None:
         found.labels = check_labels(table, rows, column, found.images, seed)
         found.classes = sorted({row["label"] for row in found.labels.values()})
     return found
+
+
+def bright_rows(path, rows, data):
+    """BRIGHT's rows with their classes for three or six; its official validation part is the test part (A.1)."""
+    for line, row in enumerate(rows, 2):
+        if row["label"] not in BRIGHT3:
+            raise InputError(f"{path}: line {line}: label {row['label']!r} is none of {', '.join(BRIGHT3)}")
+    tested = any(SPLITS.get(row.get("split", "").lower()) == "test" for row in rows)
+    return [row | {"label": BRIGHT3[row["label"]] if data == "bright3" else row["label"]}
+            | ({"split": "test"} if not tested and SPLITS.get(row.get("split", "").lower()) == "val" else {}) for row in rows]
 
 
 def safe_name(folder):
@@ -251,8 +279,7 @@ def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
     with renamed(note) as temp:
         temp.write_text(str(data.source.resolve()))
     if data.kind == "crops":
-        todo = {} if (data.work / "cells" / "crops.npz").is_file() else data.images
-        return failed + crop_cells(data, todo, workers)
+        return crop_cells(data, workers)
     crops, todo = data.work / "crops", []
     for name, path in data.images.items():
         info = tile_info(data, name)
@@ -261,23 +288,33 @@ def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
         elif abs(info["mpp"] / data.mpp - 1) > 1e-6 or info["tissue"] != tissue:
             raise InputError(f"{crops / name}: cut with --mpp {info['mpp']:g} --tissue {info['tissue']:g}; "
                              f"say the same, or delete {crops}")
-    failed += [error for _, _, error in each(cut_tiles, todo, workers, "tiles, slides") if error]
+    for _, warning, error in each(cut_tiles, todo, workers, "tiles, slides"):
+        failed += [error] if error else []
+        if warning:
+            tqdm.write(f"note: {warning}")
     ready = [name for name in data.images if tile_info(data, name)]
     if not ready:
         raise InputError(failed[0] if len(failed) == 1 else f"none of the {len(failed)} slides could be used: {failed[0]}")
-    todo = []
+    todo, wanting, given = [], [], []
     for name in ready:
-        if cell_file(data, name) is None:
-            info = tile_info(data, name)
+        file, info = cell_file(data, name), tile_info(data, name)
+        if file and not read_already(file, level0_file(data, name)):
+            given.append((file, level0_file(data, name), info["slide_mpp"], (info["width"], info["height"])))
+        elif file is None and data.prior not in ("auto", "builtin"):
+            wanting.append(name)
+        elif file is None:
             corners = np.array([[int(v) for v in p.stem.split("_")] for p in (crops / name).glob("*.jpg")])
             todo.append((data.images[name], info["slide_mpp"], (corners, CROP * info["mpp"] / info["slide_mpp"])))
+    way = f"put them into {data.source}/cells/{data.prior}/, or take --prior builtin"
+    if len(wanting) == len(ready):
+        raise InputError(f"--prior {data.prior}: no cells of it for any slide; {way}")
+    failed += [f"{data.images[name]}: no cells of {data.prior}; {way}" for name in wanting]
+    failed += [error for _, _, error in each(keep_level0, given, workers, "cells, files") if error]
     regions = []
     for task, result, error in each(cell_regions, todo, workers, "stains, slides"):
         failed += [error] if error else []
         regions += result or []
-    waiting, found, broken = {}, {}, set()
-    for path, *_ in regions:
-        waiting[path] = waiting.get(path, 0) + 1
+    waiting, found, broken = Counter(path for path, *_ in regions), {}, set()
     for task, xy, error in each(detect_region, regions, workers, "cells, regions"):
         path = task[0]
         if error:
@@ -286,7 +323,7 @@ def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
         found.setdefault(path, []).append(xy)
         waiting[path] -= 1
         if waiting[path] == 0 and path not in broken:
-            save_cells(data.work / "cells" / f"{path.stem}.npz", np.concatenate(found.pop(path)))
+            save_cells(data.work / "cells" / "builtin" / f"{path.stem}.npz", np.concatenate(found.pop(path)))
     return failed
 
 
@@ -305,41 +342,91 @@ def tile_info(data, name):
         return None
 
 
+CELL_ENDINGS = (".json", ".geojson", ".csv", ".npz", "_seg.npy", "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
+
+
 def cell_file(data, name):
-    """The cells of a slide: the user's own file first, then what the built-in detector found, or None."""
-    for folder in (data.source / "cells", data.work / "cells"):
-        for kind in (".json", ".csv", ".npz"):
-            if (folder / (name + kind)).is_file():
-                return folder / (name + kind)
-    return None
+    """The cells of a slide or crop, or None: cells/<prior>/<name>.*, else the user's cells/<name>.* that are of that
+    segmenter (with "auto": of any), else, with "auto", what the built-in detector found."""
+    def those(folder):
+        return (folder / (name + ending) for ending in CELL_ENDINGS if (folder / (name + ending)).is_file())
+    named = data.prior if data.prior != "auto" else "builtin"
+    made = [path for root in (data.source, data.work) for path in those(root / "cells" / named)]
+    own = [path for path in those(data.source / "cells") if data.prior in ("auto", prior.cell_format(path))]
+    return next(iter(own + made if data.prior == "auto" else made + own), None)
 
 
-def cells_of_crop(path, mpp):
-    """Cells (K, 2) of one image file, scaled to its CROP px square."""
-    return prior.segment_nuclei(np.asarray(read_crop(path)), mpp)
+def level0_file(data, name):
+    """What training reads of a slide's cells: the built-in detector's own file, or a copy of the user's in level-0 px."""
+    file = cell_file(data, name)
+    if file and file.parent == data.work / "cells" / "builtin":
+        return file
+    return data.work / "cells" / "level0" / data.prior / f"{name}.npz"
+
+
+def read_already(file, copy):
+    return copy.is_file() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns
+
+
+def keep_level0(file, copy, slide_mpp, size):
+    """Reads a segmentation result once, whatever its format, and keeps the cells in level-0 px."""
+    save_cells(copy, prior.read_cells(file, slide_mpp, size))
+
+
+def cells_of_crop(path, mpp, cells):
+    """Cells (K, 2) of one image file in px of its CROP px square; from a file of its own, or by the detector."""
+    image, size = read_crop(path)
+    if cells is None:
+        return prior.segment_nuclei(np.asarray(image), mpp)
+    return prior.read_cells(cells, slide_size=size) * (CROP / np.array(size))
 
 
 def read_crop(path):
-    """A crop as an RGB image of CROP px a side; InputError where it cannot be read."""
+    """A crop as an RGB image of CROP px a side, and its size in the file; InputError where it cannot be read."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from None
-    return image if image.size == (CROP, CROP) else image.resize((CROP, CROP), Image.BICUBIC)
+    return image if image.size == (CROP, CROP) else image.resize((CROP, CROP), Image.BICUBIC), image.size
 
 
-def crop_cells(data, images, workers):
-    """Cells of a folder of crops, all in cells/crops.npz: x, y in px of the crop, and the crop's number."""
-    names, found, failed = sorted(images), {}, []
-    for task, xy, error in each(cells_of_crop, [(images[name], data.mpp) for name in names], workers, "cells, crops"):
-        failed += [error] if error else []
-        found[task[0]] = xy if error is None else np.zeros((0, 2))
-    if names:
-        xy = [found[images[name]] for name in names]
-        save_cells(data.work / "cells" / "crops.npz", np.concatenate(xy), names=np.array(names),
-                   crop=np.repeat(np.arange(len(names)), [len(a) for a in xy]))
+def crop_cells(data, workers):
+    """Finds the cells of the crops that have none yet, all in cells/crops_<prior>.npz: x, y in px of the CROP px
+    square, the crop's number, and the crops' names. Gives a line for each that cannot be read."""
+    path, failed, done = data.work / "cells" / f"crops_{data.prior}.npz", [], read_crop_cells(data)
+    todo = {}
+    for name in sorted(set(data.images) - set(done)):
+        cells = cell_file(data, str(Path(name).with_suffix("")))
+        if cells is None and data.prior not in ("auto", "builtin"):
+            failed.append(f"{data.images[name]}: no cells of {data.prior}; put them into {data.source}/cells/{data.prior}/")
+        else:
+            todo[data.images[name], data.mpp, cells] = name
+    for task, xy, error in each(cells_of_crop, list(todo), workers, "cells, crops"):
+        if error:
+            failed.append(error)
+        else:
+            done[todo[task]] = xy
+    if todo and done:
+        save_cells(path, np.concatenate(list(done.values())), names=np.array(list(done)),
+                   crop=np.repeat(np.arange(len(done)), [len(xy) for xy in done.values()]))
+    if not done:
+        raise InputError(failed[0] if len(failed) == 1 else f"none of the {len(failed)} crops could be used: {failed[0]}")
     return failed
+
+
+def read_crop_cells(data):
+    """{crop: cells (K, 2)} of what crop_cells wrote."""
+    path = data.work / "cells" / f"crops_{data.prior}.npz"
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            xy, names = np.stack([file["x"], file["y"]], 1), file["names"].tolist()
+            ends = np.searchsorted(file["crop"], range(len(names) + 1))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}); delete it, it is made anew") from None
+    return {name: xy[start: end] for name, start, end in zip(names, ends, ends[1:])}
 
 
 # ---------------------------------------------------------------- crops with their cells
@@ -347,16 +434,14 @@ def crop_cells(data, images, workers):
 class Crops(torch.utils.data.Dataset):
     """The crops of some slides (or crops): item i is (uint8 (3, 224, 224), cells (K, 2) float32 in px of the crop).
 
-    files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is.
+    files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is. Slides whose cells could not
+    be read are left out; with_cells=False takes them too, all without cells, for what needs no prior.
     """
 
-    def __init__(self, data, names):
+    def __init__(self, data, names, with_cells=True):
         self.files, self.owner, corners, cells = [], [], [], []
         if data.kind == "crops":
-            with np.load(data.work / "cells" / "crops.npz", allow_pickle=False) as file:
-                xy, crop, index = np.stack([file["x"], file["y"]], 1), file["crop"], file["names"].tolist()
-            rows = {name: xy[a: b] for name, a, b in zip(
-                index, np.searchsorted(crop, range(len(index))), np.searchsorted(crop, range(1, len(index) + 1)))}
+            rows = read_crop_cells(data)
             for name in names:
                 if name in rows:
                     self.files.append(data.images[name])
@@ -365,11 +450,10 @@ class Crops(torch.utils.data.Dataset):
                     cells.append(rows[name])
         else:
             for name in names:
-                info = tile_info(data, name)
-                if info is None or cell_file(data, name) is None:
+                info, file = tile_info(data, name), level0_file(data, name)
+                if info is None or with_cells and not file.is_file():
                     continue  # passed over when it was prepared, and said so
-                xy = prior.read_cells(cell_file(data, name), info["slide_mpp"])
-                xy = xy[np.argsort(xy[:, 1], kind="stable")]
+                xy = prior.read_cells(file) if with_cells else np.zeros((0, 2))  # sorted by y
                 side, scale = CROP * info["mpp"] / info["slide_mpp"], info["slide_mpp"] / info["mpp"]
                 for path in sorted((data.work / "crops" / name).glob("*.jpg")):
                     x, y = (int(v) for v in path.stem.split("_"))
@@ -394,11 +478,66 @@ class Crops(torch.utils.data.Dataset):
         return torch.stack([prior.bin_centroids(self.cells(i), CROP) for i in range(len(self))])
 
     def __getitem__(self, i):
-        image = torch.from_numpy(np.asarray(read_crop(self.files[i])).copy())
+        image = torch.from_numpy(np.asarray(read_crop(self.files[i])[0]).copy())
         return image.permute(2, 0, 1), torch.from_numpy(self.cells(i))
+
+
+def describe_prior(crops, mpp):
+    """One line on the cells of the crops, with a warning where P_c hardly tells two regions apart."""
+    area = len(crops) * (CROP * mpp / 1000) ** 2  # mm2
+    share = crops.priors().mean().item() if len(crops) else 0
+    line = f"{len(crops.xy)} cells in {len(crops)} crops, {len(crops.xy) / max(area, 1e-9):.0f} per mm2; a cell in {share:.1%} of the patches"
+    if not 0.02 <= share <= 0.98:
+        line += ". Warning: P_c is nearly all one region; python data.py look SLIDE shows why (um/px? stain? segmentation?)"
+    return line
 
 
 def collate(items):
     """Crops (B, 3, H, W) uint8 and their cells (B, K, 2), filled up with NaN."""
     cells = torch.nn.utils.rnn.pad_sequence([xy for _, xy in items], True, float("nan"))
     return torch.stack([image for image, _ in items]), cells
+
+
+# ---------------------------------------------------------------- script
+
+def main(argv=None):
+    import gdc
+    import look
+    parser = argparse.ArgumentParser(description="What lies on disk and what is missing, before training.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    manifest = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes manifest.tsv and labels.csv")
+    manifest.add_argument("--data", required=True, choices=list(gdc.PROJECTS), help="which TCGA data set")
+    gdc.add_arguments(manifest)
+    checked = commands.add_parser("check", help="what lies there, what is missing, where to get it")
+    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue mask, tile grid, cells")
+    checked.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, mhist, chaoyang, or a folder")
+    checked.add_argument("--md5", action="store_true", help="compare with the manifest's md5 sums; reads every byte")
+    checked.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells to look for")
+    checked.add_argument("--seed", type=int, default=0, help="of the split, where labels.csv has none")
+    looked.add_argument("slide", help="a slide or an image")
+    looked.add_argument("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
+    looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
+    looked.add_argument("--out", help="the picture (look_<slide>.png)")
+    for sub in (checked, looked):
+        sub.add_argument("--mpp", type=float, help="um/px of the crops (2.0 is the paper's 5x)")
+        sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")
+        sub.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
+    for sub in (manifest, checked):
+        sub.add_argument("--root", default="datasets", help="where the data sets lie")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "manifest":
+            gdc.manifest(args.data, args.root, args.limit, args.server, args.timeout, args.force)
+            return 0
+        return look.check(args) if args.command == "check" else look.look(args)
+    except InputError as error:
+        print("data.py:", error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("data.py: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    import data  # under its own name, so that InputError and Data are the same everywhere
+    sys.exit(data.main())

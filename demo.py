@@ -26,8 +26,8 @@ def smooth_noise(rng, shape, sigma):
     """Gaussian noise smoothed at sigma px, mean 0 and standard deviation 1; made small and enlarged."""
     step = max(1, int(sigma / 3))
     small = ndimage.gaussian_filter(rng.standard_normal([s // step + 2 for s in shape]), sigma / step)
-    big = ndimage.zoom(small, step, order=1)[: shape[0], : shape[1]]
-    return ((big - big.mean()) / big.std()).astype(np.float32)
+    small = ((small - small.mean()) / small.std()).astype(np.float32)
+    return ndimage.zoom(small, step, order=1)[: shape[0], : shape[1]]
 
 
 def draw(field, x, y, a, b, angle, value):
@@ -36,7 +36,7 @@ def draw(field, x, y, a, b, angle, value):
     x0, y0 = int(x) - r, int(y) - r
     if x0 < 0 or y0 < 0 or x0 + 2 * r >= field.shape[1] or y0 + 2 * r >= field.shape[0]:
         return False
-    v, u = np.mgrid[y0: y0 + 2 * r, x0: x0 + 2 * r] + 0.5 - np.array([y, x])[:, None, None]
+    u, v = np.arange(2 * r) + (x0 + 0.5 - x), (np.arange(2 * r) + (y0 + 0.5 - y))[:, None]
     c, s = np.cos(angle), np.sin(angle)
     distance = np.hypot((c * u + s * v) / a, (c * v - s * u) / b)
     patch = field[y0: y0 + 2 * r, x0: x0 + 2 * r]
@@ -102,8 +102,8 @@ def render(label, seed):
         for u, v in place(rng, NUCLEI, inside, 6.5):
             size = rng.uniform(3.0, 4.0)
             nucleus(cx + u, cy + v, size, size * rng.uniform(0.75, 1), rng.uniform(0, np.pi), 0.85)
-    eosin = np.where((body > 0.5) & tissue, 0.22 + 0.03 * fibres, eosin)
-    white = (clear > 0.5) & ((body < 0.5) | ((label == "glands") & (body < 1.5)))
+    eosin = np.where((body > 0.5) & tissue, 0.22 + 0.03 * fibres, eosin).astype(np.float32)
+    empty = (clear > 0.5) & ((body < 0.5) | ((label == "glands") & (body < 1.5)))
     free = np.flatnonzero(tissue & (taken == 0))
     flow = smooth_noise(rng, shape, 120) * 1.2
     for spot in rng.choice(free, 1100):  # spindle cells of the stroma, along its fibres
@@ -115,15 +115,18 @@ def render(label, seed):
             qx, qy = px + u, py + v
             if 0 <= qx < WIDTH and 0 <= qy < HEIGHT and not taken[int(qy), int(qx)]:
                 nucleus(qx, qy, rng.uniform(2.3, 2.8), rng.uniform(2.2, 2.6), 0, 1.15)
-    haematoxylin[white] = np.where(haematoxylin[white] > 0.3, haematoxylin[white], 0)
-    eosin[white & (haematoxylin == 0)] = 0
+    haematoxylin[empty] = np.where(haematoxylin[empty] > 0.3, haematoxylin[empty], 0)
+    eosin[empty & (haematoxylin == 0)] = 0
     stain = rng.uniform(0.75, 1.3, 2)  # each slide is stained by another hand
     vectors = [np.clip(v + rng.normal(0, 0.04, 3), 0.02, None) for v in (H_VECTOR, E_VECTOR)]
     vectors = [v / np.linalg.norm(v) for v in vectors]
-    density = (haematoxylin * stain[0])[..., None] * vectors[0] * 1.3 + (np.clip(eosin, 0, None) * stain[1])[..., None] * vectors[1]
-    density = ndimage.gaussian_filter(density, (0.6, 0.6, 0))  # the microscope's sharpness
-    light = rng.uniform(236, 247) * np.exp(-density) + rng.normal(0, 2, (*shape, 1))
-    return np.clip(light, 0, 255).astype(np.uint8), np.array(nuclei)
+    h, e = (ndimage.gaussian_filter(field, 0.6) for field in  # the microscope's sharpness
+            (haematoxylin * np.float32(1.3 * stain[0]), np.clip(eosin, 0, None) * np.float32(stain[1])))
+    white, noise = rng.uniform(236, 247), 2 * rng.standard_normal(shape, np.float32)
+    image = np.empty((*shape, 3), np.uint8)
+    for k in range(3):
+        image[..., k] = np.clip(white * np.exp(-h * np.float32(vectors[0][k]) - e * np.float32(vectors[1][k])) + noise, 0, 255)
+    return image, np.array(nuclei)
 
 
 def write_slide(folder, name, label, seed):

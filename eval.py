@@ -1,19 +1,22 @@
-"""Slide-level classification (3.6, A.1.3) and attention (4.2): python eval.py [--data demo].
+"""Slide-level classification (3.6, A.1.3) and attention (4.2): python eval.py [slides] [--data demo].
 
 Takes the newest run of the data set (or --checkpoint), writes features/<slide>.npz, trains DSMIL over --repeats
 seeds and scores it on the test slides, counts the tokens' aggregated attention in the bins of Fig. 4, and draws.
+python eval.py patches is patch-level classification, in patches.py.
 """
 import argparse
 import csv
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.metrics import accuracy_score, roc_auc_score
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -29,16 +32,21 @@ from train import load, native_bf16, run_name
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="Features, DSMIL and attention of a pre-trained encoder.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="eval.py [slides]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Features, DSMIL and attention of a pre-trained encoder.",
+                                     epilog="Patch-level classification: python eval.py patches --help")
     add = parser.add_argument
     add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder, as in train.py")
     add("--checkpoint", help="encoder.pt of another run (default: the newest run of the data set)")
     add("--mpp", type=float, help="um/px of the crops; default: what the encoder was trained at")
     add("--slide-mpp", type=float, help="um/px of slides that record none, as in train.py")
     add("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
+    add("--prior", default="auto", choices=data_py.PRIORS, help="whose cells the overlay shows, as in train.py")
     add("--repeats", type=int, default=5, help="trainings of DSMIL, each with a seed of its own")
     add("--epochs", type=int, default=200, help="of DSMIL; fewer where there are thousands of slides")
+    add("--class-weights", action="store_true", help="weighs slides inversely to their class's count in training; where a class is rare")
+    add("--export", nargs="+", default=(), choices=["clam", "csv"],
+        help="also writes the features for other MIL code: clam/ is CLAM's pt_files and h5_files, csv/ is for DSMIL's datasets/")
     add("--attention-crops", type=int, default=1000, help="test crops whose attention is counted; more is steadier, slower")
     add("--overlays", type=int, default=4, help="crops in the attention picture")
     add("--batch", type=int, default=64, help="crops at a time; lower it when memory runs out")
@@ -47,23 +55,35 @@ def arguments(argv):
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that cut tiles and read crops")
     add("--seed", type=int, default=0, help="of the split, where labels.csv has none, and of DSMIL's first run")
     args = parser.parse_args(argv)
-    for name in ("repeats", "epochs", "batch", "attention_crops"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    check_flags(args, "repeats", "epochs", "batch", "attention_crops")
     return args
 
 
-def find_encoder(args):
-    """encoder.pt of --checkpoint, or of the run of the data set that was written last."""
-    if args.checkpoint:
-        path = Path(args.checkpoint)
+def check_flags(args, *names):
+    """InputError where one of these flags is below 1 or --device is no device of this machine."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:
+        raise InputError(f"--device {args.device}: cpu, cuda or cuda:1 is expected") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+
+
+def find_encoder(checkpoint, data=None):
+    """encoder.pt of --checkpoint, or of the run that was written last: of the data set, or (data=None) of all."""
+    if checkpoint:
+        path = Path(checkpoint)
         path = path / "encoder.pt" if path.is_dir() else path
         if not path.is_file():
             raise InputError(f"--checkpoint {path}: is not there")
         return path
-    runs = sorted(Path("runs").glob(f"{run_name(args.data)}_vit_*/encoder.pt"), key=lambda p: p.stat().st_mtime)
+    pattern = f"{run_name(data)}_vit_*" if data else "*"
+    runs = sorted(Path("runs").glob(f"{pattern}/encoder.pt"), key=lambda p: p.stat().st_mtime)
     if not runs:
-        raise InputError(f"no run of {args.data} in runs/; first: python train.py --data {args.data}")
+        raise InputError(f"no run {f'of {data} ' if data else ''}in runs/; first: python train.py{f' --data {data}' if data else ''}")
     return runs[-1]
 
 
@@ -93,6 +113,12 @@ def embed(encoder, crops, args, what):
     return torch.cat(out).numpy()
 
 
+def tiles_of(found, name):
+    """What tells apart two ways of cutting a slide; features of other tiles are made anew."""
+    info = data_py.tile_info(found, name) or {}
+    return " {mpp} {tissue} {tiles}".format_map(info) if info else ""
+
+
 def extract(encoder, found, folder, stamp, args):
     """features/<slide>.npz for each slide: features (N, d) and coords (N, 2); what this encoder made already stays."""
     wanted, names = [], []
@@ -100,18 +126,18 @@ def extract(encoder, found, folder, stamp, args):
         path = folder / f"{name}.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
-                done = str(file["encoder"]) == stamp
-        except (OSError, ValueError, KeyError):
+                done = str(file["encoder"]) == stamp + tiles_of(found, name)
+        except (OSError, ValueError, KeyError, BadZipFile):
             done = False
         names += [name] if done or data_py.tile_info(found, name) else []
         wanted += [] if done else [name]
-    crops = data_py.Crops(found, [name for name in wanted if name in names])
+    crops = data_py.Crops(found, [name for name in wanted if name in names], with_cells=False)
     owner = np.array(crops.owner)
     for name in tqdm(sorted(set(crops.owner)), desc="features, slides", leave=False):
         index = np.flatnonzero(owner == name)
         with renamed(folder / f"{name}.npz") as temp, open(temp, "wb") as file:
             np.savez(file, features=embed(encoder, Subset(crops, index.tolist()), args, name),
-                     coords=crops.corners[index], encoder=np.array(stamp))
+                     coords=crops.corners[index], encoder=np.array(stamp + tiles_of(found, name)))
     return names
 
 
@@ -121,26 +147,75 @@ def read_features(path):
         return torch.from_numpy(file["features"])
 
 
+# ---------------------------------------------------------------- features for other MIL code
+
+def newer(path, features):
+    """Is the export there, and written after the features that it was made of?"""
+    return path.is_file() and path.stat().st_mtime_ns >= features.stat().st_mtime_ns
+
+
+def export_clam(folder, names, out):
+    """CLAM's layout: pt_files/<slide>.pt, a tensor (N, d), and h5_files/<slide>.h5, features and coords.
+
+    Gives a line on what was left out, or "". The .h5 files need h5py, which nothing else here does.
+    """
+    try:
+        import h5py
+    except ImportError:
+        h5py = None
+    for name in tqdm(names, desc="clam, slides", leave=False):
+        source, pt, h5 = folder / f"{name}.npz", out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
+        if not newer(pt, source):
+            with renamed(pt) as temp:
+                torch.save(read_features(source), temp)
+        if h5py and not newer(h5, source):
+            with np.load(source, allow_pickle=False) as file, renamed(h5) as temp, h5py.File(temp, "w") as to:
+                to["features"], to["coords"] = file["features"], file["coords"]
+    return "" if h5py else f"{out}/h5_files is left out: h5py is not installed (pip install h5py, then the same command)"
+
+
+def export_csv(found, folder, names, out):
+    """DSMIL's bags, for its datasets/ folder: <data>/<class>/<slide>.csv, a row a crop and a column a feature, and
+    <data>/<data>.csv, each bag's path and the number of its class (in the order of the classes' names)."""
+    index = [("path", "label")]
+    for name in tqdm(names, desc="csv, slides", leave=False):
+        source, label = folder / f"{name}.npz", found.labels[name]["label"]
+        path = Path(found.name, re.sub(r"[^\w.-]+", "_", label), f"{name}.csv")
+        if not newer(out / path, source):
+            rows = read_features(source).numpy()
+            with renamed(out / path) as temp:  # nine digits give back every float32
+                np.savetxt(temp, rows, "%.9g", ",", header=",".join(map(str, range(rows.shape[1]))), comments="")
+        index.append((f"datasets/{path.as_posix()}", found.classes.index(label)))
+    write_csv(out / found.name / f"{found.name}.csv", index)
+
+
 # ---------------------------------------------------------------- slides
 
 def classify_slides(found, folder, names, args):
-    """DSMIL over --repeats seeds: rows of (seed, accuracy, AUC) on the test slides, and the mean class scores."""
+    """DSMIL over --repeats seeds: rows of (seed, accuracy, AUC, F1) on the test slides, and the mean class scores."""
+    check_classes(found, names)
     bags = {part: [(read_features(folder / f"{n}.npz").to(args.device), found.classes.index(found.labels[n]["label"]))
                    for n in found.split(part) if n in names] for part in ("train", "val", "test")}
-    for part, held in bags.items():
-        missing = [c for i, c in enumerate(found.classes) if i not in {label for _, label in held}]
-        if missing and (part != "val" or not held):
-            raise InputError(f"{found.source}/labels.csv: no usable {part} slide of {', '.join(missing)}; add slides or change the split")
+    weights = mil.class_weights([label for _, label in bags["train"]], len(found.classes)) if args.class_weights else None
     truth, rows, total = np.array([label for _, label in bags["test"]]), [], 0
     for seed in range(args.seed, args.seed + args.repeats):
         bar = tqdm(total=args.epochs, desc=f"DSMIL, seed {seed}", leave=False)
-        model = mil.train_dsmil(bags["train"], bags["val"], len(found.classes), args.epochs, seed=seed,
+        model = mil.train_dsmil(bags["train"], bags["val"], len(found.classes), args.epochs, seed=seed, weights=weights,
                                 progress=lambda epoch, loss, val: (bar.set_postfix(loss=f"{loss:.3f}", val=f"{val:.3f}"), bar.update()))
         bar.close()
         scores = torch.stack([mil.dsmil_predict(model, x) for x, _ in bags["test"]]).cpu().numpy()
-        rows.append((seed, accuracy_score(truth, scores.argmax(1)), auc(truth, scores)))
+        rows.append((seed, accuracy_score(truth, scores.argmax(1)), auc(truth, scores), macro_f1(truth, scores)))
         total = total + scores / args.repeats
     return rows, total
+
+
+def check_classes(found, names):
+    """InputError where a class has no slide among names for training or for the test, or none is for validation."""
+    for part in ("train", "val", "test"):
+        held = {found.labels[name]["label"] for name in found.split(part) if name in names}
+        missing = [label for label in found.classes if label not in held]
+        if missing and (part != "val" or not held):
+            raise InputError(f"{found.source}/labels.csv: no usable {part} slide of {', '.join(missing)}; add slides or change the split")
 
 
 def auc(truth, scores):
@@ -148,6 +223,11 @@ def auc(truth, scores):
     if scores.shape[1] == 2:
         return roc_auc_score(truth, scores[:, 1] - scores[:, 0])
     return float(np.mean([roc_auc_score(truth == c, scores[:, c]) for c in range(scores.shape[1])]))
+
+
+def macro_f1(truth, scores):
+    """The mean of the classes' F1, each class as heavy as the other: BRIGHT's measure (A.2)."""
+    return f1_score(truth, scores.argmax(1), labels=range(scores.shape[1]), average="macro", zero_division=0)
 
 
 # ---------------------------------------------------------------- attention
@@ -207,12 +287,18 @@ def write_csv(path, rows):
 
 
 def evaluate(args):
-    path = find_encoder(args)
+    path = find_encoder(args.checkpoint, args.data)
     encoder, about = load_encoder(path)
     encoder.to(args.device)
     run, stamp = path.parent, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     mpp = args.mpp or (None if args.data in DATASETS else about["mpp"])
-    found = data_py.find_data(args.data, mpp, args.slide_mpp, args.seed)
+    found = data_py.find_data(args.data, mpp, args.slide_mpp, args.seed, args.prior)
+    if args.export and found.kind != "slides":
+        raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
+    if "csv" in args.export and not found.labels:
+        raise InputError(f"--export csv: DSMIL's bags have labels; write {found.source}/labels.csv (slide,label) or take --export clam")
+    if found.kind == "slides" and found.labels:
+        check_classes(found, found.images)  # now, rather than hours later
     failed = data_py.prepare(found, args.slide_mpp, args.tissue, args.workers)
     for line in failed:
         print("passed over:", line)
@@ -221,13 +307,17 @@ def evaluate(args):
     table = [("measure", "mean", "sd", "over")]
     if found.kind == "slides":
         names = extract(encoder, found, run / "features", stamp, args)
+        if "clam" in args.export and (left_out := export_clam(run / "features", names, run / "clam")):
+            print(left_out)
+        if "csv" in args.export:
+            export_csv(found, run / "features", names, run / "csv")
         if found.labels:
             rows, scores = classify_slides(found, run / "features", names, args)
-            for i, measure in ((1, "accuracy"), (2, "AUC")):
+            for i, measure in ((1, "accuracy"), (2, "AUC"), (3, "macro F1")):
                 values = [row[i] for row in rows]
                 table.append((f"slide {measure}", f"{np.mean(values):.4f}", f"{np.std(values, ddof=1) if len(values) > 1 else 0:.4f}",
                               f"{len(scores)} test slides, {len(rows)} seeds"))
-            write_csv(run / "slides.csv", [("seed", "accuracy", "auc"), *rows])
+            write_csv(run / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
             test = [n for n in found.split("test") if n in names]
             write_csv(run / "predictions.csv", [("slide", "label", *found.classes)] + [
                 (n, found.labels[n]["label"], *(f"{v:.4f}" for v in row)) for n, row in zip(test, scores)])
@@ -249,16 +339,28 @@ def evaluate(args):
     widths = [max(len(row[i]) for row in table) for i in range(4)]
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    print(f"Wrote {run}/results.csv, attention_bins.png, attention_overlay.png"
-          + (", features/" if found.kind == "slides" else "") + (", slides.csv, predictions.csv" if found.kind == "slides" and found.labels else ""))
+    made = ["results.csv", "attention_bins.png", "attention_overlay.png", *(f"{kind}/" for kind in args.export)]
+    made += ["features/"] * (found.kind == "slides") + ["slides.csv", "predictions.csv"] * (found.kind == "slides" and bool(found.labels))
+    print(f"Wrote {run}/{', '.join(made)}")
     if failed:
         print(f"{len(failed)} images were passed over (see above).")
     return 1 if failed else 0
 
 
+def run_command(argv):
+    """The sub-command that the first word names; without one it is slides."""
+    command, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("slides", argv)
+    if command == "patches":
+        import patches  # it takes helpers from this module
+        return patches.evaluate(patches.arguments(rest))
+    if command != "slides":
+        raise InputError(f"{command}: is neither slides nor patches; python eval.py [slides] --help, python eval.py patches --help")
+    return evaluate(arguments(rest))
+
+
 def main(argv=None):
     try:
-        return evaluate(arguments(argv))
+        return run_command(sys.argv[1:] if argv is None else list(argv))
     except InputError as error:
         print("eval.py:", error, file=sys.stderr)
         return 2
@@ -269,9 +371,10 @@ def main(argv=None):
         print(f"eval.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eval.py: stopped; finished slides stay, run it again to go on", file=sys.stderr)
+        print("eval.py: stopped; run it again (the features of finished slides stay)", file=sys.stderr)
         return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import eval  # this file under its own name, so that patches.py does not load it a second time
+    sys.exit(eval.main())

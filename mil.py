@@ -1,5 +1,8 @@
 """DSMIL (Li et al. 2021), the multiple instance learning of section 3.6; torch alone.
 
+The network is the one of the authors' code that the paper could use (2022: query network with two layers, values as
+they are, 200 epochs); its orthogonal start is from their later code, for the first read its start from a file.
+
 A bag is the feature matrix (N, d) of a slide's N crops; C classes.
 """
 import copy
@@ -37,11 +40,26 @@ class DSMIL(nn.Module):
         return scores, self.bag(embedding.unsqueeze(0)).view(-1), attention
 
 
-def dsmil_loss(scores, bag_scores, label):
-    """Half the bag's and half the highest instances' binary cross-entropy per class; label is an int."""
+def class_weights(labels, num_classes):
+    """Weights (C,) inverse to the classes' counts, N / (C n_c): each class then weighs as much as every other.
+
+    labels: ints of the training slides; ValueError where a class has none.
+    """
+    counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
+    if (counts == 0).any():
+        raise ValueError("a class without a slide has no weight")
+    return len(labels) / (num_classes * counts.float())
+
+
+def dsmil_loss(scores, bag_scores, label, weights=None):
+    """Half the bag's and half the highest instances' binary cross-entropy per class; label is an int.
+
+    weights (C,), if given: the loss of a slide is multiplied by that of its class.
+    """
     target = F.one_hot(torch.as_tensor(label, device=bag_scores.device), len(bag_scores)).to(bag_scores.dtype)
-    return 0.5 * (F.binary_cross_entropy_with_logits(bag_scores, target)
+    loss = 0.5 * (F.binary_cross_entropy_with_logits(bag_scores, target)
                   + F.binary_cross_entropy_with_logits(scores.max(0).values, target))
+    return loss if weights is None else loss * weights[label].to(loss.device)
 
 
 def dsmil_predict(model, features):
@@ -51,11 +69,12 @@ def dsmil_predict(model, features):
         return (bag_scores.sigmoid() + scores.max(0).values.sigmoid()) / 2
 
 
-def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None):
+def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None, weights=None):
     """Trains DSMIL on [(features (N, d), label), ...] with batch 1 and keeps the epoch that is best on val.
 
     Adam (0.5, 0.9), cosine from lr to 5e-6. Best is the lowest validation loss; nothing else is ever
-    looked at. Gives the model in eval mode. progress, if given, is called as progress(epoch, loss, val_loss).
+    looked at. Gives the model in eval mode. progress, if given, is called as progress(epoch, loss, val_loss);
+    weights (C,), if given, weigh the classes in both losses (class_weights).
     """
     if not train or not val:
         raise ValueError("DSMIL needs at least one training and one validation bag")
@@ -70,14 +89,14 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
         total = 0.0
         for i in order:
             features, label = train[i]
-            loss = dsmil_loss(*model(features)[:2], label)
+            loss = dsmil_loss(*model(features)[:2], label, weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item()
         schedule.step()
         with torch.no_grad():
-            val_loss = sum(dsmil_loss(*model(x)[:2], y).item() for x, y in val) / len(val)
+            val_loss = sum(dsmil_loss(*model(x)[:2], y, weights).item() for x, y in val) / len(val)
         if best_state is None or val_loss < best:
             best, best_state = val_loss, copy.deepcopy(model.state_dict())
         if progress:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,8 @@ def renamed(path):
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); make room or run where you may write") from None
     finally:
-        temp.unlink(missing_ok=True)
+        with suppress(OSError):
+            temp.unlink()
 
 
 # ---------------------------------------------------------------- slides

@@ -43,19 +43,23 @@ def arguments(argv):
     add("--mpp", type=float, help="um/px of the crops; a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
     add("--slide-mpp", type=float, help="um/px of slides and images that record none")
     add("--tissue", type=float, default=0.5, help="least share of tissue in a tile; lower for thin biopsies")
+    add("--prior", default="auto", choices=data_py.PRIORS, help="whose cells P_c is made of (Table 7): files in cells/<prior>/ or "
+        "cells/; auto: the user's own where there are any, else the built-in detector's")
     add("--fraction", type=float, default=1.0, help="share of the training crops that is used (Fig. 6)")
     add("--epochs", type=int, help="default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=int, default=256, help="crops a step; lower it when memory runs out")
     add("--local-crops", type=int, default=8, help="local views of a crop; 0 is the two-view setting, faster")
-    add("--global-scale", type=float, nargs=2, default=(0.4, 1.0), help="area of the global views, share of the crop")
+    add("--global-scale", type=float, nargs=2, default=(0.4, 1.0), help="area of the global views, share of the crop; 0.14 1 with --local-crops 0")
     add("--local-scale", type=float, nargs=2, default=(0.05, 0.4), help="area of the local views, share of the crop")
+    add("--global-size", type=int, default=224, help="px of the global views, a multiple of 16; 112 is 4 times faster, and coarser")
+    add("--local-size", type=int, default=96, help="px of the local views, a multiple of 16")
     add("--out-dim", type=int, default=65536, help="outputs of the heads of f, f_c, f_b; fewer for small data")
     add("--disentangled-dim", type=int, default=4096, help="outputs of the four disentangled heads")
     add("--lambda-1", type=float, default=0.5, help="weight of L_c and L_b in eq. 9")
     add("--lambda-2", type=float, default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
     add("--lr", type=float, default=5e-4, help="learning rate for a batch of 256; it is scaled by batch / 256")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end")
-    add("--warmup-epochs", type=int, default=10, help="epochs of linear warm-up; more if the loss blows up early")
+    add("--warmup-epochs", type=int, help="epochs of linear warm-up (10, at most a third of all); more if the loss blows up early")
     add("--weight-decay", type=float, default=0.04, help="at the start; none on biases and norms")
     add("--weight-decay-end", type=float, default=0.4, help="at the end")
     add("--clip", type=float, default=3.0, help="largest gradient norm of a parameter; 0 is off")
@@ -77,13 +81,19 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.epochs is None:
         args.epochs = DATASETS[args.data][1] if args.data in DATASETS else 100
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs // 3)
     args.run = args.run or f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
     for name, low, high in (("fraction", 1e-9, 1), ("tissue", 0, 1), ("epochs", 1, 1e6), ("batch", 1, 1e6),
                             ("local_crops", 0, 100), ("out_dim", 2, 1e7), ("disentangled_dim", 2, 1e7),
-                            ("drop_path", 0, 0.99), ("momentum", 0, 1), ("lr", 0, 10), ("workers", 0, 1024),
-                            ("student_temp", 1e-4, 100), ("teacher_temp", 1e-4, 100), ("center_momentum", 0, 1)):
+                            ("drop_path", 0, 0.99), ("momentum", 0, 1), ("lr", 0, 10), ("workers", 0, 1024), ("clip", 0, 1e9), ("weight_decay", 0, 10),
+                            ("weight_decay_end", 0, 10), ("min_lr", 0, 10), ("lambda_1", 0, 100), ("lambda_2", 0, 100),
+                            ("warmup_epochs", 0, args.epochs - 1), ("student_temp", 1e-4, 100), ("teacher_temp", 1e-4, 100), ("center_momentum", 0, 1)):
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
+    for name in ("global_size", "local_size"):
+        if getattr(args, name) < 16 or getattr(args, name) % 16:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be a multiple of 16 px")
     for name in ("global_scale", "local_scale"):
         if not 0 < getattr(args, name)[0] <= getattr(args, name)[1] <= 1:
             raise InputError(f"--{name.replace('_', '-')}: two shares, 0 < low <= high <= 1")
@@ -113,10 +123,12 @@ def cosine(start, end, step, steps, warmup=0):
 
 
 def clip_gradients(parameters, limit):
-    """Each parameter's gradient on its own, cut to that norm, as DINO does."""
+    """Each parameter's gradient on its own, cut to that norm, as DINO does (0: as it is). False: one is not finite."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    factors = [(limit / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, factors)
+    norms = torch._foreach_norm(grads)
+    if limit:
+        torch._foreach_mul_(grads, [(limit / (norm + 1e-6)).clamp(max=1) for norm in norms])
+    return torch.stack(norms).isfinite().all().item()
 
 
 def batches(count, batch, start, steps, seed):
@@ -149,26 +161,25 @@ def train(args):
         if not Path("datasets/demo/labels.csv").is_file():
             print("The demo data is synthetic: slides are drawn into datasets/demo (once).")
             make_demo(Path("datasets/demo"), workers=args.workers)
-    found = data_py.find_data(args.data, args.mpp, args.slide_mpp, args.seed)
+    found = data_py.find_data(args.data, args.mpp, args.slide_mpp, args.seed, args.prior)
     run, device = Path(args.run), torch.device(args.device)
-    config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN} | {"mpp": found.mpp}
-    config = json.loads(json.dumps(config))
-    checkpoint = run / "checkpoint.pt"
-    if (run / "config.json").is_file() and checkpoint.is_file():
-        old = json.loads((run / "config.json").read_text())
-        changed = [f"--{k.replace('_', '-')} {old.get(k)}, not {v}" for k, v in config.items() if old.get(k) != v]
-        if changed:
-            raise InputError(f"{run}: was made with {'; '.join(changed)}: say the same to go on, --run for a new run")
+    bf16 = args.precision == "bf16" or args.precision == "auto" and native_bf16(device)
     failed = data_py.prepare(found, args.slide_mpp, args.tissue, args.workers)
     for line in failed:
         print("passed over:", line)
     names = found.split("train") + found.split("val")  # nothing of the test part is ever seen here
     crops = data_py.Crops(found, names)
+    print(data_py.describe_prior(crops, found.mpp))
     if args.fraction < 1:
         keep = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed))
         crops = torch.utils.data.Subset(crops, sorted(keep[: max(1, round(args.fraction * len(crops)))].tolist()))
     if len(crops) < args.batch:
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
+    config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
+    config |= {"mpp": found.mpp, "precision": "bf16" if bf16 else "fp32", "crops": len(crops)}
+    checkpoint = run / "checkpoint.pt"
+    if checkpoint.is_file():
+        check_config(run / "config.json", config)
     per_epoch = len(crops) // args.batch
     steps, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
     lr = args.lr * args.batch / 256
@@ -183,7 +194,6 @@ def train(args):
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
               {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # biases and norms
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
-    bf16 = args.precision == "bf16" or args.precision == "auto" and native_bf16(device)
     parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
 
     start = 0
@@ -192,6 +202,7 @@ def train(args):
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state["step"]
+        del state
     run.mkdir(parents=True, exist_ok=True)
     with renamed(run / "config.json") as temp:
         temp.write_text(json.dumps(config, indent=1))
@@ -199,10 +210,10 @@ def train(args):
 
     def keep(step):
         log.flush()
-        save(checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"step": step})
         save(run / "encoder.pt", {"encoder": teacher.encoder.state_dict(), "arch": args.arch, "method": args.method,
                                   "data": args.data, "mpp": found.mpp, "mean": list(views.MEAN), "std": list(views.STD),
                                   "step": step})
+        save(checkpoint, {name: part.state_dict() for name, part in parts.items()} | {"step": step})  # last: it says done
 
     loader = DataLoader(crops, batch_sampler=batches(len(crops), args.batch, start, steps, args.seed),
                         collate_fn=data_py.collate, num_workers=args.workers if device.type == "cuda" else 0,
@@ -224,31 +235,31 @@ def train(args):
         optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
         optimizer.param_groups[1].update(lr=rate)
         torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step)
-        x, priors = views.make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale)
+        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + 500_009)  # a stream of its own
+        x, priors = views.make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale,
+                                     args.global_size, args.local_size)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 target = teacher(x[:1], priors[:1])
             output = student(x, priors)
         total, each = loss_fn(output, target, args.teacher_temp)  # in fp32
         value = total.item()
-        if not math.isfinite(value):
-            bar.close()
-            log.close()
-            raise FloatingPointError(f"the loss is {value} at step {step}; {checkpoint} is the last good state. "
-                                     "Try a lower --lr, a longer --warmup-epochs or --precision fp32 with a new --run")
         optimizer.zero_grad(set_to_none=True)
         total.backward()
+        if not math.isfinite(value) or not clip_gradients(parameters, args.clip):
+            bar.close()
+            log.close()
+            raise FloatingPointError(f"the loss or a gradient is not finite at step {step} (loss {value}); {checkpoint} is the "
+                                     "last good state. Try a lower --lr, a longer --warmup-epochs or --precision fp32 with a new --run")
         if step < args.freeze_last_layer * per_epoch:
             for head in student.heads.values():
                 head.last_layer.weight.grad = None
-        if args.clip:
-            clip_gradients(parameters, args.clip)
         optimizer.step()
         dirl.update_teacher(student, teacher, momentum)
         both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
+        covered = priors[0].mean().item()  # share of cell tokens in the global views
         writer.writerow([step, step // per_epoch, f"{value:.6g}", *(f"{v.item():.6g}" for v in each.values()),
-                         f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{math.log(args.out_dim):.6g}"])
+                         f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{covered:.4g}", f"{math.log(args.out_dim):.6g}"])
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", img_s=f"{(step - start) * args.batch / (time.monotonic() - began):.0f}")
@@ -279,7 +290,7 @@ def train(args):
 
 def open_log(path, start, heads):
     """log.csv, open for the row of step start: rows from there on, of steps that were not kept, are taken out."""
-    names = ["step", "epoch", "loss", *(f"loss_{h}" for h in heads), "lr", "momentum", "both_regions", "ln_out_dim"]
+    names = ["step", "epoch", "loss", *(f"loss_{h}" for h in heads), "lr", "momentum", "both_regions", "cell_share", "ln_out_dim"]
     rows = []
     if start and path.is_file():
         with open(path, newline="") as file:
@@ -288,6 +299,18 @@ def open_log(path, start, heads):
         csv.writer(file).writerows([names, *rows])
     file = open(path, "a", newline="")
     return file, csv.writer(file)
+
+
+def check_config(path, config):
+    """InputError where a run that is to go on was started otherwise."""
+    try:
+        old = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{path}: cannot be read; take --run for a new run") from None
+    new = json.loads(json.dumps(config))
+    changed = [f"{'' if k == 'crops' else '--'}{k.replace('_', '-')} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: say the same to go on, --run for a new run")
 
 
 def write_split(path, found):

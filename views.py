@@ -12,10 +12,10 @@ import torch.nn.functional as F
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's "L"
 BLUR_SIGMA = (0.1, 2.0)  # px
-# Each kind of view: size in px, area of the crop, probability of blur and of solarising.
-GLOBAL_1 = dict(size=224, blur=1.0, solarize=0.0)
-GLOBAL_2 = dict(size=224, blur=0.1, solarize=0.2)
-LOCAL = dict(size=96, blur=0.5, solarize=0.0)
+# Each kind of view: probability of blur and of solarising.
+GLOBAL_1 = dict(blur=1.0, solarize=0.0)
+GLOBAL_2 = dict(blur=0.1, solarize=0.2)
+LOCAL = dict(blur=0.5, solarize=0.0)
 JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GREYSCALE, FLIP = 0.8, 0.4, 0.4, 0.2, 0.1, 0.2, 0.5
 
 
@@ -129,9 +129,9 @@ def solarize(images):
     return torch.where(images >= 0.5, 1 - images, images)
 
 
-def make_view(images, cells, kind, scale, generator):
+def make_view(images, cells, kind, size, scale, generator):
     """One view of every image: images (B, 3, S, S) in 0 to 1 to (B, 3, size, size) normalised, and P_c (B, n)."""
-    B, size = len(images), kind["size"]
+    B = len(images)
     boxes = random_boxes(B, images.shape[-1], scale, generator)
     flip = uniform((B,), 0, 1, generator) < FLIP
     x = random_jitter(resample(images, boxes, flip, size), generator)
@@ -151,17 +151,19 @@ def normalize(images):
     return images.sub(mean).div_(std)
 
 
-def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4)):
+def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
+               global_size=224, local_size=96):
     """Views of uint8 crops (B, 3, S, S) with cells (B, K, 2): 2 global ones of 224 px, then local ones of 96 px.
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
-    device of the generator, from which every random number comes.
+    device of the generator, from which every random number comes. scale: share of the crop's area; size: px.
     """
     images, cells = crops.to(generator.device).float() / 255, cells.to(generator.device)
-    groups = [[(GLOBAL_1, global_scale), (GLOBAL_2, global_scale)], [(LOCAL, local_scale)] * local_crops]
+    groups = [[(kind, global_size, global_scale) for kind in (GLOBAL_1, GLOBAL_2)],
+              [(LOCAL, local_size, local_scale)] * local_crops]
     views, priors = [], []
     for group in groups:
-        made = [make_view(images, cells, kind, scale, generator) for kind, scale in group]
+        made = [make_view(images, cells, *kind, generator) for kind in group]
         if made:
             views.append(torch.stack([x for x, _ in made]))
             priors.append(torch.stack([p for _, p in made]))
