@@ -329,6 +329,7 @@ def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
 
 def save_cells(path, xy, **more):
     """x and y (K,) float32 in level-0 px, sorted by y then x."""
+    xy = np.clip(xy, -1e9, 1e9)  # nothing lies there, and float32 has an end
     order = np.lexsort((xy[:, 0], xy[:, 1])) if not more else slice(None)
     with renamed(path) as temp, open(temp, "wb") as file:
         np.savez_compressed(file, x=xy[order, 0].astype(np.float32), y=xy[order, 1].astype(np.float32), **more)
@@ -342,18 +343,27 @@ def tile_info(data, name):
         return None
 
 
-CELL_ENDINGS = (".json", ".geojson", ".csv", ".npz", "_seg.npy", "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
+CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy", "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
 
 
 def cell_file(data, name):
     """The cells of a slide or crop, or None: cells/<prior>/<name>.*, else the user's cells/<name>.* that are of that
     segmenter (with "auto": of any), else, with "auto", what the built-in detector found."""
     def those(folder):
-        return (folder / (name + ending) for ending in CELL_ENDINGS if (folder / (name + ending)).is_file())
-    named = data.prior if data.prior != "auto" else "builtin"
-    made = [path for root in (data.source, data.work) for path in those(root / "cells" / named)]
-    own = [path for path in those(data.source / "cells") if data.prior in ("auto", prior.cell_format(path))]
-    return next(iter(own + made if data.prior == "auto" else made + own), None)
+        return [folder / (name + ending) for ending in CELL_ENDINGS if (folder / (name + ending)).is_file()]
+
+    def is_of(path):
+        try:
+            return prior.cell_format(path) == data.prior
+        except InputError:
+            return False  # some other file, of no use here
+    own = those(data.source / "cells")
+    if data.prior == "auto":
+        own += those(data.source / "cells" / "builtin") + those(data.work / "cells" / "builtin")
+    else:
+        own = (those(data.source / "cells" / data.prior) + those(data.work / "cells" / data.prior)
+               + [path for path in own if is_of(path)])
+    return next(iter(own), None)
 
 
 def level0_file(data, name):

@@ -117,8 +117,8 @@ def render(label, seed):
                 nucleus(qx, qy, rng.uniform(2.3, 2.8), rng.uniform(2.2, 2.6), 0, 1.15)
     haematoxylin[empty] = np.where(haematoxylin[empty] > 0.3, haematoxylin[empty], 0)
     eosin[empty & (haematoxylin == 0)] = 0
-    stain = rng.uniform(0.75, 1.3, 2)  # each slide is stained by another hand
-    vectors = [np.clip(v + rng.normal(0, 0.04, 3), 0.02, None) for v in (H_VECTOR, E_VECTOR)]
+    stain = rng.uniform(0.9, 1.12, 2)  # each slide is stained by another hand
+    vectors = [np.clip(v + rng.normal(0, 0.02, 3), 0.02, None) for v in (H_VECTOR, E_VECTOR)]
     vectors = [v / np.linalg.norm(v) for v in vectors]
     h, e = (ndimage.gaussian_filter(field, 0.6) for field in  # the microscope's sharpness
             (haematoxylin * np.float32(1.3 * stain[0]), np.clip(eosin, 0, None) * np.float32(stain[1])))

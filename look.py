@@ -81,6 +81,8 @@ def check(args):
     for name in found.images:
         file = data_py.cell_file(found, name if found.kind == "slides" else str(Path(name).with_suffix("")))
         try:
+            if file is None and found.prior not in ("auto", "builtin"):
+                problems.append(f"{found.images[name]}: no cells of {found.prior}")
             cells["the built-in detector" if file and file.parent.name == "builtin" else prior.cell_format(file) if file else "none yet"] += 1
         except InputError as error:
             problems.append(str(error))
@@ -164,8 +166,9 @@ def draw(slide, corners, side, tile, cells, p_c, out):
     axes[2].add_collection(PatchCollection([Rectangle(c / unit, side / unit, side / unit) for c in corners],
                                            facecolor="none", edgecolor="#00a040", linewidth=0.6))
     grid = int(len(p_c) ** 0.5)
-    axes[3].imshow(np.asarray(Image.fromarray(p_c.view(grid, grid).numpy()).resize((CROP, CROP), Image.NEAREST)),
-                   cmap="Greens", alpha=0.35, vmin=0, vmax=1)
+    p = CROP / grid
+    axes[3].add_collection(PatchCollection([Rectangle((i % grid * p - 0.5, i // grid * p - 0.5), p, p) for i in p_c.nonzero().flatten().tolist()],
+                                           facecolor=(0, 0.8, 0.2, 0.15), edgecolor=(0, 0.6, 0.2, 0.5), linewidth=0.5))
     axes[3].plot(cells[:, 0] - 0.5, cells[:, 1] - 0.5, "+", color="#d00000", markersize=7)
     with renamed(out) as temp:
         figure.savefig(temp, format="png", dpi=100)

@@ -1,9 +1,16 @@
-"""The cell prior (section 3.2): cells of a slide, centroid map C, P_c, and a built-in nuclei detector for H&E.
+"""The cell prior (section 3.2): centroid map C, P_c, a built-in detector of nuclei; segmenting slides.
 
-Centroids are (K, 2) float64, x before y. "Level-0 px" are the pixels of a slide at full resolution.
+Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so that the middle of the first px is 0.5. "Level-0
+px" are the pixels of a slide at full resolution.
+
+    python prior.py SLIDE... --segmenter cellpose    the cells of slides, by another package or the built-in detector
 """
-import csv
-import json
+import argparse
+import importlib
+import os
+import sys
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +18,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
-
-class InputError(Exception):
-    """Something the user gave is wrong; the message is one line with the file or flag and the way out."""
-
+from cells import InputError, cell_format, label_centroids, one_line, read_cells  # noqa: F401, some for those who import prior
 
 # ---------------------------------------------------------------- C and P_c
 
@@ -61,9 +66,9 @@ HAEMATOXYLIN = np.linalg.inv(STAINS)[:, 0].astype(np.float32)
 DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float32)  # of a uint8 grey value
 
 
-def work_factor(mpp):
+def work_factor(mpp, target=WORK_MPP):
     """How many px a side are averaged into one working px; whole, so that regions of a slide share one grid."""
-    return max(1, int(WORK_MPP / mpp + 0.25))
+    return max(1, int(target / mpp + 0.25))
 
 
 def smooth(values, sigma):
@@ -128,10 +133,10 @@ def adapt(images, mpp):
 def segment_nuclei(image, mpp, parameters=None):
     """Nuclei of an H&E image: where the gradient of haematoxylin converges (after Kobatake and Hashimoto 1999).
 
-    image uint8 RGB (H, W, 3), mpp um/px, to centroids (K, 2) in px of the image. parameters: what adapt() gave
-    for the slide that the image is a region of; None adapts to the image itself. Seeds are the local maxima of the
-    convergence where convergence times density passes the threshold; nothing farther than 15 um has a part in one.
-    Raises ValueError for another dtype or shape, or an mpp that is not positive.
+    image uint8 RGB (H, W, 3), mpp um/px, to centroids (K, 2) in px of the image, px i spanning i to i + 1.
+    parameters: what adapt() gave for the slide that the image is a region of; None adapts to the image itself.
+    Seeds are the local maxima of the convergence where convergence times density passes the threshold; nothing farther
+    than 15 um has a part in one. Raises ValueError for another dtype or shape, or an mpp that is not positive.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -151,59 +156,194 @@ def segment_nuclei(image, mpp, parameters=None):
     which = labels[y, x] - 1
     size = np.bincount(which, minlength=count)
     seeds = np.stack([np.bincount(which, x) / size, np.bincount(which, y) / size], 1)
-    return (seeds + 0.5) * work_factor(mpp) - 0.5
+    return (seeds + 0.5) * work_factor(mpp)
 
 
-# ---------------------------------------------------------------- readers
+# ---------------------------------------------------------------- segmenting slides: python prior.py SLIDE...
+# slides.py and data.py import this module, so they are imported below where they are needed.
 
-def read_cells(path, slide_mpp=None):
-    """Cells of a slide from a segmentation result, (K, 2) float64 in level-0 px.
+SEAM = 1.0  # um: what two regions find nearer than this on their seam is one cell
+INSTALL = {"cellpose": 'pip install "cellpose>=4"', "histomicstk": "pip install --no-deps histomicstk, then "
+           "pip install large-image ctk-cli girder-slicer-cli-web shapely scikit-image pandas"}
 
-    HoVer-Net JSON: in slide mode ("mag" a number) the coordinates are px at that magnification and
-    slide_mpp (um/px of level 0) converts them, x (10 / slide_mpp) / mag; in tile mode ("mag" null) they are
-    taken as they are. CSV or npz with x and y: level-0 px. InputError, with the file's name, otherwise.
-    """
-    path = Path(path)
+
+@lru_cache
+def kit(segmenter):
+    """Cellpose's model (with its own weights, which it downloads once; on the GPU if there is one), or histomicstk."""
     try:
-        kind = path.suffix.lower()
-        if kind == ".json":
-            xy = _hovernet(path, slide_mpp)
-        elif kind == ".csv":
-            xy = _table(path)
-        elif kind == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                xy = np.stack([file["x"], file["y"]], 1)
-        else:
-            raise InputError(f"{path}: not a cell file that is known here (HoVer-Net .json, .csv or .npz with x, y)")
-        xy = np.asarray(xy, dtype=np.float64).reshape(-1, 2)
-    except InputError:
+        module = importlib.import_module({"cellpose": "cellpose.models", "histomicstk": "histomicstk"}[segmenter])
+        if hasattr(module, "Cellpose"):
+            raise ImportError("cellpose is older than version 4")
+        return module.CellposeModel(gpu=True) if segmenter == "cellpose" else module
+    except ImportError as error:
+        raise InputError(f"--segmenter {segmenter}: {error}; {INSTALL[segmenter]}") from None
+    except Exception as error:
+        raise InputError(f"--segmenter {segmenter}: cannot be loaded ({one_line(error)}); it fetches its weights once, "
+                         "or put them into ~/.cellpose/models/") from None
+
+
+def segment_cellpose(image, mpp, sample=None):
+    """Cells by Cellpose-SAM (as documented for cellpose 4.2), centroids as segment_nuclei gives them.
+
+    sample (N, 3): px of the slide that the image is a region of; their 1st and 99th percentiles become 0 and 1.
+    """
+    low, high = np.percentile(np.reshape(image if sample is None else sample, (-1, 3)), (1, 99), axis=0)
+    scale = np.stack([low, np.maximum(high, low + 1)], 1)
+    labels = kit("cellpose").eval(image, channel_axis=2, normalize={"lowhigh": scale})[0]
+    return label_centroids([(0, 0, np.asarray(labels))])
+
+
+def segment_histomicstk(image, mpp, sample=None):
+    """Nuclei by HistomicsTK (as documented for 1.4), centroids as segment_nuclei gives them: Reinhard normalisation,
+    colour deconvolution and Al-Kofahi's detection, as its NucleiDetection does them at 20x, but for a largest radius of
+    12, a least area of 25 and a search radius of 8 px: its 20, 80 and 10 lose half of the nuclei that these find.
+
+    sample (N, 3): px of the slide that the image is a region of, for the normalisation.
+    """
+    htk, lengths = kit("histomicstk"), (3 / mpp, 6 / mpp, 6.25 / mpp ** 2, 4 / mpp)
+    process, pixels = htk.preprocessing, np.reshape(image if sample is None else sample, (1, -1, 3))
+    image = process.color_normalization.reinhard(image, (8.63234435, -0.11501964, 0.03868433), (
+        0.57506023, 0.10403329, 0.01364062), *process.color_conversion.lab_mean_std(pixels))
+    stains = [process.color_deconvolution.stain_color_map[name] for name in ("hematoxylin", "eosin", "null")]
+    stain = process.color_deconvolution.color_deconvolution(image, np.array(stains).T).Stains[..., 0].astype(float)
+    return label_centroids([(0, 0, htk.segmentation.nuclear.detect_nuclei_kofahi(stain, stain < 60, *lengths))])
+
+
+SEGMENTERS = {"builtin": segment_nuclei, "cellpose": segment_cellpose, "histomicstk": segment_histomicstk}
+
+
+def working_grid(slide, mpp):
+    """(level that is read, its px a side that are averaged into one working px, um and level-0 px of a working px)."""
+    level, down = slide.level_for(mpp)
+    factor = work_factor(slide.mpp * down, mpp)
+    return level, factor, slide.mpp * down * factor, down * factor
+
+
+def read_box(slide, level, factor, x, y, w, h):
+    """A box in working px as uint8 RGB (h, w, 3)."""
+    width, height = slide.handle.level_dimensions[level]
+    w, h = min(w * factor, width - x * factor), min(h * factor, height - y * factor)
+    return np.asarray(slide.read_level(level, x * factor, y * factor, w, h).reduce(factor))
+
+
+def slide_regions(path, slide_mpp, segmenter, mpp):
+    """The regions of a slide that hold tissue, as segment_region takes them; their boxes are in working px."""
+    import slides
+    slide = slides.Slide(path, slide_mpp)
+    level, factor, px, down = working_grid(slide, mpp)
+    (picture, unit), size = slide.picture(slides.MASK_MPP), slides.REGION
+    x, y = (np.arange(0, n / factor + size, size) for n in slide.handle.level_dimensions[level])
+    shares = slides.tissue_shares(picture, unit * slide.mpp, x * down / unit, y * down / unit)
+    boxes = [(i * size, j * size, size, size) for i, j in np.argwhere(shares.T > 0).tolist()]
+    if not boxes:
+        raise InputError(f"{path}: no tissue in it; take it out")
+    spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is judged once a slide, on a few of its regions
+    sample = [read_box(slide, level, factor, x, y, min(w, 1024), min(h, 1024)) for x, y, w, h in spread]
+    if segmenter == "builtin":
+        parameters = adapt(sample, px)
+    else:
+        tissue = np.concatenate([image[slides.tissue_mask(image, px)] for image in sample])
+        parameters = tissue[:: 1 + len(tissue) // 20_000] if len(tissue) > 1000 else None
+    return [(path, slide_mpp, segmenter, mpp, parameters, box) for box in boxes]
+
+
+def segment_region(path, slide_mpp, segmenter, mpp, parameters, box):
+    """Cells (K, 2), level-0 px, whose centroid lies in the box or up to SEAM beside it, for one_each.
+
+    It is read with a margin, so that no cell is cut; mpp is the um/px that the segmenter is to see.
+    """
+    import slides
+    slide, (x, y, w, h) = slides.Slide(path, slide_mpp), box
+    level, factor, px, down = working_grid(slide, mpp)
+    margin = int(np.ceil(slides.MARGIN / px))
+    left, top = max(0, x - margin), max(0, y - margin)
+    image = read_box(slide, level, factor, left, top, x + w + margin - left, y + h + margin - top)
+    try:
+        xy = SEGMENTERS[segmenter](image, px, parameters) + [left, top]
+    except (InputError, MemoryError):
         raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, EOFError) as error:
-        raise InputError(f"{path}: cells cannot be read ({type(error).__name__}: {error}); write them anew") from None
-    if not np.isfinite(xy).all():
-        raise InputError(f"{path}: a coordinate is not a finite number; write the cells anew")
-    return xy
+    except Exception as error:  # another package's: this slide is listed, the others go on
+        raise InputError(f"{path}: {segmenter} failed on it ({one_line(error)}); segment it elsewhere") from None
+    low, high = np.array([x, y]) - SEAM / px, np.array([x + w, y + h]) + SEAM / px
+    return xy[((xy >= low) & (xy < high)).all(1)] * down
 
 
-def _hovernet(path, slide_mpp):
-    with open(path, encoding="utf-8-sig") as file:
-        data = json.load(file)
-    if not isinstance(data, dict) or not isinstance(data.get("nuc"), dict):
-        raise InputError(f"{path}: no \"nuc\" of nuclei in it; HoVer-Net's JSON is expected")
-    xy = np.array([nucleus["centroid"] for nucleus in data["nuc"].values()], dtype=np.float64).reshape(-1, 2)
-    if data.get("mag") is None:
-        return xy
-    if slide_mpp is None:
-        raise InputError(f"{path}: its cells are px at {data['mag']}x; give the slide's um/px to convert them")
-    return xy * (10 / slide_mpp / float(data["mag"]))
+def one_each(regions, near):
+    """The cells (K, 2) of a slide from those of its regions (K_i, 2): what two of them found within near is one."""
+    xy, owner = np.concatenate(regions), np.repeat(np.arange(len(regions)), [len(r) for r in regions])
+    pairs = cKDTree(xy).query_pairs(near, output_type="ndarray")
+    return np.delete(xy, pairs[owner[pairs[:, 0]] != owner[pairs[:, 1]]].max(1, initial=0), axis=0)
 
 
-def _table(path):
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = csv.DictReader(file, delimiter=";" if head.count(";") > head.count(",") else ",")
-        names = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
-        if not {"x", "y"} <= set(names):
-            raise InputError(f"{path}: no columns x and y in its first line; name them")
-        return np.array([(float(row[names["x"]]), float(row[names["y"]])) for row in rows]).reshape(-1, 2)
+def arguments(argv):
+    def um_per_px(text):
+        if not 0.05 <= float(text) <= 20:
+            raise argparse.ArgumentTypeError(f"{text}: um/px between 0.05 and 20 is expected (0.5 is 20x)")
+        return float(text)
+
+    parser = argparse.ArgumentParser(prog="prior.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Finds the cells of slides; run it again to go on with what is left.")
+    add = parser.add_argument
+    add("slides", nargs="+", type=Path, metavar="SLIDE", help="slides, or folders of slides")
+    add("--segmenter", default="builtin", choices=list(SEGMENTERS), help="cellpose (slow without a GPU) and "
+        "histomicstk are packages to be installed")
+    add("--out", default="cells", type=Path, help="cells go to OUT/<segmenter>/<slide>.npz; make it <data>/cells")
+    add("--slide-mpp", type=um_per_px, help="um/px of slides that record none")
+    add("--mpp", type=um_per_px, default=WORK_MPP, help="um/px that the segmenter sees, about: whole px are averaged")
+    add("--workers", type=int, help="processes (1 for cellpose, whose model each of them holds, else one a core)")
+    args = parser.parse_args(argv)
+    if args.workers is None:
+        args.workers = 1 if args.segmenter == "cellpose" else os.cpu_count() or 1
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: 1 or more is expected")
+    return args
+
+
+def segment_slides(args):
+    """Writes the cells of each slide that has none yet; gives 1 where one was passed over, else 0."""
+    import data
+    import slides
+    folder, files, failed, found = args.out / args.segmenter, {}, {}, {}
+    for given in args.slides:
+        for path in data.by_stem(given, data.SLIDE_TYPES, given.iterdir()).values() if given.is_dir() else [given]:
+            if files.setdefault(path.stem, path) != path:
+                raise InputError(f"{path}: has the name of {files[path.stem]}; rename one of the two")
+    if not files:
+        raise InputError(f"{', '.join(map(str, args.slides))}: no slides in it ({' '.join(sorted(data.SLIDE_TYPES))})")
+    tasks = [(path, args.slide_mpp, args.segmenter, args.mpp) for name, path in files.items()
+             if not (folder / f"{name}.npz").is_file()]
+    if tasks and args.segmenter != "builtin":
+        kit(args.segmenter)  # what is missing is told, and fetched, before the work begins
+    regions = []
+    for (path, *_), result, error in data.each(slide_regions, tasks, args.workers, "tissue, slides"):
+        failed |= {path: error} if error else {}
+        regions += result or []
+    left = Counter(path for path, *_ in regions)
+    for (path, *_, box), xy, error in data.each(segment_region, regions, args.workers, f"{args.segmenter}, regions"):
+        failed |= {path: error} if error else {}
+        found.setdefault(path, {})[box] = xy
+        left[path] -= 1
+        if not left[path] and path not in failed:
+            parts, near = sorted(found.pop(path).items()), SEAM / slides.Slide(path, args.slide_mpp).mpp
+            data.save_cells(folder / f"{path.stem}.npz", one_each([xy for _, xy in parts], near))
+    for error in failed.values():
+        print("prior.py:", error, file=sys.stderr)
+    print(f"{len(files) - len(failed)} of {len(files)} slides have their cells in {folder}/*.npz; next, {args.out}/ "
+          f"being <data>/cells/: python train.py --data <data> --prior {args.segmenter}")
+    return int(bool(failed))
+
+
+def main(argv=None):
+    try:
+        return segment_slides(arguments(argv))
+    except InputError as error:
+        print("prior.py:", error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prior.py: stopped; finished slides stay, run it again to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    import prior  # as slides.py and data.py do: the InputError that they raise is prior's, not that of __main__
+    sys.exit(prior.main())

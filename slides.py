@@ -299,5 +299,4 @@ def detect_region(path, slide_mpp, parameters, box):
     x1, y1 = min(limit[0], x + w + margin), min(limit[1], y + h + margin)
     image = np.asarray(slide.read_level(level, x0, y0, x1 - x0, y1 - y0))
     xy = prior.segment_nuclei(image, slide.mpp * down, parameters) + [x0, y0]
-    inside = ((xy + 0.5 >= [x, y]) & (xy + 0.5 < [x + w, y + h])).all(1)
-    return (xy[inside] + 0.5) * down - 0.5
+    return xy[((xy >= [x, y]) & (xy < [x + w, y + h])).all(1)] * down

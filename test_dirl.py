@@ -345,7 +345,7 @@ def discs(mpp, centres_um, side_um=120, radius_um=3.5):
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.8, 1.0])
 def test_detector_finds_synthetic_nuclei_at_any_um_per_px(mpp):
     centres = np.array([[x, y] for x in range(15, 110, 18) for y in range(15, 110, 18)], float)
-    found = (prior_py.segment_nuclei(discs(mpp, centres), mpp) + 0.5) * mpp
+    found = prior_py.segment_nuclei(discs(mpp, centres), mpp) * mpp
     distance = np.linalg.norm(found[:, None] - centres[None], axis=-1)
     assert len(found) == len(centres) and (distance.min(0) < 1.5).all()
 
@@ -685,7 +685,7 @@ def test_cells_reach_their_crops(tmp_path, folder, monkeypatch):
     found = data_py.find_data(str(folder), mpp=2.0, slide_mpp=1.0)
     (tmp_path / "x").mkdir()
     assert data_py.prepare(found, 1.0, 0.3, workers=1) == []
-    xy = prior_py.read_cells(tmp_path / "datasets" / "tiny_set" / "cells" / "glands_0.npz")
+    xy = prior_py.read_cells(tmp_path / "datasets" / "tiny_set" / "cells" / "builtin" / "glands_0.npz")
     crops = data_py.Crops(found, ["glands_0"])
     assert crops.corners.tolist() == [[0, 0]] and len(crops) == 1
     np.testing.assert_allclose(crops.cells(0), xy / 2, atol=1e-3)

@@ -322,3 +322,76 @@ def test_tiles_of_another_run_are_never_mixed(place):
     (place / "in").rename(place / "elsewhere" / "in")
     with pytest.raises(InputError, match="rename"):
         data_py.prepare(data_py.find_data("elsewhere/in", mpp=1.0), 1.0, 0.5, workers=1)
+
+
+# ---------------------------------------------------------------- data.py check, look, BRIGHT, crops with cells of their own
+
+def test_check_says_what_lies_there_and_what_is_missing(place, capsys):
+    assert data_py.main(["check", "--data", "lung"]) == 1
+    out = capsys.readouterr().out
+    assert "missing: datasets/lung/" in out and "manifest --data lung" in out and "datasets/lung/slides/" in out
+    saved(place / "in" / "slides" / "other.png")
+    (place / "in" / "slides" / "late.svs.partial").write_bytes(b"x")
+    (place / "in" / "slides" / "zero.svs").write_bytes(b"")
+    (place / "in" / "labels.csv").write_text("slide,label,patient,split\ngood,A,p,train\nother,B,q,test\nzero,B,r,train\n")
+    (place / "in" / "cells").mkdir()
+    (place / "in" / "cells" / "good.json").write_text('{"mag": null, "nuc": {}}')
+    assert data_py.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    for says in ("slides: 3", "um/px recorded by: --slide-mpp 2", "tiles cut: 0 of 3", "test: 1 slides of 1 patients", "A 1", "hovernet 1",
+                 "none yet 2", "zero.svs", "late.svs", "2 to look at"):
+        assert says in out, says
+
+
+@pytest.mark.parametrize("name", ["demo", "brca", "paad", "bright3", "bright6", "mhist", "chaoyang"])
+def test_check_of_every_data_set_says_where_it_is_to_be_had(place, capsys, name):
+    assert data_py.main(["check", "--data", name]) == 1
+    out = capsys.readouterr().out
+    assert "expected: datasets/" in out and "missing: datasets/" in out
+
+
+def test_look_draws_a_slide_and_counts(place, capsys):
+    saved(place / "big.png", array=tissue(500))
+    assert data_py.main(["look", "big.png", "--mpp", "1", "--slide-mpp", "1", "--workers", "1"]) == 0
+    assert "4 tiles at 1 um/px" in capsys.readouterr().out
+    assert Image.open("look_big.png").size[0] > 1000
+    assert data_py.main(["look", "big.png", "--mpp", "1"]) == 2
+    assert data_py.main(["look", "nothing.svs"]) == 2
+
+
+def test_bright_has_three_or_six_classes_and_is_tested_on_its_validation_part(place):
+    folder = place / "datasets" / "bright"
+    (folder / "slides").mkdir(parents=True)
+    rows = ["slide,label,split"]
+    for label in data_py.BRIGHT3:
+        for i, split in enumerate(("train", "train", "validation")):
+            (folder / "slides" / f"{label}{i}.svs").write_bytes(b"x")
+            rows.append(f"{label}{i},{label},{split}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+    three, six = (data_py.find_data(name) for name in ("bright3", "bright6"))
+    assert three.classes == ["cancerous", "non-cancerous", "pre-cancerous"] and six.classes == sorted(data_py.BRIGHT3)
+    assert three.split("test") == six.split("test") == sorted(f"{label}2" for label in data_py.BRIGHT3)
+    assert len(three.split("val")) == 3 and len(three.split("train")) == 9  # one of four slides of each class
+    assert three.mpp == 1.0 and three.work == six.work
+    assert {three.labels[n]["label"] for n in ("PB0", "UDH0")} == {"non-cancerous"}
+    (folder / "labels.csv").write_text("\n".join(rows).replace("IC2,IC", "IC2,invasive"))
+    with pytest.raises(InputError, match="invasive"):
+        data_py.find_data("bright6")
+
+
+def test_crops_take_cells_of_their_own_in_their_own_pixels(place):
+    (place / "c" / "crops").mkdir(parents=True)
+    (place / "c" / "cells").mkdir()
+    for name in ("a", "b"):
+        saved(place / "c" / "crops" / f"{name}.png", array=tissue(448))
+    saved(place / "c" / "crops" / "cut.png")
+    halve(place / "c" / "crops" / "cut.png")
+    (place / "c" / "cells" / "a.json").write_text('{"mag": null, "nuc": {"1": {"centroid": [100, 40]}}}')
+    found = data_py.find_data("c", mpp=1.0)
+    failed = data_py.prepare(found, workers=1)
+    assert len(failed) == 1 and "cut.png" in failed[0]
+    crops = data_py.Crops(found, found.split("train"))
+    assert crops.owner == ["a.png", "b.png"] and crops.cells(0).tolist() == [[50, 20]] and len(crops.cells(1)) > 10
+    saved(place / "c" / "crops" / "new.png", array=tissue(448))  # added later: found, and the others are not done again
+    found = data_py.find_data("c", mpp=1.0)
+    assert len(data_py.prepare(found, workers=1)) == 1 and len(data_py.Crops(found, found.split("train"))) == 3
