@@ -4,11 +4,12 @@ Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so that the mid
 px" are the pixels of a slide at full resolution.
 """
 import csv
+import gc
 import json
 import pickle
 import re
-from array import array
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,8 @@ def read_cells(path, slide_mpp=None, slide_size=None):
     masks of a smaller copy of the slide. Table: x and y in level-0 px. InputError for what cannot be read.
     """
     path, kind = Path(path), cell_format(path)
+    collecting = gc.isenabled()
+    gc.disable()  # JSON makes tens of millions of small lists, none of them in a circle: a quarter of the time
     try:
         if kind in LISTS:
             xy = _json(path, kind, slide_mpp)
@@ -73,6 +76,9 @@ def read_cells(path, slide_mpp=None, slide_size=None):
     except Exception as error:  # whatever a broken file sets off in a reader
         way = "save Cellpose's _cp_masks image instead" if path.suffix == ".npy" else "write them anew"
         raise InputError(f"{path}: cells cannot be read ({one_line(error)}); {way}") from None
+    finally:
+        if collecting:
+            gc.enable()
     if not np.isfinite(xy).all():
         raise InputError(f"{path}: a coordinate is not a finite number; write the cells anew")
     return xy
@@ -123,19 +129,21 @@ def json_items(path, lists):
 
 
 def _json(path, kind, slide_mpp):
-    points = {"hovernet": lambda nucleus: [nucleus["centroid"]], "histomicstk": _element, "geojson": _feature}[kind]
-    xy, count = array("d"), Counter()
+    rings_of = {"hovernet": _nucleus, "histomicstk": _element, "geojson": _feature}[kind]
+    xy, rings, count = [], [], Counter()
     for what, value in json_items(path, LISTS[kind]):
         if what == "rest" and kind == "geojson" and not count["list"] and value.get("type") == "Feature":
             what = "member"  # a single one, in no list
         count[what] += 1
         if what == "member":
-            for x, y in points(value):
-                xy.append(x)
-                xy.append(y)
-    if not xy and (count["member"] or not count["list"]):
+            rings += rings_of(value)
+            if len(rings) > 1000:  # so many at once: a loop over points in Python would take longer than the decoding
+                xy.append(ring_centroids(rings))
+                rings = []
+    xy = np.concatenate([*xy, ring_centroids(rings)])
+    if not len(xy) and (count["member"] or not count["list"]):
         raise InputError(f"{path}: looks like {kind}, but no point and no outline is in it; write the cells anew")
-    xy, mag = np.array(xy).reshape(-1, 2), value.get("mag") if kind == "hovernet" else None
+    mag = value.get("mag") if kind == "hovernet" else None
     if mag is None:
         return xy
     if type(mag) not in (int, float) or not 0 < mag < 1000:
@@ -145,40 +153,58 @@ def _json(path, kind, slide_mpp):
     return xy * (10 / slide_mpp / mag)
 
 
+def _nucleus(nucleus):
+    """The centroid of one of HoVer-Net's nuclei, as an outline of one point."""
+    x, y = nucleus["centroid"]
+    return [[(x, y)]]
+
+
 def _element(element):
-    """Points of an element of a HistomicsTK annotation; [] for kinds that are no cells."""
+    """Outlines (lists of points) of an element of a HistomicsTK annotation; [] for kinds that are no cells."""
     if element["type"] == "polyline":
-        return [ring_centroid(element["points"])]
-    return [element["center"][:2]] if element["type"] in ("point", "rectangle", "ellipse", "circle") else []
+        return [element["points"]]
+    return [[element["center"]]] if element["type"] in ("point", "rectangle", "ellipse", "circle") else []
 
 
 def _feature(feature):
-    """Points of a GeoJSON feature, of the nucleus before the cell."""
+    """Outlines (lists of points) of a GeoJSON feature, of the nucleus before the cell."""
     nucleus = feature.get("nucleusGeometry") or (feature.get("properties") or {}).get("nucleusGeometry")
     shape = nucleus or feature["geometry"]
     kind, xy = shape["type"], shape["coordinates"]
     if kind in ("Point", "MultiPoint"):
-        return [point[:2] for point in ([xy] if kind == "Point" else xy)]
+        return [[point] for point in ([xy] if kind == "Point" else xy)]
     if kind in ("Polygon", "MultiPolygon"):
-        return [ring_centroid(rings[0]) for rings in ([xy] if kind == "Polygon" else xy)]
+        return [rings[0] for rings in ([xy] if kind == "Polygon" else xy)]
     raise ValueError(f"a feature is a {kind}: export the cells alone")
 
 
-def ring_centroid(ring):
-    """Area centroid (x, y) of a polygon's points [x, y, ..]; their mean where it has no area or crosses itself."""
-    xs, ys = list(zip(*ring))[:2]
-    x0, y0 = xs[-1], ys[-1]  # the sums are taken from here: far from 0 they would lose their digits
-    area = sum_x = sum_y = px = py = 0.0
-    for x, y in zip(xs, ys):
-        x, y = x - x0, y - y0
-        cross = px * y - x * py
-        area, sum_x, sum_y = area + cross, sum_x + (px + x) * cross, sum_y + (py + y) * cross
-        px, py = x, y
-    if abs(area) > 1e-6:
-        x, y = x0 + sum_x / (3 * area), y0 + sum_y / (3 * area)
-        if min(xs) <= x <= max(xs) and min(ys) <= y <= max(ys):
-            return x, y
-    return sum(xs) / len(xs), sum(ys) / len(ys)
+def ring_centroids(rings):
+    """Area centroids (K, 2) of polygons, each a list of points [x, y, ..]; a point is its own, and a polygon without
+    area or that crosses itself has the mean of its points."""
+    if not rings:
+        return np.zeros((0, 2))
+    flat, count = list(chain.from_iterable(chain.from_iterable(rings))), np.array([len(ring) for ring in rings])
+    if len(flat) != 2 * count.sum():  # some have a z
+        flat = [value for ring in rings for x, y, *_ in ring for value in (x, y)]
+    point = np.array(flat).reshape(-1, 2)
+    if point.dtype.kind not in "iuf" or not count.all():
+        raise ValueError("a coordinate is no number" if count.all() else "an outline has no point")
+    start = np.cumsum(count) - count
+    with np.errstate(all="ignore"):  # read_cells tells what is not finite
+        point = point.astype(np.float64)
+        origin = point[start]  # the sums are taken from here: far from 0 they would lose their digits
+        x, y = (point - origin.repeat(count, 0)).T
+        last = np.ones(len(x), bool)  # the next point of the last is the first, which lies in the origin
+        last[:-1] = False
+        last[start[1:] - 1] = True
+        after_x, after_y = (np.where(last, 0, np.roll(v, -1)) for v in (x, y))
+        cross = x * after_y - after_x * y
+        total = lambda v: np.add.reduceat(v, start)
+        area, flat_x, flat_y = total(cross), total((x + after_x) * cross), total((y + after_y) * cross)
+        xy = np.stack([flat_x, flat_y], 1) / (3 * area[:, None])
+        low, high = (np.stack([f.reduceat(v, start) for v in (x, y)], 1) for f in (np.minimum, np.maximum))
+        good = (np.abs(area) > 1e-6) & ((low <= xy) & (xy <= high)).all(1)
+        return origin + np.where(good[:, None], xy, np.stack([total(x), total(y)], 1) / count[:, None])
 
 
 def _cellpose(path, slide_size):
