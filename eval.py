@@ -280,7 +280,9 @@ def plot_overlays(crops, attention, priors, path):
         for axis in axes[row]:
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set_axis_off()
-        axes[row, 1].imshow(grow(p), cmap="Greens", alpha=0.45, vmin=0, vmax=1)
+        green = np.zeros((CROP, CROP, 4))
+        green[..., 1], green[..., 3] = 0.8, 0.35 * grow(p)
+        axes[row, 1].imshow(green)
         shown = axes[row, 2].imshow(grow(heat), cmap="jet", alpha=0.5, vmin=0, vmax=3)
     for axis, title in zip(axes[0], ("crop", "patches with a cell, P_c", "aggregated attention")):
         axis.set_title(title, fontsize=9)

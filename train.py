@@ -170,6 +170,7 @@ def train(args):
     names = found.split("train") + found.split("val")  # nothing of the test part is ever seen here
     crops = data_py.Crops(found, names)
     print(data_py.describe_prior(crops, found.mpp))
+    images = len(set(crops.owner))
     if args.fraction < 1:
         keep = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed))
         crops = torch.utils.data.Subset(crops, sorted(keep[: max(1, round(args.fraction * len(crops)))].tolist()))
@@ -218,7 +219,7 @@ def train(args):
     loader = DataLoader(crops, batch_sampler=batches(len(crops), args.batch, start, steps, args.seed),
                         collate_fn=data_py.collate, num_workers=args.workers if device.type == "cuda" else 0,
                         pin_memory=device.type == "cuda")
-    print(f"{len(crops)} crops of {len(names)} {found.kind}, {steps} steps of {args.batch} ({args.epochs} epochs), "
+    print(f"{len(crops)} crops of {images} {found.kind}, {steps} steps of {args.batch} ({args.epochs} epochs), "
           f"{args.method} {args.arch} on {device} in {'bf16' if bf16 else 'fp32'}"
           + (f"; goes on at step {start}" if start else ""))
     stop = []
