@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import prior
 from prior import InputError
-from slides import CROP, cell_regions, cut_tiles, detect_region, renamed
+from slides import CROP, Slide, cut_tiles, renamed
 
 # ---------------------------------------------------------------- the paper's data sets
 
@@ -303,27 +303,30 @@ def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
         elif file is None and data.prior not in ("auto", "builtin"):
             wanting.append(name)
         elif file is None:
-            corners = np.array([[int(v) for v in p.stem.split("_")] for p in (crops / name).glob("*.jpg")])
-            todo.append((data.images[name], info["slide_mpp"], (corners, CROP * info["mpp"] / info["slide_mpp"])))
+            todo.append((data.images[name], info["slide_mpp"]))
     way = f"put them into {data.source}/cells/{data.prior}/, or take --prior builtin"
     if len(wanting) == len(ready):
         raise InputError(f"--prior {data.prior}: no cells of it for any slide; {way}")
     failed += [f"{data.images[name]}: no cells of {data.prior}; {way}" for name in wanting]
     failed += [error for _, _, error in each(keep_level0, given, workers, "cells, files") if error]
-    regions = []
-    for task, result, error in each(cell_regions, todo, workers, "stains, slides"):
-        failed += [error] if error else []
+    return failed + list(segment_all(todo, "builtin", data.work / "cells", workers).values())
+
+
+def segment_all(tasks, segmenter, folder, workers, mpp=prior.WORK_MPP):
+    """Finds the cells of slides by regions, over several processes: tasks are [(path, slide_mpp), ...], mpp is what the
+    segmenter sees. Keeps <folder>/<segmenter>/<slide>.npz as soon as a slide is done; gives {path: why it is not}."""
+    failed, found, regions = {}, {}, []
+    for (path, *_), result, error in each(prior.slide_regions, [(*task, segmenter, mpp) for task in tasks], workers, "tissue, slides"):
+        failed |= {path: error} if error else {}
         regions += result or []
-    waiting, found, broken = Counter(path for path, *_ in regions), {}, set()
-    for task, xy, error in each(detect_region, regions, workers, "cells, regions"):
-        path = task[0]
-        if error:
-            broken.add(path)
-            failed.append(error)
-        found.setdefault(path, []).append(xy)
-        waiting[path] -= 1
-        if waiting[path] == 0 and path not in broken:
-            save_cells(data.work / "cells" / "builtin" / f"{path.stem}.npz", np.concatenate(found.pop(path)))
+    left, slide_mpp = Counter(path for path, *_ in regions), dict(tasks)
+    for (path, *_, box), xy, error in each(prior.segment_region, regions, workers, f"{segmenter}, regions"):
+        failed |= {path: error} if error else {}
+        found.setdefault(path, {})[box] = xy
+        left[path] -= 1
+        if not left[path] and path not in failed:
+            parts, near = sorted(found.pop(path).items()), prior.SEAM / Slide(path, slide_mpp[path]).mpp
+            save_cells(folder / segmenter / f"{path.stem}.npz", prior.one_each([xy for _, xy in parts], near))
     return failed
 
 

@@ -13,7 +13,7 @@ import patches
 import prior
 from data import DATASETS, FOLDERS, SLIDE_TYPES
 from prior import InputError
-from slides import CROP, MASK_MPP, Slide, cell_regions, cut_tiles, detect_region, renamed, tissue_mask
+from slides import CROP, MASK_MPP, Slide, cut_tiles, renamed, tissue_mask
 
 SLIDES_LAYOUT = "{0}/slides/ (in folders of their own too), {0}/labels.csv: slide,label[,patient][,split], {0}/cells/<slide>.*"
 WHERE = {  # where a data set is to be had, and how it has to lie there
@@ -128,11 +128,10 @@ def look(args):
     if args.cells:
         xy = prior.read_cells(args.cells, slide.mpp, (slide.width, slide.height))
     else:
-        regions = cell_regions(path, args.slide_mpp, (corners, side))
-        found = [(xy, error) for _, xy, error in data_py.each(detect_region, regions, args.workers, "cells, regions")]
-        if any(error for _, error in found):
-            raise InputError(next(error for _, error in found if error))
-        xy = np.concatenate([xy for xy, _ in found])
+        with tempfile.TemporaryDirectory() as folder:
+            for error in data_py.segment_all([(path, args.slide_mpp)], "builtin", Path(folder), args.workers).values():
+                raise InputError(error)
+            xy = prior.read_cells(Path(folder) / "builtin" / f"{path.stem}.npz")
     inside = [xy[((xy >= corner) & (xy < corner + side)).all(1)] for corner in corners]
     priors = torch.stack([prior.bin_centroids((cells - corner) * (CROP / side), CROP) for cells, corner in zip(inside, corners)])
     area = len(corners) * (CROP * mpp / 1000) ** 2  # mm2

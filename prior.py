@@ -9,7 +9,6 @@ import argparse
 import importlib
 import os
 import sys
-from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+import slides
 from cells import InputError, cell_format, label_centroids, one_line, read_cells  # noqa: F401, some for those who import prior
 
 # ---------------------------------------------------------------- C and P_c
@@ -160,8 +160,9 @@ def segment_nuclei(image, mpp, parameters=None):
 
 
 # ---------------------------------------------------------------- segmenting slides: python prior.py SLIDE...
-# slides.py and data.py import this module, so they are imported below where they are needed.
 
+REGION = 2048  # px of the segmenter's: a region's side
+MARGIN = 24.0  # um around a region: more than the built-in detector sees, so that seams agree
 SEAM = 1.0  # um: what two regions find nearer than this on their seam is one cell
 INSTALL = {"cellpose": 'pip install "cellpose>=4"', "histomicstk": "pip install --no-deps histomicstk, then "
            "pip install large-image ctk-cli girder-slicer-cli-web shapely scikit-image pandas"}
@@ -228,10 +229,9 @@ def read_box(slide, level, factor, x, y, w, h):
 
 def slide_regions(path, slide_mpp, segmenter, mpp):
     """The regions of a slide that hold tissue, as segment_region takes them; their boxes are in working px."""
-    import slides
     slide = slides.Slide(path, slide_mpp)
     level, factor, px, down = working_grid(slide, mpp)
-    (picture, unit), size = slide.picture(slides.MASK_MPP), slides.REGION
+    (picture, unit), size = slide.picture(slides.MASK_MPP), REGION
     x, y = (np.arange(0, n / factor + size, size) for n in slide.handle.level_dimensions[level])
     shares = slides.tissue_shares(picture, unit * slide.mpp, x * down / unit, y * down / unit)
     boxes = [(i * size, j * size, size, size) for i, j in np.argwhere(shares.T > 0).tolist()]
@@ -252,10 +252,9 @@ def segment_region(path, slide_mpp, segmenter, mpp, parameters, box):
 
     It is read with a margin, so that no cell is cut; mpp is the um/px that the segmenter is to see.
     """
-    import slides
     slide, (x, y, w, h) = slides.Slide(path, slide_mpp), box
     level, factor, px, down = working_grid(slide, mpp)
-    margin = int(np.ceil(slides.MARGIN / px))
+    margin = int(np.ceil(MARGIN / px))
     left, top = max(0, x - margin), max(0, y - margin)
     image = read_box(slide, level, factor, left, top, x + w + margin - left, y + h + margin - top)
     try:
@@ -301,31 +300,19 @@ def arguments(argv):
 
 def segment_slides(args):
     """Writes the cells of each slide that has none yet; gives 1 where one was passed over, else 0."""
-    import data
-    import slides
-    folder, files, failed, found = args.out / args.segmenter, {}, {}, {}
+    import data  # which imports this module
+    folder, files = args.out / args.segmenter, {}
     for given in args.slides:
         for path in data.by_stem(given, data.SLIDE_TYPES, given.iterdir()).values() if given.is_dir() else [given]:
             if files.setdefault(path.stem, path) != path:
                 raise InputError(f"{path}: has the name of {files[path.stem]}; rename one of the two")
     if not files:
         raise InputError(f"{', '.join(map(str, args.slides))}: no slides in it ({' '.join(sorted(data.SLIDE_TYPES))})")
-    tasks = [(path, args.slide_mpp, args.segmenter, args.mpp) for name, path in files.items()
+    tasks = [(path, args.slide_mpp) for name, path in files.items()
              if not (folder / f"{name}.npz").is_file()]
     if tasks and args.segmenter != "builtin":
         kit(args.segmenter)  # what is missing is told, and fetched, before the work begins
-    regions = []
-    for (path, *_), result, error in data.each(slide_regions, tasks, args.workers, "tissue, slides"):
-        failed |= {path: error} if error else {}
-        regions += result or []
-    left = Counter(path for path, *_ in regions)
-    for (path, *_, box), xy, error in data.each(segment_region, regions, args.workers, f"{args.segmenter}, regions"):
-        failed |= {path: error} if error else {}
-        found.setdefault(path, {})[box] = xy
-        left[path] -= 1
-        if not left[path] and path not in failed:
-            parts, near = sorted(found.pop(path).items()), SEAM / slides.Slide(path, args.slide_mpp).mpp
-            data.save_cells(folder / f"{path.stem}.npz", one_each([xy for _, xy in parts], near))
+    failed = data.segment_all(tasks, args.segmenter, args.out, args.workers, args.mpp)
     for error in failed.values():
         print("prior.py:", error, file=sys.stderr)
     print(f"{len(files) - len(failed)} of {len(files)} slides have their cells in {folder}/*.npz; next, {args.out}/ "
@@ -345,5 +332,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import prior  # as slides.py and data.py do: the InputError that they raise is prior's, not that of __main__
+    import prior  # as data.py does, so that the module is there once and not as __main__ too
     sys.exit(prior.main())

@@ -1,4 +1,4 @@
-"""Slides (A.1): reading at a target in um/px, tissue, tiles of 224 px, cells by region.
+"""Slides (A.1): reading at a target in um/px, tissue, tiles of 224 px.
 
 Levels are never counted. Coordinates of tiles and cells on a slide are level-0 px, x before y.
 """
@@ -15,8 +15,7 @@ import openslide
 from PIL import Image
 from scipy import ndimage
 
-import prior
-from prior import InputError
+from cells import InputError
 
 CROP = 224  # px
 
@@ -260,43 +259,3 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return f"{path}: {slide.warning}" if slide.warning else ""
-
-
-# ---------------------------------------------------------------- cells of a whole slide
-
-REGION = 2048  # px of the detector's working size
-MARGIN = 24.0  # um around a region: more than the detector sees, so that seams agree
-
-
-def cell_regions(path, slide_mpp, tiles):
-    """The regions of a slide that hold tiles (their (N, 2) corners and side in level-0 px), for detect_region.
-
-    Gives [(path, slide_mpp, parameters, (x, y, w, h)), ...]; boxes are in px of the level that is read.
-    """
-    slide, (corners, side) = Slide(path, slide_mpp), tiles
-    level, down = slide.level_for(prior.WORK_MPP)
-    width, height = slide.handle.level_dimensions[level]
-    size = REGION * prior.work_factor(slide.mpp * down)
-    first, last = (corners / down // size).astype(int), ((corners + side) / down // size).astype(int)
-    used = {(i, j) for a, b in zip(first, last) for i in range(a[0], b[0] + 1) for j in range(a[1], b[1] + 1)}
-    boxes = [(i * size, j * size, min(size, width - i * size), min(size, height - j * size)) for i, j in sorted(used)]
-    boxes = [box for box in boxes if box[2] > 0 and box[3] > 0]
-    spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is judged once a slide, on a few of its regions
-    sample = [np.asarray(slide.read_level(level, x, y, min(w, 1024), min(h, 1024))) for x, y, w, h in spread]
-    parameters = prior.adapt(sample, slide.mpp * down)
-    return [(path, slide_mpp, parameters, box) for box in boxes]
-
-
-def detect_region(path, slide_mpp, parameters, box):
-    """Cells (K, 2), level-0 px, whose centroid lies in the box; read with a margin, so none is cut by a seam."""
-    slide = Slide(path, slide_mpp)
-    level, down = slide.level_for(prior.WORK_MPP)
-    factor = prior.work_factor(slide.mpp * down)
-    margin = int(np.ceil(MARGIN / (slide.mpp * down) / factor)) * factor  # whole working px: the same grid everywhere
-    x, y, w, h = box
-    x0, y0 = max(0, x - margin), max(0, y - margin)
-    limit = slide.handle.level_dimensions[level]
-    x1, y1 = min(limit[0], x + w + margin), min(limit[1], y + h + margin)
-    image = np.asarray(slide.read_level(level, x0, y0, x1 - x0, y1 - y0))
-    xy = prior.segment_nuclei(image, slide.mpp * down, parameters) + [x0, y0]
-    return xy[((xy >= [x, y]) & (xy < [x + w, y + h])).all(1)] * down

@@ -646,12 +646,11 @@ def test_no_cell_is_lost_or_doubled_on_a_seam(tmp_path, rendered, monkeypatch):
     for mpp, name in ((1.0, "a.png"), (0.25, "b.png")):  # at 0.25 um/px two px are averaged
         Image.fromarray(image if mpp == 1 else image.repeat(2, 0).repeat(2, 1)[:1000, :1400]).save(tmp_path / name)
         whole = np.asarray(Image.open(tmp_path / name))
-        corners = (np.array([[0, 0]]), max(whole.shape))
-        monkeypatch.setattr(slides_py, "REGION", 301)
-        tasks = slides_py.cell_regions(tmp_path / name, mpp, corners)
+        monkeypatch.setattr(prior_py, "REGION", 301)
+        tasks = prior_py.slide_regions(tmp_path / name, mpp, "builtin", prior_py.WORK_MPP)
         assert len(tasks) >= 4
-        got = np.concatenate([slides_py.detect_region(*task) for task in tasks])
-        want = prior_py.segment_nuclei(whole, mpp, tasks[0][2])
+        got = prior_py.one_each([prior_py.segment_region(*task) for task in tasks], prior_py.SEAM / mpp)
+        want = prior_py.segment_nuclei(whole, mpp, tasks[0][4])
         sort = lambda xy: xy[np.lexsort(xy.T)]
         assert len(want) > 300
         np.testing.assert_allclose(sort(got), sort(want), atol=1e-6)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data as data_py
 import dirl
 import eval as eval_py
 import mil

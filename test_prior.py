@@ -19,7 +19,6 @@ from scipy import ndimage
 
 import cells as cells_py
 import prior
-import slides
 
 SQUARE = [[10, 20], [14, 20], [14, 26], [10, 26], [10, 20]]  # its centroid is (12, 23)
 ELL = [[0, 0], [4, 0], [4, 1], [1, 1], [1, 3], [0, 3]]  # two rectangles: (2, .5) of 4 and (.5, 2) of 2
@@ -424,7 +423,7 @@ def rendered():
 @pytest.fixture
 def slide(tmp_path, monkeypatch):
     """A plain image as a slide of 320 x 215 um at 0.5 um/px: glass on the left, nuclei on seams and off them."""
-    monkeypatch.setattr(slides, "REGION", SIDE)
+    monkeypatch.setattr(prior, "REGION", SIDE)
     monkeypatch.chdir(tmp_path)
     Image.fromarray(rendered()).save("s.png")
     return rendered().copy()

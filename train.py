@@ -27,7 +27,7 @@ from slides import renamed
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: fewer outputs, a sharper and quicker teacher, or the loss only reaches ln(out_dim).
-DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, global_size=112, local_size=48, warmup_epochs=1,
+DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, global_size=112, local_size=48,
             lr=4e-3, momentum=0.99, teacher_temp=0.03)
 NOT_THE_RUN = ("run", "workers", "save_minutes", "max_steps", "device")  # may change when a run goes on
 
