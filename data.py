@@ -448,10 +448,11 @@ class Crops(torch.utils.data.Dataset):
     """The crops of some slides (or crops): item i is (uint8 (3, 224, 224), cells (K, 2) float32 in px of the crop).
 
     files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is. Slides whose cells could not
-    be read are left out; with_cells=False takes them too, all without cells, for what needs no prior.
+    be read are left out; with_cells=False takes them too, all without cells, for what needs no prior. shuffle_seed:
+    each crop's cells at other places, as shuffle_places says, for a control without biology.
     """
 
-    def __init__(self, data, names, with_cells=True):
+    def __init__(self, data, names, with_cells=True, shuffle_seed=None):
         self.files, self.owner, corners, cells = [], [], [], []
         if data.kind == "crops":
             rows = read_crop_cells(data)
@@ -476,6 +477,8 @@ class Crops(torch.utils.data.Dataset):
                     self.owner.append(name)
                     corners.append((x, y))
                     cells.append((row - [x, y]) * scale)
+        if shuffle_seed is not None:
+            cells = [shuffle_places(xy, np.random.default_rng([shuffle_seed, i])) for i, xy in enumerate(cells)]
         self.corners = np.array(corners, np.int64).reshape(-1, 2)
         self.start = np.cumsum([0] + [len(c) for c in cells])  # flat arrays: workers share them without copies
         self.xy = np.concatenate(cells).astype(np.float32) if cells else np.zeros((0, 2), np.float32)
@@ -493,6 +496,14 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image = torch.from_numpy(np.asarray(read_crop(self.files[i])[0]).copy())
         return image.permute(2, 0, 1), torch.from_numpy(self.cells(i))
+
+
+def shuffle_places(xy, rng, patch_size=16):
+    """Cells (K, 2) of a crop with its patches permuted: as many cell patches as before, each with its cells, elsewhere."""
+    grid = CROP // patch_size
+    column, row = (np.clip(xy, 0, CROP - 1) // patch_size).astype(int).T
+    to = rng.permutation(grid * grid)[row * grid + column]
+    return np.stack([to % grid, to // grid], 1) * patch_size + xy % patch_size
 
 
 def describe_prior(crops, mpp):

@@ -254,10 +254,8 @@ def test_a_server_that_sleeps(server, tmp_path):
     def answer(body, call):
         time.sleep(0.4)
         return 200, {}
-    start = time.time()
     with refuses("no answer in 0.05 s (--timeout)", "3 times"):
         run(server(answer), tmp_path, timeout=0.05)
-    assert time.time() - start < 2
 
 
 def test_nobody_listens(server, tmp_path):

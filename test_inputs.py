@@ -395,3 +395,35 @@ def test_crops_take_cells_of_their_own_in_their_own_pixels(place):
     saved(place / "c" / "crops" / "new.png", array=tissue(448))  # added later: found, and the others are not done again
     found = data_py.find_data("c", mpp=1.0)
     assert len(data_py.prepare(found, workers=1)) == 1 and len(data_py.Crops(found, found.split("train"))) == 3
+
+
+# ---------------------------------------------------------------- controls and the probe
+
+def test_shuffled_prior_keeps_the_share_of_cell_patches_and_their_cells():
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, 224, (80, 2))
+    moved = data_py.shuffle_places(xy, np.random.default_rng(1))
+    before, after = prior_py.bin_centroids(xy, 224), prior_py.bin_centroids(moved, 224)
+    assert before.sum() == after.sum() and not torch.equal(before, after)
+    np.testing.assert_allclose(moved % 16, xy % 16)
+    counts = [np.sort(np.unique(v[:, 1] // 16 * 14 + v[:, 0] // 16, return_counts=True)[1]) for v in (xy, moved)]
+    np.testing.assert_array_equal(*counts)
+    assert data_py.shuffle_places(np.zeros((0, 2)), rng).shape == (0, 2)
+
+
+def test_probe_writes_bins_and_neighbours_into_the_log(place, capsys):
+    (place / "probe").mkdir()
+    rows = ["image,label,split"]
+    for i in range(80):
+        image = tissue(224, seed=i) if i % 2 else np.full((224, 224, 3), 200 + i % 7, np.uint8)
+        saved(place / "probe" / f"{i}.png", array=image)
+        rows.append(f"{i}.png,{'tissue' if i % 2 else 'glass'},{'test' if i % 4 > 1 else 'train'}")
+    (place / "probe" / "labels.csv").write_text("\n".join(rows))
+    assert train_py.main([*SMALL, "--probe", "probe", "--shuffle-prior"]) == 0
+    assert "20-NN accuracy 1.000" in capsys.readouterr().out  # tissue against glass
+    row = (place / "runs" / "in_vit_t_baseline" / "log.csv").read_text().splitlines()
+    named = dict(zip(row[0].split(","), row[-1].split(",")))
+    assert sum(float(named[f"probe_{b}"]) for b in ("0_to_0.5", "0.5_to_2", "over_2")) == pytest.approx(1, abs=1e-3)
+    assert float(named["probe_knn"]) == 1
+    assert train_py.main([*SMALL, "--probe", "nowhere", "--run", "runs/b"]) == 2
+    assert "nowhere" in capsys.readouterr().err

@@ -29,7 +29,8 @@ from slides import renamed
 # A hundred steps are few: fewer outputs, a sharper and quicker teacher, or the loss only reaches ln(out_dim).
 DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, global_size=112, local_size=48,
             lr=4e-3, momentum=0.99, teacher_temp=0.03)
-NOT_THE_RUN = ("run", "workers", "save_minutes", "max_steps", "device")  # may change when a run goes on
+NOT_THE_RUN = ("run", "workers", "save_minutes", "max_steps", "device", "probe", "probe_epochs",
+               "probe_images")  # may change when a run goes on
 
 
 def arguments(argv):
@@ -45,6 +46,11 @@ def arguments(argv):
     add("--tissue", type=float, default=0.5, help="least share of tissue in a tile; lower for thin biopsies")
     add("--prior", default="auto", choices=data_py.PRIORS, help="whose cells P_c is made of (Table 7): files in cells/<prior>/ or "
         "cells/; auto: the user's own where there are any, else the built-in detector's")
+    add("--shuffle-prior", action="store_true", help="a control: as many cell patches, at random places of each crop")
+    add("--probe", help="a folder of images with labels.csv (image,label,split): attention bins and 20-nearest-neighbour accuracy "
+        "on it in log.csv, to see when something is learned and when attention goes sparse")
+    add("--probe-epochs", type=int, default=1, help="epochs between two looks at it; more where an epoch is short")
+    add("--probe-images", type=int, default=500, help="training and test images of it that are used; more is steadier, slower")
     add("--fraction", type=float, default=1.0, help="share of the training crops that is used (Fig. 6)")
     add("--epochs", type=int, help="default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=int, default=256, help="crops a step; lower it when memory runs out")
@@ -86,7 +92,7 @@ def arguments(argv):
     args.run = args.run or f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
     for name, low, high in (("fraction", 1e-9, 1), ("tissue", 0, 1), ("epochs", 1, 1e6), ("batch", 1, 1e6),
                             ("local_crops", 0, 100), ("out_dim", 2, 1e7), ("disentangled_dim", 2, 1e7),
-                            ("drop_path", 0, 0.99), ("momentum", 0, 1), ("lr", 0, 10), ("workers", 0, 1024), ("clip", 0, 1e9), ("weight_decay", 0, 10),
+                            ("drop_path", 0, 0.99), ("momentum", 0, 1), ("lr", 0, 10), ("workers", 0, 1024), ("clip", 0, 1e9), ("probe_epochs", 1, 1e6), ("probe_images", 20, 1e6), ("weight_decay", 0, 10),
                             ("weight_decay_end", 0, 10), ("min_lr", 0, 10), ("lambda_1", 0, 100), ("lambda_2", 0, 100),
                             ("warmup_epochs", 0, args.epochs - 1), ("student_temp", 1e-4, 100), ("teacher_temp", 1e-4, 100), ("center_momentum", 0, 1)):
         if not low <= getattr(args, name) <= high:
@@ -168,7 +174,7 @@ def train(args):
     for line in failed:
         print("passed over:", line)
     names = found.split("train") + found.split("val")  # nothing of the test part is ever seen here
-    crops = data_py.Crops(found, names)
+    crops = data_py.Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
     print(data_py.describe_prior(crops, found.mpp))
     images = len(set(crops.owner))
     if args.fraction < 1:
@@ -197,6 +203,7 @@ def train(args):
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
 
+    probe_set = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
     start = 0
     if checkpoint.is_file():
         state = load(checkpoint)
@@ -259,10 +266,15 @@ def train(args):
         dirl.update_teacher(student, teacher, momentum)
         both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
         covered = priors[0].mean().item()  # share of cell tokens in the global views
+        probed = [""] * len(PROBED)
+        if args.probe and ((step + 1) % (per_epoch * args.probe_epochs) == 0 or step + 1 == steps):
+            probed = [f"{v:.4g}" for v in probe(teacher.encoder, *probe_set, args)]
         writer.writerow([step, step // per_epoch, f"{value:.6g}", *(f"{v.item():.6g}" for v in each.values()),
-                         f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{covered:.4g}", f"{math.log(args.out_dim):.6g}"])
+                         f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{covered:.4g}", f"{math.log(args.out_dim):.6g}", *probed])
         step += 1
         bar.update()
+        if probed[-1]:
+            tqdm.write(f"step {step}: tokens with attention 0.5 to 2 {float(probed[1]):.1%}, 20-NN accuracy {float(probed[3]):.3f} on {args.probe}")
         bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", img_s=f"{(step - start) * args.batch / (time.monotonic() - began):.0f}")
         if step == last or stop:
             break
@@ -289,9 +301,39 @@ def train(args):
     return 1 if failed else 0
 
 
+PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
+
+
+def read_probe(folder, count, seed):
+    """The images of --probe: (images, labels (N,)) of its training part and of its test part, count of each at most."""
+    import patches
+    rows, _ = patches.find_patches(folder, seed)
+    rng, out = torch.Generator().manual_seed(seed), []
+    for part in ("train", "test"):
+        there = [row for row in rows if row["part"] == part]
+        images, kept, _ = patches.load_images([there[i] for i in torch.randperm(len(there), generator=rng)[:count].tolist()], 4)
+        if len(kept) < 20:
+            raise InputError(f"--probe {folder}: {len(kept)} {part} images that can be read; 20 at least are needed")
+        out.append((images, [row["label"] for row in kept]))
+    return out
+
+
+@torch.no_grad()
+def probe(encoder, train_set, test_set, args):
+    """Shares of the test tokens in the bins of Fig. 4, and the accuracy of 20 nearest neighbours by cosine on f."""
+    from sklearn.neighbors import KNeighborsClassifier
+    device, features = torch.device(args.device), []
+    for images, _ in (train_set, test_set):
+        batches_of = [views.normalize(part.to(device).float() / 255) for part in images.split(64)]
+        features.append(torch.cat([encoder(x).mean(1).cpu() for x in batches_of]).numpy())
+    columns = torch.cat([dirl.aggregated_attention(encoder.last_attention(x)).cpu() for x in batches_of])
+    knn = KNeighborsClassifier(20, metric="cosine").fit(features[0], train_set[1])
+    return *dirl.attention_bins(columns), knn.score(features[1], test_set[1])
+
+
 def open_log(path, start, heads):
     """log.csv, open for the row of step start: rows from there on, of steps that were not kept, are taken out."""
-    names = ["step", "epoch", "loss", *(f"loss_{h}" for h in heads), "lr", "momentum", "both_regions", "cell_share", "ln_out_dim"]
+    names = ["step", "epoch", "loss", *(f"loss_{h}" for h in heads), "lr", "momentum", "both_regions", "cell_share", "ln_out_dim", *PROBED]
     rows = []
     if start and path.is_file():
         with open(path, newline="") as file:
