@@ -632,6 +632,25 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path):
             assert abs(tile[..., 2].mean() - ((top + side / 2) / 1400 * 120 + 100)) < 1.5
 
 
+def test_levels_that_are_not_whole_fractions_and_tiles_over_many_blocks(tmp_path, monkeypatch):
+    y, x = np.mgrid[0:1403, 0:1901]
+    image = np.stack([x / 1901 * 120 + 100, np.full(x.shape, 60), y / 1403 * 120 + 100], -1).astype(np.uint8)
+    pyramid(tmp_path / "a.svs", image, 0.5)
+    slide = slides_py.Slide(tmp_path / "a.svs")
+    assert slide.level_for(1.0)[0] == 1 and slide.level_for(1.0)[1] != 2  # 1901 px over 951, 1403 over 702
+    read = {}
+    for block in (2560, 300):
+        monkeypatch.setattr(slides_py, "BLOCK", block)
+        slides_py.cut_tiles(tmp_path / "a.svs", tmp_path / str(block), 1.0, None, 0.5)
+        read[block] = {p.name: np.asarray(Image.open(p)).astype(int) for p in (tmp_path / str(block) / "a").glob("*.jpg")}
+    assert len(read[300]) == 4 * 3 and read[300].keys() == read[2560].keys()
+    assert all(np.abs(read[300][name] - tile).max() <= 6 for name, tile in read[2560].items())
+    for name, tile in read[300].items():
+        left, top = (int(v) for v in name[:-4].split("_"))
+        assert abs(tile[..., 0].mean() - ((left + 224) / 1901 * 120 + 100)) < 1.5
+        assert abs(tile[..., 2].mean() - ((top + 224) / 1403 * 120 + 100)) < 1.5
+
+
 def test_tissue_is_found_and_white_dust_and_ink_are_not():
     stain = lambda h, e: 245 * np.exp(-(h * prior_py.STAINS[0] + e * prior_py.STAINS[1]))
     colours = {"dark": stain(0.8, 0.6), "pale": stain(0.03, 0.12), "white": (243, 243, 243), "dust": (190, 190, 192),
