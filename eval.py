@@ -102,6 +102,14 @@ def load_encoder(path):
 
 # ---------------------------------------------------------------- features
 
+def represent(encoder, images, bf16=False):
+    """f = the mean of the n tokens of T_L: uint8 images (B, 3, 224, 224) to (B, d) float32."""
+    device = next(encoder.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        tokens = encoder(views.normalize(images.to(device).float() / 255))  # (B, n, d)
+    return tokens.float().mean(1)
+
+
 @torch.no_grad()
 def embed(encoder, crops, args, what):
     """f = the mean of the n tokens of T_L, of every crop: (N, d) float32."""
@@ -110,9 +118,7 @@ def embed(encoder, crops, args, what):
     loader = DataLoader(crops, args.batch, collate_fn=data_py.collate, num_workers=args.workers if device.type == "cuda" else 0)
     out = []
     for images, _ in tqdm(loader, desc=what, unit="batch", leave=False, disable=len(loader) < 20):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            tokens = encoder(views.normalize(images.to(device).float() / 255))  # (B, n, d)
-        out.append(tokens.float().mean(1).cpu())
+        out.append(represent(encoder, images, bf16).cpu())
     return torch.cat(out).numpy()
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data as data_py
 import dirl
 import eval as eval_py
-import views
+from eval import represent
 from prior import InputError
 from slides import CROP, renamed
 from train import native_bf16, run_name
@@ -205,14 +205,6 @@ def make_folds(labels, groups, classes, count, seed):
 
 
 # ---------------------------------------------------------------- what is classified
-
-def represent(encoder, images, bf16=False):
-    """f = the mean of the n tokens of T_L: uint8 images (B, 3, 224, 224) to (B, d) float32."""
-    device = next(encoder.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        tokens = encoder(views.normalize(images.to(device).float() / 255))  # (B, n, d)
-    return tokens.float().mean(1)
-
 
 @torch.no_grad()
 def in_batches(function, images, batch, what=""):
