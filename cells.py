@@ -9,10 +9,12 @@ import json
 import pickle
 import re
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import orjson
 from PIL import Image
 
 
@@ -90,15 +92,19 @@ def one_line(error):
 
 def json_items(path, lists):
     """Yields ("list", None) for each list that the pattern `lists` opens, ("member", value) for its members, one at a
-    time, and at last ("rest", what else the file holds, the lists empty): a file of 1 GB takes a few MB."""
+    time, and at last ("rest", what else the file holds, the lists empty): a file of 1 GB takes a few MB.
+
+    Most members of a window are decoded at once, by orjson: up to the last place that looks as the border between two
+    members did. It was one if all before it is whole JSON; where it is not, the members are taken one by one."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*").match
     name = re.compile(r'(?:"(?:[^"\\]|\\.)*"\s*:\s*)?').match  # a list may be an object, whose members have names
     text, at, rest = "", 0, ""  # the window, the place in it, what lies outside the lists
+    border = None  # how two members meet, such as ', {"type":'; None where looking for it in this window is of no use
 
     def more():
-        nonlocal text, at
+        nonlocal text, at, border
         chunk = file.read(max(WINDOW, len(text) - at))  # a member longer than the window doubles it
-        text, at = text[at:] + chunk, 0
+        text, at, border = text[at:] + chunk, 0, None
         return chunk
 
     with open(path, encoding="utf-8-sig") as file:
@@ -115,6 +121,13 @@ def json_items(path, lists):
                 at = gap(text, at).end()
                 if text[at: at + 1] in ("]", "}"):
                     break
+                last, border = text.rfind(border, at) if border else -1, border and ""  # once a window
+                with suppress(orjson.JSONDecodeError):
+                    for member in orjson.loads(f"[{text[at: last]}]") if last > 0 else ():
+                        at = last
+                        yield "member", member
+                if at == last:
+                    continue
                 try:
                     member, end = decode(text, name(text, at).end())
                 except json.JSONDecodeError as error:
@@ -123,6 +136,8 @@ def json_items(path, lists):
                     continue
                 if end == len(text) and more():  # a number may go on behind the window
                     continue
+                if border is None and start.group().endswith("["):
+                    border = text[end: gap(text, end).end() + 9]
                 at = end
                 yield "member", member
     yield "rest", json.loads(rest)

@@ -24,7 +24,7 @@ CROP = 224  # px
 def renamed(path):
     """A temporary name beside path to write to; it takes path's name when the block ends without an error."""
     path = Path(path)
-    temp = path.with_name(f".{path.name}.part")
+    temp = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may prepare the same slide
     try:
         temp.parent.mkdir(parents=True, exist_ok=True)
         yield temp
@@ -235,7 +235,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
     if slide.mpp > 1.25 * mpp:
         raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; give a larger --mpp")
     name, down = Path(path).stem, slide.level_for(mpp)[1]
-    part, count, waiting = crops / f".{name}.part", 0, deque()
+    part, count, waiting = crops / f".{name}.{os.getpid()}.part", 0, deque()
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)

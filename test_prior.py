@@ -67,6 +67,29 @@ def test_hovernet_in_slide_mode_is_converted_wherever_mag_stands(tmp_path, windo
     assert "um/px" in one_line(cells_py.read_cells, path)
 
 
+@pytest.mark.parametrize("size", [1, 40, 300, 1 << 20])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_members_decoded_many_at_once_are_those_of_json(tmp_path, monkeypatch, size, indent):
+    """Inner lists and texts look as the border between two members: a wrong cut must never be taken for one."""
+    monkeypatch.setattr(cells_py, "WINDOW", size)
+    features = [{"type": "Feature", "id": i, "inner": [{"type": "Feature", "id": k} for k in range(i % 4)],
+                 "text": ', {"type": "Feature", "id": 1}' * (i % 3) + '"\\' * (i % 5), "geometry": None} for i in range(60)]
+    path = write(tmp_path / "s.json", json.dumps({"features": features, "type": "FeatureCollection"}, indent=indent))
+    items = list(cells_py.json_items(path, cells_py.LISTS["geojson"]))
+    assert [value for what, value in items if what == "member"] == features
+    assert items[0] == ("list", None) and items[-1] == ("rest", {"features": [], "type": "FeatureCollection"})
+
+
+def test_many_members_are_decoded_by_one_call(tmp_path, monkeypatch):
+    """The quick way is really taken: a thousand features in one window are one call."""
+    calls = []
+    monkeypatch.setattr(cells_py.orjson, "loads", lambda text, load=cells_py.orjson.loads: calls.append(1) or load(text))
+    features = [{"type": "Feature", "geometry": {"type": "Point", "coordinates": [i, 2 * i]}} for i in range(1000)]
+    path = write(tmp_path / "s.json", {"type": "FeatureCollection", "features": features})
+    assert cells_py.read_cells(path).tolist() == [[i, 2 * i] for i in range(1000)]
+    assert len(calls) == 1
+
+
 def test_hovernet_tile_mode_empty_and_ids_twice(tmp_path, window):
     path = write(tmp_path / "s.json", {"mag": None, "nuc": NUC})
     np.testing.assert_allclose(cells_py.read_cells(path, 0.5), [[10.5, 20], [12.5, 3]])
