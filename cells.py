@@ -17,9 +17,7 @@ import numpy as np
 import orjson
 from PIL import Image
 
-
-class InputError(Exception):
-    """Something the user gave is wrong; the message is one line with the file or flag and the way out."""
+from errors import InputError, one_line
 
 
 WINDOW = 1 << 20  # characters of a JSON file that are held at once, or about
@@ -84,10 +82,6 @@ def read_cells(path, slide_mpp=None, slide_size=None):
     if not np.isfinite(xy).all():
         raise InputError(f"{path}: a coordinate is not a finite number; write the cells anew")
     return xy
-
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def json_items(path, lists):

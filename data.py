@@ -28,8 +28,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import prior
-from prior import InputError
-from slides import CROP, Slide, cut_tiles, renamed
+from errors import InputError, exit_code, renamed
+from slides import CROP, Slide, cut_tiles
 
 # ---------------------------------------------------------------- the paper's data sets
 
@@ -554,17 +554,13 @@ def main(argv=None):
     for sub in (manifest, checked):
         sub.add_argument("--root", default="datasets", help="where the data sets lie")
     args = parser.parse_args(argv)
-    try:
+
+    def command():
         if args.command == "manifest":
             gdc.manifest(args.data, args.root, args.limit, args.server, args.timeout, args.force)
             return 0
         return look.check(args) if args.command == "check" else look.look(args)
-    except InputError as error:
-        print("data.py:", error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("data.py: stopped", file=sys.stderr)
-        return 130
+    return exit_code("data.py", command)
 
 
 if __name__ == "__main__":

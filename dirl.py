@@ -379,11 +379,13 @@ class DiRL(nn.Module):
 class DiRLLoss(nn.Module):
     """Eq. 9: lambda_1 (L_c + L_b) + lambda_2 (L_cc + L_bb + L_cb + L_bc); the baseline is L_f alone.
 
-    Takes what two DiRL models give and returns (loss, {name: L_name without gradient}).
+    Takes what two DiRL models give and returns (loss, {name: L_name without gradient}). skip_empty=False: a region
+    that is not there counts as well, pooled to zeros.
     """
 
-    def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9):
+    def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9, skip_empty=True):
         super().__init__()
+        self.skip_empty = skip_empty
         self.weight = {name: 1.0 if name == "f" else lambda_1 if name in REGIONS else lambda_2
                        for name in model.heads}
         self.losses = nn.ModuleDict({
@@ -391,7 +393,8 @@ class DiRLLoss(nn.Module):
             for name, head in model.heads.items()})
 
     def forward(self, student, teacher, teacher_temp=0.04):
-        each = {name: loss(student[name][0], teacher[name][0], teacher_temp, student[name][1], teacher[name][1])
+        present = lambda views: views[1] if self.skip_empty else None
+        each = {name: loss(student[name][0], teacher[name][0], teacher_temp, present(student[name]), present(teacher[name]))
                 for name, loss in self.losses.items()}
         total = sum(self.weight[name] * value for name, value in each.items())
         return total, {name: value.detach() for name, value in each.items()}

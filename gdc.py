@@ -19,8 +19,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from prior import InputError
-from slides import renamed
+from errors import InputError, renamed
 
 SERVER = "https://api.gdc.cancer.gov"
 PROJECTS = {"lung": ["TCGA-LUAD", "TCGA-LUSC"], "brca": ["TCGA-BRCA"]}

@@ -12,8 +12,8 @@ import gdc
 import patches
 import prior
 from data import DATASETS, FOLDERS, SLIDE_TYPES
-from prior import InputError
-from slides import CROP, MASK_MPP, Slide, cut_tiles, renamed, tissue_mask
+from errors import InputError, renamed
+from slides import CROP, MASK_MPP, Slide, cut_tiles, tissue_mask
 
 SLIDES_LAYOUT = "{0}/slides/ (in folders of their own too), {0}/labels.csv: slide,label[,patient][,split], {0}/cells/<slide>.*"
 WHERE = {  # where a data set is to be had, and how it has to lie there

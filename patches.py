@@ -28,8 +28,8 @@ import data as data_py
 import dirl
 import eval as eval_py
 from eval import represent
-from prior import InputError
-from slides import CROP, renamed
+from errors import InputError, renamed
+from slides import CROP
 from train import native_bf16, run_name
 
 SETTINGS = {  # A.1.2, "Patch classification"; a folder takes mhist's

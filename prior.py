@@ -20,7 +20,8 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 import slides
-from cells import InputError, cell_format, label_centroids, one_line, read_cells  # noqa: F401, some for those who import prior
+from cells import cell_format, label_centroids, read_cells  # noqa: F401, some for those who import prior
+from errors import InputError, exit_code, one_line, renamed  # noqa: F401, some for those who import prior
 
 # ---------------------------------------------------------------- C and P_c
 
@@ -321,14 +322,7 @@ def segment_slides(args):
 
 
 def main(argv=None):
-    try:
-        return segment_slides(arguments(argv))
-    except InputError as error:
-        print("prior.py:", error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prior.py: stopped; finished slides stay, run it again to go on", file=sys.stderr)
-        return 130
+    return exit_code("prior.py", lambda: segment_slides(arguments(argv)), again="finished slides stay, run it again to go on")
 
 
 if __name__ == "__main__":

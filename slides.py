@@ -7,7 +7,6 @@ import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +14,9 @@ import openslide
 from PIL import Image
 from scipy import ndimage
 
-from cells import InputError
+from errors import InputError, renamed
 
 CROP = 224  # px
-
-
-@contextmanager
-def renamed(path):
-    """A temporary name beside path to write to; it takes path's name when the block ends without an error."""
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.part")  # two runs may prepare the same slide
-    try:
-        temp.parent.mkdir(parents=True, exist_ok=True)
-        yield temp
-        os.replace(temp, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or run where you may write") from None
-    finally:
-        with suppress(OSError):
-            temp.unlink()
 
 
 # ---------------------------------------------------------------- slides

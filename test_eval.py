@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 import dirl
 import eval as eval_py
@@ -274,6 +275,15 @@ def test_flips_are_flips_and_seeded():
 
 
 # ---------------------------------------------------------------- measures
+
+def test_auc_is_scikit_learns(rng=np.random.default_rng(0)):
+    for classes in (2, 3, 5):
+        truth = np.r_[np.arange(classes), rng.integers(0, classes, 80)]
+        for scores in (rng.random((len(truth), classes)), rng.integers(0, 4, (len(truth), classes)) / 4):  # the latter with ties
+            one = roc_auc_score(truth, scores[:, 1] - scores[:, 0]) if classes == 2 else np.mean(
+                [roc_auc_score(truth == c, scores[:, c]) for c in range(classes)])
+            assert eval_py.auc(truth, scores) == pytest.approx(one, abs=1e-12)
+
 
 def test_auc_and_f1_of_hand_made_cases():
     scores = np.array([[0.9, 0.1], [0.4, 0.6], [0.3, 0.7], [0.2, 0.8]])

@@ -12,7 +12,7 @@ import pytest
 
 import data
 import gdc
-from prior import InputError
+from errors import InputError
 
 DUCT, LOBE, MIXED = "Infiltrating duct carcinoma, NOS", "Lobular carcinoma, NOS", "Infiltrating duct and lobular carcinoma"
 

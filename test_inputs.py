@@ -17,7 +17,7 @@ import eval as eval_py
 import prior as prior_py
 import slides as slides_py
 import train as train_py
-from prior import InputError
+from errors import InputError
 
 
 def tissue(side=256, seed=0):

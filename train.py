@@ -22,8 +22,7 @@ import data as data_py
 import dirl
 import views
 from data import DATASETS
-from prior import InputError
-from slides import renamed
+from errors import InputError, exit_code, renamed
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: fewer outputs, a sharper and quicker teacher, or the loss only reaches ln(out_dim).
@@ -63,6 +62,8 @@ def arguments(argv):
     add("--disentangled-dim", type=int, default=4096, help="outputs of the four disentangled heads")
     add("--lambda-1", type=float, default=0.5, help="weight of L_c and L_b in eq. 9")
     add("--lambda-2", type=float, default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
+    add("--empty-regions", default="skip", choices=["skip", "zeros"], help="views without a cell, or with nothing else: skip leaves "
+        "them out of that region's loss; zeros counts them, as a control")
     add("--lr", type=float, default=5e-4, help="learning rate for a batch of 256; it is scaled by batch / 256")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=int, help="epochs of linear warm-up (10, at most a third of all); more if the loss blows up early")
@@ -196,7 +197,8 @@ def train(args):
     encoder = dirl.ARCHS[args.arch](drop_path=args.drop_path)
     student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim).to(device)
     teacher = dirl.make_teacher(student)
-    loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum).to(device)
+    loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
+                            args.empty_regions == "skip").to(device)
     parameters = list(student.parameters())
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
               {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # biases and norms
@@ -364,23 +366,8 @@ def write_split(path, found):
 
 
 def main(argv=None):
-    try:
-        return train(arguments(argv))
-    except InputError as error:
-        print("train.py:", error, file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print("train.py:", error, file=sys.stderr)
-        return 1
-    except (torch.OutOfMemoryError, MemoryError):
-        print("train.py: out of memory; lower --batch or --local-crops", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"train.py: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; finished slides stay, run it again to go on", file=sys.stderr)
-        return 130
+    return exit_code("train.py", lambda: train(arguments(argv)), "--batch or --local-crops",
+                     "finished slides stay, run it again to go on")
 
 
 if __name__ == "__main__":
