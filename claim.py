@@ -1,8 +1,8 @@
 """The paper's claim on your own patches (4.1, 4.2): does DiRL de-sparsify attention, and does it help?
 
 python claim.py run --data FOLDER [flags of train.py] pre-trains every arm with every seed, the same flags for all, into
-OUT/<arm>_seed<k>/, and measures each on the test part of FOLDER/labels.csv (OUT/<arm>_seed<k>/claim.json). Stop it
-whenever you like: the same command goes on. python claim.py show prints the table and draws from these folders.
+OUT/<arm>_seed<k>/, and measures each on the test part of FOLDER/labels.csv (claim.npz: each test image's attention bins
+and scores). Stop it whenever you like: the same command goes on. python claim.py show prints the table and draws.
 """
 import argparse
 import csv
@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import data as data_py
@@ -28,20 +28,22 @@ from errors import InputError, exit_code, renamed
 from prior import bin_centroids
 from slides import CROP
 
-# What is compared: flags of train.py. "shuffled" to "zeros" are controls; "random" is an encoder as it starts.
+# What is compared: flags of train.py. "shuffled" and those after it are controls; "random" is an encoder as it starts.
 ARMS = {
     "random": None,
     "baseline": ["--method", "baseline"],
     "cellback": ["--method", "cellback"],
     "dirl": ["--method", "dirl"],
     "shuffled": ["--method", "dirl", "--shuffle-prior"],
-    "lambda2x10": ["--method", "dirl", "--lambda-2", "0.25"],
-    "no_locals": ["--method", "dirl", "--local-crops", "0", "--global-scale", "0.14", "1"],
+    "lambda_2_0.25": ["--method", "dirl", "--lambda-2", "0.25"],
+    "two_views": ["--method", "dirl", "--local-crops", "0", "--global-scale", "0.14", "1"],
+    "baseline_two_views": ["--method", "baseline", "--local-crops", "0", "--global-scale", "0.14", "1"],
     "zeros": ["--method", "dirl", "--empty-regions", "zeros"],
 }
-BINS = ("tokens, attention 0 to 0.5", "tokens, attention 0.5 to 2", "tokens, attention over 2")
-DSMIL_EPOCHS = 200  # A.1.3
-COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#a65628")))
+BINS = ("tokens with attention 0 to 0.5", "tokens with attention 0.5 to 2", "tokens with attention over 2")
+SPREAD = "sd of the aggregated attention within an image"
+DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
+COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f", "#a65628")))
 
 
 def arguments(argv):
@@ -54,61 +56,103 @@ def arguments(argv):
                                help="prints the table and draws the bins, their course and the overlays")
     for command in (run, show):
         command.add_argument("--out", default="runs/claim", help="folder of the experiment; another for other settings")
+        command.add_argument("--pair", nargs=2, metavar="CLASS", help="show: two classes that are also told apart alone, by the same scores")
     add = run.add_argument
     add("--data", required=True, help="folder of patches with labels.csv: image,label,split[,group or source_tile]")
     add("--arms", nargs="+", default=["random", "baseline", "cellback", "dirl", "shuffled"], choices=list(ARMS), metavar="ARM",
-        help=f"{', '.join(ARMS)}; the last four are controls")
+        help=f"{', '.join(ARMS)}; those from shuffled on are controls")
     add("--seeds", type=int, nargs="+", default=[0], help="several tell an effect from luck; the first seed's arms are run first")
     add("--folds", type=int, default=5, help="of the training part, for logistic regression and fine-tuning")
     add("--tune-epochs", type=int, default=0, help="of fine-tuning, as in eval.py patches (40 in the paper); 0 leaves it out")
     add("--tune-folds", type=int, default=5, help="folds that are fine-tuned; fewer where time is short")
-    add("--pair", nargs=2, metavar="CLASS", help="two classes that are also told apart alone, by the same scores")
     add("--bag-groups", type=int, default=4, help="source tiles in a synthetic slide for DSMIL")
     add("--bag-seeds", type=int, default=3, help="trainings of DSMIL; 0 leaves it out")
     add = show.add_argument
     add("--overlay", help="folder with slides or crops whose crops are shown with each arm's attention")
-    add("--mpp", type=float, help="um/px of the overlay's crops")
+    add("--mpp", type=float, help="um/px of the overlay's crops (default: the encoders')")
     add("--slide-mpp", type=float, help="um/px of slides that record none")
     add("--crops", type=int, default=3, help="crops of the overlay")
     args, args.rest = parser.parse_known_args(argv)
-    if args.rest and args.command == "show":
-        raise InputError(f"{' '.join(args.rest)}: not known to show; python claim.py show --help")
-    for flag in {"--method", "--run", "--seed", "--shuffle-prior"} & {word.split("=")[0] for word in args.rest}:
-        raise InputError(f"{flag}: the experiment sets it; take --arms, --seeds or --out")
+    if args.command == "show":
+        if args.rest or args.crops < 1:
+            raise InputError(f"{' '.join(args.rest) or '--crops below 1'}: not known to show; python claim.py show --help")
+        return args
+    for name, low, high in (("folds", 2, 1000), ("tune_epochs", 0, 10000), ("tune_folds", 1, 1000), ("bag_groups", 1, 10000), ("bag_seeds", 0, 1000)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low} and {high}")
+    said = {word.split("=")[0] for word in args.rest}
+    for flag in {"--method", "--run", "--seed", "--probe", *(word for arm in args.arms for word in ARMS[arm] or () if word.startswith("--"))} & said:
+        raise InputError(f"{flag}: the experiment sets it; take --arms, --seeds or --out, or leave out the arm that it belongs to")
     return args
 
 
 # ---------------------------------------------------------------- run
 
 def run(args):
-    """Pre-trains and measures what is not done yet; 130 where it was stopped."""
+    """Pre-trains and measures what is not done yet: 0, 130 where it was stopped, 1 where an arm failed."""
     common = ["--data", args.data, "--probe", args.data, *args.rest]
     jobs = [(arm, seed, Path(args.out) / f"{arm}_seed{seed}") for seed in args.seeds for arm in args.arms]
     flags = {folder: train_py.arguments([*common, "--run", str(folder), "--seed", str(seed), *(ARMS[arm] or [])])
-             for arm, seed, folder in jobs}  # all of them now: a wrong flag is told before the hours, not after
-    test = None
+             for arm, seed, folder in jobs}
+    rows, classes = find_patches(args)
+    arrange(rows, classes, args)  # all that can be wrong with flags and labels is told before the hours, not after
+    labels = hashlib.sha256((Path(args.data) / "labels.csv").read_bytes()).hexdigest()[:16]
+    keep_settings(Path(args.out) / "settings.json", train_py.arguments(common), labels)
+    on, failed = None, []
     for arm, seed, folder in jobs:
         settings = flags[folder]
-        if ARMS[arm]:
-            print(f"--- {folder}")
-            code = train_py.train(settings)
-            if code not in (0, 1) or settings.max_steps and not finished(folder):
-                return code
-        else:
-            encoder = patches.random_encoder(settings.arch, seed)
-            with renamed(folder / "encoder.pt") as temp:
-                torch.save({"encoder": encoder.state_dict(), "arch": settings.arch, "method": "none", "data": args.data,
-                            "mpp": settings.mpp, "mean": list(views.MEAN), "std": list(views.STD), "step": 0}, temp)
-        stamp = [hashlib.sha256((folder / "encoder.pt").read_bytes()).hexdigest()[:16],
-                 args.folds, args.tune_epochs, args.tune_folds, args.pair, args.bag_groups, args.bag_seeds]
-        if read_json(folder / "claim.json").get("stamp") != stamp:
-            test = test or load_patches(args, settings)
-            encoder = eval_py.load_encoder(folder / "encoder.pt")[0].to(settings.device)
-            rows = measure(encoder, test, args, settings)
-            with renamed(folder / "claim.json") as temp:
-                temp.write_text(json.dumps({"arm": arm, "seed": seed, "stamp": stamp, "data": test.about, "measures": rows}, indent=1))
-        print(f"measured: {folder}/claim.json")
-    print(f"All of {args.out} is done. Next: python claim.py show --out {args.out}")
+        print(f"--- {folder}")
+        try:
+            code = start(settings, folder) if ARMS[arm] is None else pre_train(settings, folder)
+        except FloatingPointError as error:  # the others can still be compared
+            print(f"claim.py: {folder}: {error}", file=sys.stderr)
+            failed.append(str(folder))
+            continue
+        if code == 130:
+            return code
+        encoder = eval_py.load_encoder(folder / "encoder.pt")[0].to(settings.device)
+        stamp = hashlib.sha256((folder / "encoder.pt").read_bytes()).hexdigest()[:16] + labels
+        done = read_measures(folder / "claim.npz", stamp)
+        for name, measure in measures(args, settings).items():
+            if name not in done:
+                on = on or load_patches(args, rows, classes, settings)
+                done[name] = measure(encoder, on)
+                with renamed(folder / "claim.npz") as temp, open(temp, "wb") as file:
+                    np.savez(file, stamp=stamp, classes=on.classes, labels=on.labels[on.test], groups=on.groups[on.test],
+                             bag_labels=[label for _, label in on.test_bags], **done)
+    if failed:
+        print(f"claim.py: failed: {', '.join(failed)}; see above, and take other settings with another --out", file=sys.stderr)
+    print(f"Wrote {args.out}/. Next: python claim.py show --out {args.out}")
+    return int(bool(failed))
+
+
+def keep_settings(path, settings, labels):
+    """Writes what all arms of a folder have in common; InputError where it was begun with something else."""
+    new = {k: v for k, v in vars(settings).items() if k not in (*train_py.NOT_THE_RUN, "seed", "method")} | {"labels.csv": labels}
+    new = json.loads(json.dumps(new))
+    old = read_json(path) or new
+    changed = [f"{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v]
+    if changed:
+        raise InputError(f"{path.parent}: was begun with {'; '.join(changed)}: say the same to go on, or take another --out")
+    with renamed(path) as temp:
+        temp.write_text(json.dumps(new, indent=1))
+
+
+def pre_train(settings, folder):
+    """train.py's exit code, 130 where the run is not at its end."""
+    if finished(folder) and (folder / "encoder.pt").is_file() and not (folder / "checkpoint.pt").is_file():
+        return 0  # the checkpoint is large, and may be deleted when a run is done
+    code = train_py.train(settings)
+    return code if finished(folder) else 130
+
+
+def start(settings, folder):
+    """encoder.pt of an encoder as it starts."""
+    if not (folder / "encoder.pt").is_file():
+        with renamed(folder / "encoder.pt") as temp:
+            torch.save({"encoder": patches.random_encoder(settings.arch, settings.seed).state_dict(), "arch": settings.arch,
+                        "method": "none", "data": settings.data, "mpp": settings.mpp, "mean": list(views.MEAN),
+                        "std": list(views.STD), "step": 0}, temp)
     return 0
 
 
@@ -120,10 +164,12 @@ def finished(folder):
 
 
 def read_json(path):
+    """A JSON object; {} where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_log(path):
@@ -133,76 +179,56 @@ def read_log(path):
         return list(csv.DictReader(file))
 
 
+def read_measures(path, stamp):
+    """{measure: array} of a claim.npz that was made of this encoder and these labels; {} otherwise."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name not in ABOUT} if str(file["stamp"]) == stamp else {}
+    except (OSError, ValueError, KeyError, BadZipFile):
+        return {}
+
+
 # ---------------------------------------------------------------- measures
 
-def load_patches(args, settings):
-    """The images of --data with labels, groups, folds and bags: what every arm is measured on."""
+ABOUT = ("stamp", "classes", "labels", "groups", "bag_labels")  # of claim.npz; the rest are measures
+
+
+def find_patches(args):
     rows, classes = patches.find_patches(args.data, 0)
-    for name in args.pair or ():
-        if name not in classes:
-            raise InputError(f"--pair {name}: {args.data}/labels.csv has {', '.join(classes)}")
-    images, rows, failed = patches.load_images(rows, max(1, settings.workers))
-    for line in failed:
-        print("passed over:", line)
+    if "split" not in data_py.read_table(Path(args.data) / "labels.csv")[0]:
+        raise InputError(f"{args.data}/labels.csv: has no column split; every seed has to train and test on the same images, so write one")
+    return rows, classes
+
+
+def arrange(rows, classes, args):
+    """Labels, groups, parts, folds and bags of the images: what every arm is measured on."""
     labels, groups, parts = (np.array([row[name] for row in rows]) for name in ("label", "group", "part"))
     train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
     if len(np.unique(labels[test])) < len(classes):
         raise InputError(f"{args.data}/labels.csv: a class has no test image; every class needs one")
+    if shared := set(groups[train]) & set(groups[test]):
+        raise InputError(f"{args.data}/labels.csv: group {sorted(shared)[0]} is in the training and in the test part; keep it in one")
     folds = [(train[a], train[b]) for a, b in patches.make_folds(labels[train], groups[train], classes, args.folds, 0)]
-    return SimpleNamespace(images=images, labels=labels, groups=groups, train=train, test=test, folds=folds, classes=classes,
-                           about=f"{len(train)} training and {len(test)} test images of {', '.join(classes)}; the test part has "
-                                 f"{len(set(groups[test]))} {patches.unit(groups[test])}")
+    train_bags, test_bags = (make_bags(part, labels, groups, args.bag_groups, 0) for part in (train, test))
+    for part, bags, least in (("training", train_bags, 5), ("test", test_bags, 1)):
+        for c, name in enumerate(classes):
+            if args.bag_seeds and [label for _, label in bags].count(c) < least:
+                raise InputError(f"--bag-groups {args.bag_groups}: fewer than {least} {part} bags of {name}; lower it, or --bag-seeds 0")
+    return SimpleNamespace(labels=labels, groups=groups, train=train, test=test, folds=folds, classes=classes,
+                           train_bags=train_bags, test_bags=test_bags)
 
 
-def measure(encoder, on, args, settings):
-    """[[measure, value, low, high], ...]: bins, then accuracy and AUC of each classifier with 95 % intervals by group."""
-    device = next(encoder.parameters()).device
-    bf16 = settings.precision != "fp32" and train_py.native_bf16(device)
-    with torch.no_grad():
-        features = patches.in_batches(lambda x: eval_py.represent(encoder, x, bf16), on.images, 64, "features").numpy()
-        columns = patches.in_batches(lambda x: dirl.aggregated_attention(encoder.last_attention(
-            views.normalize(x.to(device).float() / 255))), on.images[on.test], 64, "attention")
-    rows = [[name, share, None, None] for name, share in zip(BINS, dirl.attention_bins(columns))]
-    scores = {"20-NN": nearest(features, on), "logistic regression": sum(
-        patches.fit_linear(features, on.labels, *fold)[0](features[on.test]) for fold in on.folds) / len(on.folds)}
-    if args.tune_epochs:
-        scores["fine-tuned"] = fine_tuned(encoder, on, args, settings)
-    truth, groups = on.labels[on.test], on.groups[on.test]
-    for name, values in scores.items():
-        rows += scored(name, truth, values, groups)
-        if args.pair:
-            two = [on.classes.index(c) for c in args.pair]
-            there = np.isin(truth, two)
-            rows += scored(f"{name}, {args.pair[0]} against {args.pair[1]}", (truth[there] == two[1]).astype(int),
-                           values[there][:, two], groups[there])
-    return rows + (bags_scored(features, on, args) if args.bag_seeds else [])
-
-
-def scored(name, truth, scores, groups):
-    values = accuracy_score(truth, scores.argmax(1)), eval_py.auc(truth, scores)
-    return [[f"{what}, {name}", value, *limits] for what, value, limits in zip(
-        ("accuracy", "AUC"), map(float, values), patches.bootstrap(truth, scores, groups).tolist())]
-
-
-def nearest(features, on, k=20):
-    """Class shares (T, C) among the k training images nearest to each test image, by cosine on f."""
-    model = KNeighborsClassifier(min(k, len(on.train)), metric="cosine").fit(features[on.train], on.labels[on.train])
-    return model.predict_proba(features[on.test])
-
-
-def fine_tuned(encoder, on, args, settings):
-    """Mean test scores (T, C) over --tune-folds folds of fine-tuning the whole encoder (A.1.2), MHIST's settings."""
-    tuning = SimpleNamespace(**patches.SETTINGS["mhist"], device=settings.device,
-                             bf16=settings.precision != "fp32" and train_py.native_bf16(torch.device(settings.device)))
-    tuning.milestones = [round(m * args.tune_epochs / tuning.epochs) for m in tuning.milestones]
-    tuning.epochs = args.tune_epochs
-    folds = on.folds[: args.tune_folds]
-    return sum(patches.fine_tune(encoder, on.images, on.labels, *fold, len(on.classes), tuning, settings.seed, f"fine-tuning, fold {k}")[0](
-        on.images[on.test]) for k, fold in enumerate(folds, 1)) / len(folds)
+def load_patches(args, rows, classes, settings):
+    images, kept, failed = patches.load_images(rows, max(1, settings.workers))
+    for line in failed:
+        print("passed over:", line)
+    on = arrange(kept, classes, args)
+    on.images = images
+    return on
 
 
 def make_bags(indices, labels, groups, size, seed):
-    """Synthetic slides: (indices of the tiles, class) of size whole groups of one class, no tile in two of them.
+    """Synthetic slides: (indices of the tiles, class), each the tiles of one class in size groups, no tile in two of them.
 
     indices: of the images that may be taken; a class's last groups that do not fill a bag are left out.
     """
@@ -214,42 +240,142 @@ def make_bags(indices, labels, groups, size, seed):
     return bags
 
 
-def bags_scored(features, on, args):
-    """DSMIL on synthetic slides: every fifth training bag validates, the mean score over --bag-seeds trainings."""
+def measures(args, settings):
+    """{measure: function of (encoder, images)}: attention (T, 4), the bins' shares and the sd of each test image; the
+    others scores (R, T, C) of R folds or trainings, DSMIL's of test bags."""
+    device = torch.device(settings.device)
+    bf16 = settings.precision != "fp32" and train_py.native_bf16(device)
+
+    @torch.no_grad()
+    def attention(encoder, on):
+        columns = patches.in_batches(lambda x: dirl.aggregated_attention(encoder.last_attention(
+            views.normalize(x.to(device).float() / 255))), on.images[on.test], 64, "attention")
+        low, high = (columns < 0.5).float().mean(1), (columns > 2).float().mean(1)
+        return torch.stack([low, 1 - low - high, high, columns.std(1)], 1).numpy()
+
+    @torch.no_grad()
+    def features(encoder, on):
+        if getattr(on, "of", None) is not encoder:  # once for three measures
+            on.of, on.features = encoder, patches.in_batches(
+                lambda x: eval_py.represent(encoder, x, bf16), on.images, 64, "features").numpy()
+        return on.features
+
+    out = {"attention": attention, "20-NN": lambda encoder, on: nearest(features(encoder, on), on)[None],
+           f"logistic regression, {args.folds} folds": lambda encoder, on: linear(features(encoder, on), on)}
+    if args.bag_seeds:
+        out[f"DSMIL on synthetic slides of {args.bag_groups}, {args.bag_seeds} seeds"] = lambda encoder, on: on_bags(
+            features(encoder, on), on, args.bag_seeds)
+    if args.tune_epochs:
+        folds = min(args.folds, args.tune_folds)
+        out[f"fine-tuned {args.tune_epochs} epochs, {folds} of {args.folds} folds"] = lambda encoder, on: fine_tuned(
+            encoder, on, args.tune_epochs, folds, settings.seed, device, bf16)
+    return out
+
+
+def nearest(features, on, k=20):
+    """Class shares (T, C) among the k training images nearest to each test image, by cosine on f."""
+    model = KNeighborsClassifier(min(k, len(on.train)), metric="cosine").fit(features[on.train], on.labels[on.train])
+    return model.predict_proba(features[on.test])
+
+
+def linear(features, on):
+    """Logistic regression on frozen features, a fold each: (folds, T, C)."""
+    return np.stack([patches.fit_linear(features, on.labels, *fold)[0](features[on.test]) for fold in on.folds])
+
+
+def fine_tuned(encoder, on, epochs, folds, seed, device, bf16):
+    """The whole encoder fine-tuned (A.1.2) at MHIST's settings, its milestones in proportion: (folds, T, C)."""
+    args = SimpleNamespace(**patches.SETTINGS["mhist"] | {"epochs": epochs}, device=device, bf16=bf16)
+    args.milestones = [m for m in (round(m * epochs / patches.SETTINGS["mhist"]["epochs"]) for m in args.milestones) if m > 0]
+    return np.stack([patches.fine_tune(encoder, on.images, on.labels, *fold, len(on.classes), args, seed, f"fine-tuning, fold {k}")[0](
+        on.images[on.test]) for k, fold in enumerate(on.folds[:folds], 1)])
+
+
+def on_bags(features, on, seeds):
+    """DSMIL's scores (seeds, bags, C) of the test bags; every fifth training bag validates."""
     tiles = torch.from_numpy(features)
-    parts = [[(tiles[index], label) for index, label in make_bags(part, on.labels, on.groups, args.bag_groups, 0)]
-             for part in (on.train, on.test)]
-    counts = [[label for _, label in part].count(c) for part, least in zip(parts, (5, 1)) for c in range(len(on.classes))]
-    if min(counts[: len(on.classes)]) < 5 or min(counts) < 1:
-        raise InputError(f"--bag-groups {args.bag_groups}: too few synthetic slides of a class (5 to train, 1 to test); lower it, or --bag-seeds 0")
-    val, train = parts[0][::5], [bag for i, bag in enumerate(parts[0]) if i % 5]
-    scores = 0
-    for seed in range(args.bag_seeds):
-        model = mil.train_dsmil(train, val, len(on.classes), DSMIL_EPOCHS, seed=seed)
-        scores = scores + torch.stack([mil.dsmil_predict(model, bag) for bag, _ in parts[1]]).numpy() / args.bag_seeds
-    return scored(f"DSMIL, {len(parts[1])} synthetic slides", np.array([label for _, label in parts[1]]), scores, np.arange(len(parts[1])))
+    bags = [(tiles[index], label) for index, label in on.train_bags]
+    out = []
+    for seed in range(seeds):
+        model = mil.train_dsmil([bag for i, bag in enumerate(bags) if i % 5], bags[::5], len(on.classes), DSMIL_EPOCHS, seed=seed)
+        out.append(torch.stack([mil.dsmil_predict(model, tiles[index]) for index, _ in on.test_bags]).numpy())
+    return np.stack(out)
 
 
 # ---------------------------------------------------------------- show
 
-def read_runs(out):
-    """{arm: [(seed, folder, {measure: (value, low, high)}), ...]} of the measured runs in a folder, in the order of ARMS."""
-    found = {}
-    for path in sorted(Path(out).glob("*_seed*/claim.json")):
-        result = read_json(path)
-        if result.get("arm") not in ARMS:
-            raise InputError(f"{path}: cannot be read; delete it and run again")
-        found.setdefault(result["arm"], []).append(
-            (result["seed"], path.parent, {name: values for name, *values in result["measures"]}))
+def draws_of(groups):
+    """(1 + DRAWS) rows of indices: all images, then groups (N,) drawn with replacement; the same for the same groups."""
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    rng = np.random.default_rng(0)
+    return [np.arange(len(groups)), *(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+                                      for _ in range(patches.DRAWS))]
+
+
+def statistics(file, draws, bag_draws, pair):
+    """{measure: (1 + DRAWS,)} of a claim.npz: its value and that of every draw; an AUC is NaN where a draw lacks a class.
+
+    Accuracy and AUC are means over the folds or trainings, as the paper has them, not those of an ensemble.
+    """
+    labels, classes, out = file["labels"], file["classes"].tolist(), {}
+    for name, column in zip((*BINS, SPREAD), file["attention"].T):
+        out[name] = np.array([column[index].mean() for index in draws])
+
+    def score(name, truth, scores, drawn):
+        right = (scores.argmax(2) == truth).mean(0)
+        out[f"accuracy, {name}"] = np.array([right[index].mean() for index in drawn])
+        whole = lambda index: len(np.unique(truth[index])) == scores.shape[2]
+        out[f"AUC, {name}"] = np.array([np.mean([eval_py.auc(truth[index], one[index]) for one in scores]) if whole(index) else np.nan
+                                        for index in drawn])
+    for name in (n for n in file if n not in (*ABOUT, "attention")):
+        if name.startswith("DSMIL"):
+            score(name, file["bag_labels"], file[name], bag_draws)
+            continue
+        score(name, labels, file[name], draws)
+        if pair:
+            two = [classes.index(c) for c in pair]
+            there = np.isin(labels, two)
+            inside = np.cumsum(there) - 1
+            score(f"{name}, {pair[0]} against {pair[1]}", (labels[there] == two[1]).astype(int),
+                  np.log(file[name][:, there][:, :, two] + 1e-9), [inside[index[there[index]]] for index in draws])
+    return out
+
+
+def read_runs(args):
+    """{arm: [(seed, folder, {measure: (1 + DRAWS,)}), ...]} of the measured runs, in the order of ARMS."""
+    found, draws = {}, {}
+    for path in sorted(Path(args.out).glob("*_seed*/claim.npz")):
+        arm, seed = path.parent.name.rsplit("_seed", 1)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                file = {name: archive[name] for name in archive.files}
+            stamp, groups, bags = str(file["stamp"]), file["groups"], len(file["bag_labels"])
+            made = hashlib.sha256((path.parent / "encoder.pt").read_bytes()).hexdigest()[:16]
+            if arm not in ARMS or not seed.isdigit():
+                raise ValueError("no arm of this experiment")
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise InputError(f"{path}: cannot be read ({error}); delete it and run again") from None
+        if not stamp.startswith(made):
+            print(f"left out: {path} is of an earlier encoder; run measures it anew")
+            continue
+        for name in args.pair or ():
+            if name not in file["classes"]:
+                raise InputError(f"--pair {name}: the classes are {', '.join(file['classes'])}")
+        if args.pair and args.pair[0] == args.pair[1]:
+            raise InputError("--pair: two different classes are needed")
+        key = (tuple(groups), bags)
+        if key not in draws:
+            draws[key] = draws_of(groups), draws_of(np.arange(bags))
+        found.setdefault(arm, []).append((int(seed), path.parent, statistics(file, *draws[key], args.pair)))
     if not found:
-        raise InputError(f"{out}/: no measured run is there; first: python claim.py run --data FOLDER --out {out}")
+        raise InputError(f"{args.out}/: no measured run is there; first: python claim.py run --data FOLDER --out {args.out}")
     return {arm: sorted(found[arm], key=lambda r: r[0]) for arm in ARMS if arm in found}
 
 
 def course(folder):
-    """[(epochs done, low, middle, high, k-NN accuracy), ...] that --probe left in log.csv."""
-    return [(int(row["epoch"]) + 1, *(float(row[name]) for name in train_py.PROBED))
-            for row in read_log(folder / "log.csv") if row[train_py.PROBED[-1]]]
+    """{epochs done: (low, middle, high, k-NN accuracy)} that --probe left in log.csv."""
+    return {int(row["epoch"]) + 1: tuple(float(row[name]) for name in train_py.PROBED)
+            for row in read_log(folder / "log.csv") if row[train_py.PROBED[-1]]}
 
 
 def loss_shares(folder):
@@ -262,34 +388,45 @@ def loss_shares(folder):
 
 
 def cell(values):
-    """One measure of an arm in words: mean and sd over seeds, and of a single seed the interval."""
-    numbers = [value[0] for value in values]
-    if len(numbers) > 1:
-        return f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1):.3f}"
-    return f"{numbers[0]:.3f}" + (f" ({values[0][1]:.3f}-{values[0][2]:.3f})" if values[0][1] is not None else "")
+    """(1 + DRAWS,) of each seed in words: the mean, its sd over seeds where there are several, and the 95 % interval."""
+    values = np.stack(values)
+    mean = values.mean(0)
+    low, high = np.nanpercentile(mean[1:], (2.5, 97.5)) if len(mean) > 1 else (np.nan, np.nan)
+    sd = f" ± {values[:, 0].std(ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{mean[0]:.3f}{sd}" + (f" ({low:.3f} to {high:.3f})" if len(mean) > 1 else "")
 
 
 def show(args):
-    runs, out = read_runs(args.out), Path(args.out)
+    runs, out = read_runs(args), Path(args.out)
     names = list(dict.fromkeys(name for results in runs.values() for _, _, rows in results for name in rows))
-    table = [("measure", *(f"{arm}, {len(results)} seed{'s' * (len(results) > 1)}" for arm, results in runs.items()))]
+    title = [f"{arm}, seed{'s' * (len(r) > 1)} {' '.join(str(seed) for seed, _, _ in r)}" for arm, r in runs.items()]
+    table, long = [("measure", *title)], [("arm", "seed", "measure", "value", "low", "high")]
     for name in names:
         there = [[rows[name] for _, _, rows in results if name in rows] for results in runs.values()]
         table.append((name, *(cell(values) if values else "" for values in there)))
+        long += [(arm, seed, name, *(f"{v:.4f}" for v in (rows[name][0], *np.nanpercentile(rows[name][1:], (2.5, 97.5)))))
+                 for arm, results in runs.items() for seed, _, rows in results if name in rows]
+    minus = [("arm minus baseline, same seeds", *(arm for arm in runs if arm not in ("random", "baseline")))]
+    base = {seed: rows for seed, _, rows in runs.get("baseline", ())}
+    for name in names:
+        pairs = [[rows[name] - base[seed][name] for seed, _, rows in runs[arm] if name in rows and name in base.get(seed, ())] for arm in minus[0][1:]]
+        if any(pairs):
+            minus.append((name, *(cell(p) if p else "" for p in pairs)))
+    losses = [("last epoch's loss / ln K", *title)]
     for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED):
-        shares = [[(share[head],) + (None,) * 2 for _, folder, _ in results if head in (share := loss_shares(folder))] for results in runs.values()]
+        shares = [[[share[head]] for _, folder, _ in results if head in (share := loss_shares(folder))] for results in runs.values()]
         if any(shares):
-            table.append((f"last epoch's loss of f_{head} / ln K".replace("f_f", "f"), *(cell(s) if s else "" for s in shares)))
-    eval_py.write_csv(out / "claim.csv", table)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
-    print("one seed: 95 % interval over groups of test images (DSMIL: over synthetic slides); several: mean ± sd over seeds")
-    print("\ncourse on the probe (first seed): epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
+            losses.append(("f" if head == "f" else f"f_{head}", *(cell(s) if s else "" for s in shares)))
+    for lines in (table, minus, losses):
+        if len(lines) > 1:
+            widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
+            print(*("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in lines), sep="\n", end="\n\n")
+    print(f"in brackets: 95 % of {patches.DRAWS} draws of test groups (DSMIL: of its synthetic slides); ±: sd over seeds")
+    print("course on the probe, first seed: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
     for arm, results in runs.items():
-        points = course(results[0][1])
-        if points:
-            print(f"{arm:<12}" + "  ".join(f"{p[0]}: {p[2]:.1%} {p[4]:.3f}" for p in points))
+        if points := course(results[0][1]):
+            print(f"{arm:<20}" + "  ".join(f"{epoch}: {p[1]:.1%} {p[3]:.3f}" for epoch, p in points.items()))
+    eval_py.write_csv(out / "claim.csv", long)
     plot_claim(runs, out / "claim.png")
     made = ["claim.csv", "claim.png"]
     if args.overlay:
@@ -309,12 +446,11 @@ def plot_claim(runs, path):
         x = np.arange(3) + (k - (len(runs) - 1) / 2) * 0.8 / len(runs)
         bins.bar(x, 100 * values.mean(0), 0.8 / len(runs), yerr=100 * values.std(0, ddof=1) if len(values) > 1 else None,
                  color=COLORS[arm], label=arm)
-        points = [course(folder) for _, folder, _ in results]
-        length = min(map(len, points))
-        if length:
-            mean = np.mean([p[:length] for p in points], 0)
-            middle.plot(mean[:, 0], 100 * mean[:, 2], "o-", ms=3, color=COLORS[arm], label=arm)
-            knn.plot(mean[:, 0], mean[:, 4], "o-", ms=3, color=COLORS[arm], label=arm)
+        courses = [course(folder) for _, folder, _ in results]
+        epochs = sorted(set().union(*courses))
+        mean = np.array([np.mean([c[epoch] for c in courses if epoch in c], 0) for epoch in epochs]).reshape(-1, 4)
+        for axis, y in ((middle, 100 * mean[:, 1]), (knn, mean[:, 3])):
+            axis.plot(epochs, y, "o-", ms=3, color=COLORS[arm], label=arm)
     bins.set_xticks(range(3), ("0 to 0.5", "0.5 to 2", "over 2"))
     bins.set(xlabel="aggregated attention of a token", ylabel="tokens, %", ylim=(0, 105))
     middle.set(xlabel="epochs", ylabel="tokens with attention 0.5 to 2, %")
@@ -326,8 +462,9 @@ def plot_claim(runs, path):
 
 @torch.no_grad()
 def overlay(runs, args, path):
-    """The same crops of --overlay with P_c and every arm's aggregated attention."""
-    found = data_py.find_data(args.overlay, args.mpp, args.slide_mpp)
+    """The same crops of --overlay with P_c and every arm's aggregated attention (first seed)."""
+    encoders = {arm: eval_py.load_encoder(results[0][1] / "encoder.pt") for arm, results in runs.items()}
+    found = data_py.find_data(args.overlay, args.mpp or next(iter(encoders.values()))[1]["mpp"], args.slide_mpp)
     for line in data_py.prepare(found, args.slide_mpp):
         print("passed over:", line)
     crops = data_py.Crops(found, sorted(found.images))
@@ -338,8 +475,7 @@ def overlay(runs, args, path):
         raise InputError(f"--overlay {args.overlay}: no crop is there; take another folder or --mpp")
     images, cells = zip(*(crops[int(i)] for i in chosen))
     x = views.normalize(torch.stack(images).float() / 255)
-    attention = {arm: dirl.aggregated_attention(eval_py.load_encoder(results[0][1] / "encoder.pt")[0].last_attention(x))
-                 for arm, results in runs.items()}
+    attention = {arm: dirl.aggregated_attention(encoder.last_attention(x)) for arm, (encoder, _) in encoders.items()}
     eval_py.plot_overlays(images, attention, [bin_centroids(xy, CROP) for xy in cells], path)
 
 

@@ -1,4 +1,4 @@
-"""Slide-level classification (3.6, A.1.3) and attention (4.2): python eval.py [slides] [--data demo].
+"""Slide-level classification (3.6, A.1.2) and attention (4.2): python eval.py [slides] [--data demo].
 
 Takes the newest run of the data set (or --checkpoint), writes features/<slide>.npz, trains DSMIL over --repeats
 seeds and scores it on the test slides, counts the tokens' aggregated attention in the bins of Fig. 4, and draws.

@@ -68,14 +68,38 @@ def test_nearest_is_brute_force_by_cosine():
         np.testing.assert_allclose(scores[i], [(labels[near] == c).mean() for c in range(3)])
 
 
-def test_scores_have_intervals_and_the_pair_is_read_off_the_same_scores():
-    truth = np.array([0, 0, 1, 1] * 10)
-    rows = claim.scored("x", truth, np.eye(2)[truth], np.arange(40))
-    assert rows == [["accuracy, x", 1.0, 1.0, 1.0], ["AUC, x", 1.0, 1.0, 1.0]]
-    wrong = claim.scored("x", truth, np.eye(2)[1 - truth], np.arange(40))
-    assert wrong[0][1] == 0 and wrong[1][1] == 0
-    assert claim.cell([(0.5, 0.4, 0.6)]) == "0.500 (0.400-0.600)" and claim.cell([(0.5, None, None)]) == "0.500"
-    assert claim.cell([(0.5, 0, 1), (0.7, 0, 1)]) == "0.600 ± 0.141"
+def statistics_of(scores, truth, groups, pair=None, classes=2):
+    file = {"labels": truth, "classes": np.array([f"c{i}" for i in range(classes)]), "attention": np.full((len(truth), 4), 0.25),
+            "bag_labels": truth, "x": scores, "stamp": "", "groups": groups}
+    return claim.statistics(file, claim.draws_of(groups), claim.draws_of(np.arange(len(truth))), pair)
+
+
+def test_statistics_are_means_over_folds_and_draws_take_whole_groups():
+    truth, groups = np.array([0, 0, 1, 1] * 10), np.repeat(np.arange(20), 2)
+    right, wrong = np.eye(2)[truth], np.eye(2)[1 - truth]
+    out = statistics_of(np.stack([right, right, right, wrong]), truth, groups)
+    assert out["accuracy, x"][0] == 0.75 and out["AUC, x"][0] == 0.75  # an ensemble of the four would have 1
+    for index in claim.draws_of(groups)[1:]:
+        count = np.bincount(index, minlength=40)
+        assert (count[::2] == count[1::2]).all() and len(index) == 40
+    rng = np.random.default_rng(0)
+    scores = rng.random((1, 40, 2))
+    out = statistics_of(scores, truth, groups)
+    hits = (scores[0].argmax(1) == truth)
+    np.testing.assert_allclose(out["accuracy, x"], [hits[index].mean() for index in claim.draws_of(groups)])
+    assert len(out["accuracy, x"]) == 1 + patches.DRAWS and out[claim.SPREAD][3] == 0.25
+
+
+def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
+    truth = np.array([0, 1, 0, 1, 2, 2])
+    scores = np.array([[[.4, .3, .3], [.05, .1, .85], [.02, .01, .97], [.3, .6, .1], [0, 0, 1], [0, 0, 1]]])
+    out = statistics_of(scores, truth, np.arange(6), ("c0", "c1"), 3)
+    assert out["accuracy, x, c0 against c1"][0] == 1 and out["AUC, x, c0 against c1"][0] == 1
+
+
+def test_cells_of_the_table():
+    assert claim.cell([np.array([0.5, 0.4, 0.6])]) == "0.500 (0.405 to 0.595)" and claim.cell([[0.5]]) == "0.500"
+    assert claim.cell([np.array([0.5, 0.4, 0.6]), np.array([0.7, 0.8, 0.6])]) == "0.600 ± 0.141 (0.600 to 0.600)"
 
 
 def test_empty_regions_count_or_not():
@@ -94,39 +118,44 @@ def test_empty_regions_count_or_not():
 
 def test_the_experiment_runs_stops_goes_on_and_shows(place, capsys):
     argv = ["run", "--data", "c", "--arms", "baseline", "cellback", "random", "--folds", "2", "--tune-epochs", "1",
-            "--tune-folds", "1", "--pair", "class0", "class2", "--bag-groups", "1", "--bag-seeds", "1", *TINY]
-    assert claim.main([*argv, "--max-steps", "3"]) == 0
+            "--tune-folds", "1", "--bag-groups", "1", "--bag-seeds", "1", *TINY]
+    assert claim.main([*argv, "--max-steps", "3"]) == 130
     out = place / "runs" / "claim"
-    assert not (out / "baseline_seed0" / "claim.json").exists()
-    assert not claim.finished(out / "baseline_seed0")
+    assert not (out / "baseline_seed0" / "claim.npz").exists() and not claim.finished(out / "baseline_seed0")
     assert claim.main(argv) == 0
     assert "goes on at step 3" in capsys.readouterr().out
-    written = {path: path.stat().st_mtime_ns for path in out.glob("*/claim.json")}
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/claim.npz")}
     assert len(written) == 3 and claim.finished(out / "baseline_seed0")
+    (out / "baseline_seed0" / "checkpoint.pt").unlink()  # large, and not needed any more
     assert claim.main(argv) == 0
-    assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing is measured twice
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing is trained or measured twice
+    assert claim.main([*argv, "--epochs", "3"]) == 2 and "epochs 2 (now 3)" in capsys.readouterr().err
 
-    rows = {name: values for name, *values in json.loads((out / "baseline_seed0" / "claim.json").read_text())["measures"]}
-    assert sum(rows[name][0] for name in claim.BINS) == pytest.approx(1)
-    for name in ("20-NN", "logistic regression", "fine-tuned", "20-NN, class0 against class2", "DSMIL, 12 synthetic slides"):
-        for what in ("accuracy", "AUC"):
-            value, low, high = rows[f"{what}, {name}"]
-            assert 0 <= low <= value <= high <= 1
-    assert rows["accuracy, logistic regression"][0] > 0.8  # the classes are tints: a random network tells them apart
+    with np.load(out / "baseline_seed0" / "claim.npz", allow_pickle=False) as file:
+        rows = {name: file[name] for name in file.files}
+    np.testing.assert_allclose(rows["attention"][:, :3].sum(1), 1, atol=1e-6)
+    assert rows["logistic regression, 2 folds"].shape == (2, 24, 3) and rows["20-NN"].shape == (1, 24, 3)
+    assert rows["fine-tuned 1 epochs, 1 of 2 folds"].shape == (1, 24, 3)
+    assert rows["DSMIL on synthetic slides of 1, 1 seeds"].shape == (1, 12, 3) and len(rows["bag_labels"]) == 12
+    right = rows["logistic regression, 2 folds"].argmax(2) == rows["labels"]
+    assert right.mean() > 0.8  # the classes are tints: a random network tells them apart
     same = {arm: json.loads((out / f"{arm}_seed0" / "config.json").read_text()) for arm in ("baseline", "cellback")}
     assert {k for k in same["cellback"] if same["cellback"][k] != same["baseline"][k]} == {"method"}
 
-    assert claim.main(["show", "--overlay", "c", "--mpp", "0.5", "--crops", "2"]) == 0
+    assert claim.main(["show", "--overlay", "c", "--mpp", "0.5", "--crops", "2", "--pair", "class0", "class2"]) == 0
     said = capsys.readouterr().out
-    assert "random, 1 seed" in said and "course on the probe" in said
-    table = list(csv.reader(open(out / "claim.csv", encoding="utf-8")))
-    assert table[0][1:] == [f"{arm}, 1 seed" for arm in ("random", "baseline", "cellback")]
-    assert [row[0] for row in table if row[0].startswith("last epoch's loss")] == [
-        f"last epoch's loss of {f} / ln K" for f in ("f", "f_c", "f_b")]
+    assert "random, seed 0" in said and "course on the probe" in said and "class0 against class2" in said
+    assert "arm minus baseline" in said and "f_c" in said
+    table = list(csv.DictReader(open(out / "claim.csv", encoding="utf-8")))
+    assert {row["arm"] for row in table} == {"random", "baseline", "cellback"}
+    value = [float(row["value"]) for row in table if row["arm"] == "baseline" and row["measure"] == "accuracy, logistic regression, 2 folds"]
+    assert value == [pytest.approx(right.mean(), abs=1e-4)]
     for name in ("claim.png", "claim_overlay.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     points = claim.course(out / "cellback_seed0")
-    assert [p[0] for p in points] == [1, 2] and all(sum(p[1:4]) == pytest.approx(1, abs=1e-3) for p in points)
+    assert list(points) == [1, 2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
+    (out / "random_seed0" / "encoder.pt").write_bytes(b"another")
+    assert claim.main(["show"]) == 0 and "left out" in capsys.readouterr().out
 
 
 def test_the_loss_share_is_one_where_teacher_and_student_are_uniform(tmp_path):
@@ -145,12 +174,35 @@ def test_random_is_an_encoder_as_it_starts(place):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["run", "--data", "c", "--method", "dirl"], "--arms"), (["run", "--data", "c", "--seed=3"], "--seeds"),
-    (["run", "--data", "gone", *TINY], "gone"), (["run", "--data", "c", *TINY, "--lr", "50"], "--lr"),
-    (["run", "--data", "c", *TINY, "--arms", "random", "--pair", "class0", "lung"], "--pair lung"),
-    (["run", "--data", "c", *TINY, "--arms", "random", "--bag-groups", "9"], "--bag-groups 9"),
-    (["run", "--data", "c", *TINY, "--arms", "random", "--folds", "50"], "--folds 50"),
-    (["show", "--out", "nowhere"], "nowhere"), (["show", "--epochs", "3"], "--epochs")])
+    (["--method", "dirl"], "--arms"), (["--seed=3"], "--seeds"), (["--arms", "two_views", "--local-crops", "4"], "--local-crops"),
+    (["--data", "gone"], "gone"), (["--lr", "50"], "--lr"), (["--bag-groups", "9"], "--bag-groups 9"), (["--bag-groups", "0"], "--bag-groups 0"),
+    (["--folds", "50"], "--folds 50"), (["--folds", "1"], "--folds 1"), (["--tune-epochs", "-1"], "--tune-epochs -1")])
+def test_bad_flags_are_told_before_the_first_arm(place, capsys, argv, says):
+    assert claim.main(["run", "--data", "c", *TINY, *argv]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and not list(place.glob("runs/claim/*/*"))
+
+
+@pytest.mark.parametrize("table, says", [("image,label\n", "split"), ("", "group 0_0 is in the training and in the test part")])
+def test_a_split_that_leaks_or_is_not_there_is_told(place, capsys, table, says):
+    lines = (place / "c" / "labels.csv").read_text().splitlines()
+    lines = [",".join(line.split(",")[:2]) for line in lines] if table else [*lines[:1], lines[1].replace("train", "test"), *lines[2:]]
+    (place / "c" / "labels.csv").write_text("\n".join(lines))
+    assert claim.main(["run", "--data", "c", *TINY, "--arms", "random"]) == 2
+    error = capsys.readouterr().err
+    assert "labels.csv" in error and error.count("\n") == 1 and (says in error or "split" in error or "group" in error)
+
+
+def test_a_diverging_arm_is_named_and_the_others_go_on(place, capsys, monkeypatch):
+    def train(settings):
+        raise FloatingPointError("the loss is not finite at step 1")
+    monkeypatch.setattr(train_py, "train", train)
+    assert claim.main(["run", "--data", "c", *TINY, "--arms", "baseline", "random", "--folds", "2", "--bag-seeds", "0"]) == 1
+    assert "failed: runs/claim/baseline_seed0" in capsys.readouterr().err
+    assert (place / "runs/claim/random_seed0/claim.npz").is_file()
+
+
+@pytest.mark.parametrize("argv, says", [(["show", "--out", "nowhere"], "nowhere"), (["show", "--epochs", "3"], "--epochs")])
 def test_bad_input_is_one_line_and_exit_2(place, capsys, argv, says):
     assert claim.main(argv) == 2
     error = capsys.readouterr().err

@@ -33,7 +33,7 @@ NOT_THE_RUN = ("run", "workers", "save_minutes", "max_steps", "device", "probe",
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="Pre-trains DiRL; run it again to go on with a stopped run.",
+    parser = argparse.ArgumentParser(description="Pre-trains DiRL; run it again to go on with a stopped run.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder with slides or crops")
@@ -351,11 +351,11 @@ def check_config(path, config):
     try:
         old = json.loads(path.read_text())
     except (OSError, ValueError):
-        raise InputError(f"{path}: cannot be read; take --run for a new run") from None
+        raise InputError(f"{path}: cannot be read; take another folder for a new run") from None
     new = json.loads(json.dumps(config))
     changed = [f"{'' if k == 'crops' else '--'}{k.replace('_', '-')} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v]
     if changed:
-        raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: say the same to go on, --run for a new run")
+        raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: say the same to go on, or take another folder for a new run")
 
 
 def write_split(path, found):
