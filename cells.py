@@ -19,7 +19,6 @@ from PIL import Image
 
 from errors import InputError, one_line
 
-
 WINDOW = 1 << 20  # characters of a JSON file that are held at once, or about
 BAND = 256  # rows of a label image that are counted at once
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
@@ -93,7 +92,7 @@ def json_items(path, lists):
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*").match
     name = re.compile(r'(?:"(?:[^"\\]|\\.)*"\s*:\s*)?').match  # a list may be an object, whose members have names
     text, at, rest = "", 0, ""  # the window, the place in it, what lies outside the lists
-    border = None  # how two members meet, such as ', {"type":'; None where looking for it in this window is of no use
+    border = None  # how two members meet, such as ', {"type":'; None: not seen yet in this window, "": used up
 
     def more():
         nonlocal text, at, border

@@ -6,7 +6,6 @@ and scores). Stop it whenever you like: the same command goes on. python claim.p
 """
 import argparse
 import csv
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import mil
 import patches
 import train as train_py
 import views
-from errors import InputError, exit_code, renamed
+from errors import InputError, check_ranges, exit_code, renamed
 from prior import bin_centroids
 from slides import CROP
 
@@ -77,9 +76,7 @@ def arguments(argv):
         if args.rest or args.crops < 1:
             raise InputError(f"{' '.join(args.rest) or '--crops below 1'}: not known to show; python claim.py show --help")
         return args
-    for name, low, high in (("folds", 2, 1000), ("tune_epochs", 0, 10000), ("tune_folds", 1, 1000), ("bag_groups", 1, 10000), ("bag_seeds", 0, 1000)):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low} and {high}")
+    check_ranges(args, folds=(2, 1000), tune_epochs=(0, 10000), tune_folds=(1, 1000), bag_groups=(1, 10000), bag_seeds=(0, 1000))
     said = {word.split("=")[0] for word in args.rest}
     for flag in {"--method", "--run", "--seed", "--probe", *(word for arm in args.arms for word in ARMS[arm] or () if word.startswith("--"))} & said:
         raise InputError(f"{flag}: the experiment sets it; take --arms, --seeds or --out, or leave out the arm that it belongs to")
@@ -96,7 +93,7 @@ def run(args):
              for arm, seed, folder in jobs}
     rows, classes = find_patches(args)
     arrange(rows, classes, args)  # all that can be wrong with flags and labels is told before the hours, not after
-    labels = hashlib.sha256((Path(args.data) / "labels.csv").read_bytes()).hexdigest()[:16]
+    labels = eval_py.stamp_of(Path(args.data) / "labels.csv")
     keep_settings(Path(args.out) / "settings.json", train_py.arguments(common), labels)
     on, failed = None, []
     for arm, seed, folder in jobs:
@@ -110,16 +107,17 @@ def run(args):
             continue
         if code == 130:
             return code
-        encoder = eval_py.load_encoder(folder / "encoder.pt")[0].to(settings.device)
-        stamp = hashlib.sha256((folder / "encoder.pt").read_bytes()).hexdigest()[:16] + labels
+        stamp = eval_py.stamp_of(folder / "encoder.pt") + labels
         done = read_measures(folder / "claim.npz", stamp)
-        for name, measure in measures(args, settings).items():
-            if name not in done:
-                on = on or load_patches(args, rows, classes, settings)
-                done[name] = measure(encoder, on)
-                with renamed(folder / "claim.npz") as temp, open(temp, "wb") as file:
-                    np.savez(file, stamp=stamp, classes=on.classes, labels=on.labels[on.test], groups=on.groups[on.test],
-                             bag_labels=[label for _, label in on.test_bags], **done)
+        todo = {name: measure for name, measure in measures(args, settings).items() if name not in done}
+        if todo:
+            on = on or load_patches(args, rows, classes, settings)
+            encoder = eval_py.load_encoder(folder / "encoder.pt")[0].to(settings.device)
+        for name, measure in todo.items():
+            done[name] = measure(encoder, on)
+            with renamed(folder / "claim.npz") as temp, open(temp, "wb") as file:
+                np.savez(file, stamp=stamp, classes=on.classes, labels=on.labels[on.test], groups=on.groups[on.test],
+                         bag_labels=[label for _, label in on.test_bags], **done)
     if failed:
         print(f"claim.py: failed: {', '.join(failed)}; see above, and take other settings with another --out", file=sys.stderr)
     print(f"Wrote {args.out}/. Next: python claim.py show --out {args.out}")
@@ -129,11 +127,8 @@ def run(args):
 def keep_settings(path, settings, labels):
     """Writes what all arms of a folder have in common; InputError where it was begun with something else."""
     new = {k: v for k, v in vars(settings).items() if k not in (*train_py.NOT_THE_RUN, "seed", "method")} | {"labels.csv": labels}
-    new = json.loads(json.dumps(new))
-    old = read_json(path) or new
-    changed = [f"{k} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v]
-    if changed:
-        raise InputError(f"{path.parent}: was begun with {'; '.join(changed)}: say the same to go on, or take another --out")
+    if path.is_file():
+        train_py.check_config(path, new)
     with renamed(path) as temp:
         temp.write_text(json.dumps(new, indent=1))
 
@@ -206,8 +201,6 @@ def arrange(rows, classes, args):
     train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
     if len(np.unique(labels[test])) < len(classes):
         raise InputError(f"{args.data}/labels.csv: a class has no test image; every class needs one")
-    if shared := set(groups[train]) & set(groups[test]):
-        raise InputError(f"{args.data}/labels.csv: group {sorted(shared)[0]} is in the training and in the test part; keep it in one")
     folds = [(train[a], train[b]) for a, b in patches.make_folds(labels[train], groups[train], classes, args.folds, 0)]
     train_bags, test_bags = (make_bags(part, labels, groups, args.bag_groups, 0) for part in (train, test))
     for part, bags, least in (("training", train_bags, 5), ("test", test_bags, 1)):
@@ -248,10 +241,8 @@ def measures(args, settings):
 
     @torch.no_grad()
     def attention(encoder, on):
-        columns = patches.in_batches(lambda x: dirl.aggregated_attention(encoder.last_attention(
-            views.normalize(x.to(device).float() / 255))), on.images[on.test], 64, "attention")
-        low, high = (columns < 0.5).float().mean(1), (columns > 2).float().mean(1)
-        return torch.stack([low, 1 - low - high, high, columns.std(1)], 1).numpy()
+        columns = patches.in_batches(lambda x: eval_py.attention(encoder, x), on.images[on.test], 64, "attention")
+        return np.array([(*dirl.attention_bins(image), image.std().item()) for image in columns])
 
     @torch.no_grad()
     def features(encoder, on):
@@ -305,11 +296,8 @@ def on_bags(features, on, seeds):
 # ---------------------------------------------------------------- show
 
 def draws_of(groups):
-    """(1 + DRAWS) rows of indices: all images, then groups (N,) drawn with replacement; the same for the same groups."""
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    rng = np.random.default_rng(0)
-    return [np.arange(len(groups)), *(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-                                      for _ in range(patches.DRAWS))]
+    """(1 + DRAWS) rows of indices: all images, then those of each draw of groups (N,)."""
+    return [np.arange(len(groups)), *patches.draws(groups)]
 
 
 def statistics(file, draws, bag_draws, pair):
@@ -350,7 +338,7 @@ def read_runs(args):
             with np.load(path, allow_pickle=False) as archive:
                 file = {name: archive[name] for name in archive.files}
             stamp, groups, bags = str(file["stamp"]), file["groups"], len(file["bag_labels"])
-            made = hashlib.sha256((path.parent / "encoder.pt").read_bytes()).hexdigest()[:16]
+            made = eval_py.stamp_of(path.parent / "encoder.pt")
             if arm not in ARMS or not seed.isdigit():
                 raise ValueError("no arm of this experiment")
         except (OSError, ValueError, KeyError, BadZipFile) as error:
@@ -419,8 +407,8 @@ def show(args):
             losses.append(("f" if head == "f" else f"f_{head}", *(cell(s) if s else "" for s in shares)))
     for lines in (table, minus, losses):
         if len(lines) > 1:
-            widths = [max(len(row[i]) for row in lines) for i in range(len(lines[0]))]
-            print(*("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in lines), sep="\n", end="\n\n")
+            eval_py.print_table(lines)
+            print()
     print(f"in brackets: 95 % of {patches.DRAWS} draws of test groups (DSMIL: of its synthetic slides); ±: sd over seeds")
     print("course on the probe, first seed: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
     for arm, results in runs.items():
@@ -474,8 +462,7 @@ def overlay(runs, args, path):
     if not len(chosen):
         raise InputError(f"--overlay {args.overlay}: no crop is there; take another folder or --mpp")
     images, cells = zip(*(crops[int(i)] for i in chosen))
-    x = views.normalize(torch.stack(images).float() / 255)
-    attention = {arm: dirl.aggregated_attention(encoder.last_attention(x)) for arm, (encoder, _) in encoders.items()}
+    attention = {arm: eval_py.attention(encoder, torch.stack(images)) for arm, (encoder, _) in encoders.items()}
     eval_py.plot_overlays(images, attention, [bin_centroids(xy, CROP) for xy in cells], path)
 
 

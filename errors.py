@@ -14,6 +14,13 @@ def one_line(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def check_ranges(args, **limits):
+    """InputError where a flag of args lies outside its (low, high)."""
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
+
+
 @contextmanager
 def renamed(path):
     """A temporary name beside path to write to; it takes path's name when the block ends without an error."""

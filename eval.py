@@ -91,6 +91,11 @@ def find_encoder(checkpoint, data=None):
     return runs[-1]
 
 
+def stamp_of(path):
+    """Sixteen letters that tell one file's content from another's."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def load_encoder(path):
     """The encoder of an encoder.pt, in eval mode, and the file's other values."""
     state = load(path)
@@ -259,13 +264,17 @@ def macro_f1(truth, scores):
 
 # ---------------------------------------------------------------- attention
 
+def attention(encoder, images):
+    """Aggregated attention of uint8 images (B, 3, 224, 224), (B, n); the n values of an image sum to n."""
+    device = next(encoder.parameters()).device
+    return dirl.aggregated_attention(encoder.last_attention(views.normalize(images.to(device).float() / 255)))
+
+
 @torch.no_grad()
 def attention_of(encoder, crops, args):
-    """Aggregated attention of every token of the crops, (N, n); the n values of a crop sum to n."""
-    device = next(encoder.parameters()).device
+    """attention of all crops, (N, n), on the CPU."""
     loader = DataLoader(crops, args.batch, collate_fn=data_py.collate)
-    return torch.cat([dirl.aggregated_attention(encoder.last_attention(views.normalize(images.to(device).float() / 255))).cpu()
-                      for images, _ in tqdm(loader, desc="attention", leave=False)])
+    return torch.cat([attention(encoder, images).cpu() for images, _ in tqdm(loader, desc="attention", leave=False)])
 
 
 def plot_bins(bins, title, path):
@@ -319,11 +328,18 @@ def write_csv(path, rows):
         csv.writer(file).writerows(rows)
 
 
+def print_table(rows):
+    """Rows of texts, in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
 def evaluate(args):
     path = find_encoder(args.checkpoint, args.data)
     encoder, about = load_encoder(path)
     encoder.to(args.device)
-    run, stamp = path.parent, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    run, stamp = path.parent, stamp_of(path)
     mpp = args.mpp or (None if args.data in DATASETS else about["mpp"])
     found = data_py.find_data(args.data, mpp, args.slide_mpp, args.seed, args.prior)
     if args.export and found.kind != "slides":
@@ -360,20 +376,18 @@ def evaluate(args):
             print("No labels.csv: features are written, no slide is classified.")
     crops = data_py.Crops(found, found.split("test") or found.split("train"))
     part = Subset(crops, spread(len(crops), args.attention_crops))
-    attention = attention_of(encoder, part, args)
-    bins = dirl.attention_bins(attention)
+    columns = attention_of(encoder, part, args)
+    bins = dirl.attention_bins(columns)
     for name, share in zip(("0 to 0.5", "0.5 to 2", "over 2"), bins):
         table.append((f"tokens with attention {name}", f"{share:.4f}", "", f"{len(part)} {'test ' if found.labels else ''}crops"))
     covered = crops.priors().mean().item()
     table.append(("patches with a cell", f"{covered:.4f}", "", f"{len(crops)} crops"))
     plot_bins(bins, f"{about['data']}, {about['arch']}, {about['method']}", run / "attention_bins.png")
     chosen = spread(len(part), args.overlays)
-    plot_overlays([part[i][0] for i in chosen], {"aggregated attention": attention[chosen]},
+    plot_overlays([part[i][0] for i in chosen], {"aggregated attention": columns[chosen]},
                   [prior.bin_centroids(part[i][1], CROP) for i in chosen], run / "attention_overlay.png")
     write_csv(run / "results.csv", table)
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print_table(table)
     made = ["results.csv", "attention_bins.png", "attention_overlay.png", *(f"{kind}/" for kind in args.export)]
     made += ["features/"] * (found.kind == "slides") + ["slides.csv", "predictions.csv"] * (found.kind == "slides" and bool(found.labels))
     print(f"Wrote {run}/{', '.join(made)}")

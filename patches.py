@@ -28,7 +28,7 @@ import data as data_py
 import dirl
 import eval as eval_py
 from eval import represent
-from errors import InputError, renamed
+from errors import InputError, check_ranges, renamed
 from slides import CROP
 from train import native_bf16, run_name
 
@@ -67,9 +67,7 @@ def arguments(argv):
     parser.set_defaults(**SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
     eval_py.check_flags(args, "epochs", "batch", "workers")
-    for name, low, high in (("folds", 2, 1000), ("lr", 0, 10), ("weight_decay", 0, 10), ("seed", 0, 2 ** 31)):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
+    check_ranges(args, folds=(2, 1000), lr=(0, 10), weight_decay=(0, 10), seed=(0, 2 ** 31))
     args.bf16 = args.precision == "bf16" or args.precision == "auto" and native_bf16(torch.device(args.device))
     return args
 
@@ -291,15 +289,20 @@ def fine_tune(encoder, images, labels, train, val, classes, args, seed, what="")
 
 # ---------------------------------------------------------------- figures
 
+def draws(groups, seed=0):
+    """Yields DRAWS times the indices of groups (N,) drawn with replacement, whole; the same for the same groups."""
+    members, rng = [np.flatnonzero(groups == group) for group in np.unique(groups)], np.random.default_rng(seed)
+    for _ in range(DRAWS):
+        yield np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+
+
 def bootstrap(truth, scores, groups, seed=0):
     """95 % intervals of the accuracy and the AUC of scores (N, C), as (2, 2): low, high.
 
-    DRAWS times the groups (N,) are drawn with replacement; a draw that lacks a class has no AUC and is left out there.
+    A draw that lacks a class has no AUC and is left out there.
     """
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    rng, values = np.random.default_rng(seed), []
-    for _ in range(DRAWS):
-        index = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+    values = []
+    for index in draws(groups, seed):
         whole = len(np.unique(truth[index])) == scores.shape[1]
         values.append(((truth[index] == scores[index].argmax(1)).mean(),
                        eval_py.auc(truth[index], scores[index]) if whole else np.nan))

@@ -21,7 +21,7 @@ from scipy.spatial import cKDTree
 
 import slides
 from cells import cell_format, label_centroids, read_cells  # noqa: F401, some for those who import prior
-from errors import InputError, exit_code, one_line, renamed  # noqa: F401, some for those who import prior
+from errors import InputError, exit_code, one_line
 
 # ---------------------------------------------------------------- C and P_c
 

@@ -18,7 +18,6 @@ from errors import InputError, renamed
 
 CROP = 224  # px
 
-
 # ---------------------------------------------------------------- slides
 
 MPP_LIMITS, POWER_LIMITS = (0.05, 20), (0.5, 200)  # um/px; "unknown", 0 and 10^6 count as missing

@@ -22,7 +22,7 @@ import data as data_py
 import dirl
 import views
 from data import DATASETS
-from errors import InputError, exit_code, renamed
+from errors import InputError, check_ranges, exit_code, renamed
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: fewer outputs, a sharper and quicker teacher, or the loss only reaches ln(out_dim).
@@ -91,13 +91,12 @@ def arguments(argv):
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 3)
     args.run = args.run or f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
-    for name, low, high in (("fraction", 1e-9, 1), ("tissue", 0, 1), ("epochs", 1, 1e6), ("batch", 1, 1e6),
-                            ("local_crops", 0, 100), ("out_dim", 2, 1e7), ("disentangled_dim", 2, 1e7),
-                            ("drop_path", 0, 0.99), ("momentum", 0, 1), ("lr", 0, 10), ("workers", 0, 1024), ("clip", 0, 1e9), ("probe_epochs", 1, 1e6), ("probe_images", 20, 1e6), ("weight_decay", 0, 10),
-                            ("weight_decay_end", 0, 10), ("min_lr", 0, 10), ("lambda_1", 0, 100), ("lambda_2", 0, 100),
-                            ("warmup_epochs", 0, args.epochs - 1), ("student_temp", 1e-4, 100), ("teacher_temp", 1e-4, 100), ("center_momentum", 0, 1)):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
+    check_ranges(args, fraction=(1e-9, 1), tissue=(0, 1), epochs=(1, 1e6), batch=(1, 1e6), local_crops=(0, 100),
+                 out_dim=(2, 1e7), disentangled_dim=(2, 1e7), drop_path=(0, 0.99), momentum=(0, 1), lr=(0, 10),
+                 workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6), probe_images=(20, 1e6), weight_decay=(0, 10),
+                 weight_decay_end=(0, 10), min_lr=(0, 10), lambda_1=(0, 100), lambda_2=(0, 100),
+                 warmup_epochs=(0, args.epochs - 1), student_temp=(1e-4, 100), teacher_temp=(1e-4, 100),
+                 center_momentum=(0, 1))
     for name in ("global_size", "local_size"):
         if getattr(args, name) < 16 or getattr(args, name) % 16:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be a multiple of 16 px")
@@ -270,7 +269,7 @@ def train(args):
         covered = priors[0].mean().item()  # share of cell tokens in the global views
         probed = [""] * len(PROBED)
         if args.probe and ((step + 1) % (per_epoch * args.probe_epochs) == 0 or step + 1 == steps):
-            probed = [f"{v:.4g}" for v in probe(teacher.encoder, *probe_set, args)]
+            probed = [f"{v:.4g}" for v in probe(teacher.encoder, *probe_set)]
         writer.writerow([step, step // per_epoch, f"{value:.6g}", *(f"{v.item():.6g}" for v in each.values()),
                          f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{covered:.4g}", f"{math.log(args.out_dim):.6g}", *probed])
         step += 1
@@ -320,15 +319,14 @@ def read_probe(folder, count, seed):
     return out
 
 
-@torch.no_grad()
-def probe(encoder, train_set, test_set, args):
+def probe(encoder, train_set, test_set):
     """Shares of the test tokens in the bins of Fig. 4, and the accuracy of 20 nearest neighbours by cosine on f."""
     from sklearn.neighbors import KNeighborsClassifier
-    device, features = torch.device(args.device), []
-    for images, _ in (train_set, test_set):
-        batches_of = [views.normalize(part.to(device).float() / 255) for part in images.split(64)]
-        features.append(torch.cat([encoder(x).mean(1).cpu() for x in batches_of]).numpy())
-    columns = torch.cat([dirl.aggregated_attention(encoder.last_attention(x)).cpu() for x in batches_of])
+
+    import eval as eval_py
+    import patches
+    features = [patches.in_batches(lambda x: eval_py.represent(encoder, x), images, 64).numpy() for images, _ in (train_set, test_set)]
+    columns = patches.in_batches(lambda x: eval_py.attention(encoder, x), test_set[0], 64)
     knn = KNeighborsClassifier(20, metric="cosine").fit(features[0], train_set[1])
     return *dirl.attention_bins(columns), knn.score(features[1], test_set[1])
 
@@ -353,7 +351,7 @@ def check_config(path, config):
     except (OSError, ValueError):
         raise InputError(f"{path}: cannot be read; take another folder for a new run") from None
     new = json.loads(json.dumps(config))
-    changed = [f"{'' if k == 'crops' else '--'}{k.replace('_', '-')} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v]
+    changed = [f"{'' if k in ('crops', 'labels.csv') else '--'}{k.replace('_', '-')} {old.get(k)} (now {v})" for k, v in new.items() if old.get(k) != v]
     if changed:
         raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: say the same to go on, or take another folder for a new run")
 
