@@ -1,13 +1,14 @@
 """The paper's claim on your own patches (4.1, 4.2): does DiRL de-sparsify attention, and does it help?
 
 python claim.py run --data FOLDER [flags of train.py] pre-trains every arm with every seed, the same flags for all, into
-OUT/<arm>_seed<k>/, and measures each on the test part of FOLDER/labels.csv (claim.npz: each test image's attention bins
-and scores). Stop it whenever you like: the same command goes on. python claim.py show prints the table and draws.
+OUT/<arm>_seed<k>/, and measures each on the test part of FOLDER/labels.csv (claim.npz: each test image's attention and
+scores). Stop it whenever you like: the same command goes on. python claim.py show prints the table and draws.
 """
 import argparse
 import csv
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import BadZipFile
@@ -41,6 +42,7 @@ ARMS = {
 }
 BINS = ("tokens with attention 0 to 0.5", "tokens with attention 0.5 to 2", "tokens with attention over 2")
 SPREAD = "sd of the aggregated attention within an image"
+BASELINE_OF = {"two_views": "baseline_two_views"}  # the others: "baseline"
 DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
 COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f", "#a65628")))
 
@@ -59,7 +61,7 @@ def arguments(argv):
     add = run.add_argument
     add("--data", required=True, help="folder of patches with labels.csv: image,label,split[,group or source_tile]")
     add("--arms", nargs="+", default=["random", "baseline", "cellback", "dirl", "shuffled"], choices=list(ARMS), metavar="ARM",
-        help=f"{', '.join(ARMS)}; those from shuffled on are controls")
+        help=f"{', '.join(ARMS)}; those from shuffled on are controls, and set their own flags")
     add("--seeds", type=int, nargs="+", default=[0], help="several tell an effect from luck; the first seed's arms are run first")
     add("--folds", type=int, default=5, help="of the training part, for logistic regression and fine-tuning")
     add("--tune-epochs", type=int, default=0, help="of fine-tuning, as in eval.py patches (40 in the paper); 0 leaves it out")
@@ -78,8 +80,8 @@ def arguments(argv):
         return args
     check_ranges(args, folds=(2, 1000), tune_epochs=(0, 10000), tune_folds=(1, 1000), bag_groups=(1, 10000), bag_seeds=(0, 1000))
     said = {word.split("=")[0] for word in args.rest}
-    for flag in {"--method", "--run", "--seed", "--probe", *(word for arm in args.arms for word in ARMS[arm] or () if word.startswith("--"))} & said:
-        raise InputError(f"{flag}: the experiment sets it; take --arms, --seeds or --out, or leave out the arm that it belongs to")
+    for flag in {"--method", "--run", "--seed", "--probe", "--shuffle-prior"} & said:
+        raise InputError(f"{flag}: the experiment sets it; take --arms, --seeds or --out")
     return args
 
 
@@ -93,31 +95,24 @@ def run(args):
              for arm, seed, folder in jobs}
     rows, classes = find_patches(args)
     arrange(rows, classes, args)  # all that can be wrong with flags and labels is told before the hours, not after
+    shared = train_py.arguments(common)
+    found = data_py.find_data(args.data, shared.mpp, shared.slide_mpp, 0, shared.prior)
+    if (count := round(shared.fraction * len(found.split("train") + found.split("val")))) < shared.batch:
+        raise InputError(f"--batch {shared.batch}: there are only {count} training images; lower --batch")
     labels = eval_py.stamp_of(Path(args.data) / "labels.csv")
-    keep_settings(Path(args.out) / "settings.json", train_py.arguments(common), labels)
-    on, failed = None, []
+    keep_settings(Path(args.out) / "settings.json", shared, labels)
+    load, failed = cache(lambda: load_patches(args, rows, classes, shared)), []
     for arm, seed, folder in jobs:
         settings = flags[folder]
         print(f"--- {folder}")
         try:
             code = start(settings, folder) if ARMS[arm] is None else pre_train(settings, folder)
+            if code == 130:
+                return code
+            measure(folder, measures(args, settings), load, labels, settings.device)
         except FloatingPointError as error:  # the others can still be compared
             print(f"claim.py: {folder}: {error}", file=sys.stderr)
             failed.append(str(folder))
-            continue
-        if code == 130:
-            return code
-        stamp = eval_py.stamp_of(folder / "encoder.pt") + labels
-        done = read_measures(folder / "claim.npz", stamp)
-        todo = {name: measure for name, measure in measures(args, settings).items() if name not in done}
-        if todo:
-            on = on or load_patches(args, rows, classes, settings)
-            encoder = eval_py.load_encoder(folder / "encoder.pt")[0].to(settings.device)
-        for name, measure in todo.items():
-            done[name] = measure(encoder, on)
-            with renamed(folder / "claim.npz") as temp, open(temp, "wb") as file:
-                np.savez(file, stamp=stamp, classes=on.classes, labels=on.labels[on.test], groups=on.groups[on.test],
-                         bag_labels=[label for _, label in on.test_bags], **done)
     if failed:
         print(f"claim.py: failed: {', '.join(failed)}; see above, and take other settings with another --out", file=sys.stderr)
     print(f"Wrote {args.out}/. Next: python claim.py show --out {args.out}")
@@ -144,10 +139,9 @@ def pre_train(settings, folder):
 def start(settings, folder):
     """encoder.pt of an encoder as it starts."""
     if not (folder / "encoder.pt").is_file():
-        with renamed(folder / "encoder.pt") as temp:
-            torch.save({"encoder": patches.random_encoder(settings.arch, settings.seed).state_dict(), "arch": settings.arch,
-                        "method": "none", "data": settings.data, "mpp": settings.mpp, "mean": list(views.MEAN),
-                        "std": list(views.STD), "step": 0}, temp)
+        train_py.save(folder / "encoder.pt", {
+            "encoder": patches.random_encoder(settings.arch, settings.seed).state_dict(), "arch": settings.arch, "method": "none",
+            "data": settings.data, "mpp": settings.mpp, "mean": list(views.MEAN), "std": list(views.STD), "step": 0})
     return 0
 
 
@@ -156,6 +150,22 @@ def finished(folder):
     config = read_json(folder / "config.json")
     last = read_log(folder / "log.csv")[-1:]
     return bool(config and last) and int(last[0]["step"]) + 1 == config["epochs"] * (config["crops"] // config["batch"])
+
+
+def measure(folder, measures, load, labels, device):
+    """Adds to a folder's claim.npz what is not measured yet of its encoder.pt; load() gives the images."""
+    stamp = eval_py.stamp_of(folder / "encoder.pt") + labels
+    done = read_measures(folder / "claim.npz", stamp)
+    todo = {name: function for name, function in measures.items() if name not in done}
+    if not todo:
+        return
+    on, encoder = load(), eval_py.load_encoder(folder / "encoder.pt")[0].to(device)
+    for name, function in todo.items():
+        done[name] = function(encoder, on)
+        if name.startswith("DSMIL"):
+            done[name + BAGS] = np.array([label for _, label in on.test_bags])
+        with renamed(folder / "claim.npz") as temp, open(temp, "wb") as file:
+            np.savez(file, stamp=stamp, classes=on.classes, labels=on.labels[on.test], groups=on.groups[on.test], **done)
 
 
 def read_json(path):
@@ -178,20 +188,23 @@ def read_measures(path, stamp):
     """{measure: array} of a claim.npz that was made of this encoder and these labels; {} otherwise."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name not in ABOUT} if str(file["stamp"]) == stamp else {}
+            whole = str(file["stamp"]) == stamp and file["attention"].shape[1] == TOKENS  # an earlier version had no tokens
+            return {name: file[name] for name in file.files if name not in ABOUT} if whole else {}
     except (OSError, ValueError, KeyError, BadZipFile):
         return {}
 
 
 # ---------------------------------------------------------------- measures
 
-ABOUT = ("stamp", "classes", "labels", "groups", "bag_labels")  # of claim.npz; the rest are measures
+ABOUT = ("stamp", "classes", "labels", "groups")  # of claim.npz; the rest are measures
+TOKENS = (CROP // 16) ** 2
+BAGS = ", labels of its test bags"
 
 
 def find_patches(args):
     rows, classes = patches.find_patches(args.data, 0)
-    if "split" not in data_py.read_table(Path(args.data) / "labels.csv")[0]:
-        raise InputError(f"{args.data}/labels.csv: has no column split; every seed has to train and test on the same images, so write one")
+    if not all(row.get("split") for row in data_py.read_table(Path(args.data) / "labels.csv")):
+        raise InputError(f"{args.data}/labels.csv: has no column split, or an empty cell in it; every seed has to train and test on the same images, so write one")
     return rows, classes
 
 
@@ -201,6 +214,9 @@ def arrange(rows, classes, args):
     train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
     if len(np.unique(labels[test])) < len(classes):
         raise InputError(f"{args.data}/labels.csv: a class has no test image; every class needs one")
+    for part in ("training", train), ("test", test):
+        if len(part[1]) < 20:
+            raise InputError(f"{args.data}/labels.csv: {len(part[1])} {part[0]} images; 20 at least are needed")
     folds = [(train[a], train[b]) for a, b in patches.make_folds(labels[train], groups[train], classes, args.folds, 0)]
     train_bags, test_bags = (make_bags(part, labels, groups, args.bag_groups, 0) for part in (train, test))
     for part, bags, least in (("training", train_bags, 5), ("test", test_bags, 1)):
@@ -234,15 +250,16 @@ def make_bags(indices, labels, groups, size, seed):
 
 
 def measures(args, settings):
-    """{measure: function of (encoder, images)}: attention (T, 4), the bins' shares and the sd of each test image; the
-    others scores (R, T, C) of R folds or trainings, DSMIL's of test bags."""
+    """{measure: function of (encoder, images)}: attention (T, n), aggregated, of each test image, at CROP px and at the
+    global views' size; the others scores (R, T, C) of R folds or trainings, DSMIL's of test bags."""
     device = torch.device(settings.device)
     bf16 = settings.precision != "fp32" and train_py.native_bf16(device)
 
     @torch.no_grad()
-    def attention(encoder, on):
-        columns = patches.in_batches(lambda x: eval_py.attention(encoder, x), on.images[on.test], 64, "attention")
-        return np.array([(*dirl.attention_bins(image), image.std().item()) for image in columns])
+    def attention(encoder, on, size=CROP):
+        whole, flip = torch.tensor([[0., 0, CROP, CROP]]), torch.zeros(1)
+        resized = lambda x: x if size == CROP else views.resample(x.float(), whole.expand(len(x), 4), flip.expand(len(x)), size)
+        return patches.in_batches(lambda x: eval_py.attention(encoder, resized(x)), on.images[on.test], 64, "attention").numpy()
 
     @torch.no_grad()
     def features(encoder, on):
@@ -253,6 +270,8 @@ def measures(args, settings):
 
     out = {"attention": attention, "20-NN": lambda encoder, on: nearest(features(encoder, on), on)[None],
            f"logistic regression, {args.folds} folds": lambda encoder, on: linear(features(encoder, on), on)}
+    if settings.global_size != CROP:  # the encoder has never seen CROP px, so also as a view in training is resampled
+        out[f"attention at {settings.global_size} px"] = lambda encoder, on: attention(encoder, on, settings.global_size)
     if args.bag_seeds:
         out[f"DSMIL on synthetic slides of {args.bag_groups}, {args.bag_seeds} seeds"] = lambda encoder, on: on_bags(
             features(encoder, on), on, args.bag_seeds)
@@ -300,14 +319,16 @@ def draws_of(groups):
     return [np.arange(len(groups)), *patches.draws(groups)]
 
 
-def statistics(file, draws, bag_draws, pair):
+def statistics(file, draws, pair):
     """{measure: (1 + DRAWS,)} of a claim.npz: its value and that of every draw; an AUC is NaN where a draw lacks a class.
 
     Accuracy and AUC are means over the folds or trainings, as the paper has them, not those of an ensemble.
     """
     labels, classes, out = file["labels"], file["classes"].tolist(), {}
-    for name, column in zip((*BINS, SPREAD), file["attention"].T):
-        out[name] = np.array([column[index].mean() for index in draws])
+    for name in (n for n in file if n.startswith("attention")):
+        of_image = np.array([(*dirl.attention_bins(image), image.std().item()) for image in torch.from_numpy(file[name])])
+        for what, column in zip((*BINS, SPREAD), of_image.T):
+            out[what + name.removeprefix("attention")] = np.array([column[index].mean() for index in draws])
 
     def score(name, truth, scores, drawn):
         right = (scores.argmax(2) == truth).mean(0)
@@ -315,9 +336,9 @@ def statistics(file, draws, bag_draws, pair):
         whole = lambda index: len(np.unique(truth[index])) == scores.shape[2]
         out[f"AUC, {name}"] = np.array([np.mean([eval_py.auc(truth[index], one[index]) for one in scores]) if whole(index) else np.nan
                                         for index in drawn])
-    for name in (n for n in file if n not in (*ABOUT, "attention")):
+    for name in (n for n in file if n not in ABOUT and not n.startswith("attention") and not n.endswith(BAGS)):
         if name.startswith("DSMIL"):
-            score(name, file["bag_labels"], file[name], bag_draws)
+            score(name, file[name + BAGS], file[name], draws_of(np.arange(len(file[name + BAGS]))))
             continue
         score(name, labels, file[name], draws)
         if pair:
@@ -337,10 +358,12 @@ def read_runs(args):
         try:
             with np.load(path, allow_pickle=False) as archive:
                 file = {name: archive[name] for name in archive.files}
-            stamp, groups, bags = str(file["stamp"]), file["groups"], len(file["bag_labels"])
+            stamp, key = str(file["stamp"]), tuple(file["groups"])
             made = eval_py.stamp_of(path.parent / "encoder.pt")
             if arm not in ARMS or not seed.isdigit():
                 raise ValueError("no arm of this experiment")
+            if file["attention"].shape[1] != TOKENS:
+                raise ValueError("an earlier version made it")
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise InputError(f"{path}: cannot be read ({error}); delete it and run again") from None
         if not stamp.startswith(made):
@@ -351,10 +374,9 @@ def read_runs(args):
                 raise InputError(f"--pair {name}: the classes are {', '.join(file['classes'])}")
         if args.pair and args.pair[0] == args.pair[1]:
             raise InputError("--pair: two different classes are needed")
-        key = (tuple(groups), bags)
         if key not in draws:
-            draws[key] = draws_of(groups), draws_of(np.arange(bags))
-        found.setdefault(arm, []).append((int(seed), path.parent, statistics(file, *draws[key], args.pair)))
+            draws[key] = draws_of(file["groups"])
+        found.setdefault(arm, []).append((int(seed), path.parent, statistics(file, draws[key], args.pair)))
     if not found:
         raise InputError(f"{args.out}/: no measured run is there; first: python claim.py run --data FOLDER --out {args.out}")
     return {arm: sorted(found[arm], key=lambda r: r[0]) for arm in ARMS if arm in found}
@@ -375,13 +397,15 @@ def loss_shares(folder):
         for name in (last[0] if last else ()) if name.startswith("loss_")}
 
 
-def cell(values):
-    """(1 + DRAWS,) of each seed in words: the mean, its sd over seeds where there are several, and the 95 % interval."""
+def cell(values, seeds):
+    """(1 + DRAWS,) of each seed in words: the mean, its sd over seeds where there are several, and the 95 % interval;
+    of how many seeds, where some have not been measured."""
     values = np.stack(values)
     mean = values.mean(0)
     low, high = np.nanpercentile(mean[1:], (2.5, 97.5)) if len(mean) > 1 else (np.nan, np.nan)
     sd = f" ± {values[:, 0].std(ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{mean[0]:.3f}{sd}" + (f" ({low:.3f} to {high:.3f})" if len(mean) > 1 else "")
+    return (f"{mean[0]:.3f}{sd}" + (f" ({low:.3f} to {high:.3f})" if len(mean) > 1 else "")
+            + (f" [{len(values)} of {seeds} seeds]" if len(values) < seeds else ""))
 
 
 def show(args):
@@ -391,29 +415,33 @@ def show(args):
     table, long = [("measure", *title)], [("arm", "seed", "measure", "value", "low", "high")]
     for name in names:
         there = [[rows[name] for _, _, rows in results if name in rows] for results in runs.values()]
-        table.append((name, *(cell(values) if values else "" for values in there)))
+        table.append((name, *(cell(values, len(r)) if values else "" for values, r in zip(there, runs.values()))))
         long += [(arm, seed, name, *(f"{v:.4f}" for v in (rows[name][0], *np.nanpercentile(rows[name][1:], (2.5, 97.5)))))
                  for arm, results in runs.items() for seed, _, rows in results if name in rows]
-    minus = [("arm minus baseline, same seeds", *(arm for arm in runs if arm not in ("random", "baseline")))]
-    base = {seed: rows for seed, _, rows in runs.get("baseline", ())}
+    against = {arm: BASELINE_OF.get(arm, "baseline") for arm in runs if arm not in ("random", "baseline", *BASELINE_OF.values())}
+    minus = [("arm minus baseline, same seeds", *(arm if base == "baseline" else f"{arm} minus {base}" for arm, base in against.items()))]
     for name in names:
-        pairs = [[rows[name] - base[seed][name] for seed, _, rows in runs[arm] if name in rows and name in base.get(seed, ())] for arm in minus[0][1:]]
+        pairs = []
+        for arm, base in against.items():
+            other = {seed: rows for seed, _, rows in runs.get(base, ())}
+            pairs.append([rows[name] - other[seed][name] for seed, _, rows in runs[arm] if name in rows and name in other.get(seed, ())])
         if any(pairs):
-            minus.append((name, *(cell(p) if p else "" for p in pairs)))
+            minus.append((name, *(cell(p, len(runs[arm])) if p else "" for p, arm in zip(pairs, against))))
     losses = [("last epoch's loss / ln K", *title)]
     for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED):
         shares = [[[share[head]] for _, folder, _ in results if head in (share := loss_shares(folder))] for results in runs.values()]
         if any(shares):
-            losses.append(("f" if head == "f" else f"f_{head}", *(cell(s) if s else "" for s in shares)))
+            losses.append(("f" if head == "f" else f"f_{head}", *(cell(s, len(r)) if s else "" for s, r in zip(shares, runs.values()))))
     for lines in (table, minus, losses):
         if len(lines) > 1:
             eval_py.print_table(lines)
             print()
     print(f"in brackets: 95 % of {patches.DRAWS} draws of test groups (DSMIL: of its synthetic slides); ±: sd over seeds")
-    print("course on the probe, first seed: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
+    print("course on the probe: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
     for arm, results in runs.items():
-        if points := course(results[0][1]):
-            print(f"{arm:<20}" + "  ".join(f"{epoch}: {p[1]:.1%} {p[3]:.3f}" for epoch, p in points.items()))
+        for seed, folder, _ in results:
+            if points := course(folder):
+                print(f"{f'{arm}, seed {seed}':<28}" + "  ".join(f"{epoch}: {p[1]:.1%} {p[3]:.3f}" for epoch, p in points.items()))
     eval_py.write_csv(out / "claim.csv", long)
     plot_claim(runs, out / "claim.png")
     made = ["claim.csv", "claim.png"]
@@ -424,26 +452,26 @@ def show(args):
     return 0
 
 
+def attention_of(folder):
+    """(T, n), aggregated, of the test images."""
+    with np.load(folder / "claim.npz", allow_pickle=False) as file:
+        return file["attention"]
+
+
 def plot_claim(runs, path):
-    """Fig. 4's bins for each arm, and over the epochs the share of the middle bin and the k-NN accuracy (mean over seeds)."""
+    """Fig. 4 for each arm (all its seeds), and over the epochs the share of the middle bin and the k-NN accuracy (a line a
+    seed)."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    bins, middle, knn = figure.subplots(1, 3)
-    for k, (arm, results) in enumerate(runs.items()):
-        values = np.array([[rows[name][0] for name in BINS] for _, _, rows in results])
-        x = np.arange(3) + (k - (len(runs) - 1) / 2) * 0.8 / len(runs)
-        bins.bar(x, 100 * values.mean(0), 0.8 / len(runs), yerr=100 * values.std(0, ddof=1) if len(values) > 1 else None,
-                 color=COLORS[arm], label=arm)
-        courses = [course(folder) for _, folder, _ in results]
-        epochs = sorted(set().union(*courses))
-        mean = np.array([np.mean([c[epoch] for c in courses if epoch in c], 0) for epoch in epochs]).reshape(-1, 4)
-        for axis, y in ((middle, 100 * mean[:, 1]), (knn, mean[:, 3])):
-            axis.plot(epochs, y, "o-", ms=3, color=COLORS[arm], label=arm)
-    bins.set_xticks(range(3), ("0 to 0.5", "0.5 to 2", "over 2"))
-    bins.set(xlabel="aggregated attention of a token", ylabel="tokens, %", ylim=(0, 105))
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    fig_4, middle, knn = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
+    eval_py.draw_distribution(fig_4, {arm: np.concatenate([attention_of(folder).ravel() for _, folder, _ in results])
+                                      for arm, results in runs.items()}, COLORS)
+    for arm, results in runs.items():
+        for points in (course(folder) for _, folder, _ in results):
+            for axis, k, scale in ((middle, 1, 100), (knn, 3, 1)):
+                axis.plot(list(points), [scale * p[k] for p in points.values()], "o-", ms=3, lw=1, color=COLORS[arm])
     middle.set(xlabel="epochs", ylabel="tokens with attention 0.5 to 2, %")
     knn.set(xlabel="epochs", ylabel="20-NN accuracy on the probe")
-    bins.legend(fontsize=8)
     with renamed(path) as temp:
         figure.savefig(temp, format="png", dpi=130)
 

@@ -408,9 +408,14 @@ def crop_cells(data, workers):
     """Finds the cells of the crops that have none yet, all in cells/crops_<prior>.npz: x, y in px of the CROP px
     square, the crop's number, and the crops' names. Gives a line for each that cannot be read."""
     path, failed, done = data.work / "cells" / f"crops_{data.prior}.npz", [], read_crop_cells(data)
-    todo = {}
-    for name in sorted(set(data.images) - set(done)):
-        cells = cell_file(data, str(Path(name).with_suffix("")))
+    given = (data.source / "cells").is_dir() or data.prior not in ("auto", "builtin")
+    todo, written = {}, {}
+    for name in sorted(data.images):
+        cells = cell_file(data, str(Path(name).with_suffix(""))) if given else None
+        written[name] = cells.stat().st_mtime_ns if cells else 0
+        if name in done and done[name][1] == written[name]:
+            continue
+        done.pop(name, None)
         if cells is None and data.prior not in ("auto", "builtin"):
             failed.append(f"{data.images[name]}: no cells of {data.prior}; put them into {data.source}/cells/{data.prior}/")
         else:
@@ -419,17 +424,19 @@ def crop_cells(data, workers):
         if error:
             failed.append(error)
         else:
-            done[todo[task]] = xy
+            done[todo[task]] = xy, written[todo[task]]
     if todo and done:
-        save_cells(path, np.concatenate(list(done.values())), names=np.array(list(done)),
-                   crop=np.repeat(np.arange(len(done)), [len(xy) for xy in done.values()]))
+        cells, times = zip(*done.values())
+        save_cells(path, np.concatenate(cells), names=np.array(list(done)), written=np.array(times), mpp=data.mpp,
+                   crop=np.repeat(np.arange(len(done)), [len(xy) for xy in cells]))
     if not done:
         raise InputError(failed[0] if len(failed) == 1 else f"none of the {len(failed)} crops could be used: {failed[0]}")
     return failed
 
 
 def read_crop_cells(data):
-    """{crop: cells (K, 2)} of what crop_cells wrote."""
+    """{crop: (cells (K, 2), when the file they are from was written, in ns; 0: by the detector, at this um/px)} of what
+    crop_cells wrote."""
     path = data.work / "cells" / f"crops_{data.prior}.npz"
     if not path.is_file():
         return {}
@@ -437,9 +444,10 @@ def read_crop_cells(data):
         with np.load(path, allow_pickle=False) as file:
             xy, names = np.stack([file["x"], file["y"]], 1), file["names"].tolist()
             ends = np.searchsorted(file["crop"], range(len(names) + 1))
+            written, mpp = (file["written"].tolist(), file["mpp"]) if "mpp" in file.files else ([0] * len(names), None)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: cannot be read ({error}); delete it, it is made anew") from None
-    return {name: xy[start: end] for name, start, end in zip(names, ends, ends[1:])}
+    return {name: (xy[start: end], when) for name, start, end, when in zip(names, ends, ends[1:], written) if when or mpp == data.mpp}
 
 
 # ---------------------------------------------------------------- crops with their cells
@@ -461,7 +469,7 @@ class Crops(torch.utils.data.Dataset):
                     self.files.append(data.images[name])
                     self.owner.append(name)
                     corners.append((0, 0))
-                    cells.append(rows[name])
+                    cells.append(rows[name][0])
         else:
             for name in names:
                 info, file = tile_info(data, name), level0_file(data, name)

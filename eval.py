@@ -30,9 +30,9 @@ import mil
 import prior
 import views
 from data import DATASETS
-from errors import InputError, exit_code, renamed
+from errors import InputError, check_ranges, exit_code, renamed
 from slides import CROP
-from train import load, native_bf16, run_name
+from train import check_device, load, native_bf16, run_name, save
 
 
 def arguments(argv):
@@ -59,21 +59,17 @@ def arguments(argv):
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that cut tiles and read crops")
     add("--seed", type=int, default=0, help="of the split, where labels.csv has none, and of DSMIL's first run")
     args = parser.parse_args(argv)
-    check_flags(args, "repeats", "epochs", "batch", "attention_crops")
+    check_flags(args, "repeats", "epochs", "batch", "attention_crops", "overlays")
     return args
 
 
 def check_flags(args, *names):
-    """InputError where one of these flags is below 1 or --device is no device of this machine."""
+    """InputError where one of these flags is below 1, --seed below 0 or --device no device of this machine."""
     for name in names:
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
-    try:
-        kind = torch.device(args.device).type
-    except RuntimeError:
-        raise InputError(f"--device {args.device}: cpu, cuda or cuda:1 is expected") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+    check_ranges(args, seed=(0, 2 ** 31))
+    check_device(args.device)
 
 
 def find_encoder(checkpoint, data=None):
@@ -181,8 +177,7 @@ def export_clam(folder, names, out):
     for name in tqdm(names, desc="clam, slides", leave=False):
         source, pt, h5 = folder / f"{name}.npz", out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
         if not newer(pt, source):
-            with renamed(pt) as temp:
-                torch.save(read_features(source), temp)
+            save(pt, read_features(source))
         if h5py and not newer(h5, source):
             with np.load(source, allow_pickle=False) as file, renamed(h5) as temp, h5py.File(temp, "w") as to:
                 to["features"], to["coords"] = file["features"], file["coords"]
@@ -277,14 +272,31 @@ def attention_of(encoder, crops, args):
     return torch.cat([attention(encoder, images).cpu() for images, _ in tqdm(loader, desc="attention", leave=False)])
 
 
-def plot_bins(bins, title, path):
-    """Fig. 4: the share of tokens in each bin of aggregated attention."""
+def draw_distribution(axis, aggregated, colors=None):
+    """Fig. 4: the distribution of tokens' aggregated attention, the bins' borders, and each encoder's share in 0.5 to 2.
+
+    aggregated: {title: values}, any shape. Over a logarithmic axis, where 0.5 and 2 are as far from 1; what lies beyond is
+    drawn at its ends.
+    """
+    edges = np.geomspace(2.0 ** -4, 2.0 ** 4, 65)
+    for title, values in aggregated.items():
+        values = np.asarray(values).ravel()
+        axis.hist(values.clip(edges[0], edges[-1]), edges, weights=np.full(len(values), 100 / len(values)), histtype="step", lw=1.4,
+                  color=(colors or {}).get(title), label=f"{title}: {dirl.attention_bins(torch.from_numpy(values))[1]:.1%}")
+    axis.set_xscale("log", base=2)
+    for border in (0.5, 2):
+        axis.axvline(border, color="grey", ls=":", lw=1)
+    axis.set_xticks([2.0 ** k for k in range(-4, 5, 2)] + [0.5, 2], ["1/16", "1/4", "1", "4", "16", "1/2", "2"])
+    axis.set(xlabel="aggregated attention of a token", ylabel="tokens, % (64 steps)")
+    axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8)
+
+
+def plot_distribution(aggregated, title, path):
+    """Fig. 4 of one encoder."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.2, 3), layout="constrained")
+    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     axis = figure.subplots()
-    bars = axis.bar(["0 to 0.5", "0.5 to 2", "over 2"], [100 * b for b in bins], color=["#8da0cb", "#66a61e", "#d95f02"])
-    axis.bar_label(bars, fmt="%.1f %%")
-    axis.set(xlabel="aggregated attention of a token", ylabel="tokens, %", ylim=(0, 108), title=title)
+    draw_distribution(axis, {title: aggregated})
     with renamed(path) as temp:
         figure.savefig(temp, format="png", dpi=130)
 
@@ -353,6 +365,10 @@ def evaluate(args):
         print("passed over:", line)
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
+    part = "test" if found.split("test") else "train"
+    crops = data_py.Crops(found, found.split(part))
+    if not len(crops):
+        raise InputError(f"{found.source}: no {part} image has cells of --prior {args.prior}; take --prior auto, or one that they have")
     table = [("measure", "mean", "sd", "over")]
     if found.kind == "slides":
         names = extract(encoder, found, run / "features", stamp, args)
@@ -374,21 +390,20 @@ def evaluate(args):
                 (n, found.labels[n]["label"], *(f"{v:.4f}" for v in row)) for n, row in zip(test, scores)])
         else:
             print("No labels.csv: features are written, no slide is classified.")
-    crops = data_py.Crops(found, found.split("test") or found.split("train"))
-    part = Subset(crops, spread(len(crops), args.attention_crops))
-    columns = attention_of(encoder, part, args)
+    counted = Subset(crops, spread(len(crops), args.attention_crops))
+    columns = attention_of(encoder, counted, args)
     bins = dirl.attention_bins(columns)
     for name, share in zip(("0 to 0.5", "0.5 to 2", "over 2"), bins):
-        table.append((f"tokens with attention {name}", f"{share:.4f}", "", f"{len(part)} {'test ' if found.labels else ''}crops"))
+        table.append((f"tokens with attention {name}", f"{share:.4f}", "", f"{len(counted)} {f'{part} ' if found.labels else ''}crops"))
     covered = crops.priors().mean().item()
     table.append(("patches with a cell", f"{covered:.4f}", "", f"{len(crops)} crops"))
-    plot_bins(bins, f"{about['data']}, {about['arch']}, {about['method']}", run / "attention_bins.png")
-    chosen = spread(len(part), args.overlays)
-    plot_overlays([part[i][0] for i in chosen], {"aggregated attention": columns[chosen]},
-                  [prior.bin_centroids(part[i][1], CROP) for i in chosen], run / "attention_overlay.png")
+    plot_distribution(columns, f"{about['data']}, {about['arch']}, {about['method']}", run / "attention_distribution.png")
+    chosen = spread(len(counted), args.overlays)
+    plot_overlays([counted[i][0] for i in chosen], {"aggregated attention": columns[chosen]},
+                  [prior.bin_centroids(counted[i][1], CROP) for i in chosen], run / "attention_overlay.png")
     write_csv(run / "results.csv", table)
     print_table(table)
-    made = ["results.csv", "attention_bins.png", "attention_overlay.png", *(f"{kind}/" for kind in args.export)]
+    made = ["results.csv", "attention_distribution.png", "attention_overlay.png", *(f"{kind}/" for kind in args.export)]
     made += ["features/"] * (found.kind == "slides") + ["slides.csv", "predictions.csv"] * (found.kind == "slides" and bool(found.labels))
     print(f"Wrote {run}/{', '.join(made)}")
     if failed:

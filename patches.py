@@ -67,7 +67,7 @@ def arguments(argv):
     parser.set_defaults(**SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
     eval_py.check_flags(args, "epochs", "batch", "workers")
-    check_ranges(args, folds=(2, 1000), lr=(0, 10), weight_decay=(0, 10), seed=(0, 2 ** 31))
+    check_ranges(args, folds=(2, 1000), lr=(0, 10), weight_decay=(0, 10))
     args.bf16 = args.precision == "bf16" or args.precision == "auto" and native_bf16(torch.device(args.device))
     return args
 
@@ -281,7 +281,7 @@ def fine_tune(encoder, images, labels, train, val, classes, args, seed, what="")
             best = val_loss, epoch, copy.deepcopy(model.state_dict())
         bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{val_loss:.3f}")
     if best[2] is None:
-        raise InputError(f"--lr {args.lr:g}: the loss is not finite; lower it")
+        raise FloatingPointError(f"fine-tuning with learning rate {args.lr:g}: the loss is not finite; lower --lr")
     model.load_state_dict(best[2])
     predict = lambda x: in_batches(lambda part: logits(part).softmax(-1), x, args.batch).numpy()
     return predict, best[0], f"epoch {best[1]} of {args.epochs}"

@@ -1,11 +1,13 @@
 """Tests of the experiment: bags, measures, and the script for real at a tiny size, stopped and gone on with."""
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import claim
@@ -13,30 +15,39 @@ import dirl
 import eval as eval_py
 import patches
 import train as train_py
+import views
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2", "--global-size", "32",
         "--local-size", "16", "--local-crops", "1", "--probe-images", "24", "--workers", "1", "--device", "cpu"]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder "c" of 3 classes x 10 source tiles x 2 crops, nuclei as dark discs, 6 source tiles of each to train."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(patches, "DRAWS", 50)
-    monkeypatch.setattr(claim, "DSMIL_EPOCHS", 3)
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """A folder of 3 classes x 10 source tiles x 2 crops, nuclei as dark discs, 6 source tiles of each to train."""
+    folder = tmp_path_factory.mktemp("crops")
     rng, rows = np.random.default_rng(0), ["image,label,split,source_tile"]
     y, x = np.mgrid[:224, :224]
     for k in range(3):
+        (folder / f"class{k}").mkdir()
         for tile in range(10):
             for copy in range(2):
                 image = np.full((224, 224, 3), (235, 180 + 15 * k, 215), np.float64) + rng.normal(0, 6, (224, 224, 1))
                 for cx, cy in rng.uniform(10, 150, (12, 2)):  # none on the right and below: both regions are there
                     image[(x - cx) ** 2 + (y - cy) ** 2 < 36] = (90, 50, 140)
                 name = f"class{k}/{tile}_{copy}.png"
-                (tmp_path / "c" / f"class{k}").mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(tmp_path / "c" / name)
+                Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / name)
                 rows.append(f"{name},class{k},{'train' if tile < 6 else 'test'},{k}_{tile}")
-    (tmp_path / "c" / "labels.csv").write_text("\n".join(rows))
+    (folder / "labels.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, crops, monkeypatch):
+    """An empty folder to work in, with a copy of the crops as "c"."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(patches, "DRAWS", 50)
+    monkeypatch.setattr(claim, "DSMIL_EPOCHS", 3)
+    shutil.copytree(crops, tmp_path / "c")
     return tmp_path
 
 
@@ -69,9 +80,9 @@ def test_nearest_is_brute_force_by_cosine():
 
 
 def statistics_of(scores, truth, groups, pair=None, classes=2):
-    file = {"labels": truth, "classes": np.array([f"c{i}" for i in range(classes)]), "attention": np.full((len(truth), 4), 0.25),
-            "bag_labels": truth, "x": scores, "stamp": "", "groups": groups}
-    return claim.statistics(file, claim.draws_of(groups), claim.draws_of(np.arange(len(truth))), pair)
+    file = {"labels": truth, "classes": np.array([f"c{i}" for i in range(classes)]), "attention": np.tile(np.float32([0.4, 0.5, 2, 2.5]), (len(truth), 1)),
+            "x": scores, "stamp": "", "groups": groups}
+    return claim.statistics(file, claim.draws_of(groups), pair)
 
 
 def test_statistics_are_means_over_folds_and_draws_take_whole_groups():
@@ -87,7 +98,8 @@ def test_statistics_are_means_over_folds_and_draws_take_whole_groups():
     out = statistics_of(scores, truth, groups)
     hits = (scores[0].argmax(1) == truth)
     np.testing.assert_allclose(out["accuracy, x"], [hits[index].mean() for index in claim.draws_of(groups)])
-    assert len(out["accuracy, x"]) == 1 + patches.DRAWS and out[claim.SPREAD][3] == 0.25
+    assert len(out["accuracy, x"]) == 1 + patches.DRAWS and [out[name][3] for name in claim.BINS] == [0.25, 0.5, 0.25]
+    assert out[claim.SPREAD][3] == pytest.approx(np.std([0.4, 0.5, 2, 2.5], ddof=1))
 
 
 def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
@@ -98,8 +110,35 @@ def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
 
 
 def test_cells_of_the_table():
-    assert claim.cell([np.array([0.5, 0.4, 0.6])]) == "0.500 (0.405 to 0.595)" and claim.cell([[0.5]]) == "0.500"
-    assert claim.cell([np.array([0.5, 0.4, 0.6]), np.array([0.7, 0.8, 0.6])]) == "0.600 ± 0.141 (0.600 to 0.600)"
+    assert claim.cell([np.array([0.5, 0.4, 0.6])], 1) == "0.500 (0.405 to 0.595)" and claim.cell([[0.5]], 1) == "0.500"
+    assert claim.cell([np.array([0.5, 0.4, 0.6]), np.array([0.7, 0.8, 0.6])], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
+    assert claim.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
+
+
+def test_fig_4_is_a_histogram_with_the_middle_bins_share():
+    axis = Figure().subplots()
+    values = np.float32([0.01, 0.5, 1, 2, 2.1, 40, 0.4, 1])
+    eval_py.draw_distribution(axis, {"a": values, "b": np.ones((3, 4), np.float32)}, {"a": "red"})
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a: 50.0%", "b: 100.0%"]
+    heights = axis.patches[0].get_xy()[:, 1]
+    assert heights[1:-1:2].sum() == pytest.approx(100) and heights.max() == pytest.approx(25)  # all drawn, what lies beyond at the ends
+    assert axis.patches[0].get_edgecolor()[:3] == (1, 0, 0)
+
+
+def test_arms_are_held_against_their_own_baseline(place, capsys):
+    out, scores = place / "runs" / "claim", np.eye(2)[[0, 1] * 10]
+    for arm, level in (("baseline", 0.0), ("two_views", 4.0), ("baseline_two_views", 1.0)):
+        (out / f"{arm}_seed0").mkdir(parents=True)
+        (out / f"{arm}_seed0" / "encoder.pt").write_bytes(b"x")
+        np.savez(out / f"{arm}_seed0" / "claim.npz", stamp=eval_py.stamp_of(out / f"{arm}_seed0" / "encoder.pt"), classes=["a", "b"],
+                 labels=[0, 1] * 10, groups=np.arange(20), attention=np.full((20, 196), level, np.float32), **{"20-NN": scores[None]})
+    assert claim.main(["show"]) == 0
+    said = capsys.readouterr().out
+    assert "two_views minus baseline_two_views" in said
+    line = next(line for line in said.split("minus baseline, same seeds")[1].splitlines() if line.startswith("tokens with attention 0.5 to 2"))
+    assert line.split("  ")[-1].strip() == "-1.000 (-1.000 to -1.000)"  # 0 there against 1; the other baseline has 0 as well
+    np.savez(out / "baseline_seed0" / "claim.npz", stamp="", classes=["a", "b"], labels=[0, 1], groups=[0, 1], attention=np.zeros((2, 4)))
+    assert claim.main(["show"]) == 2 and "an earlier version" in capsys.readouterr().err
 
 
 def test_empty_regions_count_or_not():
@@ -117,8 +156,8 @@ def test_empty_regions_count_or_not():
 
 
 def test_the_experiment_runs_stops_goes_on_and_shows(place, capsys):
-    argv = ["run", "--data", "c", "--arms", "baseline", "cellback", "random", "--folds", "2", "--tune-epochs", "1",
-            "--tune-folds", "1", "--bag-groups", "1", "--bag-seeds", "1", *TINY]
+    argv = ["run", "--data", "c", "--arms", "baseline", "cellback", "random", "--folds", "2",
+            "--bag-groups", "1", "--bag-seeds", "1", "--probe-epochs", "2", *TINY]
     assert claim.main([*argv, "--max-steps", "3"]) == 130
     out = place / "runs" / "claim"
     assert not (out / "baseline_seed0" / "claim.npz").exists() and not claim.finished(out / "baseline_seed0")
@@ -129,14 +168,30 @@ def test_the_experiment_runs_stops_goes_on_and_shows(place, capsys):
     (out / "baseline_seed0" / "checkpoint.pt").unlink()  # large, and not needed any more
     assert claim.main(argv) == 0
     assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing is trained or measured twice
+    argv[4:7] = ["random"]
+    more = ["--tune-epochs", "1", "--tune-folds", "1", "--bag-groups", "2", "--bag-seeds", "0"]
+    assert claim.main([*argv, *more]) == 0  # one measure more is added to those there
     assert claim.main([*argv, "--epochs", "3"]) == 2 and "epochs 2 (now 3)" in capsys.readouterr().err
 
     with np.load(out / "baseline_seed0" / "claim.npz", allow_pickle=False) as file:
         rows = {name: file[name] for name in file.files}
-    np.testing.assert_allclose(rows["attention"][:, :3].sum(1), 1, atol=1e-6)
+    assert rows["attention"].shape == (24, 196) and rows["attention at 32 px"].shape == (24, 4)
+    encoder, _ = eval_py.load_encoder(out / "baseline_seed0" / "encoder.pt")
+    found, _ = patches.find_patches("c")
+    first = next(row["path"] for row in found if row["part"] == "test")
+    image = torch.from_numpy(np.array(Image.open(first))).permute(2, 0, 1)[None].float()
+    small = image[:, :, 3::7, 3::7]  # bilinear at a seventh takes the middle px of seven
+    with torch.no_grad():
+        want = encoder.last_attention(views.normalize(small / 255)).sum(2).mean(1)[0]
+    np.testing.assert_allclose(rows["attention at 32 px"][0], want, rtol=2e-3)
+    np.testing.assert_allclose(rows["attention"].sum(1), 196, rtol=1e-4)
     assert rows["logistic regression, 2 folds"].shape == (2, 24, 3) and rows["20-NN"].shape == (1, 24, 3)
-    assert rows["fine-tuned 1 epochs, 1 of 2 folds"].shape == (1, 24, 3)
-    assert rows["DSMIL on synthetic slides of 1, 1 seeds"].shape == (1, 12, 3) and len(rows["bag_labels"]) == 12
+    with np.load(out / "random_seed0" / "claim.npz", allow_pickle=False) as file:
+        assert set(file.files) - set(rows) == {"fine-tuned 1 epochs, 1 of 2 folds"}  # and the bags are those that DSMIL had
+        assert len(file["DSMIL on synthetic slides of 1, 1 seeds" + claim.BAGS]) == 12
+        assert file["fine-tuned 1 epochs, 1 of 2 folds"].shape == (1, 24, 3)
+    assert rows["DSMIL on synthetic slides of 1, 1 seeds"].shape == (1, 12, 3)
+    assert np.bincount(rows["DSMIL on synthetic slides of 1, 1 seeds" + claim.BAGS]).tolist() == [4, 4, 4]
     right = rows["logistic regression, 2 folds"].argmax(2) == rows["labels"]
     assert right.mean() > 0.8  # the classes are tints: a random network tells them apart
     same = {arm: json.loads((out / f"{arm}_seed0" / "config.json").read_text()) for arm in ("baseline", "cellback")}
@@ -153,7 +208,7 @@ def test_the_experiment_runs_stops_goes_on_and_shows(place, capsys):
     for name in ("claim.png", "claim_overlay.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     points = claim.course(out / "cellback_seed0")
-    assert list(points) == [1, 2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
+    assert list(points) == [2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
     (out / "random_seed0" / "encoder.pt").write_bytes(b"another")
     assert claim.main(["show"]) == 0 and "left out" in capsys.readouterr().out
 
@@ -174,19 +229,21 @@ def test_random_is_an_encoder_as_it_starts(place):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--method", "dirl"], "--arms"), (["--seed=3"], "--seeds"), (["--arms", "two_views", "--local-crops", "4"], "--local-crops"),
+    (["--method", "dirl"], "--arms"), (["--seed=3"], "--seeds"), (["--shuffle-prior"], "--shuffle-prior"), (["--batch", "37", "--bag-groups", "1"], "--batch 37"),
     (["--data", "gone"], "gone"), (["--lr", "50"], "--lr"), (["--bag-groups", "9"], "--bag-groups 9"), (["--bag-groups", "0"], "--bag-groups 0"),
     (["--folds", "50"], "--folds 50"), (["--folds", "1"], "--folds 1"), (["--tune-epochs", "-1"], "--tune-epochs -1")])
 def test_bad_flags_are_told_before_the_first_arm(place, capsys, argv, says):
     assert claim.main(["run", "--data", "c", *TINY, *argv]) == 2
     error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1 and not list(place.glob("runs/claim/*/*"))
+    assert says in error and error.count("\n") == 1 and not list(place.glob("runs/claim/*"))
 
 
-@pytest.mark.parametrize("table, says", [("image,label\n", "has no column split"), ("", "'0_0' is in test and in train")])
-def test_a_split_that_leaks_or_is_not_there_is_told(place, capsys, table, says):
-    lines = (place / "c" / "labels.csv").read_text().splitlines()
-    lines = [",".join(line.split(",")[:2]) for line in lines] if table else [*lines[:1], lines[1].replace("train", "test"), *lines[2:]]
+@pytest.mark.parametrize("change, says", [
+    (lambda lines: [",".join(line.split(",")[:2]) for line in lines], "has no column split"),
+    (lambda lines: [line.replace(",test,", ",,").replace(",train,", ",,") for line in lines], "or an empty cell"),
+    (lambda lines: [lines[0], lines[1].replace("train", "test"), *lines[2:]], "'0_0' is in test and in train")])
+def test_a_split_that_leaks_or_is_not_there_is_told(place, capsys, change, says):
+    lines = change((place / "c" / "labels.csv").read_text().splitlines())
     (place / "c" / "labels.csv").write_text("\n".join(lines))
     assert claim.main(["run", "--data", "c", *TINY, "--arms", "random"]) == 2
     error = capsys.readouterr().err

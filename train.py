@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def arguments(argv):
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 where the device has it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that cut tiles and read crops")
-    add("--save-minutes", type=float, default=10, help="time between checkpoints within an epoch")
+    add("--save-minutes", type=float, default=10, help="time between checkpoints within an epoch; at an epoch's end one minute is enough")
     add("--max-steps", type=int, help="stop after this many steps in this call; the next call goes on")
     add("--seed", type=int, default=0, help="of everything; the same seed on the same machine gives the same run")
     demo = "demo" == parser.parse_known_args(argv)[0].data
@@ -96,16 +97,25 @@ def arguments(argv):
                  workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6), probe_images=(20, 1e6), weight_decay=(0, 10),
                  weight_decay_end=(0, 10), min_lr=(0, 10), lambda_1=(0, 100), lambda_2=(0, 100),
                  warmup_epochs=(0, args.epochs - 1), student_temp=(1e-4, 100), teacher_temp=(1e-4, 100),
-                 center_momentum=(0, 1))
+                 center_momentum=(0, 1), seed=(0, 2 ** 31))
     for name in ("global_size", "local_size"):
         if getattr(args, name) < 16 or getattr(args, name) % 16:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be a multiple of 16 px")
     for name in ("global_scale", "local_scale"):
         if not 0 < getattr(args, name)[0] <= getattr(args, name)[1] <= 1:
             raise InputError(f"--{name.replace('_', '-')}: two shares, 0 < low <= high <= 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
+    check_device(args.device)
     return args
+
+
+def check_device(device):
+    """InputError where --device is no device of this machine."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device {device}: cpu, cuda or cuda:1 is expected") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
 
 
 def run_name(data):
@@ -150,7 +160,8 @@ def batches(count, batch, start, steps, seed):
 
 def save(path, state):
     with renamed(path) as temp:
-        torch.save(state, temp)
+        with open(temp, "wb") as file:  # so that a full disk is an OSError
+            torch.save(state, file)
 
 
 def load(path):
@@ -159,6 +170,18 @@ def load(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}); delete it or take another copy") from None
+
+
+@contextmanager
+def stop_signals():
+    """A list that SIGINT and SIGTERM fill while the block runs, instead of ending the program."""
+    stop = []
+    old = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def train(args):
@@ -230,64 +253,62 @@ def train(args):
     print(f"{len(crops)} crops of {images} {found.kind}, {steps} steps of {args.batch} ({args.epochs} epochs), "
           f"{args.method} {args.arch} on {device} in {'bf16' if bf16 else 'fp32'}"
           + (f"; goes on at step {start}" if start else ""))
-    stop = []
-    old_handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     log, writer = open_log(run / "log.csv", start, list(student.heads))
     bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
     saved = began = time.monotonic()
     last = min(steps, start + args.max_steps) if args.max_steps else steps
     step = start
-    for images, cells in loader if start < last else ():
-        rate = cosine(lr, args.min_lr, step, steps, warmup)
-        decay = cosine(args.weight_decay, args.weight_decay_end, step, steps)
-        momentum = cosine(args.momentum, 1, step, steps)
-        optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
-        optimizer.param_groups[1].update(lr=rate)
-        torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
-        generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + 500_009)  # a stream of its own
-        x, priors = views.make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale,
-                                     args.global_size, args.local_size)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            with torch.no_grad():
-                target = teacher(x[:1], priors[:1])
-            output = student(x, priors)
-        total, each = loss_fn(output, target, args.teacher_temp)  # in fp32
-        value = total.item()
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        if not math.isfinite(value) or not clip_gradients(parameters, args.clip):
-            bar.close()
-            log.close()
-            raise FloatingPointError(f"the loss or a gradient is not finite at step {step} (loss {value}); {checkpoint} is the "
-                                     "last good state. Try a lower --lr, a longer --warmup-epochs or --precision fp32 with a new --run")
-        if step < args.freeze_last_layer * per_epoch:
-            for head in student.heads.values():
-                head.last_layer.weight.grad = None
-        optimizer.step()
-        dirl.update_teacher(student, teacher, momentum)
-        both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
-        covered = priors[0].mean().item()  # share of cell tokens in the global views
-        probed = [""] * len(PROBED)
-        if args.probe and ((step + 1) % (per_epoch * args.probe_epochs) == 0 or step + 1 == steps):
-            probed = [f"{v:.4g}" for v in probe(teacher.encoder, *probe_set)]
-        writer.writerow([step, step // per_epoch, f"{value:.6g}", *(f"{v.item():.6g}" for v in each.values()),
-                         f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{covered:.4g}", f"{math.log(args.out_dim):.6g}", *probed])
-        step += 1
-        bar.update()
-        if probed[-1]:
-            tqdm.write(f"step {step}: tokens with attention 0.5 to 2 {float(probed[1]):.1%}, 20-NN accuracy {float(probed[3]):.3f} on {args.probe}")
-        bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", img_s=f"{(step - start) * args.batch / (time.monotonic() - began):.0f}")
-        if step == last or stop:
-            break
-        if step % per_epoch == 0 or time.monotonic() - saved > 60 * args.save_minutes:
+    with stop_signals() as stop:
+        for images, cells in loader if start < last else ():
+            rate = cosine(lr, args.min_lr, step, steps, warmup)
+            decay = cosine(args.weight_decay, args.weight_decay_end, step, steps)
+            momentum = cosine(args.momentum, 1, step, steps)
+            optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
+            optimizer.param_groups[1].update(lr=rate)
+            torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
+            generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + step + 500_009)  # a stream of its own
+            x, priors = views.make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale,
+                                         args.global_size, args.local_size)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.no_grad():
+                    target = teacher(x[:1], priors[:1])
+                output = student(x, priors)
+            total, each = loss_fn(output, target, args.teacher_temp)  # in fp32
+            value = total.item()
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            if not math.isfinite(value) or not clip_gradients(parameters, args.clip):
+                bar.close()
+                log.close()
+                raise FloatingPointError(f"the loss or a gradient is not finite at step {step} (loss {value}); {checkpoint} is the "
+                                         "last good state. Try a lower --lr, a longer --warmup-epochs or --precision fp32 with a new --run")
+            if step < args.freeze_last_layer * per_epoch:
+                for head in student.heads.values():
+                    head.last_layer.weight.grad = None
+            optimizer.step()
+            dirl.update_teacher(student, teacher, momentum)
+            both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
+            covered = priors[0].mean().item()  # share of cell tokens in the global views
+            probed = [""] * len(PROBED)
+            if args.probe and ((step + 1) % (per_epoch * args.probe_epochs) == 0 or step + 1 == steps):
+                probed = [f"{v:.4g}" for v in probe(teacher.encoder, *probe_set)]
+            writer.writerow([step, step // per_epoch, f"{value:.6g}", *(f"{v.item():.6g}" for v in each.values()),
+                             f"{rate:.6g}", f"{momentum:.8g}", f"{both:.4g}", f"{covered:.4g}", f"{math.log(args.out_dim):.6g}", *probed])
+            step += 1
+            bar.update()
+            if probed[-1]:
+                tqdm.write(f"step {step}: tokens with attention 0.5 to 2 {float(probed[1]):.1%}, 20-NN accuracy {float(probed[3]):.3f} on {args.probe}")
+            bar.set_postfix(loss=f"{value:.3f}", lr=f"{rate:.1e}", img_s=f"{(step - start) * args.batch / (time.monotonic() - began):.0f}")
+            if step == last or stop:
+                break
+            minutes = min(1, args.save_minutes) if step % per_epoch == 0 else args.save_minutes  # an epoch may be short
+            if time.monotonic() - saved > 60 * minutes:
+                keep(step)
+                saved = time.monotonic()
+        bar.close()
+        if step > start:
             keep(step)
-            saved = time.monotonic()
-    bar.close()
-    if step > start:
-        keep(step)
     log.close()
-    for number, handler in old_handlers.items():
-        signal.signal(number, handler)
     speed = f", {(step - start) * args.batch / (time.monotonic() - began):.1f} crops a second" if step > start else ""
     if step < steps:
         print(f"Stopped at step {step} of {steps}{speed}; the same command goes on from {checkpoint}.")
