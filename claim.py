@@ -97,8 +97,7 @@ def run(args):
     arrange(rows, classes, args)  # all that can be wrong with flags and labels is told before the hours, not after
     shared = train_py.arguments(common)
     found = data_py.find_data(args.data, shared.mpp, shared.slide_mpp, 0, shared.prior)
-    if (count := round(shared.fraction * len(found.split("train") + found.split("val")))) < shared.batch:
-        raise InputError(f"--batch {shared.batch}: there are only {count} training images; lower --batch")
+    train_py.check_batch(shared.batch, round(shared.fraction * len(found.split("train") + found.split("val"))))
     labels = eval_py.stamp_of(Path(args.data) / "labels.csv")
     keep_settings(Path(args.out) / "settings.json", shared, labels)
     load, failed = cache(lambda: load_patches(args, rows, classes, shared)), []
@@ -152,11 +151,11 @@ def finished(folder):
     return bool(config and last) and int(last[0]["step"]) + 1 == config["epochs"] * (config["crops"] // config["batch"])
 
 
-def measure(folder, measures, load, labels, device):
-    """Adds to a folder's claim.npz what is not measured yet of its encoder.pt; load() gives the images."""
+def measure(folder, functions, load, labels, device):
+    """Adds to a folder's claim.npz those of measures() that it has not of its encoder.pt; load() gives the images."""
     stamp = eval_py.stamp_of(folder / "encoder.pt") + labels
     done = read_measures(folder / "claim.npz", stamp)
-    todo = {name: function for name, function in measures.items() if name not in done}
+    todo = {name: function for name, function in functions.items() if name not in done}
     if not todo:
         return
     on, encoder = load(), eval_py.load_encoder(folder / "encoder.pt")[0].to(device)
@@ -420,11 +419,10 @@ def show(args):
                  for arm, results in runs.items() for seed, _, rows in results if name in rows]
     against = {arm: BASELINE_OF.get(arm, "baseline") for arm in runs if arm not in ("random", "baseline", *BASELINE_OF.values())}
     minus = [("arm minus baseline, same seeds", *(arm if base == "baseline" else f"{arm} minus {base}" for arm, base in against.items()))]
+    both = [[(rows, other) for seed, _, rows in runs[arm] for same, _, other in runs.get(base, ()) if same == seed]
+            for arm, base in against.items()]
     for name in names:
-        pairs = []
-        for arm, base in against.items():
-            other = {seed: rows for seed, _, rows in runs.get(base, ())}
-            pairs.append([rows[name] - other[seed][name] for seed, _, rows in runs[arm] if name in rows and name in other.get(seed, ())])
+        pairs = [[rows[name] - other[name] for rows, other in seeds if name in rows and name in other] for seeds in both]
         if any(pairs):
             minus.append((name, *(cell(p, len(runs[arm])) if p else "" for p, arm in zip(pairs, against))))
     losses = [("last epoch's loss / ln K", *title)]

@@ -405,8 +405,9 @@ def read_crop(path):
 
 
 def crop_cells(data, workers):
-    """Finds the cells of the crops that have none yet, all in cells/crops_<prior>.npz: x, y in px of the CROP px
-    square, the crop's number, and the crops' names. Gives a line for each that cannot be read."""
+    """Finds the cells of the crops that have none yet, or none of the file that is there now, all in
+    cells/crops_<prior>.npz: x, y in px of the CROP px square, the crop's number; the crops' names, when the file of each was
+    written, and the um/px. Gives a line for each that cannot be read."""
     path, failed, done = data.work / "cells" / f"crops_{data.prior}.npz", [], read_crop_cells(data)
     given = (data.source / "cells").is_dir() or data.prior not in ("auto", "builtin")
     todo, written = {}, {}

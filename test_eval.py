@@ -17,7 +17,6 @@ import dirl
 import eval as eval_py
 import mil
 import patches
-import prior as prior_py
 
 CPU = ["--device", "cpu", "--workers", "1"]
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]

@@ -172,6 +172,12 @@ def load(path):
         raise InputError(f"{path}: cannot be loaded ({type(error).__name__}); delete it or take another copy") from None
 
 
+def check_batch(batch, count):
+    """InputError where count training crops do not fill one batch."""
+    if count < batch:
+        raise InputError(f"--batch {batch}: there are only {count} training crops; lower --batch")
+
+
 @contextmanager
 def stop_signals():
     """A list that SIGINT and SIGTERM fill while the block runs, instead of ending the program."""
@@ -203,8 +209,7 @@ def train(args):
     if args.fraction < 1:
         keep = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed))
         crops = torch.utils.data.Subset(crops, sorted(keep[: max(1, round(args.fraction * len(crops)))].tolist()))
-    if len(crops) < args.batch:
-        raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
+    check_batch(args.batch, len(crops))
     config = {k: v for k, v in vars(args).items() if k not in NOT_THE_RUN}
     config |= {"mpp": found.mpp, "precision": "bf16" if bf16 else "fp32", "crops": len(crops)}
     checkpoint = run / "checkpoint.pt"
