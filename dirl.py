@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # ---------------------------------------------------------------- 3.1 vision transformer
 
 class DropPath(nn.Module):
@@ -184,7 +183,7 @@ ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h}
 # ---------------------------------------------------------------- 3.3 cell-back pooling
 
 def regions_present(prior):
-    """P_c (B, n) to two bools (B,): is |P_c| > 0, is |1 - P_c| > 0. Eq. 3 and 8 divide by these."""
+    """P_c (B, n) to two bools (B,): is |P_c| > 0, is |1 - P_c| > 0? Eq. 3 and 8 divide by these."""
     return prior.sum(-1) > 0, (1 - prior).sum(-1) > 0
 
 
@@ -258,11 +257,11 @@ class DINOHead(nn.Module):
 
 
 class PairCrossEntropy(torch.autograd.Function):
-    """sum over u, v, b of weight[u, v, b] * CE(target[u, b], softmax(student[v, b] / temp)).
+    """sum over u, v, b of -weight[u, v, b] * <target[u, b], log_softmax(student[v, b] / temp)>.
 
-    The plain double loop keeps a log-softmax of each of its pairs. Here the targets of a view are summed
-    first, CE = logsumexp(x) - <target, x>, and the gradient is written view by view: beside the student's
-    logits (V, B, K) and their gradient there is never more than one view's copy.
+    The plain double loop (in test_dirl.py) keeps a log-softmax for each of its pairs. Here the targets of
+    a view are summed first, -<q, log_softmax(x)> = logsumexp(x) - <q, x>, and the gradient is written view
+    by view: beside the student's logits (V, B, K) and their gradient there is only one view's copy.
     student (V, B, K), target (U, B, K), weight (U, V, B).
     """
 
@@ -289,12 +288,13 @@ class PairCrossEntropy(torch.autograd.Function):
 
 
 class DINOLoss(nn.Module):
-    """L_CE of one head (Caron et al. 2021), with that head's centre.
+    """L_CE of one head (Caron et al. 2021) with its centre: the mean of -<q, log p> over pairs of views.
 
-    student (V, B, K): all views, the U global ones first; teacher (U, B, K). Every student view is held
-    against every other global view of the teacher. A pair counts where the region is there in both
-    (present_s (V, B), present_t (U, B); None: everywhere); the loss is the mean over the pairs that
-    count, 0 where none does, and the centre sees only the teacher's rows that count.
+    q = softmax((teacher - centre) / teacher_temp), p = softmax(student / student_temp).
+    student (V, B, K): all views, the U global ones first; teacher (U, B, K). Every student view is compared
+    with every other global view of the teacher. A pair counts if the region is present in both
+    (present_s (V, B), present_t (U, B); None: everywhere). The loss is the mean over the pairs that count,
+    0 if none does; the centre takes only the teacher's rows that count.
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
@@ -306,10 +306,10 @@ class DINOLoss(nn.Module):
         V, U = len(student), len(teacher)
         s = torch.ones(student.shape[:2], device=student.device) if present_s is None else present_s.float()
         t = torch.ones(teacher.shape[:2], device=teacher.device) if present_t is None else present_t.float()
-        other = 1 - torch.eye(U, V, device=student.device)  # no view is held against itself
+        other = 1 - torch.eye(U, V, device=student.device)  # no view is compared with itself
         weight = other.unsqueeze(-1) * t.unsqueeze(1) * s.unsqueeze(0)  # (U, V, B)
         with torch.no_grad():
-            target = ((teacher.float() - self.center) / teacher_temp).softmax(-1)
+            target = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # q
         loss = PairCrossEntropy.apply(student, target, weight, self.student_temp) / weight.sum().clamp(min=1)
         self.update_center(teacher, t)
         return loss
@@ -350,40 +350,44 @@ class DiRL(nn.Module):
             for name in METHODS[method]})
 
     def represent(self, images, prior):
-        """images (B, 3, H, W), P_c (B, n) to {name: (f_name (B, d), present (B,))}."""
+        """images (B, 3, H, W), P_c (B, n) to {name: f_name (B, d)} and {name: is its region there (B,)}."""
         tokens = self.encoder(images)  # T_L (B, n, d)
         if self.method == "baseline":
-            return {"f": (tokens.mean(1), torch.ones(len(tokens), dtype=torch.bool, device=tokens.device))}
-        has_cell, has_back = regions_present(prior)
+            everywhere = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+            return {"f": tokens.mean(1)}, {"f": everywhere}
         f_c, f_b = cell_back_pool(tokens, prior)  # eq. 3
-        out = {"c": (f_c, has_cell), "b": (f_b, has_back)}
+        f = {"c": f_c, "b": f_b}
         if self.method == "dirl":
             t_self, t_cross = self.disentangle(tokens, prior)  # eq. 5 to 7
-            f_cc, f_bb = cell_back_pool(t_self, prior)  # eq. 8
-            f_cb, f_bc = cell_back_pool(t_cross, prior)
-            out.update(cc=(f_cc, has_cell), bb=(f_bb, has_back), cb=(f_cb, has_cell), bc=(f_bc, has_back))
-        return out
+            f["cc"], f["bb"] = cell_back_pool(t_self, prior)  # eq. 8
+            f["cb"], f["bc"] = cell_back_pool(t_cross, prior)
+        has_cell, has_back = regions_present(prior)
+        present = {name: has_cell if name[0] == "c" else has_back for name in f}  # the region that is pooled
+        return f, present
 
     def forward(self, views, priors):
-        """views: one (V_i, B, 3, H, W) a size, the global ones first; priors: (V_i, B, n) to match.
+        """views: one (V_i, B, 3, H, W) per size, the global ones first; priors: (V_i, B, n) to match.
 
         Gives {name: (logits (V, B, K), present (V, B))} over all V views.
         """
-        B = views[0].shape[1]
-        parts = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
-        return {name: (head(torch.cat([part[name][0] for part in parts])).unflatten(0, (-1, B)),
-                       torch.cat([part[name][1] for part in parts]).unflatten(0, (-1, B)))
-                for name, head in self.heads.items()}
+        B, out = views[0].shape[1], {}
+        sizes = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        for name, head in self.heads.items():
+            f = torch.cat([f[name] for f, _ in sizes])  # (V B, d)
+            present = torch.cat([present[name] for _, present in sizes])  # (V B,)
+            out[name] = head(f).unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
+        return out
 
 
 class DiRLLoss(nn.Module):
     """Eq. 9: lambda_1 (L_c + L_b) + lambda_2 (L_cc + L_bb + L_cb + L_bc); the baseline is L_f alone.
 
-    Takes what two DiRL models give and returns (loss, {name: L_name without gradient}). skip_empty=False: a region
-    that is not there counts as well, pooled to zeros.
+    Takes what two DiRL models give and returns (loss, {name: L_name without gradient}). skip_empty=False:
+    a region that is not in a view counts as well, pooled to zeros.
     """
 
-    def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9, skip_empty=True):
+    def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9,
+                 skip_empty=True):
         super().__init__()
         self.skip_empty = skip_empty
         self.weight = {name: 1.0 if name == "f" else lambda_1 if name in REGIONS else lambda_2
@@ -393,11 +397,15 @@ class DiRLLoss(nn.Module):
             for name, head in model.heads.items()})
 
     def forward(self, student, teacher, teacher_temp=0.04):
-        present = lambda views: views[1] if self.skip_empty else None
-        each = {name: loss(student[name][0], teacher[name][0], teacher_temp, present(student[name]), present(teacher[name]))
-                for name, loss in self.losses.items()}
-        total = sum(self.weight[name] * value for name, value in each.items())
-        return total, {name: value.detach() for name, value in each.items()}
+        total, each = 0, {}
+        for name, cross_entropy in self.losses.items():
+            (s, s_present), (t, t_present) = student[name], teacher[name]
+            if not self.skip_empty:
+                s_present = t_present = None
+            loss = cross_entropy(s, t, teacher_temp, s_present, t_present)  # L_name
+            total = total + self.weight[name] * loss
+            each[name] = loss.detach()
+        return total, each
 
 
 def make_teacher(student):

@@ -1,7 +1,9 @@
 """DSMIL (Li et al. 2021), the multiple instance learning of section 3.6; torch alone.
 
-The network is the one of the authors' code that the paper could use (2022: query network with two layers, values as
-they are, 200 epochs); its orthogonal start is from their later code, for the first read its start from a file.
+The network is the one of the authors' code when the paper was written (2022: query network with two layers,
+the features themselves as values, 200 epochs); its orthogonal start is from their later code, for the earlier
+one read its start from a file. Theirs keeps the epoch with the best AUC and accuracy, ours the lowest loss,
+both on validation slides.
 
 A bag is the feature matrix (N, d) of a slide's N crops; C classes.
 """
@@ -41,7 +43,7 @@ class DSMIL(nn.Module):
 
 
 def class_weights(labels, num_classes):
-    """Weights (C,) inverse to the classes' counts, N / (C n_c): each class then weighs as much as every other.
+    """Weights (C,) inverse to the classes' counts, N / (C n_c): all classes then weigh the same.
 
     labels: ints of the training slides; ValueError where a class has none.
     """
@@ -69,12 +71,13 @@ def dsmil_predict(model, features):
         return (bag_scores.sigmoid() + scores.max(0).values.sigmoid()) / 2
 
 
-def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None, weights=None):
+def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None,
+                weights=None):
     """Trains DSMIL on [(features (N, d), label), ...] with batch 1 and keeps the epoch that is best on val.
 
-    Adam (0.5, 0.9), cosine from lr to 5e-6. Best is the lowest validation loss; nothing else is ever
-    looked at. Gives the model in eval mode. progress, if given, is called as progress(epoch, loss, val_loss);
-    weights (C,), if given, weigh the classes in both losses (class_weights).
+    Adam (0.5, 0.9), cosine from lr to 5e-6; best is the lowest validation loss. Gives the model in eval mode.
+    progress, if given, is called as progress(epoch, loss, val_loss) after each epoch; weights (C,), if given,
+    weigh the classes in both losses (class_weights). ValueError without a training or validation bag.
     """
     if not train or not val:
         raise ValueError("DSMIL needs at least one training and one validation bag")

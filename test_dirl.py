@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import numpy as np
 import pytest
+import slides as slides_py
+import tifffile
 import torch
 import torch.nn.functional as F
-import tifffile
+import views as views_py
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import ndimage
 from scipy.sparse import coo_matrix
@@ -22,14 +25,11 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 
 import data as data_py
-import demo
 import dirl
 import eval as eval_py
 import mil
 import prior as prior_py
-import slides as slides_py
 import train as train_py
-import views as views_py
 
 
 @pytest.fixture(autouse=True)

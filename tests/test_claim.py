@@ -4,18 +4,18 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import claim
 import numpy as np
+import patches
 import pytest
 import torch
+import views
 from matplotlib.figure import Figure
 from PIL import Image
 
-import claim
 import dirl
 import eval as eval_py
-import patches
 import train as train_py
-import views
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2", "--global-size", "32",
         "--local-size", "16", "--local-crops", "1", "--probe-images", "24", "--workers", "1", "--device", "cpu"]

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import slides as slides_py
 import tifffile
 import torch
+import views as views_py
+from errors import InputError
 from PIL import Image
 
 import data as data_py
 import eval as eval_py
 import prior as prior_py
-import slides as slides_py
 import train as train_py
-import views as views_py
-from errors import InputError
 
 
 def tissue(side=256, seed=0):

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,25 @@ import openslide
 from PIL import Image
 from scipy import ndimage
 
-from errors import InputError, renamed
+from common.errors import InputError
+from common.files import atomic_write
 
 CROP = 224  # px
+SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
+               ".png", ".jpg", ".jpeg"}
+
+
+def by_stem(files, types):
+    """{stem: file} of the files of these types; InputError if two share a stem, as crops and cells are named by it."""
+    out = {}
+    for path in sorted(files):
+        if path.suffix.lower() not in types or path.name.startswith(".") or not path.is_file():
+            continue
+        if path.stem in out:
+            raise InputError(f"{path}: has the name of {out[path.stem]}; rename one of the two")
+        out[path.stem] = path
+    return out
+
 
 # ---------------------------------------------------------------- slides
 
@@ -35,9 +52,9 @@ def number(text, low, high):
 def recorded_mpp(properties):
     """um/px of level 0 as the file records it, the property that says so, and a warning or "".
 
-    The order is openslide.mpp-x and -y, aperio.MPP, 10 / objective power, TIFF resolution; (None, "", "") where none
-    is there. mpp and power that differ by more than 1.5 times: mpp counts, with a warning. ValueError where a px is
-    not square (5 % and more).
+    The order is openslide.mpp-x and -y, aperio.MPP, 10 / objective power, TIFF resolution; (None, "", "")
+    if there is none. Where mpp and power differ by more than 1.5 times, mpp counts, with a warning.
+    ValueError if the px are not square (to 5 %).
     """
     def first(names, limits):
         found = ((number(properties.get(name), *limits), name) for name in names)
@@ -50,8 +67,11 @@ def recorded_mpp(properties):
         if not 0.95 < mpp / other < 1 / 0.95:
             raise ValueError(f"its px are not square: {mpp:g} by {other:g} um")
     if mpp:
-        odd = power and not 1 / 1.5 <= mpp * power / 10 <= 1.5
-        return mpp, name, f"{name} is {mpp:g} um/px, {power_name} {power:g} would be {10 / power:g}; {mpp:g} is taken" if odd else ""
+        warning = ""
+        if power and not 1 / 1.5 <= mpp * power / 10 <= 1.5:
+            warning = (f"{name} is {mpp:g} um/px, but {power_name} {power:g} would be {10 / power:g}; "
+                       f"{mpp:g} is used")
+        return mpp, name, warning
     if power:
         return 10 / power, power_name, ""
     unit = {"inch": 25400, "centimeter": 10000}.get(properties.get("tiff.ResolutionUnit", "inch"), 0)  # um
@@ -73,8 +93,8 @@ def on_white(rgba):
 class Slide:
     """An open slide, or a plain image taken as one. width, height: level-0 px; mpp: um/px of level 0.
 
-    source is the property that recorded mpp ("--slide-mpp" if none did), warning what is odd about it. InputError,
-    with the file's name, where it cannot be read or no um/px is recorded and slide_mpp is None.
+    source is the property that recorded mpp ("--slide-mpp" if none did), warning what is odd about it.
+    InputError, with the file's name, if it cannot be read or records no um/px and slide_mpp is None.
     """
 
     def __init__(self, path, slide_mpp=None):
@@ -87,22 +107,23 @@ class Slide:
         try:
             self.mpp, self.source, self.warning = recorded_mpp(self.handle.properties)
         except ValueError as error:
-            raise InputError(f"{path}: {error}; make it anew with square px") from None
+            raise InputError(f"{path}: {error}; convert it to square px") from None
         if not self.mpp:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it; say it with --slide-mpp "
+            raise InputError(f"{path}: no um/px and no magnification is recorded in it; give it with --slide-mpp "
                              "(0.25 for 40x, 0.5 for 20x)")
         self.width, self.height = self.handle.dimensions
 
     def level_for(self, mpp):
-        """The coarsest level that is still as fine as mpp (a twentieth is forgiven), and its downsample."""
+        """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample."""
         downs = self.handle.level_downsamples
-        level = max((i for i, d in enumerate(downs) if d * self.mpp <= mpp * 1.05), key=lambda i: downs[i], default=0)
+        fine = [i for i, down in enumerate(downs) if down * self.mpp <= mpp * 1.05]
+        level = max(fine, key=lambda i: downs[i], default=0)
         return level, downs[level]
 
     def read_rgba(self, level, x, y, width, height):
-        """RGBA image of a box of a level, in px of that level; what lies outside the slide is transparent."""
+        """RGBA image of a box of a level, in px of that level; transparent outside the slide."""
         down = self.handle.level_downsamples[level]
         try:
             return self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
@@ -115,9 +136,9 @@ class Slide:
         return on_white(self.read_rgba(level, x, y, width, height))
 
     def picture(self, mpp):
-        """The whole slide at about mpp um/px: uint8 (h, w, 3), and the level-0 px of one of its px.
+        """The whole slide at about mpp um/px: uint8 (h, w, 3), and how many level-0 px one of its px is.
 
-        Whole multiples of a level's px are averaged, block by block: memory stays flat on one-level slides.
+        A whole number of a level's px is averaged, block by block: memory stays flat on one-level slides.
         """
         level, down = self.level_for(mpp)
         factor = max(1, int(mpp / (self.mpp * down)))
@@ -136,13 +157,13 @@ class Slide:
 
 MASK_MPP = 8.0  # um/px of the picture that the tissue mask is made of
 TISSUE_SMOOTH = 16.0  # um: gaps narrower than this are tissue
-TISSUE_FLOOR = 0.04  # optical density of magenta over grey below which there is none
+TISSUE_FLOOR = 0.04  # optical density of magenta over grey below which there is no tissue
 
 
 def tissue_mask(picture, mpp):
     """Tissue of an H&E picture uint8 (h, w, 3) at mpp um/px: bool (h, w).
 
-    Haematoxylin and eosin both take up green most: tissue is where green's optical density exceeds the mean
+    Haematoxylin and eosin both absorb green most: tissue is where green's optical density exceeds the mean
     of red's and blue's. White, grey dust, coverslip edges and black, blue or green ink do not.
     """
     density = -np.log((picture.astype(np.float32) + 1) / 256)
@@ -152,27 +173,43 @@ def tissue_mask(picture, mpp):
 
 
 def tissue_shares(picture, mpp, x_edges, y_edges):
-    """Share of tissue in each box of a grid, (len(y_edges) - 1, len(x_edges) - 1); edges in px of the picture."""
+    """Share of tissue in each box of a grid, (len(y_edges) - 1, len(x_edges) - 1).
+
+    picture uint8 (h, w, 3) at mpp um/px; edges in px of the picture.
+    """
     mask = tissue_mask(picture, mpp)
-    total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # summed-area table
 
     def bounds(edges, size):
         low = np.minimum(edges[:-1].astype(int), size - 1)
         return low, np.clip(edges[1:].round().astype(int), low + 1, size)
     (x0, x1), (y0, y1) = bounds(x_edges, mask.shape[1]), bounds(y_edges, mask.shape[0])
-    count = total[np.ix_(y1, x1)] - total[np.ix_(y0, x1)] - total[np.ix_(y1, x0)] + total[np.ix_(y0, x0)]
+    upper = total[np.ix_(y0, x1)] - total[np.ix_(y0, x0)]
+    count = total[np.ix_(y1, x1)] - total[np.ix_(y1, x0)] - upper
     return count / np.outer(y1 - y0, x1 - x0)
 
 
 BLOCK = 2560  # px a side, at least, of what is read at once: large, so that few tiles of the file are decoded twice
 
 
-def read_blocks(slide, mpp, tissue):
-    """Yields blocks of CROP px tiles at mpp um/px: (RGBA image, its left and top, first tile's i and j, columns, rows).
+@dataclass
+class Block:
+    """columns x rows whole tiles that are read at once; left and top in px of the level that is read."""
 
-    Tile i, j has its level-0 corner at (i, j) * CROP * mpp / slide.mpp; image, left and top are px of the level that
-    is read. Where a coarse level shows clearly less tissue than asked for, nothing is read: a slide that has no such
-    level is decoded once all the same.
+    image: Image.Image  # RGBA
+    left: int
+    top: int
+    i: int  # column and row of the first tile on the slide
+    j: int
+    columns: int
+    rows: int
+
+
+def read_blocks(slide, mpp, tissue):
+    """Yields Blocks of CROP px tiles at mpp um/px that cover the slide's tissue.
+
+    Tile i, j has its level-0 corner at (i, j) * CROP * mpp / slide.mpp. Where a coarse level shows clearly
+    less tissue than asked for, nothing is read; a slide without such a level is decoded whole.
     """
     level, down = slide.level_for(mpp)
     side = CROP * mpp / slide.mpp  # level-0 px of a tile
@@ -186,32 +223,43 @@ def read_blocks(slide, mpp, tissue):
     for j0 in range(0, ny, k):
         for i0 in range(0, nx, k):
             j, i = np.nonzero(maybe[j0: j0 + k, i0: i0 + k])
-            if len(i):
-                i, j, columns, rows = i0 + i.min(), j0 + j.min(), np.ptp(i) + 1, np.ptp(j) + 1
-                left, top, right, bottom = (v * side / down for v in (i, j, i + columns, j + rows))
-                left, top, right, bottom = int(left), int(top), int(np.ceil(right)), int(np.ceil(bottom))
-                yield slide.read_rgba(level, left, top, right - left, bottom - top), left, top, i, j, columns, rows
+            if not len(i):
+                continue
+            i, j, columns, rows = i0 + i.min(), j0 + j.min(), np.ptp(i) + 1, np.ptp(j) + 1
+            left, top = int(i * side / down), int(j * side / down)
+            right, bottom = int(np.ceil((i + columns) * side / down)), int(np.ceil((j + rows) * side / down))
+            yield Block(slide.read_rgba(level, left, top, right - left, bottom - top), left, top,
+                        i, j, columns, rows)
 
 
 def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
-    """Resamples and writes the tiles of a block with at least that share of tissue; gives their number."""
-    rgba, left, top, i0, j0, columns, rows = block
-    image, side = on_white(rgba), CROP * mpp / slide_mpp
-    x, y = np.arange(i0, i0 + columns + 1) * side / down - left, np.arange(j0, j0 + rows + 1) * side / down - top
+    """Resamples and writes the tiles of a block with at least that share of tissue; gives their number.
+
+    down: level-0 px of a px of the block.
+    """
+    image, side = on_white(block.image), CROP * mpp / slide_mpp
+    x = np.arange(block.i, block.i + block.columns + 1) * side / down - block.left  # tile borders, px of the block
+    y = np.arange(block.j, block.j + block.rows + 1) * side / down - block.top
     factor = max(1, int(MASK_MPP / (slide_mpp * down)))
-    share = tissue_shares(np.asarray(image.reduce(factor)), slide_mpp * down * factor, x / factor, y / factor)
-    kept = np.argwhere(share >= tissue)
+    small = np.asarray(image.reduce(factor))
+    kept = np.argwhere(tissue_shares(small, slide_mpp * down * factor, x / factor, y / factor) >= tissue)
     for j, i in kept:
         box = (x[i], y[j], min(x[i + 1], image.width), min(y[j + 1], image.height))
-        image.resize((CROP, CROP), Image.BICUBIC, box=box).save(
-            folder / f"{round((i0 + i) * side)}_{round((j0 + j) * side)}.jpg", quality=90)
+        tile = image.resize((CROP, CROP), Image.BICUBIC, box=box)
+        tile.save(folder / f"{round((block.i + i) * side)}_{round((block.j + j) * side)}.jpg", quality=90)
     return len(kept)
+
+
+def file_identity(path):
+    """What tells a replaced file from the one that something was made from: its name and size in bytes."""
+    return {"file_name": Path(path).name, "file_bytes": Path(path).stat().st_size}
 
 
 def cut_tiles(path, crops, mpp, slide_mpp, tissue):
     """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives its warning or "".
 
-    One thread reads blocks, another resamples and writes them; three blocks are held at most, so memory stays flat.
+    The JSON holds what they were cut from and with. One thread reads blocks, another resamples and writes
+    them; at most three blocks are held, so memory stays flat.
     """
     slide = Slide(path, slide_mpp)
     if slide.mpp > 1.25 * mpp:
@@ -232,12 +280,13 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
                              "lower --tissue or --mpp")
         shutil.rmtree(crops / name, ignore_errors=True)
         part.rename(crops / name)
-        info = {"slide": name, "file": str(path), "mpp": mpp, "slide_mpp": slide.mpp, "tissue": tissue,
+        info = {"slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp, "tissue": tissue,
                 "tiles": count, "width": slide.width, "height": slide.height}
-        with renamed(crops / f"{name}.json") as temp:
+        with atomic_write(crops / f"{name}.json") as temp:
             temp.write_text(json.dumps(info))
     except OSError as error:
-        raise InputError(f"{crops / name}: cannot be written ({error.strerror}); make room or run elsewhere") from None
+        raise InputError(f"{crops / name}: cannot be written ({error.strerror}); "
+                         "make room or run where you may write") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return f"{path}: {slide.warning}" if slide.warning else ""

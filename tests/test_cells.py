@@ -10,13 +10,13 @@ import tracemalloc
 import types
 from pathlib import Path
 
+import cells as cells_py
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 from scipy import ndimage
 
-import cells as cells_py
 import prior
 
 SQUARE = [[10, 20], [14, 20], [14, 26], [10, 26], [10, 20]]  # its centroid is (12, 23)

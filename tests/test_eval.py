@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import patches
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from sklearn.metrics import roc_auc_score
 import dirl
 import eval as eval_py
 import mil
-import patches
 
 CPU = ["--device", "cpu", "--workers", "1"]
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]

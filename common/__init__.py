@@ -1,0 +1,1 @@
+"""What several scripts share: files and errors, processes, encoders, measures, classifiers, figures."""

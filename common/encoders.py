@@ -1,0 +1,98 @@
+"""Encoders and what comes out of them: devices, encoder.pt, features f, aggregated attention."""
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import dirl
+from common.errors import InputError
+from common.files import load_tensors
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+# ---------------------------------------------------------------- devices
+
+def check_device(device):
+    """InputError if --device is no device of this machine."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError(f"--device {device}: cpu, cuda or cuda:1 is expected") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+
+
+def use_bf16(precision, device):
+    """Is bf16 computed in? precision "auto": if the device has it natively; emulated it would be slow."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(test() for test in tests if test)
+
+
+# ---------------------------------------------------------------- encoder.pt
+
+def find_encoder(checkpoint, name=""):
+    """encoder.pt of --checkpoint (a file or its run), or of the newest run of the data set of that name, or of all."""
+    if checkpoint:
+        path = Path(checkpoint)
+        path = path / "encoder.pt" if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"--checkpoint {path}: is not there")
+        return path
+    pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
+    runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError(f"no run {f'of {name} ' if name else ''}in runs/; first: python train.py"
+                         + (f" --data {name}" if name else ""))
+    return runs[-1]
+
+
+def load_encoder(path):
+    """The encoder of an encoder.pt, in eval mode, and the file's other values."""
+    about = load_tensors(path)
+    if not isinstance(about, dict) or not {"encoder", "arch", "trained_on"} <= about.keys() \
+            or about["arch"] not in dirl.ARCHS:
+        raise InputError(f"{path}: is no encoder.pt of this train.py; train it again")
+    encoder = dirl.ARCHS[about["arch"]]()
+    encoder.load_state_dict(about.pop("encoder"))
+    return encoder.eval(), about
+
+
+def random_encoder(arch, seed):
+    """An encoder as it starts, before any pre-training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return dirl.ARCHS[arch]().eval()
+
+
+# ---------------------------------------------------------------- features and attention
+
+def normalize(images):
+    """RGB (.., 3, H, W) of 0 to 1, to mean 0 and standard deviation 1 over ImageNet, which the encoder takes."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return images.sub(mean).div_(std)
+
+
+def represent(encoder, images, bf16=False):
+    """f = the mean of the n tokens of T_L: uint8 images (B, 3, H, W) to (B, d) float32."""
+    device = next(encoder.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        tokens = encoder(normalize(images.to(device).float() / 255))  # (B, n, d)
+    return tokens.float().mean(1)
+
+
+def attention_of(encoder, images):
+    """Aggregated attention of uint8 images (B, 3, H, W), (B, n); the n values of an image sum to n."""
+    device = next(encoder.parameters()).device
+    return dirl.aggregated_attention(encoder.last_attention(normalize(images.to(device).float() / 255)))
+
+
+@torch.no_grad()
+def in_batches(function, images, batch, what=""):
+    """function over images (N, ...), a batch at a time; (N, ...) on the CPU. what: the progress bar's name."""
+    starts = tqdm(range(0, len(images), batch), what, leave=False, disable=not what)
+    return torch.cat([function(images[i: i + batch]).cpu() for i in starts])

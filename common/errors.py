@@ -1,0 +1,62 @@
+"""How scripts fail: one line that names the file or flag and says the way out, and an exit code."""
+import sys
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message is one line with the file or flag and the way out."""
+
+
+def one_line(error):
+    """An exception in one line of at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def check_ranges(args, **limits):
+    """InputError where a flag of args lies outside its (low, high); NaN lies outside everything."""
+    for name, (low, high) in limits.items():
+        if not low <= getattr(args, name) <= high:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
+
+
+def check_mpp(value, flag):
+    """InputError where a um/px was given that no slide has."""
+    if value is not None and not 0.05 <= value <= 20:
+        raise InputError(f"{flag} {value:g}: um/px between 0.05 and 20 is expected (0.5 is 20x)")
+
+
+def print_skipped(failed):
+    """Prints one line for each file that could not be used."""
+    for line in failed:
+        print("skipped:", line)
+
+
+def exit_code_of(failed):
+    """Counts what was skipped, once more at the end of a long run: 1 where there was any, else 0."""
+    if failed:
+        print(f"{len(failed)} files were skipped (see above).")
+    return int(bool(failed))
+
+
+def run_script(script, run, memory="--batch", again="run it again to go on"):
+    """The exit code of run(): what it returns, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+
+    An error becomes one line on stderr. memory: the flag to lower when memory runs out; again: what to do
+    after a stop.
+    """
+    try:
+        return run()
+    except InputError as error:
+        message, code = error, 2
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}", 2
+    except FloatingPointError as error:
+        message, code = error, 1
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
+            raise
+        message, code = f"out of memory; lower {memory}", 1
+    except KeyboardInterrupt:
+        message, code = f"stopped; {again}", 130
+    print(f"{script}: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,109 @@
+"""Files that are whole or not there: atomic writing, tensors without pickled code, CSV."""
+import csv
+import hashlib
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from common.errors import InputError
+
+
+@contextmanager
+def atomic_write(path):
+    """Gives a temporary name beside path to write to; it takes path's name when the block ends without error.
+
+    The name holds the process number, for two runs may prepare the same slide.
+    """
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temp.parent.mkdir(parents=True, exist_ok=True)
+        yield temp
+        os.replace(temp, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or run where you may write") from None
+    finally:
+        with suppress(OSError):
+            temp.unlink()
+
+
+def save_tensors(path, state):
+    """Writes a dict of tensors and plain values, which load_tensors reads."""
+    with atomic_write(path) as temp, open(temp, "wb") as file:  # an open file: a full disk is then an OSError
+        torch.save(state, file)
+
+
+def load_tensors(path):
+    """A file of tensors and plain values, on the CPU, without executing it; InputError where it is something else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        name = type(error).__name__
+        raise InputError(f"{path}: cannot be loaded ({name}); delete it or take another copy") from None
+
+
+def file_stamp(path):
+    """The first 16 hex digits of a file's SHA-256."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def stamp_of(value):
+    """The first 16 hex digits of the SHA-256 of a plain value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_json(path, value):
+    with atomic_write(path) as temp:
+        temp.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def read_json(path):
+    """A JSON object; {} if there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_csv(path):
+    """A CSV file as ([column, ...], [(line number, {column: value}), ...]).
+
+    Commas, semicolons or tabs; with or without a BOM. Columns are lower-cased, values stripped, blank lines
+    skipped. InputError, with the line, for what is no such table.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=head.count))
+            names = [name.strip().lower() for name in next(reader, [])]
+            rows = [(reader.line_num, [value.strip() for value in row]) for row in reader if any(row)]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from None
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: two columns are named {twice[0]}; rename one")
+    for line, row in rows:
+        if len(row) > len(names):
+            raise InputError(f"{path}: line {line} has {len(row)} fields and the first line {len(names)}; "
+                             "put quotes around a field that holds the delimiter")
+    return names, [(line, dict(zip(names, row))) for line, row in rows]
+
+
+def write_csv(path, rows):
+    """Writes rows (lists), the column names first."""
+    with atomic_write(path) as temp, open(temp, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def print_table(rows):
+    """Prints rows of texts in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

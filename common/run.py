@@ -1,0 +1,138 @@
+"""The files of a pre-training run: config.json, checkpoint.pt, encoder.pt, log.csv; written, resumed, read."""
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.encoders import MEAN, STD, use_bf16
+from common.errors import InputError
+from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
+
+RESUMABLE = ("run", "workers", "save_minutes", "max_steps", "device", "probe", "probe_epochs", "probe_images",
+             "split_seed")  # flags that may change when a run is resumed
+PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
+
+
+
+def check_config(path, config):
+    """InputError if the run at path was started with other settings than config."""
+    old, changed = read_json(path), []
+    if not old:
+        raise InputError(f"{path}: cannot be read; use another folder for a new run")
+    for name, value in json.loads(json.dumps(config)).items():
+        if old.get(name) != value:
+            flag = name if name in ("crops", "images", "labels") else f"--{name.replace('_', '-')}"
+            changed.append(f"{flag} {old.get(name)} (now {value})")
+    if changed:
+        raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: use the same to resume it, "
+                         "or another folder for a new run (--run)")
+
+
+class Run:
+    """The files of a run: config.json (what makes it), checkpoint.pt, encoder.pt.
+
+    parts: {name: what has a state_dict}, all that resuming needs; seen: what the encoder is trained on.
+    """
+
+    def __init__(self, args, name, mpp, crops, seen, parts):
+        self.folder, self.parts, self.seen = Path(args.run), parts, seen
+        self.minutes, self.saved = args.save_minutes, time.monotonic()
+        self.device, self.bf16 = torch.device(args.device), use_bf16(args.precision, args.device)
+        flags = {flag: value for flag, value in vars(args).items() if flag not in RESUMABLE}
+        self.config = (flags | {
+            "data": name, "mpp": mpp, "precision": "bf16" if self.bf16 else "fp32",
+            "crops": crops, "images": f"{len(seen['images'])} (stamp {stamp_of(seen)})"})
+
+    def resume(self):
+        """Loads the checkpoint, if any, into the parts; gives the step to go on with."""
+        step, checkpoint = 0, self.folder / "checkpoint.pt"
+        if checkpoint.is_file():
+            check_config(self.folder / "config.json", self.config)
+            state = load_tensors(checkpoint)
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            step = state["step"]
+        write_json(self.folder / "config.json", self.config)
+        return step
+
+    def save_encoder(self, step):
+        """The teacher's encoder and plain values, which load with weights_only=True."""
+        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
+        save_tensors(self.folder / "encoder.pt", {
+            "encoder": self.parts["teacher"].encoder.state_dict(), **about, "mean": list(MEAN), "std": list(STD),
+            "step": step, "trained_on": self.seen})
+
+    def save(self, step):
+        self.save_encoder(step)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: it says that all is saved
+        self.saved = time.monotonic()
+
+    def diverged(self, step, loss):
+        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {self.folder}/checkpoint.pt is "
+                "the last good state. Try a lower --lr, a longer --warmup-epochs or --precision fp32, with a new --run")
+
+    def save_if_due(self, step, per_epoch):
+        """Saves when --save-minutes have passed, at an epoch's end when one minute has."""
+        minutes = min(1, self.minutes) if step % per_epoch == 0 else self.minutes
+        if time.monotonic() - self.saved > 60 * minutes:
+            self.save(step)
+
+
+class Log:
+    """log.csv and the progress bar of a run that goes on at step start."""
+
+    def __init__(self, path, heads, start, steps):
+        self.start, self.began = start, time.monotonic()
+        names = ["step", "epoch", "loss", *(f"loss_{head}" for head in heads), "lr", "momentum", "both_regions",
+                 "cell_share", "ln_out_dim", *PROBED]
+        rows = []
+        if start and path.is_file():
+            with open(path, newline="") as file:
+                rows = list(csv.reader(file))[1:]
+        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) < start]  # what a checkpoint has
+        with atomic_write(path) as temp, open(temp, "w", newline="") as file:
+            csv.writer(file).writerows([names, *kept])
+        self.file = open(path, "a", newline="")
+        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
+
+    def write(self, step, epoch, loss, each, rate, momentum, priors, args, probed):
+        """Adds the row of a step; each: {head: its loss}, priors: P_c of the views, probed: what probe gave."""
+        both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
+        values = [loss, *(value.item() for value in each.values()), rate]
+        csv.writer(self.file).writerow([
+            step, epoch, *(f"{value:.6g}" for value in values), f"{momentum:.8g}", f"{both:.4g}",
+            f"{priors[0].mean().item():.4g}", f"{math.log(args.out_dim):.6g}",
+            *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
+        self.file.flush()
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", img_s=f"{self.speed(step + 1, args.batch):.0f}")
+        if probed:
+            tqdm.write(f"step {step + 1}: tokens with attention 0.5 to 2 {probed[1]:.1%}, "
+                       f"20-NN accuracy {probed[3]:.3f} on {args.probe}")
+
+    def speed(self, step, batch):
+        """Crops a second since the start of this call."""
+        return (step - self.start) * batch / (time.monotonic() - self.began)
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
+
+def read_log(path):
+    """The rows of a log.csv as dicts; [] if there is none."""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def is_finished(folder):
+    """Did the run in this folder come to its last step? config.json and log.csv tell."""
+    config, log = read_json(folder / "config.json"), read_log(folder / "log.csv")
+    return bool(config and log) and int(log[-1]["step"]) + 1 == config["epochs"] * (config["crops"] // config["batch"])

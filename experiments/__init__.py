@@ -1,0 +1,1 @@
+"""What the paper compares: the claim as one experiment."""

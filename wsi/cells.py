@@ -1,0 +1,312 @@
+"""Readers of segmentation results (3.2): HoVer-Net, Cellpose, HistomicsTK, QuPath (GeoJSON) and tables.
+
+Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so that the middle of the first px is 0.5.
+"Level-0 px" are the pixels of a slide at full resolution.
+"""
+import re
+from pathlib import Path
+
+import ijson
+import numpy as np
+import tifffile
+from PIL import Image
+
+from common.errors import InputError, one_line
+from common.files import read_csv
+
+BAND = 256  # rows of a label image that are counted at once
+BATCH = 1000  # outlines whose centroids are computed at once
+CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
+BOM = b"\xef\xbb\xbf"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
+JSON_KINDS = re.compile(rb"""
+    (?P<hovernet> "nuc"\s*:\s*\{ ) |
+    (?P<histomicstk> "elements"\s*:\s*\[ | "annotation"\s*:\s*\{ ) |
+    (?P<geojson> "features"\s*:\s*\[ | "geometry"\s*: | "nucleusGeometry"\s*: | "type"\s*:\s*"Feature )
+    """, re.VERBOSE)
+PLACES = {  # where the nuclei stand, as ijson names it; "" is a bare list
+    "hovernet": ("nuc",),
+    "histomicstk": ("elements", "annotation.elements", "item.elements", "item.annotation.elements"),
+    "geojson": ("features", "")}
+
+
+def cell_format(path):
+    """"hovernet", "histomicstk", "geojson", "cellpose" or "table" (csv, npz), by the file's first megabyte.
+
+    A CSV has no mark of its own: it is one where its name ends in .csv or .tsv. InputError for all else.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); a file of cells is expected") from None
+    if head.startswith((b"\x93NUMPY", b"\x89PNG", *TIFF)):
+        return "cellpose"
+    if head.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
+        found = JSON_KINDS.search(head)
+        if found:
+            return found.lastgroup
+    elif head.startswith(b"PK") or head and path.suffix.lower() in (".csv", ".tsv"):
+        return "table"
+    problem = "not a known cell file" if head else "is empty"
+    raise InputError(f"{path}: {problem}; JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's _cp_masks "
+                     "image, .csv or .npz with x and y are read")
+
+
+def read_cells(path, slide_mpp=None, slide_size=None):
+    """Cells of a slide from a segmentation result, (K, 2) float64 in level-0 px, in the cell_format of path.
+
+    HoVer-Net: with "mag" a number the centroids are px at that magnification and slide_mpp (um/px of level 0)
+    converts them, x (10 / slide_mpp) / mag; with "mag" null (tile mode) they are taken as they are.
+    HistomicsTK: point, rectangle, ellipse and circle by their center, polyline as a polygon; other elements
+    (heat maps, arrows) are skipped. GeoJSON: each point and polygon is a cell, those of a MultiPoint or
+    MultiPolygon too; nucleusGeometry counts before geometry; QuPath's annotations would count as well: export
+    the cells alone. Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the
+    masks of a smaller copy of the slide. Table: x and y in level-0 px. InputError for what cannot be read.
+    """
+    path, kind = Path(path), cell_format(path)
+    try:
+        if kind == "cellpose":
+            xy = mask_cells(path, slide_size)
+        elif kind == "table":
+            xy = table_cells(path)
+        else:
+            scale = hovernet_scale(path, slide_mpp) if kind == "hovernet" else 1
+            xy = json_cells(path, kind) * scale
+    except InputError:
+        raise
+    except Exception as error:  # whatever a broken file sets off in a reader
+        raise InputError(f"{path}: cells cannot be read ({one_line(error)}); write them again") from None
+    if not np.isfinite(xy).all():
+        raise InputError(f"{path}: a coordinate is not a finite number; write the cells again")
+    return xy
+
+
+# ---------------------------------------------------------------- JSON
+
+class JsonSource:
+    """An open JSON file for ijson: without BOM, and with null for NaN and Infinity.
+
+    Neither word is JSON, but QuPath before 0.5 writes such measurements, and so does Python's json.
+    """
+
+    def __init__(self, file):
+        self.file, self.rest = file, b""
+        if file.read(len(BOM)) != BOM:
+            file.seek(0)
+
+    def read(self, size):
+        """About size bytes, b"" at the end; ValueError where they are nested deeper than any cell file."""
+        chunk = self.file.read(size)
+        text = self.rest + chunk
+        end = text.rfind(b",") + 1  # behind a comma no word is cut in two
+        if not chunk or not end:
+            end = len(text)
+        text, self.rest = text[:end], text[end:]
+        if b"NaN" in text or b"Infinity" in text:
+            text = re.sub(rb"NaN|-?Infinity", b"null", text)  # within quotes too, where it does no harm
+        opened = text.count(b"[") + text.count(b"{")
+        closed = text.count(b"]") + text.count(b"}")
+        if opened - closed > 1000:  # ijson keeps the path to each: 30 000 would take 2 GB
+            raise ValueError("its brackets are nested too deep")
+        return text
+
+
+def parse_json(function, path, *prefix):
+    """Yields what one of ijson's functions (parse, items, kvitems) gives for the file."""
+    with open(path, "rb") as file:
+        yield from function(JsonSource(file), *prefix, use_float=True, buf_size=CHUNK)
+
+
+def hovernet_scale(path, slide_mpp):
+    """Level-0 px per px of HoVer-Net's centroids, by the file's "mag"; 1 where it is null or missing."""
+    mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
+    if mag is None:
+        return 1
+    if type(mag) not in (int, float) or not 0 < mag < 1000:
+        raise InputError(f"{path}: \"mag\" is {mag!r:.40}; a magnification such as 40, or null, is expected")
+    if slide_mpp is None:
+        raise InputError(f"{path}: its cells are px at {mag:g}x; give the slide's um/px to convert them")
+    return 10 / slide_mpp / mag
+
+
+def find_place(path, kind):
+    """The first of PLACES[kind] where the file has a list (HoVer-Net: an object), or None."""
+    start = "start_map" if kind == "hovernet" else "start_array"
+    for prefix, event, _ in parse_json(ijson.parse, path):
+        if event == start and prefix in PLACES[kind]:
+            return prefix
+    return None
+
+
+def json_members(path, kind, place):
+    """Yields the nuclei, elements or features, one at a time: memory does not grow with the file."""
+    if kind == "hovernet":
+        for _, nucleus in parse_json(ijson.kvitems, path, "nuc"):
+            yield nucleus
+    elif place is not None:
+        yield from parse_json(ijson.items, path, f"{place}.item".removeprefix("."))
+    elif "Feature" in parse_json(ijson.items, path, "type"):  # a single one, in no list
+        yield from parse_json(ijson.items, path, "")
+
+
+def json_cells(path, kind):
+    """Cells (K, 2) of a JSON file, in its px."""
+    place = find_place(path, kind)
+    xy, outlines, count = [], [], 0
+    for count, member in enumerate(json_members(path, kind, place), 1):
+        # Arrays, for a thousand outlines kept as lists would set off garbage collection all the time.
+        outlines += map(np.array, OUTLINES[kind](member))
+        if len(outlines) >= BATCH:
+            xy.append(ring_centroids(outlines))
+            outlines = []
+    xy = np.concatenate([*xy, ring_centroids(outlines)])
+    if not len(xy) and (count or place is None):
+        raise InputError(f"{path}: looks like {kind}, but has no point and no outline; write the cells again")
+    return xy
+
+
+def nucleus_outlines(nucleus):
+    """The centroid of one of HoVer-Net's nuclei, as an outline of one point."""
+    x, y = nucleus["centroid"]
+    return [[(x, y)]]
+
+
+def element_outlines(element):
+    """Outlines (lists of points) of an element of a HistomicsTK annotation; [] for what is no cell."""
+    if element["type"] == "polyline":
+        return [element["points"]]
+    if element["type"] in ("point", "rectangle", "ellipse", "circle"):
+        return [[element["center"]]]
+    return []
+
+
+def feature_outlines(feature):
+    """Outlines (lists of points) of a GeoJSON feature, of the nucleus before the cell."""
+    properties = feature.get("properties") or {}
+    shape = feature.get("nucleusGeometry") or properties.get("nucleusGeometry") or feature["geometry"]
+    kind, parts = shape["type"], shape["coordinates"]
+    if kind in ("Point", "Polygon"):
+        parts = [parts]
+    if kind in ("Point", "MultiPoint"):
+        return [[point] for point in parts]
+    if kind in ("Polygon", "MultiPolygon"):
+        return [rings[0] for rings in parts]  # the other rings are holes
+    raise ValueError(f"a feature is a {kind}: export the cells alone")
+
+
+OUTLINES = {"hovernet": nucleus_outlines, "histomicstk": element_outlines, "geojson": feature_outlines}
+
+
+def ring_centroids(rings):
+    """Area centroids (K, 2) of polygons, each a list or array of points [x, y, ..], closed or not.
+
+    A single point is its own centroid. A polygon without area, or whose centroid falls outside its bounding
+    box because it crosses itself, has the mean of its points.
+    ValueError where a ring has no point or a coordinate is not a number.
+    """
+    if not rings:
+        return np.zeros((0, 2))
+    count = np.array([len(ring) for ring in rings])
+    if not count.all():
+        raise ValueError("an outline has no point")
+    points = np.concatenate([np.asarray(ring)[:, :2] for ring in rings])
+    if points.dtype.kind not in "iuf" or points.shape[1] != 2:
+        raise ValueError("a point is not two numbers")
+    start = np.cumsum(count) - count
+    after = np.arange(1, len(points) + 1)
+    after[start + count - 1] = start  # the last point of a ring is followed by its first
+    with np.errstate(all="ignore"):  # read_cells refuses what is not finite
+        origin = points[start].astype(np.float64)
+        here = points - origin.repeat(count, 0)  # far from 0 the sums would lose their digits
+        there = here[after]
+        cross = here[:, 0] * there[:, 1] - there[:, 0] * here[:, 1]
+        area = np.add.reduceat(cross, start)[:, None]  # twice the area, with a sign
+        centroid = np.add.reduceat((here + there) * cross[:, None], start) / (3 * area)
+        mean = np.add.reduceat(here, start) / count[:, None]
+        low, high = np.minimum.reduceat(here, start), np.maximum.reduceat(here, start)
+        inside = ((low <= centroid) & (centroid <= high)).all(1, keepdims=True)
+        return origin + np.where(inside & (np.abs(area) > 1e-6), centroid, mean)
+
+
+# ---------------------------------------------------------------- label images and tables
+
+def mask_cells(path, slide_size):
+    """Cells (K, 2) of a label image, scaled to slide_size (width, height); InputError for another shape."""
+    labels = read_labels(path)
+    if labels.dtype == np.uint8 and labels.any() and labels[labels > 0].min() == 255:
+        raise ValueError("a mask of 0 and 255, where a label image is needed")
+    height, width = labels.shape
+    slide_width, slide_height = slide_size or (width, height)
+    scale = slide_width / width, slide_height / height
+    if min(scale) < 1 or not 0.99 <= scale[0] / scale[1] <= 1.01:
+        raise InputError(f"{path}: masks of {width} x {height} px, a slide of {slide_width} x {slide_height}; "
+                         "masks of the whole slide are needed, at its size or of a smaller copy")
+    return label_centroids(labels) * scale
+
+
+def read_labels(path):
+    """The label image (H, W) of a PNG or TIFF, of integers; ValueError for other images."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head == b"\x93NUM":
+        raise InputError(f"{path}: is a pickle, which can run any program; save the masks by cellpose's "
+                         "--save_tif or --save_png, or by cellpose.io.save_masks, and give "
+                         f"{path.stem.removesuffix('_seg')}_cp_masks.tif or .png")
+    if head in TIFF:
+        with tifffile.TiffFile(path) as tiff:
+            page, image = tiff.pages[0], tiff.series[0]
+            paletted = page.photometric == tifffile.PHOTOMETRIC.PALETTE
+            if image.ndim != 2 or image.dtype.kind not in "iu" or paletted:
+                raise ValueError(f"an image {image.shape} of {image.dtype}, where a label image is needed")
+            if page.compression != tifffile.COMPRESSION.LZW:  # which tifffile leaves to another package
+                return image.asarray()
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a whole slide is no decompression bomb
+    try:
+        image = Image.open(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        if image.mode not in ("L", "I", "I;16", "I;16B"):
+            raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
+        return np.asarray(image)
+
+
+def label_centroids(labels):
+    """Centroids (K, 2) of an image's labels (H, W), px i spanning i to i + 1, in the order of the labels.
+
+    0 and less is background; labels may have gaps.
+    """
+    found, sums = [labels[:0].ravel()], [np.zeros((3, 0))]
+    for top in range(0, len(labels), BAND):
+        band = labels[top: top + BAND]
+        y, x = np.nonzero(band > 0)
+        label, which = np.unique(band[y, x], return_inverse=True)
+        found.append(label)
+        sums.append([np.bincount(which), np.bincount(which, x + 0.5), np.bincount(which, y + top + 0.5)])
+    label, which = np.unique(np.concatenate(found), return_inverse=True)  # a label may lie in several bands
+    count, x, y = (np.bincount(which, values, len(label)) for values in np.concatenate(sums, 1))
+    return np.stack([x / count, y / count], 1)
+
+
+def table_cells(path):
+    """Cells (K, 2) of a CSV with columns x and y, or of an npz with arrays of these names."""
+    with open(path, "rb") as file:
+        is_npz = file.read(2) == b"PK"
+    if is_npz:
+        with np.load(path, allow_pickle=False) as arrays:
+            x, y = arrays["x"], arrays["y"]
+        if x.ndim != 1 or x.shape != y.shape or {x.dtype.kind, y.dtype.kind} - set("iuf"):
+            raise ValueError(f"x is {x.dtype} {x.shape}, y {y.dtype} {y.shape}: rows of numbers are needed")
+        return np.stack([x, y], 1).astype(np.float64)
+    names, rows = read_csv(path)
+    if "x" not in names or "y" not in names:
+        raise InputError(f"{path}: its first line has to name columns x and y (level-0 px); rename them")
+    xy = np.zeros((len(rows), 2))
+    for i, (line, row) in enumerate(rows):
+        try:
+            xy[i] = float(row["x"]), float(row["y"])
+        except (KeyError, ValueError):
+            raise InputError(f"{path}: line {line}: x and y have to be numbers; mend it") from None
+    return xy

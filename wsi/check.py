@@ -1,0 +1,111 @@
+"""python data.py check --data NAME: what lies in a data set's folder, what is missing and where to get it."""
+from collections import Counter
+from pathlib import Path
+
+from common.datasets import CLASSES, DATASETS, FOLDERS
+from common.errors import InputError
+from common.parallel import in_processes
+from wsi import gdc
+from wsi.cells import cell_format
+from wsi.prepare import cell_file, tile_info
+from wsi.slides import Slide
+
+SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split], "
+                 "{0}/cells/<slide>.*")
+WHERE = {  # where to get a data set, and its layout
+    "demo": ("made by python train.py; synthetic", SLIDES_LAYOUT),
+    "lung": ("the GDC: python data.py manifest --data lung; LUAD, LUSC", SLIDES_LAYOUT),
+    "brca": ("the GDC: python data.py manifest --data brca; IDC, ILC", SLIDES_LAYOUT),
+    "paad": ("slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or classical "
+             "per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for labels.csv",
+             SLIDES_LAYOUT),
+    "bright": ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB, UDH, FEA, ADH, DCIS, IC, "
+               "split train or validation (the paper tests on the official validation part); for bright3 and bright6",
+               SLIDES_LAYOUT),
+    "mhist": ("bmirds.github.io/MHIST, after registering", "{0}/images/*.png, {0}/annotations.csv as it comes"),
+    "chaoyang": ("bupt-ai-cz.github.io/HSA-NRL, after registering",
+                 "{0}/train.json, {0}/test.json, images at the names in them"),
+}
+OWN = ("your own", SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
+
+
+def check(args, found, error):
+    """Prints what lies there; 1 if something is missing or has to be looked at, else 0.
+
+    found: the wsi.folders.Data, or None with the error that kept it from being read.
+    """
+    name = FOLDERS.get(args.data, args.data)
+    folder = Path(args.root) / name if args.data in DATASETS else Path(args.data)
+    where, layout = WHERE.get(name, OWN)
+    print(f"{args.data}: {where}\nexpected: {layout.format(folder)}")
+    if error:
+        print("missing:", error)
+        return 1
+    problems = [f"{path}: unfinished; run gdc-client download again" for path in gdc.unfinished(folder / "slides")]
+    print(f"{found.kind}: {len(found.images)}")
+    if found.kind == "slides":
+        problems += check_slides(found, args)
+    print_split(found)
+    if args.data not in CLASSES:
+        problems += check_cells(found)
+    if args.md5:
+        problems += [f"{file}: {status}" for file, status in
+                     gdc.md5_check(folder / "slides", folder / "manifest.tsv") if status != "ok"]
+    for line in problems:
+        print("look at:", line)
+    print(f"{len(problems)} to look at" if problems else "all is there")
+    return int(bool(problems))
+
+
+def mpp_of(path, slide_mpp):
+    """The property that records a slide's um/px, its um/px, and what is odd about it."""
+    slide = Slide(path, slide_mpp)
+    return slide.source, slide.mpp, slide.warning
+
+
+def check_slides(found, args):
+    """Opens every slide and prints where its um/px are from; one line for each that is odd or cannot be read."""
+    problems, sources, values = [], Counter(), Counter()
+    tasks = [(path, args.slide_mpp) for path in found.images.values()]
+    for _, result, error in in_processes(mpp_of, tasks, args.workers, "slides"):
+        if error:
+            problems.append(error)
+            continue
+        source, mpp, warning = result
+        sources[source] += 1
+        values[f"{mpp:.3g}"] += 1
+        problems += [warning] if warning else []
+    print("um/px recorded by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
+    print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
+    made = sum(tile_info(found, name) is not None for name in found.images)
+    print(f"tiles cut: {made} of {len(found.images)} slides")
+    return problems
+
+
+def print_split(found):
+    """Images, patients and classes of each split."""
+    if not found.labels:
+        print("no labels.csv: all is for pre-training")
+    for part in ("train", "val", "test") if found.labels else ():
+        rows = [found.labels[name] for name in found.split(part)]
+        counts, patients = Counter(row["label"] for row in rows), {row["patient"] for row in rows}
+        print(f"{part}: {len(rows)} {found.kind} of {len(patients)} patients or groups; "
+              + ", ".join(f"{label} {counts[label]}" for label in found.classes))
+
+
+def check_cells(found):
+    """Prints whose cells are there; one line for each image that has none of --prior, or none that can be read."""
+    problems, cells = [], Counter()
+    for name, path in found.images.items():
+        file = cell_file(found, name if found.kind == "slides" else str(Path(name).with_suffix("")))
+        if file is None:
+            cells["none yet"] += 1
+            if found.prior not in ("auto", "builtin"):
+                problems.append(f"{path}: no cells of {found.prior}")
+            continue
+        try:
+            cells["the built-in detector" if file.parent.name == "builtin" else cell_format(file)] += 1
+        except InputError as error:
+            problems.append(str(error))
+    print("cells:", ", ".join(f"{kind} {n}" for kind, n in cells.most_common()))
+    return problems

@@ -1,0 +1,210 @@
+"""What lies in a data set's folder (A.1): slides or ready-cut crops, and labels.csv. Layouts: docs/data.md.
+
+What is made from it (tiles, cells, the split) stands under datasets/<name>/; the user's folder is only read.
+"""
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
+from common.errors import InputError, check_mpp
+from common.files import read_csv
+from wsi.slides import SLIDE_TYPES, by_stem
+
+CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass
+class Data:
+    """A data set on disk. images: {name: file}, slides or crops; labels: {name: {"label", "patient", "split"}}.
+
+    patient is what has to stay in one split: a patient, or a source tile or group of ready-cut crops.
+    """
+
+    name: str
+    source: Path  # the user's folder
+    work: Path  # datasets/<name>
+    mpp: float  # um/px of the crops; None where nobody said
+    kind: str  # "slides" or "crops"
+    images: dict
+    prior: str = "auto"  # whose cells: one of PRIORS
+    labels: dict = field(default_factory=dict)
+    classes: list = field(default_factory=list)
+
+    def split(self, *parts):
+        """Names of "train", "val", "test", part after part, each sorted; without labels all is "train"."""
+        split_of = {name: row["split"] for name, row in self.labels.items()}
+        return [name for part in parts for name in sorted(self.images) if split_of.get(name, "train") == part]
+
+
+def find_folder(data, mpp=None, prior="auto", root="datasets"):
+    """The data set of a name in DATASETS or of a folder, its split as labels.csv has it ("" where it has none).
+
+    A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
+    InputError in one line for what is missing.
+    """
+    check_mpp(mpp, "--mpp")
+    known = data in DATASETS
+    source = Path(root) / FOLDERS.get(data, data) if known else Path(data)
+    if not source.is_dir():
+        raise InputError(
+            f"{source}/ is not there; python data.py check --data {data} says where to get it and what goes where"
+            if known else f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}")
+    name = FOLDERS.get(data, data) if known else safe_name(source)
+    kind, images, rows = read_layout(data, source)
+    if not images:
+        types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
+        raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})")
+    mpp = mpp or (DATASETS[data][0] if known else None)
+    found = Data(name, source, Path(root) / name, mpp, kind, images, prior)
+    if rows:
+        found.labels = check_rows(rows, images, kind[:-1])
+        found.classes = CLASSES.get(data) or sorted({row["label"] for row in found.labels.values()})
+    return found
+
+
+def read_layout(data, source):
+    """(kind, {name: file}, rows of labels or []) of a folder; a row has where, name, label, patient, split."""
+    if data in CLASSES:
+        rows = read_mhist(source) if data == "mhist" else read_chaoyang(source)
+        folder = source / "images" if data == "mhist" else source
+        return "crops", image_files(rows, folder), rows
+    table = source / "labels.csv"
+    names, rows = read_table(table) if table.is_file() else ([], [])
+    if "image" in names:
+        rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
+        return "crops", image_files(rows, source), rows
+    if (source / "crops").is_dir() and not (source / "slides").is_dir():
+        files = sorted(path for path in (source / "crops").rglob("*") if path.suffix.lower() in CROP_TYPES)
+        return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
+    folder = source / "slides"
+    files = folder.rglob("*") if folder.is_dir() else source.iterdir()
+    images = by_stem(files, SLIDE_TYPES)
+    rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
+    return "slides", images, bright_rows(rows, data) if FOLDERS.get(data) == "bright" else rows
+
+
+def image_files(rows, folder):
+    """{name: file} of the images that rows name; InputError where one lies outside the folder or is not there."""
+    for row in rows:
+        name = Path(row["name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{row['where']}: image {row['name']!r} lies outside the folder")
+    return {row["name"]: folder / row["name"] for row in rows if (folder / row["name"]).is_file()}
+
+
+def slide_of(name, images):
+    """The name of a slide that labels.csv gives with or without its file's ending."""
+    known_ending = Path(name).suffix.lower() in SLIDE_TYPES
+    return Path(name).stem if name not in images and known_ending else name
+
+
+# ---------------------------------------------------------------- labels
+
+def read_table(path):
+    """Column names and rows of a labels.csv, as read_csv gives them; InputError without slide,label or image,label."""
+    names, rows = read_csv(path)
+    if "label" not in names or not {"slide", "image"} & set(names):
+        raise InputError(f"{path}: its first line has to name the columns slide,label (or image,label), "
+                         f"not {','.join(names)}")
+    if not rows:
+        raise InputError(f"{path}: no row in it")
+    return names, rows
+
+
+def labels_row(path, line, row, name):
+    """A line of labels.csv; the patient is the first 12 characters of TCGA's names, else the image itself."""
+    patient = row.get("patient") or row.get("group") or row.get("source_tile")
+    return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""),
+            "patient": patient or (name[:12] if name.startswith("TCGA-") else name),
+            "split": row.get("split", "").lower()}
+
+
+def bright_rows(rows, data):
+    """BRIGHT's rows with their three or six classes; its official validation part is the test part (A.1)."""
+    has_test = any(SPLITS.get(row["split"]) == "test" for row in rows)
+    for row in rows:
+        if row["label"] not in BRIGHT3:
+            raise InputError(f"{row['where']}: label {row['label']!r} is none of {', '.join(BRIGHT3)}")
+        if data == "bright3":
+            row["label"] = BRIGHT3[row["label"]]
+        if not has_test and SPLITS.get(row["split"]) == "val":
+            row["split"] = "test"
+    return rows
+
+
+def read_mhist(source):
+    """Rows of MHIST as it comes: annotations.csv, with its official Partition."""
+    table = source / "annotations.csv"
+    names, rows = read_csv(table)
+    columns = ("image name", "majority vote label", "partition")
+    if not set(columns) <= set(names):
+        raise InputError(f"{table}: its first line has to name Image Name, Majority Vote Label and Partition")
+    out = []
+    for line, row in rows:
+        name, label, part = (row.get(column, "") for column in columns)
+        out.append({"where": f"{table}: line {line}", "name": name, "label": label, "patient": name,
+                    "split": part.lower()})
+    return check_patch_rows(out, "mhist")
+
+
+def read_chaoyang(source):
+    """Rows of Chaoyang as it comes: train.json and test.json, lists of {"name": file, "label": 0 to 3}."""
+    out, classes = [], CLASSES["chaoyang"]
+    for part in ("train", "test"):
+        table = source / f"{part}.json"
+        try:
+            entries = json.loads(table.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{table}: cannot be read as JSON ({error}); download it again") from None
+        for number, entry in enumerate(entries if isinstance(entries, list) else [None]):
+            where = f"{table}: entry {number}"
+            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or "label" not in entry:
+                raise InputError(f'{where}: {{"name", "label"}} is expected')
+            name, label = entry["name"], entry["label"]
+            known = isinstance(label, int) and 0 <= label < len(classes)
+            out.append({"where": where, "name": name, "label": classes[label] if known else label,
+                        "patient": name, "split": part})
+    return check_patch_rows(out, "chaoyang")
+
+
+def check_patch_rows(rows, data):
+    """InputError where a row of MHIST or Chaoyang has another label or split than these sets have."""
+    for row in rows:
+        if row["label"] not in CLASSES[data]:
+            raise InputError(f"{row['where']}: label {row['label']!r} of {row['name']} is none of "
+                             f"{', '.join(CLASSES[data])}")
+        if row["split"] not in ("train", "test"):
+            raise InputError(f"{row['where']}: Partition {row['split']!r} of {row['name']} is neither train nor test")
+    return rows
+
+
+def check_rows(rows, images, what):
+    """{name: {"label", "patient", "split"}} of rows; split is "" where it is left open.
+
+    InputError for: no label, an unknown split, a name twice, a name without a file, a file without a name, fewer
+    than two classes, a split for some rows only.
+    """
+    out = {}
+    for row in rows:
+        where, name = row["where"], row["name"]
+        if not row["label"]:
+            raise InputError(f"{where} has no label for {name!r}")
+        if name in out:
+            raise InputError(f"{where} names {name!r} a second time; take one out")
+        if name not in images:
+            raise InputError(f"{where}: there is no file of {name!r}; take the line out or fetch the {what}")
+        if row["split"] and row["split"] not in SPLITS:
+            raise InputError(f"{where}: split {row['split']!r} is none of train, val, test")
+        out[name] = {"label": row["label"], "patient": row["patient"], "split": SPLITS.get(row["split"], "")}
+    table = rows[0]["where"].split(": ")[0]
+    for name in sorted(images):
+        if name not in out:
+            raise InputError(f"{images[name]}: has no label in {table}; add a line or move the file away")
+    if len({row["label"] for row in out.values()}) < 2:
+        raise InputError(f"{table}: one label only; at least two classes are needed")
+    given = [bool(row["split"]) for row in out.values()]
+    if any(given) and not all(given):
+        raise InputError(f"{table}: some lines have a split and some have none; give all or none")
+    return out

@@ -1,0 +1,286 @@
+"""Tiles and cells of a data set, made once under datasets/<name>/ (layout: docs/data.md).
+
+crops/<slide>/<x>_<y>.jpg have crops/<slide>.json beside them, and cells/ are in level-0 px. What was made from
+another file (name, size) or with other settings than now is recomputed or refused, never used.
+"""
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from common.errors import InputError
+from common.files import atomic_write
+from common.parallel import call, in_processes
+from prior import segment_nuclei
+from wsi.cells import cell_format, read_cells
+from wsi.segment import save_cells, segment_slides
+from wsi.slides import CROP, cut_tiles, file_identity
+
+CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy",
+                "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
+
+
+def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
+    """Cuts the tiles and finds the cells that are not there yet; one line for each image that was skipped."""
+    if data.kind == "crops":
+        return prepare_crop_cells(data, workers)
+    return prepare_tiles(data, slide_mpp, tissue, workers) + prepare_cells(data, workers)
+
+
+def need_mpp(data):
+    """InputError if nobody said the um/px of the crops."""
+    if data.mpp is None:
+        raise InputError(f"--data {data.source}: give the um/px of its crops with --mpp "
+                         "(2.0 is 5x, 1.0 10x, 0.5 20x)")
+
+
+def describe_cells(count, crops, share, mpp):
+    """One line on cells in crops of CROP px at mpp um/px; share: of the patches that hold one. Warns if P_c hardly
+    tells two regions apart."""
+    area = crops * (CROP * mpp / 1000) ** 2  # mm2
+    line = (f"{count} cells in {crops} crops, {count / max(area, 1e-9):.0f} per mm2; "
+            f"a cell in {share:.1%} of the patches")
+    if not 0.02 <= share <= 0.98:
+        line += (". Warning: P_c is nearly all one region; python data.py look SLIDE shows why "
+                 "(um/px? stain? segmentation?)")
+    return line
+
+
+# ---------------------------------------------------------------- tiles
+
+def tile_info(data, name):
+    """What a slide's tiles were cut from and with; None without tiles, or if the slide's file has changed."""
+    try:
+        info = json.loads((data.work / "crops" / f"{name}.json").read_text())
+        now = file_identity(data.images[name])
+    except (OSError, ValueError):
+        return None
+    return info if now.items() <= info.items() else None
+
+
+def prepare_tiles(data, slide_mpp=None, tissue=0.5, workers=2):
+    """Cuts the slides that have no tiles yet; one line for each that was skipped.
+
+    InputError if no slide can be used, or tiles are there that were cut with another mpp or tissue.
+    """
+    need_mpp(data)
+    crops, todo, failed = data.work / "crops", [], []
+    for name, path in data.images.items():
+        info = tile_info(data, name)
+        if info is None:
+            todo.append((path, crops, data.mpp, slide_mpp, tissue))
+        elif abs(info["mpp"] / data.mpp - 1) > 1e-6 or info["tissue"] != tissue:
+            raise InputError(f"{crops / name}: cut with --mpp {info['mpp']:g} --tissue {info['tissue']:g}; "
+                             f"use the same, or delete {crops}")
+    for _, warning, error in in_processes(cut_tiles, todo, workers, "tiles, slides"):
+        if error:
+            failed.append(error)
+        if warning:
+            tqdm.write(f"note: {warning}")
+    if len(failed) == len(data.images):
+        raise InputError(failed[0] if len(failed) == 1 else
+                         f"none of the {len(failed)} slides could be used: {failed[0]}")
+    return failed
+
+
+# ---------------------------------------------------------------- cells of slides
+
+def cell_file(data, name):
+    """The cells of a slide or crop, or None.
+
+    cells/<prior>/<name>.*, else the user's cells/<name>.* of that segmenter ("auto": of any), else, with
+    "auto", what the built-in detector found.
+    """
+    def those(folder):
+        paths = [folder / (name + ending) for ending in CELL_ENDINGS]
+        return [path for path in paths if path.is_file()]
+
+    def is_of_prior(path):
+        try:
+            return cell_format(path) == data.prior
+        except InputError:
+            return False  # some other file, of no use here
+    given, made = data.source / "cells", data.work / "cells"
+    if data.prior == "auto":
+        files = those(given) + those(given / "builtin") + those(made / "builtin")
+    else:
+        files = those(given / data.prior) + those(made / data.prior)
+        files += [path for path in those(given) if is_of_prior(path)]
+    return files[0] if files else None
+
+
+def is_builtin(data, file):
+    """Is this what the built-in detector found here?"""
+    return file.parent == data.work / "cells" / "builtin"
+
+
+def is_of_slide(file, slide):
+    """Were these cells found on this file, or on one that it has replaced since?"""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            made_from = {"file_name": str(archive["file_name"]), "file_bytes": int(archive["file_bytes"])}
+            return made_from == file_identity(slide)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return False
+
+
+def level0_copy(data, name):
+    """Where the cells of the user's file are kept in level-0 px."""
+    return data.work / "cells" / "level0" / data.prior / f"{name}.npz"
+
+
+def copy_level0(file, copy, slide_mpp, size):
+    """Reads a segmentation result once, whatever its format, and writes its cells in level-0 px."""
+    save_cells(copy, read_cells(file, slide_mpp, size))
+
+
+def cells_ready(data, name):
+    """The file that a slide's cells are read from, in level-0 px; None if prepare_cells has to make it first."""
+    file = cell_file(data, name)
+    if file is None:
+        return None
+    if is_builtin(data, file):
+        return file if is_of_slide(file, data.images[name]) else None
+    copy = level0_copy(data, name)
+    return copy if copy.is_file() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns else None
+
+
+def prepare_cells(data, workers=2):
+    """Finds or reads the cells of the slides whose tiles are there; one line for each slide that was skipped."""
+    todo, missing, given = [], [], []
+    ready = {name: info for name in data.images if (info := tile_info(data, name))}
+    for name, info in ready.items():
+        if cells_ready(data, name):
+            continue
+        file, path = cell_file(data, name), data.images[name]
+        if file and not is_builtin(data, file):
+            size = info["width"], info["height"]
+            given.append((file, level0_copy(data, name), info["slide_mpp"], size))
+        elif file or data.prior in ("auto", "builtin"):
+            todo.append((path, info["slide_mpp"]))
+        else:
+            missing.append(path)
+    way_out = f"put them into {data.source}/cells/{data.prior}/, or use --prior builtin"
+    if missing and len(missing) == len(ready):
+        raise InputError(f"--prior {data.prior}: no cells of it for any slide; {way_out}")
+    failed = [f"{path}: no cells of {data.prior}; {way_out}" for path in missing]
+    for _, _, error in in_processes(copy_level0, given, workers, "cells, files"):
+        if error:
+            failed.append(error)
+    return failed + list(segment_slides(todo, "builtin", data.work / "cells", workers).values())
+
+
+# ---------------------------------------------------------------- cells of ready-cut crops
+
+def read_crop(path):
+    """A crop as an RGB image of CROP px a side, and its size in the file; InputError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+    return image if image.size == (CROP, CROP) else image.resize((CROP, CROP), Image.BICUBIC), image.size
+
+
+def cells_of_crop(path, mpp, cells):
+    """Cells (K, 2) of an image file in px of its CROP px square; from a file of cells, or by the detector."""
+    image, size = read_crop(path)
+    if cells is None:
+        return segment_nuclei(np.asarray(image), mpp)
+    return read_cells(cells, slide_size=size) * (CROP / np.array(size))
+
+
+def crop_cells_file(data):
+    """All cells of a data set's crops."""
+    return data.work / "cells" / f"crops_{data.prior}.npz"
+
+
+def cell_files_of_crops(data):
+    """{crop: its file of cells, or None}."""
+    if not (data.source / "cells").is_dir() and data.prior in ("auto", "builtin"):
+        return dict.fromkeys(data.images)
+    return {name: cell_file(data, str(Path(name).with_suffix(""))) for name in data.images}
+
+
+def made_from(data, name, cells):
+    """What the cells of a crop are made from, as text: the crop's file, and the file of cells or the um/px."""
+    crop = "{file_name} {file_bytes}".format_map(file_identity(data.images[name]))
+    return f"{crop}; {cells.name} {cells.stat().st_mtime_ns}" if cells else f"{crop}; {data.mpp} um/px"
+
+
+def prepare_crop_cells(data, workers):
+    """Finds or reads the cells of the crops that have none yet, or that were made from another file.
+
+    All go into one file, cells/crops_<prior>.npz: x, y in px of the CROP px square, each cell's crop, the crops'
+    names and what each was made from. Gives one line for each crop that was skipped.
+    """
+    need_mpp(data)
+    done, files, failed, todo = read_crop_cells(data), cell_files_of_crops(data), [], {}
+    for name in sorted(data.images.keys() - done.keys()):
+        if files[name] or data.prior in ("auto", "builtin"):
+            todo[data.images[name], data.mpp, files[name]] = name
+        else:
+            failed.append(f"{data.images[name]}: no cells of {data.prior}; "
+                          f"put them into {data.source}/cells/{data.prior}/")
+    for task, xy, error in in_processes(cells_of_crop, list(todo), workers, "cells, crops"):
+        if error:
+            failed.append(error)
+        else:
+            done[todo[task]] = xy
+    if todo and done:
+        write_crop_cells(data, done, files)
+    if not done:
+        raise InputError(failed[0] if len(failed) == 1 else
+                         f"none of the {len(failed)} crops could be used: {failed[0]}")
+    return failed
+
+
+def write_crop_cells(data, done, files):
+    """done: {crop: cells (K, 2)}; files: {crop: its file of cells, or None}."""
+    xy = np.clip(np.concatenate(list(done.values())), -1e9, 1e9).astype(np.float32)
+    crop = np.repeat(np.arange(len(done)), [len(cells) for cells in done.values()])
+    source = [made_from(data, name, files[name]) for name in done]
+    with atomic_write(crop_cells_file(data)) as temp, open(temp, "wb") as file:
+        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], crop=crop, names=list(done), source=source)
+
+
+def read_crop_cells(data):
+    """{crop: cells (K, 2)} of the crops whose cells are there and made from the files that are there now."""
+    path = crop_cells_file(data)
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            xy, names, source = np.stack([file["x"], file["y"]], 1), file["names"], file["source"]
+            ends = np.searchsorted(file["crop"], range(len(names) + 1))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        print(f"note: {path}: cannot be read ({error}); its cells are recomputed")
+        return {}
+    files, out = cell_files_of_crops(data), {}
+    for name, made, start, end in zip(names.tolist(), source.tolist(), ends, ends[1:]):
+        if name in files and made == made_from(data, name, files[name]):
+            out[name] = xy[start: end]
+    return out
+
+
+# ---------------------------------------------------------------- images in memory
+
+def load_crops(paths, workers):
+    """Images uint8 (N, 3, CROP, CROP); indices of the paths that could be read; a line for each that could not."""
+    images = torch.empty(len(paths), 3, CROP, CROP, dtype=torch.uint8)
+
+    def load(i):
+        result, error = call(read_crop, (paths[i],))
+        if result:
+            images[i] = torch.from_numpy(np.array(result[0])).permute(2, 0, 1)
+        return error
+    with ThreadPoolExecutor(workers) as pool:
+        errors = list(tqdm(pool.map(load, range(len(paths))), "images", len(paths), leave=False))
+    good = [i for i, error in enumerate(errors) if error is None]
+    images = images if len(good) == len(paths) else images[good]
+    return images, good, [error for error in errors if error]
