@@ -1,12 +1,13 @@
 """Crops with their cells, splits, and views with their priors (3.2, 3.5, A.1).
 
-    python data.py manifest --data lung    the list of slides that gdc-client downloads, labels.csv and the split
-    python data.py check --data NAME       what lies there, what is missing and where to get it
+    python data.py manifest --data lung    the list of slides for gdc-client, labels.csv and the split
+    python data.py check --data NAME       what is there, what is missing and where to get it
     python data.py look SLIDE              a picture: slide, tissue, tiles, cells
 
 Views are DINO's (Caron et al. 2021), made on the device for a whole batch, and the cells go through the same
-geometry. Two things differ, for speed: crops are resampled bilinearly (DINO: bicubic), and colour jitter is one
-affine map of RGB (`jitter_matrix`) in which hue turns about the grey axis and only the end result is clipped.
+geometry. Two things differ, for speed: crops are resampled bilinearly (DINO: bicubic), and colour jitter is
+one affine map of RGB (`jitter_matrix`) in which hue turns about the grey axis and only the end result is
+clipped.
 """
 import argparse
 import math
@@ -35,8 +36,8 @@ from wsi.slides import CROP, file_identity
 def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets"):
     """The data set of a name or a folder with every label's split: a wsi.folders.Data.
 
-    The split is labels.csv's; what that leaves open stands in datasets/<name>/split.csv, made once by patient
-    with split_seed. InputError in one line for what is missing or where a patient is in two splits.
+    The split is labels.csv's; what that leaves open is in datasets/<name>/split.csv, made once by patient
+    with split_seed. InputError in one line for what is missing or if a patient is in two splits.
     """
     found = find_folder(data, mpp, prior, root)
     complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
@@ -44,8 +45,9 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets"):
     for name, row in found.labels.items():
         other = split_of.setdefault(row["patient"], row["split"])
         if other != row["split"]:
-            raise InputError(f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} "
-                             f"({name}); keep a patient in one split, in labels.csv or {found.work}/split.csv")
+            raise InputError(
+                f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} ({name}); "
+                f"keep a patient in one split, in labels.csv or {found.work}/split.csv")
     return found
 
 
@@ -94,8 +96,8 @@ def read_split(path):
 def draw_split(rows, kept, parts, seed):
     """{patient: split} of all patients in rows ({name: {"label", "patient"}}), by class and seeded.
 
-    kept {patient: split} stay. Of each class a fifth of the patients goes to the first of parts, a fifth of the
-    others to the second (at least one if there are two), the rest to train.
+    kept {patient: split} stay. Of each class a fifth of the patients goes to the first of parts, a fifth of
+    the others to the second (at least one if there are two), the rest to train.
     """
     label_of, rng, out = {}, np.random.default_rng(seed), dict(kept)
     for name in sorted(rows):
@@ -116,15 +118,16 @@ def draw_split(rows, kept, parts, seed):
 
 def what_was_seen(found, names):
     """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
-    return {"data": found.name, "images": {name: file_identity(found.images[name])["file_bytes"] for name in names},
+    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
+    return {"data": found.name, "images": sizes,
             "patients": sorted({found.labels[name]["patient"] for name in names} if found.labels else [])}
 
 
 def check_unseen(found, names, seen, path):
-    """InputError if the encoder at path was trained on one of these images, or on another image of its patient.
+    """InputError if the encoder at path was trained on one of these images or on one of their patients.
 
-    seen: what_was_seen of its run. An image is the same if name and size in bytes are; a patient's name counts
-    within one data set, and everywhere for TCGA's.
+    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
+    name counts within one data set, and everywhere for TCGA's.
     """
     leaks = []
     for name in names:
@@ -134,9 +137,10 @@ def check_unseen(found, names, seen, path):
         if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
             leaks.append(name)
     if leaks:
-        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their patients "
-                         f"({', '.join(leaks[:3])}{', ...' if len(leaks) > 3 else ''}); take another encoder, or "
-                         f"train one anew with the split of {found.source}")
+        shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
+        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
+                         f"patients ({shown}); take another encoder, or train one anew with the split of "
+                         f"{found.source}")
 
 
 # ---------------------------------------------------------------- crops with their cells
@@ -145,8 +149,8 @@ class Crops(torch.utils.data.Dataset):
     """The crops of some slides, or ready-cut ones: item i is (uint8 (3, 224, 224), cells (K, 2) in px of it).
 
     files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is. What could not be
-    prepared is left out; with_cells=False needs no cells and has none. shuffle_seed: each crop's cells at other
-    places (shuffle_places), a control without biology.
+    prepared is left out; with_cells=False needs no cells and has none. shuffle_seed moves each crop's cells
+    to other places (shuffle_places), as a control without biology.
     """
 
     def __init__(self, data, names, with_cells=True, shuffle_seed=None):
@@ -165,9 +169,10 @@ class Crops(torch.utils.data.Dataset):
                 corners.append(corner)
                 cells.append(xy)
         if shuffle_seed is not None:
-            cells = [shuffle_places(xy, np.random.default_rng([shuffle_seed, i])) for i, xy in enumerate(cells)]
+            cells = [shuffle_places(xy, np.random.default_rng([shuffle_seed, i]))
+                     for i, xy in enumerate(cells)]
         self.corners = np.array(corners, np.int64).reshape(-1, 2)
-        self.start = np.cumsum([0] + [len(c) for c in cells])  # flat arrays: workers share them without copies
+        self.start = np.cumsum([0] + [len(c) for c in cells])  # flat arrays: workers share them uncopied
         self.xy = np.concatenate(cells).astype(np.float32) if cells else np.zeros((0, 2), np.float32)
 
     def __len__(self):
@@ -182,7 +187,8 @@ class Crops(torch.utils.data.Dataset):
         inside = ((self.xy >= 0) & (self.xy < CROP)).all(1)
         x, y = (self.xy[inside] // p).astype(np.int64).T
         out = torch.zeros(len(self), grid * grid)
-        out[np.repeat(np.arange(len(self)), np.diff(self.start))[inside], y * grid + x] = 1  # all crops at once
+        crop = np.repeat(np.arange(len(self)), np.diff(self.start))[inside]  # of each cell
+        out[crop, y * grid + x] = 1
         return out
 
     def __getitem__(self, i):
@@ -191,7 +197,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 def slide_crops(data, name, with_cells):
-    """[(file, (x, y) in level-0 px, cells (K, 2) in px of the crop), ...] of a slide; [] if it was skipped."""
+    """[(file, (x, y) in level-0 px, cells (K, 2) in px of the crop), ...] of a slide; [] if skipped."""
     info, file = tile_info(data, name), cells_ready(data, name)
     if info is None or with_cells and file is None:
         return []
@@ -207,7 +213,7 @@ def slide_crops(data, name, with_cells):
 
 
 def shuffle_places(xy, rng, patch_size=16):
-    """Cells (K, 2) of a crop with its patches permuted: each cell patch keeps its cells and is elsewhere."""
+    """Cells (K, 2) of a crop with its patches permuted: each cell patch keeps its cells but moves."""
     grid = CROP // patch_size
     column, row = (np.clip(xy, 0, CROP - 1) // patch_size).astype(int).T
     to = rng.permutation(grid * grid)[row * grid + column]
@@ -223,8 +229,8 @@ def collate(items):
 # ---------------------------------------------------------------- views with their priors
 
 BLUR_SIGMA = (0.1, 2.0)  # px
-# Probability of blur and of solarising in each kind of view.
 GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's "L"
+# Probability of blur and of solarising in each kind of view.
 GLOBAL_1 = dict(blur=1.0, solarize=0.0)
 GLOBAL_2 = dict(blur=0.1, solarize=0.2)
 LOCAL = dict(blur=0.5, solarize=0.0)
@@ -272,8 +278,8 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     """Colour jitter and grey as one affine map of RGB: (B, 3, 4), rgb -> A rgb + b.
 
     mean (B, 3): each image's mean colour. brightness, contrast, saturation (B,): factors as Pillow's
-    ImageEnhance takes them, 1 changes nothing; hue (B,): turn about the grey axis as a share of a circle; grey
-    (B,) bool, done last. order (B, 4): the order of the four, each row a permutation of 0 to 3.
+    ImageEnhance takes them, 1 changes nothing; hue (B,): turn about the grey axis as a share of a circle;
+    grey (B,) bool, done last. order (B, 4): the order of the four, each row a permutation of 0 to 3.
     """
     B, device = len(mean), mean.device
     eye = torch.eye(4, device=device).expand(B, 4, 4)
@@ -317,7 +323,7 @@ def random_jitter(images, generator):
 
 
 def blur(images, sigma):
-    """Gaussian blur, sigma (B,) px, edges continued. (B, 3, H, W)."""
+    """Gaussian blur, sigma (B,) px, edges replicated. (B, 3, H, W)."""
     B, C, H, W = images.shape
     radius = math.ceil(3 * BLUR_SIGMA[1])
     offset = torch.arange(-radius, radius + 1, device=images.device)
@@ -351,7 +357,7 @@ def make_view(images, cells, kind, size, scale, generator):
 
 def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
                global_size=224, local_size=96):
-    """Views of uint8 crops (B, 3, S, S) with cells (B, K, 2): 2 global ones of 224 px, then local ones of 96 px.
+    """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
     device of the generator, which all random numbers come from. scale: share of the crop's area; size: px.
@@ -371,19 +377,22 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
 # ---------------------------------------------------------------- script
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="What lies on disk and what is missing, before training.")
+    parser = argparse.ArgumentParser(description="What is on disk and what is missing, before training.")
     commands = parser.add_subparsers(dest="command", required=True)
     manifest = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes "
                                    "manifest.tsv, labels.csv and the split")
     manifest.add_argument("--data", required=True, choices=list(gdc.PROJECTS), help="which TCGA data set")
     gdc.add_arguments(manifest)
-    checked = commands.add_parser("check", help="what lies there, what is missing, where to get it")
+    checked = commands.add_parser("check", help="what is there, what is missing, where to get it")
     checked.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
-    checked.add_argument("--md5", action="store_true", help="compares with the manifest's md5 sums; reads every byte")
+    checked.add_argument("--md5", action="store_true",
+                         help="compares with the manifest's md5 sums; reads every byte")
     checked.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells to look for")
-    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue mask, tile grid, cells")
+    looked = commands.add_parser("look",
+                                 help="a picture of a slide: thumbnail, tissue mask, tile grid, cells")
     looked.add_argument("slide", help="a slide or an image")
-    looked.add_argument("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
+    looked.add_argument("--tissue", type=float, default=0.5,
+                        help="least share of tissue in a tile, as in train.py")
     looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
     looked.add_argument("--out", help="the picture (look_<slide>.png)")
     looked.add_argument("--mpp", type=float, default=2.0, help="um/px of the crops (2.0 is the paper's 5x)")
@@ -391,7 +400,7 @@ def arguments(argv):
         sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")
         sub.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     for sub in (manifest, checked):
-        sub.add_argument("--root", default="datasets", help="where the data sets lie")
+        sub.add_argument("--root", default="datasets", help="folder of the data sets")
         sub.add_argument("--split-seed", type=int, default=0, help="seed of the split, when it is first made")
     return parser.parse_args(argv)
 

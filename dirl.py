@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """Linear layers: normal with std 0.02 cut at 2, biases 0, as ViT and DINO start."""
+    """Linear layers: normal with std 0.02 truncated at 2, biases 0, as ViT and DINO start."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -237,9 +237,9 @@ class DisentangleBlock(Block):
 # ---------------------------------------------------------------- 3.5 heads and loss
 
 class DINOHead(nn.Module):
-    """DINO's projection head: (.., in_dim) to (.., out_dim) through 2048, 2048 and an L2-normed 256.
+    """DINO's projection head: (.., in_dim) to (.., out_dim) through 2048, 2048 and an L2-normalised 256.
 
-    The last layer is weight-normed with its norm fixed at 1: logits are cosines with out_dim prototypes.
+    The last layer is weight-normalised with its norm fixed at 1: logits are cosines with out_dim prototypes.
     """
 
     def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256):
@@ -261,7 +261,7 @@ class PairCrossEntropy(torch.autograd.Function):
 
     The plain double loop (in test_dirl.py) keeps a log-softmax for each of its pairs. Here the targets of
     a view are summed first, -<q, log_softmax(x)> = logsumexp(x) - <q, x>, and the gradient is written view
-    by view: beside the student's logits (V, B, K) and their gradient there is only one view's copy.
+    by view: besides the student's logits (V, B, K) and their gradient only one view's copy is held.
     student (V, B, K), target (U, B, K), weight (U, V, B).
     """
 
@@ -316,7 +316,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher, present):
-        """centre = m * centre + (1 - m) * mean of the teacher's rows that count; unchanged with none."""
+        """centre = m * centre + (1 - m) * mean of the teacher's rows that count; unchanged if none do."""
         rows = present.sum()
         mean = torch.einsum("ub,ubk->k", present, teacher.float()) / rows.clamp(min=1)
         step = (1 - self.center_momentum) * (rows > 0).float()
@@ -350,7 +350,7 @@ class DiRL(nn.Module):
             for name in METHODS[method]})
 
     def represent(self, images, prior):
-        """images (B, 3, H, W), P_c (B, n) to {name: f_name (B, d)} and {name: is its region there (B,)}."""
+        """images (B, 3, H, W), P_c (B, n) to {name: f_name (B, d)} and {name: is its region present (B,)}."""
         tokens = self.encoder(images)  # T_L (B, n, d)
         if self.method == "baseline":
             everywhere = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)

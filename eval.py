@@ -1,12 +1,15 @@
-"""Evaluation (4, A.1): python eval.py [slides] [--data demo], python eval.py patches --data mhist|chaoyang|FOLDER.
+"""Evaluation of a pre-trained encoder (4, A.1).
+
+    python eval.py [slides] [--data demo]
+    python eval.py patches --data mhist|chaoyang|FOLDER
 
 slides takes the newest run of the data set (or --checkpoint), writes features/<slide>.npz, trains DSMIL over
---repeats seeds and scores it on the test slides (3.6, A.1.2), counts the tokens' aggregated attention in the bins
-of Fig. 4, and draws.
+--repeats seeds and scores it on the test slides (3.6, A.1.2), counts the tokens' aggregated attention in the
+bins of Fig. 4, and draws the attention.
 
-patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds; one validates,
-the others train, and the test set is scored by the epoch that was best on the validation fold. Writes patches.csv
-(a row per fold) and patches_predictions.csv (the folds' mean score of each test image).
+patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds; one
+validates, the others train, and the test set is scored by the epoch that was best on the validation fold.
+Writes patches.csv (a row per fold) and patches_predictions.csv (the folds' mean score of each test image).
 
 Nothing is chosen on the test set, and an encoder that has seen a test image is refused.
 """
@@ -64,9 +67,11 @@ def add_common(add, batch, seed):
     add("--checkpoint", help="encoder.pt or its run (default: the newest run)")
     add("--split-seed", type=int, default=0, help="seed of the split, when it is first made, as in train.py")
     add("--batch", type=int, default=batch, help="images at a time; lower it if memory runs out")
-    add("--precision", default="fp32", choices=["auto", "bf16", "fp32"], help="auto is faster if bf16 is native")
+    add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
+        help="auto is faster if bf16 is native")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that cut tiles and read images")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="processes that cut tiles and read images")
     add("--seed", type=int, default=0, help=seed)
 
 
@@ -84,10 +89,10 @@ def slides_arguments(argv):
     add("--repeats", type=int, default=5, help="trainings of DSMIL, each with its own seed")
     add("--epochs", type=int, default=200, help="of DSMIL; fewer if there are thousands of slides")
     add("--class-weights", action="store_true",
-        help="weighs slides inversely to their class's count in training; if a class is rare")
+        help="weights slides inversely to their class's count in training; if a class is rare")
     add("--export", nargs="+", default=(), choices=["clam", "csv"],
-        help="also writes the features for other MIL code: clam/ is CLAM's pt_files and h5_files, csv/ is for "
-             "DSMIL's datasets/")
+        help="also writes the features for other MIL code: clam/ is CLAM's pt_files and h5_files, csv/ is "
+             "for DSMIL's datasets/")
     add("--attention-crops", type=int, default=1000,
         help="test crops whose attention is counted; more is steadier and slower")
     add("--overlays", type=int, default=4, help="crops in the attention picture")
@@ -107,9 +112,10 @@ def patches_arguments(argv):
     add("--data", default="mhist",
         help="mhist, chaoyang, or a folder with labels.csv: image,label[,split][,patient]")
     add("--encoder", nargs="+", default=["checkpoint"], choices=["checkpoint", "random", "pixels"],
-        help="what is classified; as baselines random, an encoder as it starts, and pixels, the image's colour "
+        help="what is classified; as baselines random, an untrained encoder, and pixels, the image's colour "
              "statistics (linear)")
-    add("--arch", choices=list(dirl.ARCHS), help="of --encoder random (default: the checkpoint's, else vit_t)")
+    add("--arch", choices=list(dirl.ARCHS),
+        help="of --encoder random (default: the checkpoint's, else vit_t)")
     add("--linear", action="store_true",
         help="frozen features and logistic regression: seconds where fine-tuning takes hours")
     add("--folds", type=int, default=5, help="of the training set; fewer if a class has few images")
@@ -146,18 +152,19 @@ def embed(function, crops, args, what):
 
 
 def features_stamp(found, name, encoder_stamp, args):
-    """What features were made from: encoder, precision, the slide's file and how it was cut; None without tiles."""
+    """What features are made from: encoder, precision, the slide's file and its tiles; None without tiles."""
     info = tile_info(found, name)
     if info is None:
         return None
     precision = "bf16" if args.bf16 else "fp32"
-    return f"{encoder_stamp} {precision} " + "{file_name} {file_bytes} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
+    cut_from = "{file_name} {file_bytes} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
+    return f"{encoder_stamp} {precision} {cut_from}"
 
 
 def extract(encoder, found, folder, encoder_stamp, args):
     """features/<slide>.npz of each slide that has tiles: features (N, d) and coords (N, 2) in level-0 px.
 
-    Those made from the same encoder and tiles stay. Gives the slides' names.
+    Those made from the same encoder and tiles are kept. Gives the slides' names.
     """
     stamps = {name: features_stamp(found, name, encoder_stamp, args) for name in sorted(found.images)}
     stamps = {name: stamp for name, stamp in stamps.items() if stamp}
@@ -181,7 +188,7 @@ def has_stamp(path, stamp):
 # ---------------------------------------------------------------- slides
 
 def check_classes(found, names):
-    """InputError if a class has no slide among names for training or for the test, or none is for validation."""
+    """InputError if a class has no training or test slide among names, or there is no val slide at all."""
     for part in ("train", "val", "test"):
         there = {found.labels[name]["label"] for name in found.split(part) if name in names}
         missing = [label for label in found.classes if label not in there]
@@ -191,7 +198,7 @@ def check_classes(found, names):
 
 
 def train_and_score(bags, classes, args):
-    """DSMIL over --repeats seeds: [(seed, accuracy, AUC, macro F1), ...] on the test bags, and the mean scores."""
+    """DSMIL over --repeats seeds: [(seed, accuracy, AUC, macro F1), ...] on test bags, and mean scores."""
     truth, rows, total = np.array([label for _, label in bags["test"]]), [], 0
     weights = mil.class_weights([y for _, y in bags["train"]], classes) if args.class_weights else None
     for seed in range(args.seed, args.seed + args.repeats):
@@ -208,32 +215,42 @@ def train_and_score(bags, classes, args):
 
 
 def classify_slides(found, run, names, args):
-    """Rows of the table for DSMIL, and for a logistic regression on each slide's mean feature: what the features
-    are worth without MIL. Writes slides.csv (a row per seed) and predictions.csv (mean scores of the test slides)."""
+    """Rows of the table for DSMIL, and for a logistic regression on each slide's mean feature.
+
+    The latter shows what the features are worth without MIL. Writes slides.csv (a row per seed) and
+    predictions.csv (mean scores of the test slides).
+    """
     check_classes(found, names)
-    members = {part: [name for name in found.split(part) if name in names] for part in ("train", "val", "test")}
+    members = {part: [name for name in found.split(part) if name in names]
+               for part in ("train", "val", "test")}
     bags = {part: [(read_features(run / "features" / f"{name}.npz").to(args.device),
-                    found.classes.index(found.labels[name]["label"])) for name in members[part]] for part in members}
+                    found.classes.index(found.labels[name]["label"]))
+                   for name in members[part]] for part in members}
     rows, scores = train_and_score(bags, len(found.classes), args)
     write_csv(run / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
     write_csv(run / "predictions.csv", [("slide", "label", *found.classes)] + [
-        (name, found.labels[name]["label"], *(f"{v:.4f}" for v in row)) for name, row in zip(members["test"], scores)])
+        (name, found.labels[name]["label"], *(f"{v:.4f}" for v in row))
+        for name, row in zip(members["test"], scores)])
 
-    means = {part: torch.stack([bag.mean(0) for bag, _ in bags[part]]).cpu().numpy() for part in ("train", "test")}
+    means = {part: torch.stack([bag.mean(0) for bag, _ in bags[part]]).cpu().numpy()
+             for part in ("train", "test")}
     linear = fit_logistic(means["train"], [label for _, label in bags["train"]])
     truth = np.array([label for _, label in bags["test"]])
     table, over = [], f"{len(scores)} test slides"
     for measure, values in zip(MEASURES, list(zip(*rows))[1:]):
         sd = np.std(values, ddof=1) if len(values) > 1 else 0
-        table.append((f"slide {measure}, DSMIL", f"{np.mean(values):.4f}", f"{sd:.4f}", f"{over}, {len(rows)} seeds"))
+        table.append((f"slide {measure}, DSMIL", f"{np.mean(values):.4f}", f"{sd:.4f}",
+                      f"{over}, {len(rows)} seeds"))
     for measure, value in zip(MEASURES, measures_of(truth, linear.predict_proba(means["test"]))):
         table.append((f"slide {measure}, mean feature, logistic regression", f"{value:.4f}", "", over))
     return table
 
 
 def count_attention(encoder, about, found, run, args):
-    """Rows of the table for the bins of Fig. 4 over crops of the test part (without labels: of all); draws both
-    pictures, the overlay with P_c if all of these crops have their cells."""
+    """Rows of the table for the bins of Fig. 4 over crops of the test part (without labels: of all images).
+
+    Also draws both pictures, the overlay with P_c if all of these crops have their cells.
+    """
     part = "test" if found.split("test") else "train"
     crops = Crops(found, found.split(part), with_cells=False)
     celled = Crops(found, found.split(part))
@@ -244,7 +261,8 @@ def count_attention(encoder, about, found, run, args):
     table = [(f"tokens with attention {name}", f"{share:.4f}", "", over)
              for name, share in zip(("0 to 0.5", "0.5 to 2", "over 2"), dirl.attention_bins(aggregated))]
     if len(celled):
-        table.append(("patches with a cell", f"{celled.priors().mean().item():.4f}", "", f"{len(celled)} crops"))
+        table.append(("patches with a cell", f"{celled.priors().mean().item():.4f}", "",
+                      f"{len(celled)} crops"))
     if not has_cells:
         print(f"note: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
               f"Cells come from python train.py, or from {found.source}/cells/.")
@@ -268,8 +286,8 @@ def evaluate_slides(args):
     if args.export and not slides:
         raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
     if "csv" in args.export and not found.labels:
-        raise InputError(f"--export csv: DSMIL's bags have labels; write {found.source}/labels.csv (slide,label) "
-                         "or use --export clam")
+        raise InputError(f"--export csv: DSMIL's bags have labels; write {found.source}/labels.csv "
+                         "(slide,label) or use --export clam")
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)
@@ -302,11 +320,11 @@ def evaluate_slides(args):
 # ---------------------------------------------------------------- patches
 
 def find_patches(args):
-    """The data set of labelled images, and its classes' test images checked."""
+    """The data set of labelled images; InputError if it is not one, or a class has no test image."""
     found = find_data(args.data, None, "auto", args.split_seed)
     if found.kind != "crops" or not found.labels:
-        raise InputError(f"{found.source}/labels.csv: has no column image, or is not there; patches are images with "
-                         "labels (image,label), for slides: python eval.py slides")
+        raise InputError(f"{found.source}/labels.csv: has no column image, or is not there; patches are "
+                         "images with labels (image,label), for slides: python eval.py slides")
     there = {found.labels[name]["label"] for name in found.split("test")}
     missing = [label for label in found.classes if label not in there]
     if missing:
@@ -332,14 +350,15 @@ def encoders_of(found, args):
 
 
 def fold_results(encoder, images, labels, folds, test, classes, args, name):
-    """Trains on every fold and scores the test images: yields (scores (T, C), val loss, what was kept in words)."""
+    """Trains on each fold, scores the test images: yields (scores (T, C), val loss, what was kept)."""
     linear = args.linear or encoder is None
     if encoder is not None:
         encoder.to(args.device)
     if encoder is None:
         features = pixel_statistics(images)
     elif linear:
-        features = in_batches(lambda x: represent(encoder, x, args.bf16), images, args.batch, "features").numpy()
+        features = in_batches(lambda x: represent(encoder, x, args.bf16), images, args.batch,
+                              "features").numpy()
     for k, (train, val) in enumerate(folds, 1):
         if linear:
             predict, loss, kept = fit_linear(features, labels, train, val)
@@ -351,7 +370,7 @@ def fold_results(encoder, images, labels, folds, test, classes, args, name):
 
 
 def keep_rows(path, rows):
-    """Writes rows (dicts) to a CSV; rows of another data set, encoder or training that are there stay."""
+    """Writes rows (dicts) to a CSV; its rows of another data set, encoder or training are kept."""
     def key(row):
         return row.get("data"), row.get("encoder"), row.get("training")
     new, old = {key(row) for row in rows}, []
@@ -373,7 +392,8 @@ def evaluate_patches(args):
     print_skipped(failed)
     rows = [found.labels[names[i]] | {"image": names[i]} for i in good]
     labels = np.array([found.classes.index(row["label"]) for row in rows])
-    groups, is_test = np.array([row["patient"] for row in rows]), np.array([row["split"] == "test" for row in rows])
+    groups = np.array([row["patient"] for row in rows])
+    is_test = np.array([row["split"] == "test" for row in rows])
     train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
     folds = make_folds(labels[train], groups[train], found.classes, args.folds, args.seed)
     folds = [(train[a], train[b]) for a, b in folds]
@@ -381,7 +401,8 @@ def evaluate_patches(args):
           f"{args.folds} folds, stratified, of whole {unit(groups[train])}")
     if not args.linear and any(encoders.values()):
         print(f"fine-tuning on {args.device}: AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
-              f"batch {args.batch}, {args.epochs} epochs, lr x 0.1 after {' '.join(map(str, args.milestones))}, flips")
+              f"batch {args.batch}, {args.epochs} epochs, "
+              f"lr x 0.1 after {' '.join(map(str, args.milestones))}, flips")
     for name, encoder in encoders.items():
         key = {"data": run_name(args.data), "encoder": name,
                "training": "linear" if args.linear or encoder is None else "fine-tuned"}
@@ -389,14 +410,17 @@ def evaluate_patches(args):
         mean = report_folds(results, folds, labels[test], groups[test], key, run, args)
         keep_rows(run / "patches_predictions.csv", [
             key | {"image": rows[i]["image"], "group": rows[i]["patient"], "label": rows[i]["label"]}
-            | {f"score {c}": f"{v:.4f}" for c, v in zip(found.classes, score)} for i, score in zip(test, mean)])
+            | {f"score {c}": f"{v:.4f}" for c, v in zip(found.classes, score)}
+            for i, score in zip(test, mean)])
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")
     return exit_code_of(failed)
 
 
 def report_folds(results, folds, truth, groups, key, run, args):
-    """Prints and writes each fold's accuracy and AUC as it is done, then their mean and the bootstrap's interval of
-    the mean score, which it gives (T, C)."""
+    """Prints and writes each fold's accuracy and AUC as it is done; gives the mean score (T, C).
+
+    At the end it prints the folds' mean and the bootstrap's interval of the mean score.
+    """
     name, width = key["encoder"], max(24, len(key["encoder"]) + 14)
 
     def show(what, accuracy, area, note):
@@ -408,13 +432,15 @@ def report_folds(results, folds, truth, groups, key, run, args):
         mean = mean + scores / len(folds)
         accuracy, area = (f"{value:.4f}" for value in values[-1])
         show(f"fold {k}", accuracy, area, f"{kept}, val loss {loss:.4f}")
-        table.append(key | {"fold": k, "accuracy": accuracy, "auc": area, "val_loss": f"{loss:.4f}", "kept": kept,
-                            "train": len(folds[k - 1][0]), "val": len(folds[k - 1][1]), "test": len(truth)})
+        table.append(key | {"fold": k, "accuracy": accuracy, "auc": area, "val_loss": f"{loss:.4f}",
+                            "kept": kept, "train": len(folds[k - 1][0]), "val": len(folds[k - 1][1]),
+                            "test": len(truth)})
         keep_rows(run / "patches.csv", table)  # now: the next fold may take an hour
     spreads = (f"{np.mean(v):.4f} ± {np.std(v, ddof=1):.4f}" for v in zip(*values))
     show("mean", *spreads, f"{key['training']}, sd over {len(folds)} folds")
     intervals = bootstrap(truth, mean, groups, args.seed)
-    bounded = (f"{v:.4f} ({low:.4f} to {high:.4f})" for v, (low, high) in zip(measures_of(truth, mean), intervals))
+    bounded = (f"{v:.4f} ({low:.4f} to {high:.4f})"
+               for v, (low, high) in zip(measures_of(truth, mean), intervals))
     show("mean score", *bounded, f"95 %, {DRAWS} draws of {len(set(groups))} test {unit(groups)}")
     return mean
 
@@ -422,7 +448,7 @@ def report_folds(results, folds, truth, groups, key, run, args):
 # ---------------------------------------------------------------- script
 
 def run_command(argv):
-    """The command that the first word names; slides if none does."""
+    """Runs the command that the first word names, or slides without one."""
     command, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("slides", argv)
     if command == "patches":
         return evaluate_patches(patches_arguments(rest))

@@ -46,13 +46,13 @@ def view_prior(cells, boxes, flip, size, patch_size=16):
 
     cells (B, K, 2) in px of the crop, NaN where a crop has fewer; boxes (B, 4) as left, top, width, height in
     px of the crop; flip (B,) bool, left to right. Cells are binned before the flip and the patches are
-    mirrored, for a mirrored px lies in the mirrored patch.
+    mirrored, as a mirrored px lies in the mirrored patch.
     """
     grid = size // patch_size
     xy = (cells - boxes[:, None, :2]) / boxes[:, None, 2:] * size  # px of the view
     inside = ((xy >= 0) & (xy < size)).all(-1)  # false for NaN
     xy = (torch.where(inside.unsqueeze(-1), xy, 0) // patch_size).long()
-    patch = torch.where(inside, xy[..., 1] * grid + xy[..., 0], grid * grid)  # one more bin for what is outside
+    patch = torch.where(inside, xy[..., 1] * grid + xy[..., 0], grid * grid)  # one more bin for those outside
     prior = torch.zeros(len(cells), grid * grid + 1, device=cells.device).scatter_(1, patch, 1.0)[:, :-1]
     prior = prior.view(-1, grid, grid)
     return torch.where(flip[:, None, None], prior.flip(-1), prior).flatten(1)
@@ -72,7 +72,7 @@ DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float3
 
 
 def downsample_factor(mpp, target=WORK_MPP):
-    """How many px a side are averaged into one working px; whole, so that a slide's regions share one grid."""
+    """How many px a side are averaged into a working px; whole, so that a slide's regions share one grid."""
     return max(1, int(target / mpp + 0.25))
 
 
@@ -87,9 +87,10 @@ def slope(values, axis):
 
 
 def density_and_slopes(image, mpp):
-    """uint8 RGB (H, W, 3) at mpp um/px to haematoxylin density, clipped to 0 to 2 and smoothed, and its slopes.
+    """uint8 RGB (H, W, 3) at mpp um/px to haematoxylin density and its slopes.
 
-    Gives the density (h, w) in working px, its slopes in y and x per um, and the um of a working px.
+    Gives the density (h, w) in working px, clipped to 0 to 2 and smoothed, its slopes in y and x per um, and
+    the um of a working px.
     """
     factor = downsample_factor(mpp)
     if factor > 1:

@@ -35,7 +35,7 @@ def cosine(start, end, step, steps, warmup=0):
 
 
 def clip_gradients(parameters, limit):
-    """Clips each parameter's gradient to that norm, as DINO does (0: not at all); False if one is not finite."""
+    """Clips each parameter's gradient to limit, as DINO does (0: not at all); False if one is not finite."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(grads)
     if limit:
@@ -44,12 +44,13 @@ def clip_gradients(parameters, limit):
 
 
 def batches(count, batch, start, steps, seed):
-    """Indices of the crops of steps start to steps; each epoch in its own order, the incomplete batch left out."""
+    """Crop indices for steps start to steps; each epoch in its own order, without its incomplete batch."""
     per_epoch, order, epoch = count // batch, None, None
     for step in range(start, steps):
         if epoch != step // per_epoch:
             epoch = step // per_epoch
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=generator).tolist()
         k = step % per_epoch
         yield order[k * batch: (k + 1) * batch]
 
@@ -91,8 +92,9 @@ def build_models(args):
 def build_optimizer(student):
     """AdamW with weight decay on matrices only: biases and norms have none."""
     parameters = list(student.parameters())
-    return torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1]},
-                              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}], fused=True)
+    matrices = {"params": [p for p in parameters if p.ndim > 1]}
+    others = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, others], fused=True)
 
 
 def set_schedules(optimizer, args, step, steps, warmup):
@@ -105,7 +107,7 @@ def set_schedules(optimizer, args, step, steps, warmup):
 
 
 def views_of_step(images, cells, args, step):
-    """The step's views and their priors; drop path and views draw from streams of their own, seeded by the step."""
+    """The step's views and their priors; drop path and views have their own streams, seeded by the step."""
     torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
     generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step + 500_009)
     return make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale,
@@ -115,18 +117,21 @@ def views_of_step(images, cells, args, step):
 # ---------------------------------------------------------------- the probe
 
 def read_probe(folder, count, seed):
-    """The images of --probe: (images, labels) of its training part and of its test part, at most count of each."""
+    """(images, labels) of the training part of --probe and of its test part, at most count images each."""
     found, out = find_data(folder), []
     if not found.labels or found.kind != "crops":
-        raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) is expected")
+        raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
+                         "is expected")
     generator = torch.Generator().manual_seed(seed)
     for part in (("train", "val"), ("test",)):
         names = found.split(*part)
         names = [names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()]
         images, good, _ = load_crops([found.images[name] for name in names], 4)
         if len(good) < 20:
-            raise InputError(f"--probe {folder}: {len(good)} {part[0]} images can be read; at least 20 are needed")
-        out.append((images, torch.tensor([found.classes.index(found.labels[names[i]]["label"]) for i in good])))
+            raise InputError(f"--probe {folder}: {len(good)} {part[0]} images can be read; "
+                             "at least 20 are needed")
+        labels = [found.classes.index(found.labels[names[i]]["label"]) for i in good]
+        out.append((images, torch.tensor(labels)))
     return out
 
 
@@ -145,7 +150,8 @@ def probe(encoder, train_set, test_set):
 def stop_signals():
     """A list that SIGINT and SIGTERM fill while the block runs, instead of ending the program."""
     stop = []
-    old = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, lambda *_: stop.append(1))
+           for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -178,7 +184,8 @@ def train(args):
     last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     announce(args, run, found, len(crops), steps, start)
 
-    with closing(Log(run.folder / "log.csv", list(student.heads), start, steps)) as log, stop_signals() as stop:
+    log = Log(run.folder / "log.csv", list(student.heads), start, steps)
+    with closing(log), stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, last):
             # Schedules: learning rate, weight decay and the teacher's momentum change at every step.
             rate, momentum = set_schedules(optimizer, args, step, steps, warmup)
@@ -214,7 +221,8 @@ def train(args):
             step += 1
             due = step == steps or step % (per_epoch * args.probe_epochs) == 0
             probed = probe(teacher.encoder, *probe_sets) if probe_sets and due else None
-            log.write(step - 1, (step - 1) // per_epoch, loss.item(), each, rate, momentum, priors, args, probed)
+            epoch = (step - 1) // per_epoch
+            log.write(step - 1, epoch, loss.item(), each, rate, momentum, priors, args, probed)
             if stop:
                 break
             run.save_if_due(step, per_epoch)
@@ -225,8 +233,8 @@ def train(args):
 
 def announce(args, run, found, crops, steps, start):
     """One line on what is about to run."""
-    print(f"{crops} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of {args.batch} ({args.epochs} "
-          f"epochs), {args.method} {args.arch} on {args.device} in {run.config['precision']}"
+    print(f"{crops} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of {args.batch} "
+          f"({args.epochs} epochs), {args.method} {args.arch} on {args.device} in {run.config['precision']}"
           + (f"; resumed at step {start}" if start else ""))
 
 
@@ -234,7 +242,8 @@ def finish(args, run, log, step, steps, failed, stop):
     """What was written where and what to run next; gives the exit code."""
     speed = f", {log.speed(step, args.batch):.1f} crops a second" if step > log.start else ""
     if step < steps:
-        print(f"Stopped at step {step} of {steps}{speed}; the same command resumes from {run.folder}/checkpoint.pt.")
+        print(f"Stopped at step {step} of {steps}{speed}; "
+              f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
         where = "" if args.run == default_run(args) else f" --checkpoint {run.folder}/encoder.pt"
         print(f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed}). "

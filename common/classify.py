@@ -28,12 +28,12 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # ---------------------------------------------------------------- folds
 
 def unit(groups):
-    """What is drawn and divided: images, or groups where one has several images."""
+    """What is drawn and split: images, or groups if one has several images."""
     return "images" if len(set(groups)) == len(groups) else "groups"
 
 
 def make_folds(labels, groups, classes, count, seed):
-    """count stratified folds of labels (N,) in which groups (N,) stay whole: [(train indices, val indices), ...]."""
+    """Stratified folds of labels (N,) that keep groups (N,) whole: [(train indices, val indices), ...]."""
     for c, name in enumerate(classes):
         there = len(set(groups[labels == c]))
         if there < count:
@@ -101,8 +101,8 @@ def fine_tune(encoder, images, labels, train, val, classes, settings, seed, what
     """Encoder, mean over the n tokens and one linear layer, all of it trained (A.1.2), with flips (ours).
 
     images uint8 (N, 3, 224, 224), labels (N,), train and val: indices; settings has lr, weight_decay, batch,
-    epochs, milestones, device, bf16. The encoder given stays as it is. Gives, for the epoch with the lowest loss
-    on val: a function from images to probabilities (.., C), that loss, the epoch in words.
+    epochs, milestones, device, bf16. The encoder itself is not changed. Gives, for the epoch with the lowest
+    loss on val: a function from images to probabilities (.., C), that loss, the epoch in words.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 # ---------------------------------------------------------------- devices
 
 def check_device(device):
-    """InputError if --device is no device of this machine."""
+    """InputError if this machine does not have the device of --device."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -24,19 +24,20 @@ def check_device(device):
 
 
 def use_bf16(precision, device):
-    """Is bf16 computed in? precision "auto": if the device has it natively; emulated it would be slow."""
+    """Whether to compute in bf16; precision "auto": if the device has it natively, as emulation is slow."""
     if precision != "auto":
         return precision == "bf16"
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    tests = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    tests = [getattr(torch.cpu, name, None) for name in names]
     return any(test() for test in tests if test)
 
 
 # ---------------------------------------------------------------- encoder.pt
 
 def find_encoder(checkpoint, name=""):
-    """encoder.pt of --checkpoint (a file or its run), or of the newest run of the data set of that name, or of all."""
+    """encoder.pt of --checkpoint (a file or its run), else of the newest run (of data set name, if given)."""
     if checkpoint:
         path = Path(checkpoint)
         path = path / "encoder.pt" if path.is_dir() else path
@@ -63,7 +64,7 @@ def load_encoder(path):
 
 
 def random_encoder(arch, seed):
-    """An encoder as it starts, before any pre-training."""
+    """An encoder before any pre-training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return dirl.ARCHS[arch]().eval()
@@ -72,7 +73,7 @@ def random_encoder(arch, seed):
 # ---------------------------------------------------------------- features and attention
 
 def normalize(images):
-    """RGB (.., 3, H, W) of 0 to 1, to mean 0 and standard deviation 1 over ImageNet, which the encoder takes."""
+    """RGB (.., 3, H, W) of 0 to 1, normalised by ImageNet's mean and standard deviation for the encoder."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
     return images.sub(mean).div_(std)
 
@@ -93,6 +94,6 @@ def attention_of(encoder, images):
 
 @torch.no_grad()
 def in_batches(function, images, batch, what=""):
-    """function over images (N, ...), a batch at a time; (N, ...) on the CPU. what: the progress bar's name."""
+    """function over images (N, ...), a batch at a time: (N, ...) on the CPU; what names the progress bar."""
     starts = tqdm(range(0, len(images), batch), what, leave=False, disable=not what)
     return torch.cat([function(images[i: i + batch]).cpu() for i in starts])

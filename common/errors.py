@@ -1,9 +1,9 @@
-"""How scripts fail: one line that names the file or flag and says the way out, and an exit code."""
+"""How scripts fail: one line that names the file or flag and says what to do, and an exit code."""
 import sys
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message is one line with the file or flag and the way out."""
+    """Something the user gave is wrong; the message is one line with the file or flag and what to do."""
 
 
 def one_line(error):
@@ -12,7 +12,7 @@ def one_line(error):
 
 
 def check_ranges(args, **limits):
-    """InputError where a flag of args lies outside its (low, high); NaN lies outside everything."""
+    """InputError if a flag of args is outside its (low, high); NaN is outside every range."""
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             flag = name.replace("_", "-")
@@ -20,7 +20,7 @@ def check_ranges(args, **limits):
 
 
 def check_mpp(value, flag):
-    """InputError where a um/px was given that no slide has."""
+    """InputError for um/px that no slide has; None is not checked."""
     if value is not None and not 0.05 <= value <= 20:
         raise InputError(f"{flag} {value:g}: um/px between 0.05 and 20 is expected (0.5 is 20x)")
 
@@ -32,7 +32,7 @@ def print_skipped(failed):
 
 
 def exit_code_of(failed):
-    """Counts what was skipped, once more at the end of a long run: 1 where there was any, else 0."""
+    """Prints the number of skipped files, at the end of a run; 1 if there are any, else 0."""
     if failed:
         print(f"{len(failed)} files were skipped (see above).")
     return int(bool(failed))

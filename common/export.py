@@ -16,32 +16,37 @@ def read_features(path):
 
 
 def is_newer(path, features):
-    """Is the export there, and written after the features that it is made of?"""
+    """Is the export there, and newer than the features that it is made from?"""
     return path.is_file() and path.stat().st_mtime_ns >= features.stat().st_mtime_ns
 
 
 def export_clam(folder, names, out):
     """CLAM's layout: pt_files/<slide>.pt, a tensor (N, d), and h5_files/<slide>.h5, features and coords.
 
-    Gives a line on what was left out, or "". The .h5 files need h5py, which nothing else here does.
+    Gives a line on what was left out, or "". The .h5 files need h5py, which nothing else here needs.
     """
     try:
         import h5py
     except ImportError:
         h5py = None
     for name in tqdm(names, desc="clam, slides", leave=False):
-        source, pt, h5 = folder / f"{name}.npz", out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
+        source = folder / f"{name}.npz"
+        pt, h5 = out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
         if not is_newer(pt, source):
             save_tensors(pt, read_features(source))
         if h5py and not is_newer(h5, source):
-            with np.load(source, allow_pickle=False) as file, atomic_write(h5) as temp, h5py.File(temp, "w") as to:
+            with np.load(source, allow_pickle=False) as file, \
+                    atomic_write(h5) as temp, h5py.File(temp, "w") as to:
                 to["features"], to["coords"] = file["features"], file["coords"]
     return "" if h5py else f"{out}/h5_files is left out: pip install h5py, then run the same command again"
 
 
 def export_csv(found, folder, names, out):
-    """DSMIL's bags, for its datasets/ folder: <data>/<class>/<slide>.csv, a row per crop and a column per feature,
-    and <data>/<data>.csv, each bag's path and the number of its class (in the order of the classes' names)."""
+    """DSMIL's bags, for its datasets/ folder.
+
+    <data>/<class>/<slide>.csv has a row per crop and a column per feature; <data>/<data>.csv has each bag's
+    path and the number of its class (in the order of the classes' names).
+    """
     index = [("path", "label")]
     for name in tqdm(names, desc="csv, slides", leave=False):
         source, label = folder / f"{name}.npz", found.labels[name]["label"]

@@ -13,10 +13,10 @@ def save_figure(figure, path, dpi=130):
 
 
 def draw_distribution(axis, aggregated, colors=None):
-    """Fig. 4: the distribution of tokens' aggregated attention, the bins' borders, each encoder's share in 0.5 to 2.
+    """Fig. 4: the distribution of tokens' aggregated attention, the bins' borders, the shares in 0.5 to 2.
 
-    aggregated: {title: values}, any shape. The axis is logarithmic, so 0.5 and 2 are as far from 1; what lies
-    beyond it is drawn at its ends.
+    aggregated: {title: values}, any shape. The axis is logarithmic, so 0.5 and 2 are equally far from 1;
+    values beyond it are drawn at its ends.
     """
     edges = np.geomspace(2.0 ** -4, 2.0 ** 4, 65)
     for title, values in aggregated.items():
@@ -27,7 +27,8 @@ def draw_distribution(axis, aggregated, colors=None):
     axis.set_xscale("log", base=2)
     for border in (0.5, 2):
         axis.axvline(border, color="grey", ls=":", lw=1)
-    axis.set_xticks([2.0 ** k for k in range(-4, 5, 2)] + [0.5, 2], ["1/16", "1/4", "1", "4", "16", "1/2", "2"])
+    axis.set_xticks([2.0 ** k for k in range(-4, 5, 2)] + [0.5, 2],
+                    ["1/16", "1/4", "1", "4", "16", "1/2", "2"])
     axis.set(xlabel="aggregated attention of a token", ylabel="tokens, % (64 steps)")
     axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8)
 
@@ -41,7 +42,7 @@ def plot_distribution(aggregated, title, path):
 
 
 def plot_overlays(crops, attention, priors, path):
-    """A row per crop: the crop, its patches with a cell (P_c), and each encoder's aggregated attention over it.
+    """A row per crop: the crop, its patches with a cell (P_c), each encoder's aggregated attention over it.
 
     crops: images (3, H, H); attention: {title: (B, n)}; priors: P_c (n,) of each crop, or None without cells.
     """
@@ -52,7 +53,8 @@ def plot_overlays(crops, attention, priors, path):
 
     def enlarge(values, side):
         grid = int(len(values) ** 0.5)
-        return np.asarray(Image.fromarray(values.view(grid, grid).numpy()).resize((side, side), Image.NEAREST))
+        small = Image.fromarray(values.view(grid, grid).numpy())
+        return np.asarray(small.resize((side, side), Image.NEAREST))
     for row, image in enumerate(crops):
         side = image.shape[-1]
         for axis in axes[row]:

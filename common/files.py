@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, tensors without pickled code, CSV."""
+"""Files that are complete or absent: atomic writing, tensors without pickled code, CSV."""
 import csv
 import hashlib
 import json
@@ -15,7 +15,7 @@ from common.errors import InputError
 def atomic_write(path):
     """Gives a temporary name beside path to write to; it takes path's name when the block ends without error.
 
-    The name holds the process number, for two runs may prepare the same slide.
+    The name holds the process number, as two runs may prepare the same slide.
     """
     path = Path(path)
     temp = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -24,7 +24,8 @@ def atomic_write(path):
         yield temp
         os.replace(temp, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); make room or run where you may write") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror}); "
+                         "make room or run where you may write") from None
     finally:
         with suppress(OSError):
             temp.unlink()
@@ -37,7 +38,7 @@ def save_tensors(path, state):
 
 
 def load_tensors(path):
-    """A file of tensors and plain values, on the CPU, without executing it; InputError where it is something else."""
+    """A file of tensors and plain values, on the CPU; InputError for anything else, and no code is run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
@@ -73,7 +74,7 @@ def read_csv(path):
     """A CSV file as ([column, ...], [(line number, {column: value}), ...]).
 
     Commas, semicolons or tabs; with or without a BOM. Columns are lower-cased, values stripped, blank lines
-    skipped. InputError, with the line, for what is no such table.
+    skipped. InputError, with the line, for anything that is not such a table.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

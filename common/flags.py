@@ -1,4 +1,4 @@
-"""The flags of train.py, which the experiments give it too."""
+"""The flags of train.py, which the experiments also pass on to it."""
 import argparse
 import os
 
@@ -10,7 +10,7 @@ from common.encoders import check_device
 from common.errors import InputError, check_mpp, check_ranges
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
-# A hundred steps are few: fewer outputs, a sharper and faster teacher, or the loss only reaches ln(out_dim).
+# A hundred steps are few: without fewer outputs and a sharper, faster teacher the loss stays at ln(out_dim).
 DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, global_size=112, local_size=48,
             lr=4e-3, momentum=0.99, teacher_temp=0.03)
 
@@ -29,19 +29,22 @@ def arguments(argv):
     add("--slide-mpp", type=float, help="um/px of slides and images that record none")
     add("--tissue", type=float, default=0.5, help="least share of tissue in a tile; lower for thin biopsies")
     add("--split-seed", type=int, default=0,
-        help="seed of the split, when it is first made; from then on datasets/<data>/split.csv counts")
+        help="seed of the split, when it is first made; after that datasets/<data>/split.csv is used")
     add("--prior", default="auto", choices=PRIORS,
-        help="whose cells P_c is made of (Table 7): files in cells/<prior>/ or cells/; auto: the user's own if "
-             "there are any, else the built-in detector's")
+        help="whose cells P_c is made from (Table 7): files in cells/<prior>/ or cells/; auto: the user's "
+             "own if there are any, else the built-in detector's")
     add("--shuffle-prior", action="store_true",
         help="a control: as many cell patches, at random places of each crop")
-    add("--probe", help="a folder of images with labels.csv (image,label,split): attention bins and 20-nearest-"
-        "neighbour accuracy on it in log.csv, to see when something is learned and when attention goes sparse")
+    add("--probe",
+        help="a folder of images with labels.csv (image,label,split): attention bins and 20-nearest-"
+             "neighbour accuracy on it in log.csv, to see when something is learned and when attention goes "
+             "sparse")
     add("--probe-epochs", type=int, default=1, help="epochs between two probes; more if an epoch is short")
     add("--probe-images", type=int, default=500,
-        help="its training and test images that are used; more is steadier and slower")
+        help="most images used of its training part and of its test part; more is steadier and slower")
     add("--fraction", type=float, default=1.0, help="share of the training crops that is used (Fig. 6)")
-    add("--epochs", type=int, help="default: the paper's for the data set, 100 for a folder; more for few crops")
+    add("--epochs", type=int,
+        help="default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=int, default=256, help="crops per step; lower it if memory runs out")
     add("--local-crops", type=int, default=8, help="local views of a crop; 0 is the two-view setting, faster")
     add("--global-scale", type=float, nargs=2, default=(0.4, 1.0),
@@ -50,14 +53,16 @@ def arguments(argv):
     add("--global-size", type=int, default=224,
         help="px of the global views, a multiple of 16; 112 is 4 times faster, and coarser")
     add("--local-size", type=int, default=96, help="px of the local views, a multiple of 16")
-    add("--out-dim", type=int, default=65536, help="outputs of the heads of f, f_c, f_b; fewer for small data")
+    add("--out-dim", type=int, default=65536,
+        help="outputs of the heads of f, f_c, f_b; fewer for small data")
     add("--disentangled-dim", type=int, default=4096, help="outputs of the four disentangled heads")
     add("--lambda-1", type=float, default=0.5, help="weight of L_c and L_b in eq. 9")
     add("--lambda-2", type=float, default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
     add("--empty-regions", default="skip", choices=["skip", "zeros"],
         help="views without a cell, or with nothing else: skip leaves them out of that region's loss; zeros "
              "counts them, as a control")
-    add("--lr", type=float, default=5e-4, help="learning rate for a batch of 256; it is scaled by batch / 256")
+    add("--lr", type=float, default=5e-4,
+        help="learning rate for a batch of 256; it is scaled by batch / 256")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=int,
         help="epochs of linear warm-up (10, at most a third of all); more if the loss blows up early")
@@ -68,12 +73,15 @@ def arguments(argv):
     add("--momentum", type=float, default=0.996,
         help="of the teacher at the start, 1 at the end; higher for small batches")
     add("--student-temp", type=float, default=0.1, help="temperature of the student")
-    add("--teacher-temp", type=float, default=0.04, help="of the teacher; lower if the loss stays at ln(out_dim)")
+    add("--teacher-temp", type=float, default=0.04,
+        help="of the teacher; lower if the loss stays at ln(out_dim)")
     add("--center-momentum", type=float, default=0.9, help="of each head's centre")
     add("--freeze-last-layer", type=int, default=1, help="epochs in which the heads' last layers are frozen")
-    add("--precision", default="auto", choices=["auto", "bf16", "fp32"], help="auto: bf16 if the device has it")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 if the device has it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that cut tiles and read crops")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1),
+        help="processes that cut tiles and read crops")
     add("--save-minutes", type=float, default=10,
         help="time between checkpoints within an epoch; at an epoch's end one minute is enough")
     add("--max-steps", type=int,
@@ -91,18 +99,20 @@ def complete(args):
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 3)
     args.run = args.run or default_run(args)
-    check_ranges(args, fraction=(1e-9, 1), tissue=(0, 1), epochs=(1, 1e6), batch=(1, 1e6), local_crops=(0, 100),
-                 out_dim=(2, 1e7), disentangled_dim=(2, 1e7), drop_path=(0, 0.99), momentum=(0, 1), lr=(0, 10),
-                 workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6), probe_images=(20, 1e6),
-                 weight_decay=(0, 10), weight_decay_end=(0, 10), min_lr=(0, 10), lambda_1=(0, 100),
-                 lambda_2=(0, 100), warmup_epochs=(0, args.epochs - 1), student_temp=(1e-4, 100),
-                 teacher_temp=(1e-4, 100), center_momentum=(0, 1), seed=(0, 2 ** 31), split_seed=(0, 2 ** 31),
-                 global_size=(16, 4096), local_size=(16, 4096), save_minutes=(0, 1e6))
+    check_ranges(args, fraction=(1e-9, 1), tissue=(0, 1), epochs=(1, 1e6), batch=(1, 1e6),
+                 local_crops=(0, 100), out_dim=(2, 1e7), disentangled_dim=(2, 1e7), drop_path=(0, 0.99),
+                 momentum=(0, 1), lr=(0, 10), workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6),
+                 probe_images=(20, 1e6), weight_decay=(0, 10), weight_decay_end=(0, 10), min_lr=(0, 10),
+                 lambda_1=(0, 100), lambda_2=(0, 100), warmup_epochs=(0, args.epochs - 1),
+                 student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), center_momentum=(0, 1),
+                 seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
+                 save_minutes=(0, 1e6))
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps {args.max_steps}: at least 1 is needed")
     for name in ("global_size", "local_size"):
         if getattr(args, name) % 16:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be a multiple of 16 px")
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {getattr(args, name)}: has to be a multiple of 16 px")
     for name in ("global_scale", "local_scale"):
         if not 0 < getattr(args, name)[0] <= getattr(args, name)[1] <= 1:
             raise InputError(f"--{name.replace('_', '-')}: two shares, 0 < low <= high <= 1")

@@ -21,7 +21,7 @@ def auc(truth, scores):
 
 
 def macro_f1(truth, scores):
-    """The mean of the classes' F1, all classes weighing the same: BRIGHT's measure (A.2)."""
+    """The unweighted mean of the classes' F1: BRIGHT's measure (A.2)."""
     return f1_score(truth, scores.argmax(1), labels=range(scores.shape[1]), average="macro", zero_division=0)
 
 
@@ -32,7 +32,8 @@ def measures_of(truth, scores):
 
 def bootstrap_indices(groups, seed=0):
     """DRAWS arrays of indices: the groups of groups (N,) drawn with replacement, each as a whole."""
-    members, rng = [np.flatnonzero(groups == group) for group in np.unique(groups)], np.random.default_rng(seed)
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    rng = np.random.default_rng(seed)
     return [np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
             for _ in range(DRAWS)]
 

@@ -1,4 +1,4 @@
-"""Work on many files in processes; what fails costs its own file alone."""
+"""Work on many files in processes; a failure costs only its own file."""
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -10,7 +10,7 @@ from common.errors import InputError
 
 
 def call(function, arguments):
-    """(function's result, None), or (None, one line) for what the user can mend."""
+    """(function's result, None), or (None, one line) for an error that the user can fix."""
     try:
         return function(*arguments), None
     except InputError as error:
@@ -27,7 +27,7 @@ def pool_of(workers):
 def in_processes(function, tasks, workers, what):
     """Yields (task, result, error) of function(*task) as they end, under a progress bar named what.
 
-    Of result and error one is None. A worker that is killed (out of memory) costs its own task alone: the
+    Of result and error one is None. A worker that is killed (out of memory) costs only its own task: the
     tasks that were in flight are tried again one by one.
     """
     with tqdm(total=len(tasks), desc=what, unit="", disable=not tasks, leave=False) as bar:

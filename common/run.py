@@ -1,4 +1,4 @@
-"""The files of a pre-training run: config.json, checkpoint.pt, encoder.pt, log.csv; written, resumed, read."""
+"""Writes and reads the files of a pre-training run: config.json, checkpoint.pt, encoder.pt, log.csv."""
 import csv
 import json
 import math
@@ -17,9 +17,8 @@ RESUMABLE = ("run", "workers", "save_minutes", "max_steps", "device", "probe", "
 PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
 
 
-
 def check_config(path, config):
-    """InputError if the run at path was started with other settings than config."""
+    """InputError if the run of the config.json at path was started with settings other than config."""
     old, changed = read_json(path), []
     if not old:
         raise InputError(f"{path}: cannot be read; use another folder for a new run")
@@ -33,7 +32,7 @@ def check_config(path, config):
 
 
 class Run:
-    """The files of a run: config.json (what makes it), checkpoint.pt, encoder.pt.
+    """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt.
 
     parts: {name: what has a state_dict}, all that resuming needs; seen: what the encoder is trained on.
     """
@@ -48,7 +47,7 @@ class Run:
             "crops": crops, "images": f"{len(seen['images'])} (stamp {stamp_of(seen)})"})
 
     def resume(self):
-        """Loads the checkpoint, if any, into the parts; gives the step to go on with."""
+        """Loads the checkpoint, if any, into the parts; gives the step to continue at."""
         step, checkpoint = 0, self.folder / "checkpoint.pt"
         if checkpoint.is_file():
             check_config(self.folder / "config.json", self.config)
@@ -63,18 +62,19 @@ class Run:
         """The teacher's encoder and plain values, which load with weights_only=True."""
         about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
         save_tensors(self.folder / "encoder.pt", {
-            "encoder": self.parts["teacher"].encoder.state_dict(), **about, "mean": list(MEAN), "std": list(STD),
-            "step": step, "trained_on": self.seen})
+            "encoder": self.parts["teacher"].encoder.state_dict(), **about,
+            "mean": list(MEAN), "std": list(STD), "step": step, "trained_on": self.seen})
 
     def save(self, step):
         self.save_encoder(step)
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: it says that all is saved
+        save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
         self.saved = time.monotonic()
 
     def diverged(self, step, loss):
-        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {self.folder}/checkpoint.pt is "
-                "the last good state. Try a lower --lr, a longer --warmup-epochs or --precision fp32, with a new --run")
+        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); "
+                f"{self.folder}/checkpoint.pt is the last good state. "
+                "Try a lower --lr, a longer --warmup-epochs or --precision fp32, with a new --run")
 
     def save_if_due(self, step, per_epoch):
         """Saves when --save-minutes have passed, at an epoch's end when one minute has."""
@@ -84,25 +84,26 @@ class Run:
 
 
 class Log:
-    """log.csv and the progress bar of a run that goes on at step start."""
+    """log.csv and the progress bar of a run that starts or resumes at step start."""
 
     def __init__(self, path, heads, start, steps):
         self.start, self.began = start, time.monotonic()
-        names = ["step", "epoch", "loss", *(f"loss_{head}" for head in heads), "lr", "momentum", "both_regions",
-                 "cell_share", "ln_out_dim", *PROBED]
+        names = ["step", "epoch", "loss", *(f"loss_{head}" for head in heads), "lr", "momentum",
+                 "both_regions", "cell_share", "ln_out_dim", *PROBED]
         rows = []
         if start and path.is_file():
             with open(path, newline="") as file:
                 rows = list(csv.reader(file))[1:]
-        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) < start]  # what a checkpoint has
+        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) < start]  # no later steps
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
         self.file = open(path, "a", newline="")
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
 
     def write(self, step, epoch, loss, each, rate, momentum, priors, args, probed):
-        """Adds the row of a step; each: {head: its loss}, priors: P_c of the views, probed: what probe gave."""
-        both = torch.cat([((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]).float().mean().item()
+        """Adds the row of a step; each: {head: loss}, priors: P_c of the views, probed: probe's result."""
+        has_both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
+        both = torch.cat(has_both).float().mean().item()
         values = [loss, *(value.item() for value in each.values()), rate]
         csv.writer(self.file).writerow([
             step, epoch, *(f"{value:.6g}" for value in values), f"{momentum:.8g}", f"{both:.4g}",
@@ -110,7 +111,8 @@ class Log:
             *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
         self.file.flush()
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", img_s=f"{self.speed(step + 1, args.batch):.0f}")
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}",
+                             img_s=f"{self.speed(step + 1, args.batch):.0f}")
         if probed:
             tqdm.write(f"step {step + 1}: tokens with attention 0.5 to 2 {probed[1]:.1%}, "
                        f"20-NN accuracy {probed[3]:.3f} on {args.probe}")
@@ -133,6 +135,7 @@ def read_log(path):
 
 
 def is_finished(folder):
-    """Did the run in this folder come to its last step? config.json and log.csv tell."""
+    """Did the run in this folder reach its last step, by its config.json and log.csv?"""
     config, log = read_json(folder / "config.json"), read_log(folder / "log.csv")
-    return bool(config and log) and int(log[-1]["step"]) + 1 == config["epochs"] * (config["crops"] // config["batch"])
+    return bool(config and log) and (
+        int(log[-1]["step"]) + 1 == config["epochs"] * (config["crops"] // config["batch"]))

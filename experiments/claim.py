@@ -3,9 +3,9 @@
     python -m experiments.claim run --data FOLDER [flags of train.py]
     python -m experiments.claim show
 
-run pre-trains every arm with every seed by train.py, with the same flags, into OUT/<arm>_seed<k>/, and measures
-each on the test part of FOLDER/labels.csv (claim.npz: each test image's attention and scores). Stop it whenever
-you like: the same command goes on. show prints the table and draws.
+run pre-trains every arm with every seed by train.py, with the same flags, into OUT/<arm>_seed<k>/, and
+measures each on the test part of FOLDER/labels.csv (claim.npz: each test image's attention and scores). Stop
+it whenever you like: the same command resumes. show prints the table and draws.
 """
 import argparse
 import signal
@@ -45,24 +45,30 @@ DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.claim",
-                                     description="Pre-trains and measures the arms of an experiment, and shows them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.claim",
+        description="Pre-trains and measures the arms of an experiment, and shows them.")
     commands = parser.add_subparsers(dest="command", required=True)
     style = argparse.ArgumentDefaultsHelpFormatter
     run = commands.add_parser(
         "run", allow_abbrev=False, formatter_class=style, help="pre-trains and measures",
-        epilog="All other flags are train.py's, the same for every arm: --mpp, --epochs, --batch, --arch, ...")
+        epilog="All other flags are train.py's, the same for every arm: --mpp, --epochs, --batch, --arch, "
+               "...")
     show = commands.add_parser("show", formatter_class=style,
                                help="prints the table and draws the bins, their course and the overlays")
     for command in (run, show):
-        command.add_argument("--out", default="runs/claim", help="folder of the experiment; another for other settings")
+        command.add_argument("--out", default="runs/claim",
+                             help="folder of the experiment; another for other settings")
         command.add_argument("--pair", nargs=2, metavar="CLASS",
-                             help="show: two classes that are also told apart alone, by the same scores")
+                             help="show: two classes also compared alone, by the same scores")
     add = run.add_argument
-    add("--data", required=True, help="folder of patches with labels.csv: image,label,split[,patient or source_tile]")
-    add("--arms", nargs="+", default=["random", "baseline", "cellback", "dirl", "shuffled"], choices=list(ARMS),
-        metavar="ARM", help=f"{', '.join(ARMS)}; those from shuffled on are controls, and set their own flags")
-    add("--seeds", type=int, nargs="+", default=[0], help="several tell an effect from luck; the first runs first")
+    add("--data", required=True,
+        help="folder of patches with labels.csv: image,label,split[,patient or source_tile]")
+    add("--arms", nargs="+", default=["random", "baseline", "cellback", "dirl", "shuffled"],
+        choices=list(ARMS), metavar="ARM",
+        help=f"{', '.join(ARMS)}; those from shuffled on are controls, and set their own flags")
+    add("--seeds", type=int, nargs="+", default=[0],
+        help="several tell an effect from luck; the first runs first")
     add("--folds", type=int, default=5, help="of the training part, for logistic regression and fine-tuning")
     add("--tune-epochs", type=int, default=0,
         help="of fine-tuning, as in eval.py patches (40 in the paper); 0 leaves it out")
@@ -77,7 +83,8 @@ def arguments(argv):
     args, args.rest = parser.parse_known_args(argv)
     if args.command == "show":
         if args.rest or args.crops < 1:
-            raise InputError(f"{' '.join(args.rest) or '--crops below 1'}: not known to show; see show --help")
+            wrong = " ".join(args.rest) or "--crops below 1"
+            raise InputError(f"{wrong}: not known to show; see show --help")
         return args
     check_ranges(args, folds=(2, 1000), tune_epochs=(0, 1e4), tune_folds=(1, 1000), bag_groups=(1, 1e4),
                  bag_seeds=(0, 1000))
@@ -97,7 +104,7 @@ def run(args):
              for arm, seed, folder in jobs}
     settings = {folder: train_arguments(flags[folder]) for folder in flags}
 
-    # All that can be wrong with flags and labels is told now, not after hours.
+    # Whatever is wrong with flags or labels is reported now, not after hours.
     shared, found = train_arguments(common), find_patches(args)
     make_protocol(list(found.labels.values()), found.classes, args)
     trained_on = round(shared.fraction * len(found.split("train", "val")))
@@ -128,7 +135,7 @@ def run(args):
 
 
 def keep_settings(path, settings, labels):
-    """Writes what all arms of a folder have in common; InputError if it was begun with something else."""
+    """Writes what all arms of a folder have in common; InputError if it was started with something else."""
     new = {k: v for k, v in vars(settings).items() if k not in (*RESUMABLE, "seed", "method")}
     new |= {"data": run_name(settings.data), "labels": labels}
     if path.is_file():
@@ -137,7 +144,7 @@ def keep_settings(path, settings, labels):
 
 
 def pre_train(flags, folder):
-    """Runs train.py: 0 when the run is at its end, 130 if it was stopped, else train.py's exit code."""
+    """Runs train.py: 0 when the run is finished, 130 if it was stopped, else train.py's exit code."""
     if is_finished(folder) and (folder / "encoder.pt").is_file() and not (folder / "checkpoint.pt").is_file():
         return 0  # the checkpoint is large, and may be deleted when a run is done
     process = subprocess.Popen([sys.executable, TRAIN, *flags])
@@ -154,18 +161,18 @@ def pre_train(flags, folder):
 
 
 def start(settings, data):
-    """Writes encoder.pt of an encoder as it starts; 0."""
+    """Writes encoder.pt of an untrained encoder; 0."""
     path = Path(settings.run) / "encoder.pt"
     if not path.is_file():
         save_tensors(path, {
             "encoder": random_encoder(settings.arch, settings.seed).state_dict(), "arch": settings.arch,
-            "method": "none", "data": data, "mpp": settings.mpp, "mean": list(MEAN), "std": list(STD), "step": 0,
-            "trained_on": {"data": data, "images": {}, "patients": []}})
+            "method": "none", "data": data, "mpp": settings.mpp, "mean": list(MEAN), "std": list(STD),
+            "step": 0, "trained_on": {"data": data, "images": {}, "patients": []}})
     return 0
 
 
 def measure(folder, functions, load, labels, device):
-    """Adds to a folder's claim.npz those of measures() that it has not of its encoder.pt; load() gives the images."""
+    """Adds the measures() of encoder.pt that a folder's claim.npz lacks; load() gives the images."""
     stamp = file_stamp(folder / "encoder.pt") + labels
     done = read_measures(folder / "claim.npz", stamp)
     todo = {name: function for name, function in functions.items() if name not in done}
@@ -187,7 +194,8 @@ def find_patches(args):
     """The data set of --data: images, each with a label and a split."""
     found = find_data(args.data)
     if found.kind != "crops" or not found.labels:
-        raise InputError(f"{args.data}/labels.csv: has no column image, or is not there; labelled patches are needed")
+        raise InputError(f"{args.data}/labels.csv: has no column image, or is not there; "
+                         "labelled patches are needed")
     return found
 
 
@@ -202,7 +210,8 @@ def make_protocol(rows, classes, args):
     for part, indices in ("training", train), ("test", test):
         if len(indices) < 20:
             raise InputError(f"{args.data}/labels.csv: {len(indices)} {part} images; at least 20 are needed")
-    folds = [(train[a], train[b]) for a, b in make_folds(labels[train], groups[train], classes, args.folds, 0)]
+    folds = make_folds(labels[train], groups[train], classes, args.folds, 0)
+    folds = [(train[a], train[b]) for a, b in folds]
     train_bags, test_bags = (make_bags(part, labels, groups, args.bag_groups, 0) for part in (train, test))
     for part, bags, least in (("training", train_bags, 5), ("test", test_bags, 1)):
         for c, name in enumerate(classes):
@@ -224,9 +233,10 @@ def load_protocol(found, args, workers):
 
 
 def make_bags(indices, labels, groups, size, seed):
-    """Synthetic slides: (indices of the tiles, class), each the tiles of one class in size groups, no tile in two.
+    """Synthetic slides: [(indices of the tiles, class), ...], each the tiles of size groups of one class.
 
-    indices: of the images that may be used; a class's last groups that do not fill a bag are left out.
+    indices: of the images that may be used. No tile is in two slides; a class's last groups that do not fill
+    one are left out.
     """
     rng, bags = np.random.default_rng(seed), []
     for label in np.unique(labels[indices]):
@@ -240,8 +250,11 @@ def make_bags(indices, labels, groups, size, seed):
 # ---------------------------------------------------------------- measures
 
 def measures(args, settings):
-    """{measure: function of (encoder, protocol)}: attention (T, n), aggregated, of each test image, at CROP px and at
-    the global views' size; the others scores (R, T, C) of R folds or trainings, DSMIL's of test bags."""
+    """{measure: function of (encoder, protocol)} of what is measured on every arm.
+
+    Attention is (T, n), aggregated, of each test image, at CROP px and at the global views' size; the others
+    are scores (R, T, C) of R folds or trainings, DSMIL's of test bags.
+    """
     device, bf16 = settings.device, use_bf16(settings.precision, settings.device)
 
     def attention(encoder, on, size=CROP):
@@ -283,7 +296,7 @@ def measures(args, settings):
 
 
 def fine_tuned(encoder, on, epochs, folds, seed, device, bf16):
-    """The whole encoder fine-tuned (A.1.2) at MHIST's settings, its milestones in proportion: (folds, T, C)."""
+    """The whole encoder fine-tuned (A.1.2) at MHIST's settings, with scaled milestones: (folds, T, C)."""
     mhist = SETTINGS["mhist"]
     scaled = [round(m * epochs / mhist["epochs"]) for m in mhist["milestones"]]
     settings = SimpleNamespace(**mhist | {"epochs": epochs, "milestones": [m for m in scaled if m > 0]},

@@ -1,4 +1,4 @@
-"""The table and the pictures of experiments.claim: what the arms' claim.npz and log.csv hold, with intervals."""
+"""The table and the pictures of experiments.claim, from the arms' claim.npz and log.csv, with intervals."""
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -17,7 +17,8 @@ from prior import bin_centroids
 from wsi.prepare import prepare
 from wsi.slides import CROP
 
-# What is compared: flags of train.py. "shuffled" and those after it are controls; "random" is an encoder as it starts.
+# What is compared: flags of train.py. "random" is an untrained encoder; "shuffled" and those after it are
+# controls.
 ARMS = {
     "random": None,
     "baseline": ["--method", "baseline"],
@@ -30,8 +31,8 @@ ARMS = {
     "zeros": ["--method", "dirl", "--empty-regions", "zeros"],
 }
 BASELINE_OF = {"two_views": "baseline_two_views"}  # the others: "baseline"
-COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f",
-                         "#a65628")))
+COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a",
+                         "#7fc97f", "#a65628")))
 BINS = ("tokens with attention 0 to 0.5", "tokens with attention 0.5 to 2", "tokens with attention over 2")
 SPREAD = "sd of the aggregated attention within an image"
 ABOUT = ("stamp", "classes", "labels", "groups")  # of claim.npz; the rest are measures
@@ -42,7 +43,7 @@ TOKENS = (CROP // 16) ** 2
 # ---------------------------------------------------------------- statistics
 
 def read_measures(path, stamp):
-    """{measure: array} of a claim.npz that was made of this encoder and these labels; {} otherwise."""
+    """{measure: array} of a claim.npz that was made with this encoder and these labels; {} otherwise."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["stamp"]) != stamp or file["attention"].shape[1] != TOKENS:
@@ -58,8 +59,10 @@ def draws_of(groups):
 
 
 def score_statistics(truth, scores, draws):
-    """Accuracy and AUC of scores (R, N, C) for each of draws, means over the R folds or trainings, as the paper has
-    them (not those of an ensemble); an AUC is NaN where a draw lacks a class."""
+    """Accuracy and AUC of scores (R, N, C) for each of draws, as means over the R folds or trainings.
+
+    The paper has such means, not those of an ensemble. An AUC is NaN if a draw lacks a class.
+    """
     right = (scores.argmax(2) == truth).mean(0)
     accuracy, area = np.array([right[index].mean() for index in draws]), np.full(len(draws), np.nan)
     for i, index in enumerate(draws):
@@ -82,9 +85,11 @@ def statistics(file, draws, pair):
     labels, classes, out = file["labels"], file["classes"].tolist(), {}
     for name in file:
         if name.startswith("attention"):
-            of_image = [(*dirl.attention_bins(image), image.std().item()) for image in torch.from_numpy(file[name])]
+            images = torch.from_numpy(file[name])
+            of_image = [(*dirl.attention_bins(image), image.std().item()) for image in images]
             for what, column in zip((*BINS, SPREAD), np.array(of_image).T):
-                out[what + name.removeprefix("attention")] = np.array([column[index].mean() for index in draws])
+                measure = what + name.removeprefix("attention")
+                out[measure] = np.array([column[index].mean() for index in draws])
     for name in file:
         if name in ABOUT or name.startswith("attention") or name.endswith(BAGS):
             continue
@@ -95,7 +100,8 @@ def statistics(file, draws, pair):
         if pair and truth is labels:
             between = f"{name}, {pair[0]} against {pair[1]}"
             two = [classes.index(c) for c in pair]
-            out[f"accuracy, {between}"], out[f"AUC, {between}"] = pair_statistics(labels, file[name], draws, two)
+            out[f"accuracy, {between}"], out[f"AUC, {between}"] = pair_statistics(
+                labels, file[name], draws, two)
     return out
 
 
@@ -139,7 +145,7 @@ def probe_curve(folder):
 
 
 def loss_shares(folder):
-    """{head: mean loss over the last epoch as a share of ln(its outputs)}: 1 if teacher and student are uniform."""
+    """{head: the last epoch's mean loss / ln(its outputs)}: 1 if teacher and student are uniform."""
     log, config, out = read_log(folder / "log.csv"), read_json(folder / "config.json"), {}
     last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
     for column in last[0] if last else ():
@@ -153,8 +159,10 @@ def loss_shares(folder):
 # ---------------------------------------------------------------- the table
 
 def cell(values, seeds):
-    """(1 + DRAWS,) of each seed in words: the mean, its sd over several seeds, the 95 % interval, and of how many
-    seeds, if some have not been measured."""
+    """(1 + DRAWS,) of each seed as text: the mean, its sd over several seeds, the 95 % interval.
+
+    If some of the seeds have not been measured, it says how many have.
+    """
     values = np.stack(values)
     mean = values.mean(0)
     text = f"{mean[0]:.3f}"
@@ -167,8 +175,10 @@ def cell(values, seeds):
 
 
 def table_of(title, names, columns, seeds):
-    """Rows of texts: title, then a row per name with a cell for each of columns [{name: [values of a seed]}, ...];
-    a name without any value is left out."""
+    """Rows of texts: title, then a row per name with a cell for each of columns.
+
+    columns: [{name: [values of a seed, ...]}, ...]. A name without any value is left out.
+    """
     rows = [title]
     for name in names:
         if any(name in column for column in columns):
@@ -179,7 +189,8 @@ def table_of(title, names, columns, seeds):
 
 def gather(dicts):
     """[{name: value}, ...] of several seeds to {name: [value, ...]}."""
-    return {name: [one[name] for one in dicts if name in one] for name in dict.fromkeys(n for d in dicts for n in d)}
+    names = dict.fromkeys(name for one in dicts for name in one)
+    return {name: [one[name] for one in dicts if name in one] for name in names}
 
 
 def minus_baseline(runs, arm):
@@ -202,14 +213,16 @@ def show(args):
     heads = {("f" if head == "f" else f"f_{head}"): head for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED)}
     losses = [gather([{name: [share[head]] for name, head in heads.items() if head in share} for share in
                       (loss_shares(folder) for _, folder, _ in results)]) for results in runs.values()]
+    differences = [minus_baseline(runs, arm) for arm in compared]
     for rows in (table_of(("measure", *title), names, columns, seeds),
-                 table_of(("arm minus baseline, same seeds", *headings), names,
-                          [minus_baseline(runs, arm) for arm in compared], [len(runs[arm]) for arm in compared]),
+                 table_of(("arm minus baseline, same seeds", *headings), names, differences,
+                          [len(runs[arm]) for arm in compared]),
                  table_of(("last epoch's loss / ln K", *title), list(heads), losses, seeds)):
         if len(rows) > 1:
             print_table(rows)
             print()
-    print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); ±: sd over seeds")
+    print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
+          "±: sd over seeds")
     print("curves on the probe: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
     for arm, results in runs.items():
         for seed, folder, _ in results:
@@ -217,7 +230,8 @@ def show(args):
                 print(f"{f'{arm}, seed {seed}':<28}"
                       + "  ".join(f"{epoch}: {p[1]:.1%} {p[3]:.3f}" for epoch, p in points.items()))
     write_csv(out / "claim.csv", [("arm", "seed", "measure", "value", "low", "high")] + [
-        (arm, seed, name, *(f"{v:.4f}" for v in (rows[name][0], *np.nanpercentile(rows[name][1:], (2.5, 97.5)))))
+        (arm, seed, name,
+         *(f"{v:.4f}" for v in (rows[name][0], *np.nanpercentile(rows[name][1:], (2.5, 97.5)))))
         for arm, results in runs.items() for seed, _, rows in results for name in rows])
     plot_claim(runs, out / "claim.png")
     if args.overlay:
@@ -235,8 +249,10 @@ def attention_in(folder):
 
 
 def plot_claim(runs, path):
-    """Fig. 4 of each arm (all its seeds); the middle bin's share and the k-NN accuracy over the epochs, a line per
-    seed."""
+    """Fig. 4 of each arm (all its seeds), and the middle bin's share and the k-NN accuracy over the epochs.
+
+    The latter two have a line per seed.
+    """
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     fig_4, middle, knn = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))

@@ -108,7 +108,7 @@ class JsonSource:
             text = re.sub(rb"NaN|-?Infinity", b"null", text)  # within quotes too, where it does no harm
         opened = text.count(b"[") + text.count(b"{")
         closed = text.count(b"]") + text.count(b"}")
-        if opened - closed > 1000:  # ijson keeps the path to each: 30 000 would take 2 GB
+        if opened - closed > 1000:  # ijson keeps the path to each; those to 30 000 would take 2 GB
             raise ValueError("its brackets are nested too deep")
         return text
 
@@ -156,7 +156,7 @@ def json_cells(path, kind):
     place = find_place(path, kind)
     xy, outlines, count = [], [], 0
     for count, member in enumerate(json_members(path, kind, place), 1):
-        # Arrays, for a thousand outlines kept as lists would set off garbage collection all the time.
+        # As arrays: thousands of lists kept alive would start garbage collection again and again.
         outlines += map(np.array, OUTLINES[kind](member))
         if len(outlines) >= BATCH:
             xy.append(ring_centroids(outlines))
@@ -169,8 +169,7 @@ def json_cells(path, kind):
 
 def nucleus_outlines(nucleus):
     """The centroid of one of HoVer-Net's nuclei, as an outline of one point."""
-    x, y = nucleus["centroid"]
-    return [[(x, y)]]
+    return [[nucleus["centroid"]]]
 
 
 def element_outlines(element):
@@ -241,8 +240,8 @@ def mask_cells(path, slide_size):
     slide_width, slide_height = slide_size or (width, height)
     scale = slide_width / width, slide_height / height
     if min(scale) < 1 or not 0.99 <= scale[0] / scale[1] <= 1.01:
-        raise InputError(f"{path}: masks of {width} x {height} px, a slide of {slide_width} x {slide_height}; "
-                         "masks of the whole slide are needed, at its size or of a smaller copy")
+        raise InputError(f"{path}: {width} x {height} px, its slide {slide_width} x {slide_height}; masks of "
+                         "the whole slide are needed, at its size or of a smaller copy")
     return label_centroids(labels) * scale
 
 
@@ -264,13 +263,12 @@ def read_labels(path):
                 return image.asarray()
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a whole slide is no decompression bomb
     try:
-        image = Image.open(path)
+        with Image.open(path) as image:
+            if image.mode not in ("L", "I", "I;16", "I;16B"):
+                raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
+            return np.asarray(image)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-    with image:
-        if image.mode not in ("L", "I", "I;16", "I;16B"):
-            raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
-        return np.asarray(image)
 
 
 def label_centroids(labels):

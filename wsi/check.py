@@ -1,4 +1,4 @@
-"""python data.py check --data NAME: what lies in a data set's folder, what is missing and where to get it."""
+"""python data.py check --data NAME: what is in a data set's folder, what is missing and where to get it."""
 from collections import Counter
 from pathlib import Path
 
@@ -16,13 +16,14 @@ WHERE = {  # where to get a data set, and its layout
     "demo": ("made by python train.py; synthetic", SLIDES_LAYOUT),
     "lung": ("the GDC: python data.py manifest --data lung; LUAD, LUSC", SLIDES_LAYOUT),
     "brca": ("the GDC: python data.py manifest --data brca; IDC, ILC", SLIDES_LAYOUT),
-    "paad": ("slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or classical "
-             "per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for labels.csv",
-             SLIDES_LAYOUT),
-    "bright": ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB, UDH, FEA, ADH, DCIS, IC, "
-               "split train or validation (the paper tests on the official validation part); for bright3 and bright6",
-               SLIDES_LAYOUT),
-    "mhist": ("bmirds.github.io/MHIST, after registering", "{0}/images/*.png, {0}/annotations.csv as it comes"),
+    "paad": ("slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or "
+             "classical per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for "
+             "labels.csv", SLIDES_LAYOUT),
+    "bright": ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB, UDH, FEA, ADH, DCIS, "
+               "IC, split train or validation (the paper tests on the official validation part); for bright3 "
+               "and bright6", SLIDES_LAYOUT),
+    "mhist": ("bmirds.github.io/MHIST, after registering",
+              "{0}/images/*.png, {0}/annotations.csv as it comes"),
     "chaoyang": ("bupt-ai-cz.github.io/HSA-NRL, after registering",
                  "{0}/train.json, {0}/test.json, images at the names in them"),
 }
@@ -30,7 +31,7 @@ OWN = ("your own", SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of 
 
 
 def check(args, found, error):
-    """Prints what lies there; 1 if something is missing or has to be looked at, else 0.
+    """Prints what is there; 1 if something is missing or has to be looked at, else 0.
 
     found: the wsi.folders.Data, or None with the error that kept it from being read.
     """
@@ -41,7 +42,8 @@ def check(args, found, error):
     if error:
         print("missing:", error)
         return 1
-    problems = [f"{path}: unfinished; run gdc-client download again" for path in gdc.unfinished(folder / "slides")]
+    problems = [f"{path}: unfinished; run gdc-client download again"
+                for path in gdc.unfinished(folder / "slides")]
     print(f"{found.kind}: {len(found.images)}")
     if found.kind == "slides":
         problems += check_slides(found, args)
@@ -64,7 +66,7 @@ def mpp_of(path, slide_mpp):
 
 
 def check_slides(found, args):
-    """Opens every slide and prints where its um/px are from; one line for each that is odd or cannot be read."""
+    """Opens every slide, prints where its um/px are from; a line for each that is odd or cannot be read."""
     problems, sources, values = [], Counter(), Counter()
     tasks = [(path, args.slide_mpp) for path in found.images.values()]
     for _, result, error in in_processes(mpp_of, tasks, args.workers, "slides"):
@@ -94,7 +96,7 @@ def print_split(found):
 
 
 def check_cells(found):
-    """Prints whose cells are there; one line for each image that has none of --prior, or none that can be read."""
+    """Prints whose cells are there; one line for each image that has none of --prior or no readable ones."""
     problems, cells = [], Counter()
     for name, path in found.images.items():
         file = cell_file(found, name if found.kind == "slides" else str(Path(name).with_suffix("")))

@@ -1,8 +1,8 @@
 """Synthetic H&E slides of two classes that differ only in how the cells are arranged: glands and nests.
 
-Both have units of the same size with the same number of nuclei, the same white space, stroma and lymphocytes. In
-a gland the nuclei stand in a ring around a lumen; in a nest they fill the disc and the white lies around it.
-Colours are Beer-Lambert's: light = white * exp(-density of H * vector of H - density of E * vector of E).
+Both have units of the same size with the same number of nuclei, the same white space, stroma and lymphocytes.
+In a gland the nuclei form a ring around a lumen; in a nest they fill the disc and the white is around it.
+Colours follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E).
 """
 import numpy as np
 import tifffile
@@ -44,7 +44,7 @@ def draw(field, x, y, a, b, angle, value):
 
 
 def place(rng, count, sample, gap):
-    """count points (x, y) of sample() with at least gap between any two; fewer where no more fit."""
+    """count points (x, y) of sample() with at least gap between any two; fewer if no more fit."""
     points = np.zeros((0, 2))
     for _ in range(60 * count):
         point = sample()
@@ -66,7 +66,8 @@ class Canvas:
         self.fibres = smooth_noise(rng, shape, 3) * 0.5 + smooth_noise(rng, shape, 12)
         self.eosin = np.where(self.tissue, 0.32 + 0.07 * self.fibres, 0).astype(np.float32)
         self.haematoxylin = np.where(self.tissue, 0.04, 0).astype(np.float32)
-        self.clear, self.body, self.taken = np.zeros((3, *shape), np.float32)  # lumina and clefts; units; both
+        # Lumina and clefts; units; both.
+        self.clear, self.body, self.taken = np.zeros((3, *shape), np.float32)
         self.nuclei = []
 
     def nucleus(self, x, y, a, b, angle, density):
@@ -77,7 +78,7 @@ class Canvas:
 
 
 def draw_units(canvas, label):
-    """Glands (a ring of nuclei around a lumen) or nests (a disc of nuclei in a cleft), on a hexagonal grid."""
+    """Glands (a ring of nuclei around a lumen) or nests (a disc of nuclei in a cleft) on a hexagonal grid."""
     rng = canvas.rng
     rows, columns = int(HEIGHT / SPACING / 0.87) + 1, int(WIDTH / SPACING) + 1
     for i, j in [(i, j) for j in range(rows) for i in range(columns)]:
@@ -125,11 +126,12 @@ def draw_stroma(canvas):
 
 
 def stain(rng, haematoxylin, eosin):
-    """Beer-Lambert: densities (h, w) to uint8 RGB (h, w, 3); each slide is stained by another hand."""
+    """Beer-Lambert: densities (h, w) to uint8 RGB (h, w, 3); each slide's stains differ a little."""
     strength = rng.uniform(0.9, 1.12, 2)
     vectors = [np.clip(v + rng.normal(0, 0.02, 3), 0.02, None) for v in STAINS[:2]]
     vectors = [v / np.linalg.norm(v) for v in vectors]
-    densities = haematoxylin * np.float32(1.3 * strength[0]), np.clip(eosin, 0, None) * np.float32(strength[1])
+    densities = (haematoxylin * np.float32(1.3 * strength[0]),
+                 np.clip(eosin, 0, None) * np.float32(strength[1]))
     h, e = (ndimage.gaussian_filter(density, 0.6) for density in densities)  # the microscope's sharpness
     white, noise = rng.uniform(236, 247), 2 * rng.standard_normal(h.shape, np.float32)
     image = np.empty((*h.shape, 3), np.uint8)
@@ -144,7 +146,8 @@ def render(label, seed):
     canvas = Canvas(np.random.default_rng(seed))
     draw_units(canvas, label)
     body, haematoxylin = canvas.body, canvas.haematoxylin
-    eosin = np.where((body > 0.5) & canvas.tissue, 0.22 + 0.03 * canvas.fibres, canvas.eosin).astype(np.float32)
+    in_unit = (body > 0.5) & canvas.tissue
+    eosin = np.where(in_unit, 0.22 + 0.03 * canvas.fibres, canvas.eosin).astype(np.float32)
     empty = (canvas.clear > 0.5) & ((body < 0.5) | ((label == "glands") & (body < 1.5)))
     draw_stroma(canvas)
     haematoxylin[empty] = np.where(haematoxylin[empty] > 0.3, haematoxylin[empty], 0)
@@ -157,8 +160,9 @@ def write_slide(folder, name, label, seed):
     image, nuclei = render(label, seed)
     np.savetxt(folder / "truth" / f"{name}.csv", nuclei, fmt="%.2f", delimiter=",", header="x,y", comments="")
     with atomic_write(folder / "slides" / f"{name}.svs") as temp:
+        about = f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}"
         tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
-                         description=f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}")
+                         description=about)
 
 
 def make_demo(folder, seed=0, workers=2, patients=PATIENTS):

@@ -1,6 +1,6 @@
-"""What lies in a data set's folder (A.1): slides or ready-cut crops, and labels.csv. Layouts: docs/data.md.
+"""What is in a data set's folder (A.1): slides or ready-cut crops, and labels.csv. Layouts: docs/data.md.
 
-What is made from it (tiles, cells, the split) stands under datasets/<name>/; the user's folder is only read.
+What is made from it (tiles, cells, the split) goes to datasets/<name>/; the user's folder is only read.
 """
 import json
 from dataclasses import dataclass, field
@@ -12,20 +12,22 @@ from common.files import read_csv
 from wsi.slides import SLIDE_TYPES, by_stem
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+          "test": "test"}
 
 
 @dataclass
 class Data:
-    """A data set on disk. images: {name: file}, slides or crops; labels: {name: {"label", "patient", "split"}}.
+    """A data set on disk.
 
-    patient is what has to stay in one split: a patient, or a source tile or group of ready-cut crops.
+    images: {name: file}, slides or crops; labels: {name: {"label", "patient", "split"}}. patient is what has
+    to stay in one split: a patient, or a source tile or group of ready-cut crops.
     """
 
     name: str
     source: Path  # the user's folder
     work: Path  # datasets/<name>
-    mpp: float  # um/px of the crops; None where nobody said
+    mpp: float  # um/px of the crops; None if not given
     kind: str  # "slides" or "crops"
     images: dict
     prior: str = "auto"  # whose cells: one of PRIORS
@@ -39,7 +41,7 @@ class Data:
 
 
 def find_folder(data, mpp=None, prior="auto", root="datasets"):
-    """The data set of a name in DATASETS or of a folder, its split as labels.csv has it ("" where it has none).
+    """The data set of a name in DATASETS or of a folder; its split is labels.csv's ("" if it has none).
 
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
     InputError in one line for what is missing.
@@ -49,7 +51,8 @@ def find_folder(data, mpp=None, prior="auto", root="datasets"):
     source = Path(root) / FOLDERS.get(data, data) if known else Path(data)
     if not source.is_dir():
         raise InputError(
-            f"{source}/ is not there; python data.py check --data {data} says where to get it and what goes where"
+            f"{source}/ is not there; "
+            f"python data.py check --data {data} says where to get it and what goes where"
             if known else f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}")
     name = FOLDERS.get(data, data) if known else safe_name(source)
     kind, images, rows = read_layout(data, source)
@@ -65,7 +68,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets"):
 
 
 def read_layout(data, source):
-    """(kind, {name: file}, rows of labels or []) of a folder; a row has where, name, label, patient, split."""
+    """(kind, {name: file}, label rows or []) of a folder; rows have where, name, label, patient, split."""
     if data in CLASSES:
         rows = read_mhist(source) if data == "mhist" else read_chaoyang(source)
         folder = source / "images" if data == "mhist" else source
@@ -86,7 +89,7 @@ def read_layout(data, source):
 
 
 def image_files(rows, folder):
-    """{name: file} of the images that rows name; InputError where one lies outside the folder or is not there."""
+    """{name: file} of the images that rows name and that exist; InputError if one is outside the folder."""
     for row in rows:
         name = Path(row["name"])
         if name.is_absolute() or ".." in name.parts:
@@ -95,7 +98,7 @@ def image_files(rows, folder):
 
 
 def slide_of(name, images):
-    """The name of a slide that labels.csv gives with or without its file's ending."""
+    """The name of a slide, which labels.csv gives with or without its file's extension."""
     known_ending = Path(name).suffix.lower() in SLIDE_TYPES
     return Path(name).stem if name not in images and known_ending else name
 
@@ -103,7 +106,7 @@ def slide_of(name, images):
 # ---------------------------------------------------------------- labels
 
 def read_table(path):
-    """Column names and rows of a labels.csv, as read_csv gives them; InputError without slide,label or image,label."""
+    """read_csv of a labels.csv; InputError without rows, or without columns slide,label or image,label."""
     names, rows = read_csv(path)
     if "label" not in names or not {"slide", "image"} & set(names):
         raise InputError(f"{path}: its first line has to name the columns slide,label (or image,label), "
@@ -135,7 +138,7 @@ def bright_rows(rows, data):
 
 
 def read_mhist(source):
-    """Rows of MHIST as it comes: annotations.csv, with its official Partition."""
+    """Rows of MHIST as distributed: annotations.csv, with its official Partition."""
     table = source / "annotations.csv"
     names, rows = read_csv(table)
     columns = ("image name", "majority vote label", "partition")
@@ -150,7 +153,7 @@ def read_mhist(source):
 
 
 def read_chaoyang(source):
-    """Rows of Chaoyang as it comes: train.json and test.json, lists of {"name": file, "label": 0 to 3}."""
+    """Rows of Chaoyang as distributed: train.json and test.json, lists of {"name": file, "label": 0 to 3}."""
     out, classes = [], CLASSES["chaoyang"]
     for part in ("train", "test"):
         table = source / f"{part}.json"
@@ -170,21 +173,22 @@ def read_chaoyang(source):
 
 
 def check_patch_rows(rows, data):
-    """InputError where a row of MHIST or Chaoyang has another label or split than these sets have."""
+    """InputError if a row of MHIST or Chaoyang has a label or split that the data set does not have."""
     for row in rows:
         if row["label"] not in CLASSES[data]:
             raise InputError(f"{row['where']}: label {row['label']!r} of {row['name']} is none of "
                              f"{', '.join(CLASSES[data])}")
         if row["split"] not in ("train", "test"):
-            raise InputError(f"{row['where']}: Partition {row['split']!r} of {row['name']} is neither train nor test")
+            raise InputError(f"{row['where']}: Partition {row['split']!r} of {row['name']} "
+                             "is neither train nor test")
     return rows
 
 
 def check_rows(rows, images, what):
     """{name: {"label", "patient", "split"}} of rows; split is "" where it is left open.
 
-    InputError for: no label, an unknown split, a name twice, a name without a file, a file without a name, fewer
-    than two classes, a split for some rows only.
+    InputError for: no label, an unknown split, a name twice, a name without a file, a file without a name,
+    fewer than two classes, a split for some rows only.
     """
     out = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""python data.py look SLIDE: a slide, its tissue, its tiles and a tile with its cells, as training would get them."""
+"""python data.py look SLIDE: a slide, its tissue, tiles and a tile with its cells, as training gets them."""
 import tempfile
 from pathlib import Path
 
@@ -41,7 +41,8 @@ def look(args):
         xy, side = cells_of(path, slide, args), CROP * mpp / slide.mpp  # level-0 px of a tile
         inside = [xy[((xy >= corner) & (xy < corner + side)).all(1)] for corner in corners]
         cells = [(found - corner) * (CROP / side) for found, corner in zip(inside, corners)]  # px of the tile
-        shown = int(np.argsort([len(found) for found in inside])[len(inside) * 3 // 4])  # many cells, not the most
+        by_cells = np.argsort([len(found) for found in inside])
+        shown = int(by_cells[len(inside) * 3 // 4])  # many cells, not the most
         tile = np.asarray(Image.open(files[shown]).convert("RGB"))
     priors = torch.stack([bin_centroids(found, CROP) for found in cells])
     print(f"{path}: {slide.width} x {slide.height} px, {slide.mpp:g} um/px by {slide.source}"
@@ -75,7 +76,8 @@ def draw(slide, corners, side, tile, cells, p_c, out):
         axis.imshow(image, cmap="gray")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-    axes[2].add_collection(squares(corners / unit, side / unit, facecolor="none", edgecolor="#00a040", linewidth=0.6))
+    axes[2].add_collection(squares(
+        corners / unit, side / unit, facecolor="none", edgecolor="#00a040", linewidth=0.6))
     grid = int(len(p_c) ** 0.5)
     p, patches = CROP / grid, p_c.nonzero().flatten().tolist()
     axes[3].add_collection(squares(

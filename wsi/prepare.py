@@ -1,7 +1,7 @@
 """Tiles and cells of a data set, made once under datasets/<name>/ (layout: docs/data.md).
 
-crops/<slide>/<x>_<y>.jpg have crops/<slide>.json beside them, and cells/ are in level-0 px. What was made from
-another file (name, size) or with other settings than now is recomputed or refused, never used.
+crops/<slide>/<x>_<y>.jpg have crops/<slide>.json beside them, and cells/ are in level-0 px. What was made
+from another file (name, size) or with other settings than now is recomputed or refused, never used.
 """
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -33,15 +33,17 @@ def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
 
 
 def need_mpp(data):
-    """InputError if nobody said the um/px of the crops."""
+    """InputError if the um/px of the crops is not given."""
     if data.mpp is None:
         raise InputError(f"--data {data.source}: give the um/px of its crops with --mpp "
                          "(2.0 is 5x, 1.0 10x, 0.5 20x)")
 
 
 def describe_cells(count, crops, share, mpp):
-    """One line on cells in crops of CROP px at mpp um/px; share: of the patches that hold one. Warns if P_c hardly
-    tells two regions apart."""
+    """One line on cells in crops of CROP px at mpp um/px, with a warning if P_c is nearly all one region.
+
+    share: of the patches that hold a cell.
+    """
     area = crops * (CROP * mpp / 1000) ** 2  # mm2
     line = (f"{count} cells in {crops} crops, {count / max(area, 1e-9):.0f} per mm2; "
             f"a cell in {share:.1%} of the patches")
@@ -120,7 +122,7 @@ def is_builtin(data, file):
 
 
 def is_of_slide(file, slide):
-    """Were these cells found on this file, or on one that it has replaced since?"""
+    """Were these cells found on this file, and not on one that it has replaced?"""
     try:
         with np.load(file, allow_pickle=False) as archive:
             made_from = {"file_name": str(archive["file_name"]), "file_bytes": int(archive["file_bytes"])}
@@ -140,7 +142,7 @@ def copy_level0(file, copy, slide_mpp, size):
 
 
 def cells_ready(data, name):
-    """The file that a slide's cells are read from, in level-0 px; None if prepare_cells has to make it first."""
+    """The file with a slide's cells in level-0 px; None if prepare_cells has to make it first."""
     file = cell_file(data, name)
     if file is None:
         return None
@@ -151,7 +153,7 @@ def cells_ready(data, name):
 
 
 def prepare_cells(data, workers=2):
-    """Finds or reads the cells of the slides whose tiles are there; one line for each slide that was skipped."""
+    """Finds or reads the cells of the slides that have tiles; one line for each slide that was skipped."""
     todo, missing, given = [], [], []
     ready = {name: info for name in data.images if (info := tile_info(data, name))}
     for name, info in ready.items():
@@ -208,7 +210,7 @@ def cell_files_of_crops(data):
 
 
 def made_from(data, name, cells):
-    """What the cells of a crop are made from, as text: the crop's file, and the file of cells or the um/px."""
+    """What a crop's cells are made from, as text: the crop's file, and the file of cells or the um/px."""
     crop = "{file_name} {file_bytes}".format_map(file_identity(data.images[name]))
     return f"{crop}; {cells.name} {cells.stat().st_mtime_ns}" if cells else f"{crop}; {data.mpp} um/px"
 
@@ -216,8 +218,8 @@ def made_from(data, name, cells):
 def prepare_crop_cells(data, workers):
     """Finds or reads the cells of the crops that have none yet, or that were made from another file.
 
-    All go into one file, cells/crops_<prior>.npz: x, y in px of the CROP px square, each cell's crop, the crops'
-    names and what each was made from. Gives one line for each crop that was skipped.
+    All go into one file, cells/crops_<prior>.npz: x, y in px of the CROP px square, each cell's crop, the
+    crops' names and what each was made from. Gives one line for each crop that was skipped.
     """
     need_mpp(data)
     done, files, failed, todo = read_crop_cells(data), cell_files_of_crops(data), [], {}
@@ -271,7 +273,7 @@ def read_crop_cells(data):
 # ---------------------------------------------------------------- images in memory
 
 def load_crops(paths, workers):
-    """Images uint8 (N, 3, CROP, CROP); indices of the paths that could be read; a line for each that could not."""
+    """Images uint8 (N, 3, CROP, CROP), indices of the paths that were read, a line for each of the others."""
     images = torch.empty(len(paths), 3, CROP, CROP, dtype=torch.uint8)
 
     def load(i):

@@ -24,7 +24,7 @@ from wsi.slides import MASK_MPP, SLIDE_TYPES, Slide, by_stem, file_identity, tis
 
 REGION = 2048  # a region's side, in px that the segmenter sees
 MARGIN = 24.0  # um around a region: more than the built-in detector sees, so that seams agree
-SEAM = 1.0  # um: what two regions find nearer than this on their seam is one cell
+SEAM = 1.0  # um: cells of two regions that are nearer than this at the seam are one
 INSTALL = {
     "cellpose": 'pip install "cellpose>=4"',
     "histomicstk": "pip install --no-deps histomicstk, then "
@@ -44,8 +44,8 @@ def load_segmenter(name):
     except ImportError as error:
         raise InputError(f"--segmenter {name}: {error}; {INSTALL[name]}") from None
     except Exception as error:  # another package's
-        raise InputError(f"--segmenter {name}: cannot be loaded ({one_line(error)}); it downloads its weights "
-                         "once, or put them into ~/.cellpose/models/") from None
+        raise InputError(f"--segmenter {name}: cannot be loaded ({one_line(error)}); it downloads its "
+                         "weights once, or put them into ~/.cellpose/models/") from None
 
 
 def segment_cellpose(image, mpp, sample=None):
@@ -63,9 +63,9 @@ def segment_cellpose(image, mpp, sample=None):
 def segment_histomicstk(image, mpp, sample=None):
     """Nuclei by HistomicsTK (as documented for 1.4), centroids as segment_nuclei gives them.
 
-    Reinhard normalisation, colour deconvolution and Al-Kofahi's detection, as its NucleiDetection does them at
-    20x, but with a largest radius of 12, a least area of 25 and a search radius of 8 px: its own 20, 80 and 10
-    lose half of the nuclei that these find. sample (N, 3): px of the slide, for the normalisation.
+    Reinhard normalisation, colour deconvolution and Al-Kofahi's detection, as its NucleiDetection does them
+    at 20x, but with a largest radius of 12, a least area of 25 and a search radius of 8 px: its own 20, 80
+    and 10 lose half of the nuclei that these find. sample (N, 3): px of the slide, for the normalisation.
     """
     htk = load_segmenter("histomicstk")
     process, pixels = htk.preprocessing, np.reshape(image if sample is None else sample, (1, -1, 3))
@@ -86,14 +86,14 @@ SEGMENTERS = {"builtin": segment_nuclei, "cellpose": segment_cellpose, "histomic
 # ---------------------------------------------------------------- a slide by regions
 
 def working_grid(slide, mpp):
-    """Level to read, how many of its px a side make one working px, and a working px in um and in level-0 px."""
+    """Level to read, its px a side in one working px, and a working px in um and in level-0 px."""
     level, down = slide.level_for(mpp)
     factor = downsample_factor(slide.mpp * down, mpp)
     return level, factor, slide.mpp * down * factor, down * factor
 
 
 def read_box(slide, level, factor, x, y, w, h):
-    """A box in working px as uint8 RGB (h, w, 3), cut off at the slide's edge."""
+    """A box in working px as uint8 RGB (h, w, 3), clipped at the slide's edge."""
     width, height = slide.handle.level_dimensions[level]
     w, h = min(w * factor, width - x * factor), min(h * factor, height - y * factor)
     return np.asarray(slide.read_level(level, x * factor, y * factor, w, h).reduce(factor))
@@ -109,7 +109,7 @@ def slide_regions(path, slide_mpp, segmenter, mpp):
     boxes = [(i * REGION, j * REGION, REGION, REGION) for i, j in np.argwhere(shares.T > 0).tolist()]
     if not boxes:
         raise InputError(f"{path}: no tissue in it; take it out")
-    spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is estimated once per slide, from a few regions
+    spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is estimated once, from a few regions
     sample = [read_box(slide, level, factor, x, y, min(w, 1024), min(h, 1024)) for x, y, w, h in spread]
     if segmenter == "builtin":
         stain = estimate_thresholds(sample, px)
@@ -134,14 +134,17 @@ def segment_region(path, slide_mpp, segmenter, mpp, stain, box):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # another package's: this slide is listed, the others go on
-        raise InputError(f"{path}: {segmenter} failed on it ({one_line(error)}); segment it elsewhere") from None
+        raise InputError(f"{path}: {segmenter} failed on it ({one_line(error)}); "
+                         "segment it elsewhere") from None
     low, high = np.array([x, y]) - SEAM / px, np.array([x + w, y + h]) + SEAM / px
     return xy[((xy >= low) & (xy < high)).all(1)] * down
 
 
 def merge_seams(regions, near):
-    """The cells (K, 2) of a slide from those of its regions (K_i, 2): two that different regions found within
-    near px of each other are one."""
+    """The cells (K, 2) of a slide from those of its regions, each (K_i, 2).
+
+    Two cells that different regions found within near px of each other are one.
+    """
     xy, owner = np.concatenate(regions), np.repeat(np.arange(len(regions)), [len(r) for r in regions])
     pairs = cKDTree(xy).query_pairs(near, output_type="ndarray")
     doubled = pairs[owner[pairs[:, 0]] != owner[pairs[:, 1]]]
@@ -150,7 +153,7 @@ def merge_seams(regions, near):
 
 def save_cells(path, xy, **more):
     """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and what they were made from."""
-    xy = np.clip(xy, -1e9, 1e9)  # nothing lies beyond, and float32 has an end
+    xy = np.clip(xy, -1e9, 1e9)  # far beyond any slide; float32 has a limit
     xy = xy[np.lexsort((xy[:, 0], xy[:, 1]))].astype(np.float32)
     with atomic_write(path) as temp, open(temp, "wb") as file:
         np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], **more)
@@ -159,8 +162,8 @@ def save_cells(path, xy, **more):
 def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
     """Segments slides by regions over several processes and writes <folder>/<segmenter>/<slide>.npz.
 
-    tasks: [(path, slide_mpp), ...]; mpp: um/px that the segmenter sees. A slide is written as soon as its last
-    region is done. Gives {path: why it failed}.
+    tasks: [(path, slide_mpp), ...]; mpp: um/px that the segmenter sees. A slide is written as soon as its
+    last region is done. Gives {path: why it failed}.
     """
     failed, found, regions = {}, {}, []
     todo = [(path, slide_mpp, segmenter, mpp) for path, slide_mpp in tasks]
@@ -176,8 +179,8 @@ def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
         left[path] -= 1
         if not left[path] and path not in failed:
             parts = [xy for _, xy in sorted(found.pop(path).items())]
-            near = SEAM / Slide(path, slide_mpp[path]).mpp
-            save_cells(folder / segmenter / f"{path.stem}.npz", merge_seams(parts, near), **file_identity(path))
+            merged = merge_seams(parts, SEAM / Slide(path, slide_mpp[path]).mpp)
+            save_cells(folder / segmenter / f"{path.stem}.npz", merged, **file_identity(path))
     return failed
 
 
@@ -186,7 +189,7 @@ def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
 def arguments(argv):
     parser = argparse.ArgumentParser(
         prog="python -m wsi.segment", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Finds the cells of slides; run it again to go on with the rest.")
+        description="Finds the cells of slides; run it again to continue with the rest.")
     add = parser.add_argument
     add("slides", nargs="+", type=Path, metavar="SLIDE", help="slides, or folders of slides")
     add("--segmenter", default="builtin", choices=list(SEGMENTERS),
@@ -194,7 +197,7 @@ def arguments(argv):
     add("--out", default="cells", type=Path, help="cells go to OUT/<segmenter>/<slide>.npz; use <data>/cells")
     add("--slide-mpp", type=float, help="um/px of slides that record none")
     add("--mpp", type=float, default=WORK_MPP,
-        help="um/px that the segmenter sees, about: whole px are averaged")
+        help="approximate um/px that the segmenter sees: whole px are averaged")
     add("--workers", type=int,
         help="processes (1 for cellpose, as each of them holds its model, else one per core)")
     args = parser.parse_args(argv)

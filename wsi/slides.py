@@ -1,6 +1,6 @@
 """Slides (A.1): reading at a target in um/px, tissue, tiles of 224 px.
 
-Levels are never counted. Coordinates of tiles and cells on a slide are level-0 px, x before y.
+Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a slide are level-0 px, x first.
 """
 import json
 import os
@@ -24,7 +24,7 @@ SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu"
 
 
 def by_stem(files, types):
-    """{stem: file} of the files of these types; InputError if two share a stem, as crops and cells are named by it."""
+    """{stem: file} of files of these types; InputError if two share a stem, as it names crops and cells."""
     out = {}
     for path in sorted(files):
         if path.suffix.lower() not in types or path.name.startswith(".") or not path.is_file():
@@ -111,8 +111,8 @@ class Slide:
         if not self.mpp:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it; give it with --slide-mpp "
-                             "(0.25 for 40x, 0.5 for 20x)")
+            raise InputError(f"{path}: no um/px and no magnification is recorded in it; "
+                             "give it with --slide-mpp (0.25 for 40x, 0.5 for 20x)")
         self.width, self.height = self.handle.dimensions
 
     def level_for(self, mpp):
@@ -189,7 +189,7 @@ def tissue_shares(picture, mpp, x_edges, y_edges):
     return count / np.outer(y1 - y0, x1 - x0)
 
 
-BLOCK = 2560  # px a side, at least, of what is read at once: large, so that few tiles of the file are decoded twice
+BLOCK = 2560  # px a side, at least, that are read at once: large, so that few file tiles are decoded twice
 
 
 @dataclass
@@ -238,7 +238,7 @@ def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
     down: level-0 px of a px of the block.
     """
     image, side = on_white(block.image), CROP * mpp / slide_mpp
-    x = np.arange(block.i, block.i + block.columns + 1) * side / down - block.left  # tile borders, px of the block
+    x = np.arange(block.i, block.i + block.columns + 1) * side / down - block.left  # borders, px of the block
     y = np.arange(block.j, block.j + block.rows + 1) * side / down - block.top
     factor = max(1, int(MASK_MPP / (slide_mpp * down)))
     small = np.asarray(image.reduce(factor))
@@ -251,19 +251,20 @@ def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
 
 
 def file_identity(path):
-    """What tells a replaced file from the one that something was made from: its name and size in bytes."""
+    """What tells a replaced file from the original: its name and its size in bytes."""
     return {"file_name": Path(path).name, "file_bytes": Path(path).stat().st_size}
 
 
 def cut_tiles(path, crops, mpp, slide_mpp, tissue):
-    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives its warning or "".
+    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json.
 
-    The JSON holds what they were cut from and with. One thread reads blocks, another resamples and writes
-    them; at most three blocks are held, so memory stays flat.
+    The JSON holds what they were cut from and how. Gives the slide's warning or "". One thread reads blocks,
+    another resamples and writes them; at most three blocks are held, so memory stays flat.
     """
     slide = Slide(path, slide_mpp)
     if slide.mpp > 1.25 * mpp:
-        raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; give a larger --mpp")
+        raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; "
+                         "give a larger --mpp")
     name, down = Path(path).stem, slide.level_for(mpp)[1]
     part, count, waiting = crops / f".{name}.{os.getpid()}.part", 0, deque()
     shutil.rmtree(part, ignore_errors=True)

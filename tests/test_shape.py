@@ -1,0 +1,75 @@
+"""The shape of the project, read from its imports: what stands where, and which way the arrows run."""
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHOD = ("dirl.py", "mil.py", "prior.py", "data.py", "train.py", "eval.py")
+FOLDERS = ("common", "wsi", "experiments")
+CODE = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
+        for path in [ROOT / name for name in METHOD] + [p for f in FOLDERS for p in (ROOT / f).glob("*.py")]}
+
+
+def imported(tree):
+    """(name of a module, node) of every import; `from a import b` is a.b where that is a module of ours."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield from ((f"{node.module}.{alias.name}" if file_of(f"{node.module}.{alias.name}") else node.module,
+                         node) for alias in node.names)
+
+
+def file_of(name):
+    """The file of one of our own modules, or None."""
+    file = name.replace(".", "/") + ".py"
+    return file if file in CODE else None
+
+
+ARROWS = {file: {file_of(name) for name, _ in imported(tree)} - {None} for file, tree in CODE.items()}
+
+
+def test_no_module_reaches_itself():
+    reached = {file: set(to) for file, to in ARROWS.items()}
+    for _ in reached:
+        for file, to in reached.items():
+            to |= {further for one in list(to) for further in reached[one]}
+    assert not [file for file, to in reached.items() if file in to]
+
+
+def test_arrows_run_downwards():
+    """Who may import whom: a file's own folder, and what stands behind it here."""
+    below = {"experiments/": ("experiments/", "data.py", "mil.py", "prior.py", "dirl.py", "wsi/", "common/"),
+             "train.py": ("data.py", "dirl.py", "wsi/", "common/"),
+             "eval.py": ("data.py", "mil.py", "prior.py", "dirl.py", "wsi/", "common/"),
+             "data.py": ("prior.py", "wsi/", "common/"), "wsi/": ("wsi/", "prior.py", "common/"),
+             "common/": ("common/", "dirl.py"), "prior.py": (), "dirl.py": (), "mil.py": ()}
+    for file, to in ARROWS.items():
+        allowed = next(names for start, names in below.items() if file.startswith(start))
+        assert all(other.startswith(allowed) for other in to) if allowed else not to, (file, to)
+
+
+def test_the_method_can_be_copied_out():
+    allowed = {"dirl.py": {"torch"}, "mil.py": {"torch"}, "prior.py": {"torch", "numpy", "scipy", "PIL"}}
+    for file, packages in allowed.items():
+        roots = {name.split(".")[0] for name, _ in imported(CODE[file])}
+        assert roots <= packages | sys.stdlib_module_names, file
+
+
+def test_own_modules_are_imported_at_the_top():
+    for file, tree in CODE.items():
+        at_top = set(tree.body)
+        inside = [name for name, node in imported(tree) if file_of(name) and node not in at_top]
+        assert not inside, (file, inside)
+
+
+def test_functions_fit_a_screen():
+    for file, tree in CODE.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and "arguments" not in node.name:
+                assert node.end_lineno - node.lineno < 60, (file, node.name)
+
+
+def test_top_level_is_what_the_readme_shows():
+    files = {path.name for path in ROOT.glob("*.py")}
+    assert files == {*METHOD, "test_dirl.py"}
