@@ -14,7 +14,6 @@ Writes patches.csv (a row per fold) and patches_predictions.csv (the folds' mean
 Nothing is chosen on the test set, and an encoder that has seen a test image is refused.
 """
 import argparse
-import csv
 import os
 import sys
 from pathlib import Path
@@ -27,30 +26,13 @@ from tqdm import tqdm
 
 import dirl
 import mil
-from common.classify import (
-    SETTINGS,
-    fine_tune,
-    fit_linear,
-    fit_logistic,
-    make_folds,
-    pixel_statistics,
-    unit,
-)
+from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
-from common.encoders import (
-    attention_of,
-    check_device,
-    find_encoder,
-    in_batches,
-    load_encoder,
-    random_encoder,
-    represent,
-    use_bf16,
-)
+from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, read_features
 from common.figures import plot_distribution, plot_overlays, spread
-from common.files import atomic_write, file_stamp, print_table, write_csv
+from common.files import atomic_write, file_stamp, merge_csv, print_table, write_csv
 from common.measures import DRAWS, bootstrap, measures_of
 from data import Crops, check_unseen, collate, find_data
 from prior import bin_centroids
@@ -58,6 +40,7 @@ from wsi.prepare import load_crops, prepare_tiles, tile_info
 from wsi.slides import CROP
 
 MEASURES = ("accuracy", "AUC", "macro F1")
+PATCH_KEYS = ("data", "encoder", "training")  # rows of patches.csv with other keys stay
 
 
 # ---------------------------------------------------------------- flags
@@ -125,8 +108,8 @@ def patches_arguments(argv):
     add("--milestones", type=int, nargs="*",
         help="epochs after which lr is divided by 10; change with --epochs; 20 30 40 for chaoyang")
     add_common(add, 128, "of folds, training, random encoder and bootstrap")
-    parser.set_defaults(**SETTINGS["mhist"])
-    parser.set_defaults(**SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
+    parser.set_defaults(**classify.SETTINGS["mhist"])
+    parser.set_defaults(**classify.SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
     args = parser.parse_args(argv)
     check_ranges(args, folds=(2, 1000), lr=(0, 10), weight_decay=(0, 10))
     return check_common(args)
@@ -135,8 +118,8 @@ def patches_arguments(argv):
 def check_common(args):
     check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(1, 1024), seed=(0, 2 ** 31),
                  split_seed=(0, 2 ** 31))
-    check_device(args.device)
-    args.bf16 = use_bf16(args.precision, args.device)
+    encoders.check_device(args.device)
+    args.bf16 = encoders.use_bf16(args.precision, args.device)
     return args
 
 
@@ -234,7 +217,7 @@ def classify_slides(found, run, names, args):
 
     means = {part: torch.stack([bag.mean(0) for bag, _ in bags[part]]).cpu().numpy()
              for part in ("train", "test")}
-    linear = fit_logistic(means["train"], [label for _, label in bags["train"]])
+    linear = classify.fit_logistic(means["train"], [label for _, label in bags["train"]])
     truth = np.array([label for _, label in bags["test"]])
     table, over = [], f"{len(scores)} test slides"
     for measure, values in zip(MEASURES, list(zip(*rows))[1:]):
@@ -252,8 +235,7 @@ def count_attention(encoder, about, found, run, args):
     Also draws both pictures, the overlay with P_c if all of these crops have their cells.
     """
     part = "test" if found.split("test") else "train"
-    crops = Crops(found, found.split(part), with_cells=False)
-    celled = Crops(found, found.split(part))
+    crops, celled = (Crops(found, found.split(part), with_cells) for with_cells in (False, True))
     has_cells = len(celled) == len(crops)
     crops = Subset(celled if has_cells else crops, spread(len(crops), args.attention_crops))
     aggregated = embed(lambda x: attention_of(encoder, x), crops, args, "attention")
@@ -268,17 +250,16 @@ def count_attention(encoder, about, found, run, args):
               f"Cells come from python train.py, or from {found.source}/cells/.")
     title = f"{about['data']}, {about['arch']}, {about['method']}"
     plot_distribution(aggregated, title, run / "attention_distribution.png")
-    shown = [crops[i] for i in spread(len(crops), args.overlays)]
-    priors = [bin_centroids(cells, CROP) for _, cells in shown] if has_cells else None
-    plot_overlays([image for image, _ in shown],
-                  {"aggregated attention": aggregated[spread(len(crops), args.overlays)]}, priors,
-                  run / "attention_overlay.png")
+    chosen = spread(len(crops), args.overlays)
+    images, cells = zip(*(crops[i] for i in chosen))
+    priors = [bin_centroids(xy, CROP) for xy in cells] if has_cells else None
+    plot_overlays(images, {"aggregated attention": aggregated[chosen]}, priors, run / "attention_overlay.png")
     return table
 
 
 def evaluate_slides(args):
-    path = find_encoder(args.checkpoint, run_name(args.data))
-    encoder, about = load_encoder(path)
+    path = encoders.find_encoder(args.checkpoint, run_name(args.data))
+    encoder, about = encoders.load_encoder(path)
     encoder.to(args.device)
     run, mpp = path.parent, args.mpp or (None if args.data in DATASETS else about["mpp"])
     found = find_data(args.data, mpp, args.prior, args.split_seed)
@@ -301,7 +282,7 @@ def evaluate_slides(args):
         names = extract(encoder, found, run / "features", file_stamp(path), args)
         made += ["features/", *(f"{kind}/" for kind in args.export)]
         if "clam" in args.export:
-            print(export_clam(run / "features", names, run / "clam"))
+            export_clam(run / "features", names, run / "clam")
         if "csv" in args.export:
             export_csv(found, run / "features", names, run / "csv")
     if slides and found.labels:
@@ -320,11 +301,14 @@ def evaluate_slides(args):
 # ---------------------------------------------------------------- patches
 
 def find_patches(args):
-    """The data set of labelled images; InputError if it is not one, or a class has no test image."""
+    """The data set of labelled images; InputError if it is none, or a class has no test image."""
+    folder = Path(args.data)
+    if folder.is_dir() and not (folder / "labels.csv").is_file():
+        raise InputError(f"{folder}/labels.csv: is not there; write it with the columns image,label[,split]")
     found = find_data(args.data, None, "auto", args.split_seed)
-    if found.kind != "crops" or not found.labels:
-        raise InputError(f"{found.source}/labels.csv: has no column image, or is not there; patches are "
-                         "images with labels (image,label), for slides: python eval.py slides")
+    if found.kind != "crops":
+        raise InputError(f"{found.source}/labels.csv: has no column image; patches are images, "
+                         "for slides: python eval.py slides")
     there = {found.labels[name]["label"] for name in found.split("test")}
     missing = [label for label in found.classes if label not in there]
     if missing:
@@ -336,14 +320,14 @@ def encoders_of(found, args):
     """{name: encoder, None for pixels} of --encoder, and the run folder that the results go to."""
     out, arch, run = {}, "vit_t", Path("runs") / "_".join([run_name(args.data), *args.encoder])
     if "checkpoint" in args.encoder or args.checkpoint:
-        path = find_encoder(args.checkpoint)
-        encoder, about = load_encoder(path)
+        path = encoders.find_encoder(args.checkpoint)
+        encoder, about = encoders.load_encoder(path)
         run, arch = path.parent, about["arch"]
         if "checkpoint" in args.encoder:
             check_unseen(found, found.split("test"), about["trained_on"], path)
             out[run.resolve().name] = encoder
     if "random" in args.encoder:
-        out[f"random {args.arch or arch}"] = random_encoder(args.arch or arch, args.seed)
+        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed)
     if "pixels" in args.encoder:
         out["pixels"] = None
     return out, run
@@ -355,33 +339,18 @@ def fold_results(encoder, images, labels, folds, test, classes, args, name):
     if encoder is not None:
         encoder.to(args.device)
     if encoder is None:
-        features = pixel_statistics(images)
+        features = classify.pixel_statistics(images)
     elif linear:
         features = in_batches(lambda x: represent(encoder, x, args.bf16), images, args.batch,
                               "features").numpy()
     for k, (train, val) in enumerate(folds, 1):
         if linear:
-            predict, loss, kept = fit_linear(features, labels, train, val)
+            predict, loss, kept = classify.fit_linear(features, labels, train, val)
             yield predict(features[test]), loss, kept
         else:
-            predict, loss, kept = fine_tune(encoder, images, labels, train, val, classes, args,
+            predict, loss, kept = classify.fine_tune(encoder, images, labels, train, val, classes, args,
                                             1000 * args.seed + k, f"{name}, fold {k}")
             yield predict(images[test]), loss, kept
-
-
-def keep_rows(path, rows):
-    """Writes rows (dicts) to a CSV; its rows of another data set, encoder or training are kept."""
-    def key(row):
-        return row.get("data"), row.get("encoder"), row.get("training")
-    new, old = {key(row) for row in rows}, []
-    if path.is_file():
-        with open(path, encoding="utf-8", newline="") as file:
-            old = [row for row in csv.DictReader(file) if key(row) not in new and None not in row]
-    with atomic_write(path) as temp, open(temp, "w", encoding="utf-8", newline="") as file:
-        columns = dict.fromkeys(name for row in old + rows for name in row)
-        writer = csv.DictWriter(file, list(columns), restval="")
-        writer.writeheader()
-        writer.writerows(old + rows)
 
 
 def evaluate_patches(args):
@@ -395,10 +364,10 @@ def evaluate_patches(args):
     groups = np.array([row["patient"] for row in rows])
     is_test = np.array([row["split"] == "test" for row in rows])
     train, test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
-    folds = make_folds(labels[train], groups[train], found.classes, args.folds, args.seed)
+    folds = classify.make_folds(labels[train], groups[train], found.classes, args.folds, args.seed)
     folds = [(train[a], train[b]) for a, b in folds]
     print(f"{args.data}: {len(train)} training and {len(test)} test images of {', '.join(found.classes)}; "
-          f"{args.folds} folds, stratified, of whole {unit(groups[train])}")
+          f"{args.folds} folds, stratified, of whole {classify.unit(groups[train])}")
     if not args.linear and any(encoders.values()):
         print(f"fine-tuning on {args.device}: AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
               f"batch {args.batch}, {args.epochs} epochs, "
@@ -408,7 +377,7 @@ def evaluate_patches(args):
                "training": "linear" if args.linear or encoder is None else "fine-tuned"}
         results = fold_results(encoder, images, labels, folds, test, len(found.classes), args, name)
         mean = report_folds(results, folds, labels[test], groups[test], key, run, args)
-        keep_rows(run / "patches_predictions.csv", [
+        merge_csv(run / "patches_predictions.csv", PATCH_KEYS, [
             key | {"image": rows[i]["image"], "group": rows[i]["patient"], "label": rows[i]["label"]}
             | {f"score {c}": f"{v:.4f}" for c, v in zip(found.classes, score)}
             for i, score in zip(test, mean)])
@@ -435,13 +404,13 @@ def report_folds(results, folds, truth, groups, key, run, args):
         table.append(key | {"fold": k, "accuracy": accuracy, "auc": area, "val_loss": f"{loss:.4f}",
                             "kept": kept, "train": len(folds[k - 1][0]), "val": len(folds[k - 1][1]),
                             "test": len(truth)})
-        keep_rows(run / "patches.csv", table)  # now: the next fold may take an hour
+        merge_csv(run / "patches.csv", PATCH_KEYS, table)  # now: the next fold may take an hour
     spreads = (f"{np.mean(v):.4f} ± {np.std(v, ddof=1):.4f}" for v in zip(*values))
     show("mean", *spreads, f"{key['training']}, sd over {len(folds)} folds")
     intervals = bootstrap(truth, mean, groups, args.seed)
     bounded = (f"{v:.4f} ({low:.4f} to {high:.4f})"
                for v, (low, high) in zip(measures_of(truth, mean), intervals))
-    show("mean score", *bounded, f"95 %, {DRAWS} draws of {len(set(groups))} test {unit(groups)}")
+    show("mean score", *bounded, f"95 %, {DRAWS} draws of {len(set(groups))} test {classify.unit(groups)}")
     return mean
 
 

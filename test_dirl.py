@@ -1,4 +1,4 @@
-"""Tests of the mathematics (eq. 1 to 9, P_c, views, DSMIL, schedules): brute force, cases by hand, invariants."""
+"""Tests of the mathematics: eq. 1 to 9, P_c, views, DSMIL, schedules; brute force, by hand, invariants."""
 import math
 import random
 

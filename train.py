@@ -7,7 +7,7 @@ The same command resumes a stopped run; every step draws its random numbers from
 import math
 import signal
 import sys
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -159,8 +159,9 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def loader_of(crops, args, start, last):
-    """Batches of crops with their cells, for the steps from start to last."""
+def loader_of(crops, args, start, steps):
+    """Batches of crops with their cells, from step start to the last, or for --max-steps."""
+    last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     cuda = torch.device(args.device).type == "cuda"
     return DataLoader(crops, batch_sampler=batches(len(crops), args.batch, start, last, args.seed),
                       collate_fn=collate, num_workers=args.workers if cuda else 0, pin_memory=cuda)
@@ -178,15 +179,13 @@ def train(args):
     optimizer = build_optimizer(student)
 
     # Files: a stopped run is resumed, if its settings are the same.
-    parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
-    run = Run(args, run_name(args.data), found.mpp, len(crops), seen, parts)
+    run = Run(args, run_name(args.data), found.mpp, len(crops), seen,
+              student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
     step = start = run.resume()
-    last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     announce(args, run, found, len(crops), steps, start)
 
-    log = Log(run.folder / "log.csv", list(student.heads), start, steps)
-    with closing(log), stop_signals() as stop:
-        for images, cells in loader_of(crops, args, start, last):
+    with Log(args, list(student.heads), start, steps) as log, stop_signals() as stop:
+        for images, cells in loader_of(crops, args, start, steps):
             # Schedules: learning rate, weight decay and the teacher's momentum change at every step.
             rate, momentum = set_schedules(optimizer, args, step, steps, warmup)
 
@@ -203,10 +202,11 @@ def train(args):
             loss, each = loss_fn(output, target, args.teacher_temp)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            value = loss.item()
 
             # Every parameter's gradient is clipped on its own; one that is not finite ends the run.
-            if not math.isfinite(loss.item()) or not clip_gradients(list(student.parameters()), args.clip):
-                raise FloatingPointError(run.diverged(step, loss.item()))
+            if not math.isfinite(value) or not clip_gradients(list(student.parameters()), args.clip):
+                raise FloatingPointError(run.diverged(step, value))
 
             # The heads' last layers are frozen in the first epoch.
             if step < args.freeze_last_layer * per_epoch:
@@ -221,8 +221,7 @@ def train(args):
             step += 1
             due = step == steps or step % (per_epoch * args.probe_epochs) == 0
             probed = probe(teacher.encoder, *probe_sets) if probe_sets and due else None
-            epoch = (step - 1) // per_epoch
-            log.write(step - 1, epoch, loss.item(), each, rate, momentum, priors, args, probed)
+            log.write(step - 1, per_epoch, value, each, rate, momentum, priors, probed)
             if stop:
                 break
             run.save_if_due(step, per_epoch)
@@ -240,7 +239,7 @@ def announce(args, run, found, crops, steps, start):
 
 def finish(args, run, log, step, steps, failed, stop):
     """What was written where and what to run next; gives the exit code."""
-    speed = f", {log.speed(step, args.batch):.1f} crops a second" if step > log.start else ""
+    speed = f", {log.speed(step):.1f} crops a second" if step > log.start else ""
     if step < steps:
         print(f"Stopped at step {step} of {steps}{speed}; "
               f"the same command resumes from {run.folder}/checkpoint.pt.")

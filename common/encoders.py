@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 import dirl
 from common.errors import InputError
-from common.files import load_tensors
+from common.files import load_tensors, save_tensors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -61,6 +61,11 @@ def load_encoder(path):
     encoder = dirl.ARCHS[about["arch"]]()
     encoder.load_state_dict(about.pop("encoder"))
     return encoder.eval(), about
+
+
+def save_encoder(path, encoder, **about):
+    """encoder.pt: weights and plain values: arch, method, data, mpp, step, trained_on (data.what_was_seen)."""
+    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(MEAN), "std": list(STD), **about})
 
 
 def random_encoder(arch, seed):

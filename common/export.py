@@ -23,7 +23,7 @@ def is_newer(path, features):
 def export_clam(folder, names, out):
     """CLAM's layout: pt_files/<slide>.pt, a tensor (N, d), and h5_files/<slide>.h5, features and coords.
 
-    Gives a line on what was left out, or "". The .h5 files need h5py, which nothing else here needs.
+    The .h5 files need h5py, which nothing else here needs; without it they are left out, with a line.
     """
     try:
         import h5py
@@ -38,7 +38,8 @@ def export_clam(folder, names, out):
             with np.load(source, allow_pickle=False) as file, \
                     atomic_write(h5) as temp, h5py.File(temp, "w") as to:
                 to["features"], to["coords"] = file["features"], file["coords"]
-    return "" if h5py else f"{out}/h5_files is left out: pip install h5py, then run the same command again"
+    if not h5py:
+        print(f"{out}/h5_files is left out: pip install h5py, then run the same command again")
 
 
 def export_csv(found, folder, names, out):

@@ -70,19 +70,27 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
-def read_csv(path):
+def read_csv(path, only=None):
     """A CSV file as ([column, ...], [(line number, {column: value}), ...]).
 
     Commas, semicolons or tabs; with or without a BOM. Columns are lower-cased, values stripped, blank lines
-    skipped. InputError, with the line, for anything that is not such a table.
+    skipped. only: the columns to keep, to save memory. InputError, with the line, for anything else.
     """
+    rows = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=head.count))
             names = [name.strip().lower() for name in next(reader, [])]
-            rows = [(reader.line_num, [value.strip() for value in row]) for row in reader if any(row)]
+            kept = [(i, name) for i, name in enumerate(names) if only is None or name in only]
+            for row in reader:
+                if any(row[len(names):]):
+                    raise InputError(f"{path}: line {reader.line_num} has {len(row)} fields, the first line "
+                                     f"{len(names)}; put quotes around a field that holds the delimiter")
+                if any(row):
+                    values = {name: row[i].strip() for i, name in kept if i < len(row)}
+                    rows.append((reader.line_num, values))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -90,17 +98,23 @@ def read_csv(path):
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:
         raise InputError(f"{path}: two columns are named {twice[0]}; rename one")
-    for line, row in rows:
-        if len(row) > len(names):
-            raise InputError(f"{path}: line {line} has {len(row)} fields and the first line {len(names)}; "
-                             "put quotes around a field that holds the delimiter")
-    return names, [(line, dict(zip(names, row))) for line, row in rows]
+    return names, rows
 
 
 def write_csv(path, rows):
     """Writes rows (lists), the column names first."""
     with atomic_write(path) as temp, open(temp, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+def merge_csv(path, keys, rows):
+    """Writes rows (dicts) to a CSV; rows that are there and differ from all of these in a value of keys stay."""
+    new, old = {tuple(row[key] for key in keys) for row in rows}, []
+    if path.is_file():
+        with open(path, encoding="utf-8", newline="") as file:
+            old = [row for row in csv.DictReader(file) if tuple(row.get(key) for key in keys) not in new]
+    columns = list(dict.fromkeys(name for row in old + rows for name in row))
+    write_csv(path, [columns, *([row.get(name, "") for name in columns] for row in old + rows)])
 
 
 def print_table(rows):

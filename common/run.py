@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.encoders import MEAN, STD, use_bf16
+from common.encoders import save_encoder, use_bf16
 from common.errors import InputError
 from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
 
@@ -37,14 +37,14 @@ class Run:
     parts: {name: what has a state_dict}, all that resuming needs; seen: what the encoder is trained on.
     """
 
-    def __init__(self, args, name, mpp, crops, seen, parts):
+    def __init__(self, args, name, mpp, crops, seen, **parts):
         self.folder, self.parts, self.seen = Path(args.run), parts, seen
         self.minutes, self.saved = args.save_minutes, time.monotonic()
         self.device, self.bf16 = torch.device(args.device), use_bf16(args.precision, args.device)
         flags = {flag: value for flag, value in vars(args).items() if flag not in RESUMABLE}
-        self.config = (flags | {
+        self.config = flags | {
             "data": name, "mpp": mpp, "precision": "bf16" if self.bf16 else "fp32",
-            "crops": crops, "images": f"{len(seen['images'])} (stamp {stamp_of(seen)})"})
+            "crops": crops, "images": f"{len(seen['images'])} (stamp {stamp_of(seen)})"}
 
     def resume(self):
         """Loads the checkpoint, if any, into the parts; gives the step to continue at."""
@@ -58,15 +58,10 @@ class Run:
         write_json(self.folder / "config.json", self.config)
         return step
 
-    def save_encoder(self, step):
-        """The teacher's encoder and plain values, which load with weights_only=True."""
-        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
-        save_tensors(self.folder / "encoder.pt", {
-            "encoder": self.parts["teacher"].encoder.state_dict(), **about,
-            "mean": list(MEAN), "std": list(STD), "step": step, "trained_on": self.seen})
-
     def save(self, step):
-        self.save_encoder(step)
+        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
+        save_encoder(self.folder / "encoder.pt", self.parts["teacher"].encoder, **about, step=step,
+                     trained_on=self.seen)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
         self.saved = time.monotonic()
@@ -86,8 +81,9 @@ class Run:
 class Log:
     """log.csv and the progress bar of a run that starts or resumes at step start."""
 
-    def __init__(self, path, heads, start, steps):
-        self.start, self.began = start, time.monotonic()
+    def __init__(self, args, heads, start, steps):
+        self.args, self.start, self.began = args, start, time.monotonic()
+        path = Path(args.run) / "log.csv"
         names = ["step", "epoch", "loss", *(f"loss_{head}" for head in heads), "lr", "momentum",
                  "both_regions", "cell_share", "ln_out_dim", *PROBED]
         rows = []
@@ -100,28 +96,30 @@ class Log:
         self.file = open(path, "a", newline="")
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
 
-    def write(self, step, epoch, loss, each, rate, momentum, priors, args, probed):
+    def write(self, step, per_epoch, loss, each, rate, momentum, priors, probed):
         """Adds the row of a step; each: {head: loss}, priors: P_c of the views, probed: probe's result."""
         has_both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
         both = torch.cat(has_both).float().mean().item()
         values = [loss, *(value.item() for value in each.values()), rate]
         csv.writer(self.file).writerow([
-            step, epoch, *(f"{value:.6g}" for value in values), f"{momentum:.8g}", f"{both:.4g}",
-            f"{priors[0].mean().item():.4g}", f"{math.log(args.out_dim):.6g}",
+            step, step // per_epoch, *(f"{value:.6g}" for value in values), f"{momentum:.8g}", f"{both:.4g}",
+            f"{priors[0].mean().item():.4g}", f"{math.log(self.args.out_dim):.6g}",
             *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
         self.file.flush()
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}",
-                             img_s=f"{self.speed(step + 1, args.batch):.0f}")
+        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", img_s=f"{self.speed(step + 1):.0f}")
         if probed:
             tqdm.write(f"step {step + 1}: tokens with attention 0.5 to 2 {probed[1]:.1%}, "
-                       f"20-NN accuracy {probed[3]:.3f} on {args.probe}")
+                       f"20-NN accuracy {probed[3]:.3f} on {self.args.probe}")
 
-    def speed(self, step, batch):
+    def speed(self, step):
         """Crops a second since the start of this call."""
-        return (step - self.start) * batch / (time.monotonic() - self.began)
+        return (step - self.start) * self.args.batch / (time.monotonic() - self.began)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
         self.file.close()
 

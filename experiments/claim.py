@@ -19,20 +19,12 @@ import numpy as np
 import torch
 
 import mil
+from common import encoders
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
 from common.datasets import run_name
-from common.encoders import (
-    MEAN,
-    STD,
-    attention_of,
-    in_batches,
-    load_encoder,
-    random_encoder,
-    represent,
-    use_bf16,
-)
+from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, check_ranges, print_skipped, run_script
-from common.files import atomic_write, file_stamp, save_tensors, stamp_of, write_json
+from common.files import atomic_write, file_stamp, stamp_of, write_json
 from common.flags import arguments as train_arguments
 from common.run import RESUMABLE, check_config, is_finished
 from data import find_data, resample
@@ -60,7 +52,7 @@ def arguments(argv):
         command.add_argument("--out", default="runs/claim",
                              help="folder of the experiment; another for other settings")
         command.add_argument("--pair", nargs=2, metavar="CLASS",
-                             help="show: two classes also compared alone, by the same scores")
+                             help="show: the accuracy and AUC of these two classes alone, by the same scores")
     add = run.add_argument
     add("--data", required=True,
         help="folder of patches with labels.csv: image,label,split[,patient or source_tile]")
@@ -164,10 +156,9 @@ def start(settings, data):
     """Writes encoder.pt of an untrained encoder; 0."""
     path = Path(settings.run) / "encoder.pt"
     if not path.is_file():
-        save_tensors(path, {
-            "encoder": random_encoder(settings.arch, settings.seed).state_dict(), "arch": settings.arch,
-            "method": "none", "data": data, "mpp": settings.mpp, "mean": list(MEAN), "std": list(STD),
-            "step": 0, "trained_on": {"data": data, "images": {}, "patients": []}})
+        encoders.save_encoder(path, encoders.random_encoder(settings.arch, settings.seed), arch=settings.arch,
+                              method="none", data=data, mpp=settings.mpp, step=0,
+                              trained_on={"data": data, "images": {}, "patients": []})
     return 0
 
 
@@ -178,7 +169,7 @@ def measure(folder, functions, load, labels, device):
     todo = {name: function for name, function in functions.items() if name not in done}
     if not todo:
         return
-    on, encoder = load(), load_encoder(folder / "encoder.pt")[0].to(device)
+    on, encoder = load(), encoders.load_encoder(folder / "encoder.pt")[0].to(device)
     for name, function in todo.items():
         done[name] = function(encoder, on)
         if name.startswith("DSMIL"):
@@ -255,7 +246,7 @@ def measures(args, settings):
     Attention is (T, n), aggregated, of each test image, at CROP px and at the global views' size; the others
     are scores (R, T, C) of R folds or trainings, DSMIL's of test bags.
     """
-    device, bf16 = settings.device, use_bf16(settings.precision, settings.device)
+    device, bf16 = settings.device, encoders.use_bf16(settings.precision, settings.device)
 
     def attention(encoder, on, size=CROP):
         whole, flip = torch.tensor([[0., 0, CROP, CROP]]), torch.zeros(1)

@@ -298,7 +298,7 @@ def table_cells(path):
         if x.ndim != 1 or x.shape != y.shape or {x.dtype.kind, y.dtype.kind} - set("iuf"):
             raise ValueError(f"x is {x.dtype} {x.shape}, y {y.dtype} {y.shape}: rows of numbers are needed")
         return np.stack([x, y], 1).astype(np.float64)
-    names, rows = read_csv(path)
+    names, rows = read_csv(path, only=("x", "y"))
     if "x" not in names or "y" not in names:
         raise InputError(f"{path}: its first line has to name columns x and y (level-0 px); rename them")
     xy = np.zeros((len(rows), 2))
