@@ -106,6 +106,12 @@ def set_schedules(optimizer, args, step, steps, warmup):
     return rate, cosine(args.momentum, 1, step, steps)
 
 
+def freeze_last_layers(student):
+    """Takes the gradient from the last layer of every head, so that the optimiser leaves it as it is."""
+    for head in student.heads.values():
+        head.last_layer.weight.grad = None
+
+
 def views_of_step(images, cells, args, step):
     """The step's views and their priors; drop path and views have their own streams, seeded by the step."""
     torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
@@ -182,7 +188,7 @@ def train(args):
     run = Run(args, run_name(args.data), found.mpp, len(crops), seen,
               student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
     step = start = run.resume()
-    announce(args, run, found, len(crops), steps, start)
+    announce(args, run, found, steps, start)
 
     with Log(args, list(student.heads), start, steps) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):
@@ -210,8 +216,7 @@ def train(args):
 
             # The heads' last layers are frozen in the first epoch.
             if step < args.freeze_last_layer * per_epoch:
-                for head in student.heads.values():
-                    head.last_layer.weight.grad = None
+                freeze_last_layers(student)
             optimizer.step()
 
             # The teacher follows the student: theta_t = m theta_t + (1 - m) theta_s.
@@ -230,9 +235,9 @@ def train(args):
     return finish(args, run, log, step, steps, failed, stop)
 
 
-def announce(args, run, found, crops, steps, start):
+def announce(args, run, found, steps, start):
     """One line on what is about to run."""
-    print(f"{crops} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of {args.batch} "
+    print(f"{run.config['crops']} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of {args.batch} "
           f"({args.epochs} epochs), {args.method} {args.arch} on {args.device} in {run.config['precision']}"
           + (f"; resumed at step {start}" if start else ""))
 

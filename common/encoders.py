@@ -64,7 +64,7 @@ def load_encoder(path):
 
 
 def save_encoder(path, encoder, **about):
-    """encoder.pt: weights and plain values: arch, method, data, mpp, step, trained_on (data.what_was_seen)."""
+    """encoder.pt: weights, and arch, method, data, mpp, step, trained_on (data.what_was_seen) in about."""
     save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(MEAN), "std": list(STD), **about})
 
 

@@ -108,7 +108,7 @@ def write_csv(path, rows):
 
 
 def merge_csv(path, keys, rows):
-    """Writes rows (dicts) to a CSV; rows that are there and differ from all of these in a value of keys stay."""
+    """Writes rows (dicts) to a CSV; its rows that differ from all of these in a value of keys are kept."""
     new, old = {tuple(row[key] for key in keys) for row in rows}, []
     if path.is_file():
         with open(path, encoding="utf-8", newline="") as file:
