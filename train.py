@@ -237,8 +237,9 @@ def train(args):
 
 def announce(args, run, found, steps, start):
     """One line on what is about to run."""
-    print(f"{run.config['crops']} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of {args.batch} "
-          f"({args.epochs} epochs), {args.method} {args.arch} on {args.device} in {run.config['precision']}"
+    print(f"{run.config['crops']} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of "
+          f"{args.batch} ({args.epochs} epochs), {args.method} {args.arch} on {args.device} "
+          f"in {run.config['precision']}"
           + (f"; resumed at step {start}" if start else ""))
 
 
