@@ -27,7 +27,7 @@ from common.parallel import call
 from prior import view_prior
 from wsi import check, gdc, look
 from wsi.cells import read_cells
-from wsi.folders import SPLITS, find_folder
+from wsi.folders import SPLITS, find_folder, patient_of
 from wsi.prepare import cells_ready, read_crop, read_crop_cells, tile_info
 from wsi.slides import CROP, file_identity
 
@@ -119,8 +119,8 @@ def draw_split(rows, kept, parts, seed):
 def what_was_seen(found, names):
     """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
     sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
-    return {"data": found.name, "images": sizes,
-            "patients": sorted({found.labels[name]["patient"] for name in names} if found.labels else [])}
+    patients = {found.labels[name]["patient"] if found.labels else patient_of(name) for name in names}
+    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
 
 
 def check_unseen(found, names, seen, path):
@@ -139,8 +139,7 @@ def check_unseen(found, names, seen, path):
     if leaks:
         shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
         raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
-                         f"patients ({shown}); take another encoder, or train one anew with the split of "
-                         f"{found.source}")
+                         f"patients ({shown}); use another encoder, or pre-train again with this split")
 
 
 # ---------------------------------------------------------------- crops with their cells

@@ -116,11 +116,15 @@ def read_table(path):
     return names, rows
 
 
+def patient_of(name):
+    """The patient of an image without one in labels.csv: TCGA's first 12 characters, else the image itself."""
+    return name[:12] if name.startswith("TCGA-") else name
+
+
 def labels_row(path, line, row, name):
-    """A line of labels.csv; the patient is the first 12 characters of TCGA's names, else the image itself."""
-    patient = row.get("patient") or row.get("group") or row.get("source_tile")
-    return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""),
-            "patient": patient or (name[:12] if name.startswith("TCGA-") else name),
+    """A line of labels.csv as a row of read_layout."""
+    patient = row.get("patient") or row.get("group") or row.get("source_tile") or patient_of(name)
+    return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""), "patient": patient,
             "split": row.get("split", "").lower()}
 
 
