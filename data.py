@@ -5,9 +5,9 @@
     python data.py look SLIDE              a picture: slide, tissue, tiles, cells
 
 Views are DINO's (Caron et al. 2021), made on the device for a whole batch, and the cells go through the same
-geometry. Two things differ, for speed: crops are resampled bilinearly (DINO: bicubic), and colour jitter is
-one affine map of RGB (`jitter_matrix`) in which hue turns about the grey axis and only the end result is
-clipped.
+geometry. Two things differ, for speed: crops are resampled bilinearly and without antialiasing (DINO:
+bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`) in which hue turns about the grey
+axis and only the end result is clipped.
 """
 import argparse
 import math
@@ -30,117 +30,6 @@ from wsi.cells import read_cells
 from wsi.folders import SPLITS, find_folder, patient_of
 from wsi.prepare import cells_ready, read_crop, read_crop_cells, tile_info
 from wsi.slides import CROP, file_identity
-
-# ---------------------------------------------------------------- data sets and their split
-
-def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets"):
-    """The data set of a name or a folder with every label's split: a wsi.folders.Data.
-
-    The split is labels.csv's; what that leaves open is in datasets/<name>/split.csv, made once by patient
-    with split_seed. InputError in one line for what is missing or if a patient is in two splits.
-    """
-    found = find_folder(data, mpp, prior, root)
-    complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
-    split_of = {}
-    for name, row in found.labels.items():
-        other = split_of.setdefault(row["patient"], row["split"])
-        if other != row["split"]:
-            raise InputError(
-                f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} ({name}); "
-                f"keep a patient in one split, in labels.csv or {found.work}/split.csv")
-    return found
-
-
-def complete_split(labels, kind, path, seed):
-    """Fills in the split that labels.csv leaves open, in place: all of it, or the validation part of slides.
-
-    labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path stay where they
-    are; new ones are drawn (draw_split) and added to it. The file may be edited.
-    """
-    given, slides = {row["split"] for row in labels.values()}, kind == "slides"
-    if "" in given:
-        parts = ["test", "val"] if slides else ["test"]  # ready-cut crops are evaluated in folds
-    elif given and "val" not in given and slides:
-        parts = ["val"]
-    else:
-        return
-    rows = read_split(path) if path.is_file() else {}
-    undecided = {name: row for name, row in labels.items() if row["split"] in ("", "train")}
-    kept = {row["patient"]: row["split"] for row in rows.values()}
-    kept |= {row["patient"]: rows[name]["split"] for name, row in undecided.items() if name in rows}
-    split_of = draw_split(undecided, kept, parts, seed)
-    for name, row in undecided.items():
-        row["split"] = rows[name]["split"] if name in rows else split_of[row["patient"]]
-    new = undecided.keys() - rows.keys()
-    if new:
-        rows |= {name: labels[name] for name in new}
-        write_csv(path, [("name", "patient", "split")] + [
-            (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
-        print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
-
-
-def read_split(path):
-    """{name: {"patient", "split"}} of a split.csv."""
-    names, rows = read_csv(path)
-    if not {"name", "patient", "split"} <= set(names):
-        raise InputError(f"{path}: its first line has to name the columns name,patient,split")
-    out = {}
-    for line, row in rows:
-        split, name = SPLITS.get(row.get("split", "").lower()), row["name"]
-        if not split or name in out:
-            raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
-        out[name] = {"patient": row.get("patient", ""), "split": split}
-    return out
-
-
-def draw_split(rows, kept, parts, seed):
-    """{patient: split} of all patients in rows ({name: {"label", "patient"}}), by class and seeded.
-
-    kept {patient: split} stay. Of each class a fifth of the patients goes to the first of parts, a fifth of
-    the others to the second (at least one if there are two), the rest to train.
-    """
-    label_of, rng, out = {}, np.random.default_rng(seed), dict(kept)
-    for name in sorted(rows):
-        label_of.setdefault(rows[name]["patient"], rows[name]["label"])
-    for label in sorted(set(label_of.values())):
-        patients = sorted(patient for patient in label_of if label_of[patient] == label)
-        undecided = [patient for patient in rng.permutation(patients).tolist() if patient not in out]
-        left = len(patients)
-        for part in parts:
-            wanted = max(1, round(0.2 * left)) if left > 1 else 0
-            there = sum(kept.get(patient) == part for patient in patients)
-            for _ in range(min(wanted - there, len(undecided))):
-                out[undecided.pop()] = part
-            left -= wanted
-        out |= dict.fromkeys(undecided, "train")
-    return out
-
-
-def what_was_seen(found, names):
-    """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
-    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
-    patients = {found.labels[name]["patient"] if found.labels else patient_of(name) for name in names}
-    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
-
-
-def check_unseen(found, names, seen, path):
-    """InputError if the encoder at path was trained on one of these images or on one of their patients.
-
-    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
-    name counts within one data set, and everywhere for TCGA's.
-    """
-    leaks = []
-    for name in names:
-        patient = found.labels[name]["patient"]
-        comparable = seen["data"] == found.name or patient.startswith("TCGA-")
-        same_image = seen["images"].get(name) == file_identity(found.images[name])["file_bytes"]
-        if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
-            leaks.append(name)
-    if leaks:
-        shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
-        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
-                         f"patients ({shown}); use another encoder, or pre-train again with this split")
-
 
 # ---------------------------------------------------------------- crops with their cells
 
@@ -273,6 +162,24 @@ def resample(images, boxes, flip, size):
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
+def affine(matrix, offset=None):
+    """rgb -> matrix rgb + offset as (B, 4, 4): matrix (B, 3, 3), offset (B, 3)."""
+    out = torch.eye(4, device=matrix.device).repeat(len(matrix), 1, 1)
+    out[:, :3, :3] = matrix
+    if offset is not None:
+        out[:, :3, 3] = offset
+    return out
+
+
+def hue_matrix(turn):
+    """Colours turned about the grey axis by that share of a circle (B,), in YIQ: (B, 3, 3)."""
+    yiq = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=turn.device)
+    cos, sin = torch.cos(2 * math.pi * turn), torch.sin(2 * math.pi * turn)
+    rotation = torch.eye(3, device=turn.device).repeat(len(turn), 1, 1)
+    rotation[:, 1, 1], rotation[:, 1, 2], rotation[:, 2, 1], rotation[:, 2, 2] = cos, sin, -sin, cos
+    return torch.linalg.inv(yiq) @ rotation @ yiq
+
+
 def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     """Colour jitter and grey as one affine map of RGB: (B, 3, 4), rgb -> A rgb + b.
 
@@ -281,29 +188,20 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     grey (B,) bool, done last. order (B, 4): the order of the four, each row a permutation of 0 to 3.
     """
     B, device = len(mean), mean.device
-    eye = torch.eye(4, device=device).expand(B, 4, 4)
-    luma = torch.tensor(GREY, device=device)
-    to_grey = torch.zeros(4, 4, device=device)
-    to_grey[:3, :3], to_grey[3, 3] = luma.expand(3, 3), 1
+    eye, luma = torch.eye(3, device=device), torch.tensor(GREY, device=device)
+    to_grey = luma.expand(3, 3)
     mean = torch.cat([mean, torch.ones(B, 1, device=device)], 1).unsqueeze(-1)  # (B, 4, 1)
-    factor = torch.ones(B, 4, device=device)
-    factor[:, :3] = brightness[:, None]
-    bright = torch.diag_embed(factor)
-    saturate = to_grey + saturation[:, None, None] * (eye - to_grey)
-    yiq = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=device)
-    cos, sin = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
-    turn, hued = eye[:, :3, :3].clone(), eye.clone()
-    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, sin, -sin, cos
-    hued[:, :3, :3] = torch.linalg.inv(yiq) @ turn @ yiq
-    total = eye
+    brightness, contrast, saturation = (v[:, None, None] for v in (brightness, contrast, saturation))
+    brighten, turn_hue = affine(brightness * eye), affine(hue_matrix(hue))
+    saturate = affine(to_grey + saturation * (eye - to_grey))
+    total = affine(eye.expand(B, 3, 3))
     for step in range(4):
-        flat = (total @ mean)[:, :3, 0] @ luma  # the image's mean grey: contrast pivots on it
-        contrasted = eye.clone()
-        contrasted[:, :3, :3] *= contrast[:, None, None]
-        contrasted[:, :3, 3] = ((1 - contrast) * flat)[:, None]
-        choices = torch.stack([bright, contrasted, saturate, hued], 1)  # (B, 4 operations, 4, 4)
+        mean_grey = (total @ mean)[:, :3, 0] @ luma  # of the image so far: contrast pivots on it
+        offset = (1 - contrast[:, 0]) * mean_grey[:, None]
+        contrasted = affine(contrast * eye, offset.expand(B, 3))
+        choices = torch.stack([brighten, contrasted, saturate, turn_hue], 1)  # (B, 4 operations, 4, 4)
         total = choices[torch.arange(B, device=device), order[:, step]] @ total
-    total = torch.where(grey[:, None, None], to_grey @ total, total)
+    total = torch.where(grey[:, None, None], affine(to_grey[None]) @ total, total)
     return total[:, :3]
 
 
@@ -366,11 +264,122 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
               [(LOCAL, local_size, local_scale)] * local_crops]
     views, priors = [], []
     for group in groups:
-        made = [make_view(images, cells, *kind, generator) for kind in group]
+        made = [make_view(images, cells, kind, size, scale, generator) for kind, size, scale in group]
         if made:
             views.append(torch.stack([x for x, _ in made]))
             priors.append(torch.stack([p for _, p in made]))
     return views, priors
+
+
+# ---------------------------------------------------------------- data sets and their split
+
+def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets"):
+    """The data set of a name or a folder with every label's split: a wsi.folders.Data.
+
+    The split is labels.csv's; what that leaves open is in datasets/<name>/split.csv, made once by patient
+    with split_seed. InputError in one line for what is missing or if a patient is in two splits.
+    """
+    found = find_folder(data, mpp, prior, root)
+    complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
+    split_of = {}
+    for name, row in found.labels.items():
+        other = split_of.setdefault(row["patient"], row["split"])
+        if other != row["split"]:
+            raise InputError(
+                f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} ({name}); "
+                f"keep a patient in one split, in labels.csv or {found.work}/split.csv")
+    return found
+
+
+def complete_split(labels, kind, path, seed):
+    """Fills in the split that labels.csv leaves open, in place: all of it, or the validation part of slides.
+
+    labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path stay where they
+    are; new ones are drawn (draw_split) and added to it. The file may be edited.
+    """
+    given, slides = {row["split"] for row in labels.values()}, kind == "slides"
+    if "" in given:
+        parts = ["test", "val"] if slides else ["test"]  # ready-cut crops are evaluated in folds
+    elif given and "val" not in given and slides:
+        parts = ["val"]
+    else:
+        return
+    rows = read_split(path) if path.is_file() else {}
+    undecided = {name: row for name, row in labels.items() if row["split"] in ("", "train")}
+    kept = {row["patient"]: row["split"] for row in rows.values()}
+    kept |= {row["patient"]: rows[name]["split"] for name, row in undecided.items() if name in rows}
+    split_of = draw_split(undecided, kept, parts, seed)
+    for name, row in undecided.items():
+        row["split"] = rows[name]["split"] if name in rows else split_of[row["patient"]]
+    new = undecided.keys() - rows.keys()
+    if new:
+        rows |= {name: labels[name] for name in new}
+        write_csv(path, [("name", "patient", "split")] + [
+            (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
+        print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
+
+
+def read_split(path):
+    """{name: {"patient", "split"}} of a split.csv."""
+    names, rows = read_csv(path)
+    if not {"name", "patient", "split"} <= set(names):
+        raise InputError(f"{path}: its first line has to name the columns name,patient,split")
+    out = {}
+    for line, row in rows:
+        split, name = SPLITS.get(row.get("split", "").lower()), row["name"]
+        if not split or name in out:
+            raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
+        out[name] = {"patient": row.get("patient", ""), "split": split}
+    return out
+
+
+def draw_split(rows, kept, parts, seed):
+    """{patient: split} of all patients in rows ({name: {"label", "patient"}}), by class and seeded.
+
+    kept {patient: split} stay. Of each class a fifth of the patients goes to the first of parts, a fifth of
+    the others to the second (at least one if there are two), the rest to train.
+    """
+    label_of, rng, out = {}, np.random.default_rng(seed), dict(kept)
+    for name in sorted(rows):
+        label_of.setdefault(rows[name]["patient"], rows[name]["label"])
+    for label in sorted(set(label_of.values())):
+        patients = sorted(patient for patient in label_of if label_of[patient] == label)
+        undecided = [patient for patient in rng.permutation(patients).tolist() if patient not in out]
+        left = len(patients)
+        for part in parts:
+            wanted = max(1, round(0.2 * left)) if left > 1 else 0
+            there = sum(kept.get(patient) == part for patient in patients)
+            for _ in range(min(wanted - there, len(undecided))):
+                out[undecided.pop()] = part
+            left -= wanted
+        out |= dict.fromkeys(undecided, "train")
+    return out
+
+
+def what_was_seen(found, names):
+    """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
+    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
+    patients = {found.labels[name]["patient"] if found.labels else patient_of(name) for name in names}
+    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
+
+
+def check_unseen(found, names, seen, path):
+    """InputError if the encoder at path was trained on one of these images or on one of their patients.
+
+    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
+    name counts within one data set, and everywhere for TCGA's.
+    """
+    leaks = []
+    for name in names:
+        patient = found.labels[name]["patient"]
+        comparable = seen["data"] == found.name or patient.startswith("TCGA-")
+        same_image = seen["images"].get(name) == file_identity(found.images[name])["file_bytes"]
+        if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
+            leaks.append(name)
+    if leaks:
+        shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
+        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
+                         f"patients ({shown}); use another encoder, or pre-train again with this split")
 
 
 # ---------------------------------------------------------------- script

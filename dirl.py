@@ -105,15 +105,16 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder: images (B, 3, H, W) to T_L (B, n, d), through the closing LayerNorm; no class token.
+    """The encoder: images (B, 3, H, W) to T_L (B, n, d); no class token, and f is T_L.mean(1).
 
-    H and W are multiples of patch_size (ValueError if not); sizes other than img_size interpolate the
-    position embedding. f is T_L.mean(1). State dict in timm's names.
+    T_L comes out of a closing LayerNorm as ViT's and DINO's tokens do; eq. 2 has none. H and W are multiples
+    of patch_size (ValueError if not); other sizes than img_size interpolate the position embedding. State
+    dict in timm's names (but for vit_h, which timm has not).
     """
 
     def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0):
         super().__init__()
-        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.embed_dim, self.num_heads, self.patch_size = embed_dim, num_heads, patch_size
         self.grid = img_size // patch_size
         self.patch_embed = PatchEmbed(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, embed_dim))
@@ -163,12 +164,12 @@ def vit_s(**kw):
 
 
 def vit_h(drop_path=0.0, **kw):
-    """ViT-H (Table 4): 8 blocks of ViT-S, a linear layer 384 to 192, 4 blocks of ViT-T, trained together."""
+    """ViT-H (Table 4): 8 blocks of ViT-S, 4 of ViT-T, trained together; the linear layer between is ours."""
     model = VisionTransformer(384, 8, 6, **kw)
     tail = [nn.Linear(384, 192)] + [Block(192, 3) for _ in range(4)]
     model.blocks.extend(tail)
     model.norm = nn.LayerNorm(192, eps=1e-6)
-    model.embed_dim = 192
+    model.embed_dim, model.num_heads = 192, 3
     for module in tail:
         module.apply(init_weights)
     blocks = [b for b in model.blocks if isinstance(b, Block)]
@@ -184,7 +185,8 @@ ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h}
 
 def regions_present(prior):
     """P_c (B, n) to two bools (B,): is |P_c| > 0, is |1 - P_c| > 0? Eq. 3 and 8 divide by these."""
-    return prior.sum(-1) > 0, (1 - prior).sum(-1) > 0
+    cells = prior.sum(-1)
+    return cells > 0, cells < prior.shape[-1]
 
 
 def region_mean(tokens, region):
@@ -212,26 +214,29 @@ def disentangle_masks(prior):
     """
     same = prior.unsqueeze(-1) == prior.unsqueeze(-2)  # (B, n, n)
     eye = torch.eye(prior.shape[-1], dtype=torch.bool, device=prior.device)
-    shut = torch.zeros(same.shape, device=prior.device)
-    return shut.masked_fill(~same, -math.inf), shut.masked_fill(same & ~eye, -math.inf)
+    zero = torch.zeros(same.shape, device=prior.device)
+    m_self = zero.masked_fill(~same, -math.inf)
+    m_cross = zero.masked_fill(same & ~eye, -math.inf)
+    return m_self, m_cross
 
 
 class DisentangleBlock(Block):
     """Eq. 5 to 7: T_L (B, n, d) and P_c (B, n) to T_self and T_cross, each (B, n, d).
 
-    A transformer block used twice with the same weights, once under M_self and once under M_cross;
-    LN, q, k, v and the logits are the same for both and computed once.
+    The layers of a Block, used twice with the same weights, under M_self and under M_cross; LN, q, k, v and
+    the logits are the same for both and computed once. No stochastic depth.
     """
 
     def forward(self, tokens, prior):
         q, k, v = self.attn.project(self.norm1(tokens))
         logits = self.attn.logits(q, k)  # (B, heads, n, n)
-        out = []
-        for mask in disentangle_masks(prior):
+
+        def under(mask):
             attention = (logits + mask.unsqueeze(1)).softmax(-1)  # eq. 5
-            x = tokens + self.drop_path(self.attn.merge(attention.to(v.dtype) @ v))  # eq. 6, 7
-            out.append(x + self.drop_path(self.mlp(self.norm2(x))))
-        return tuple(out)
+            x = tokens + self.attn.merge(attention.to(v.dtype) @ v)  # eq. 6
+            return x + self.mlp(self.norm2(x))  # eq. 7
+        m_self, m_cross = disentangle_masks(prior)
+        return under(m_self), under(m_cross)
 
 
 # ---------------------------------------------------------------- 3.5 heads and loss
@@ -261,7 +266,7 @@ class PairCrossEntropy(torch.autograd.Function):
 
     The plain double loop (in test_dirl.py) keeps a log-softmax for each of its pairs. Here the targets of
     a view are summed first, -<q, log_softmax(x)> = logsumexp(x) - <q, x>, and the gradient is written view
-    by view: besides the student's logits (V, B, K) and their gradient only one view's copy is held.
+    by view: beside logits, targets and gradient there are only the intermediate values of one view.
     student (V, B, K), target (U, B, K), weight (U, V, B).
     """
 
@@ -294,7 +299,7 @@ class DINOLoss(nn.Module):
     student (V, B, K): all views, the U global ones first; teacher (U, B, K). Every student view is compared
     with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). The loss is the mean over the pairs that count,
-    0 if none does; the centre takes only the teacher's rows that count.
+    0 if none does. Every call moves the centre, by the teacher's rows whose region is present.
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
@@ -343,14 +348,17 @@ class DiRL(nn.Module):
         self.method, self.encoder = method, encoder
         d = encoder.embed_dim
         if method == "dirl":
-            self.disentangle = DisentangleBlock(d, d // 64)
+            self.disentangle = DisentangleBlock(d, encoder.num_heads)
             self.disentangle.apply(init_weights)
         self.heads = nn.ModuleDict({
             name: DINOHead(d, disentangled_dim if name in DISENTANGLED else out_dim)
             for name in METHODS[method]})
 
     def represent(self, images, prior):
-        """images (B, 3, H, W), P_c (B, n) to {name: f_name (B, d)} and {name: is its region present (B,)}."""
+        """images (B, 3, H, W), P_c (B, n) to {name: f_name (B, d)} and {name: is its region present (B,)}.
+
+        f_cb is the cells' mean, and present if cells are, even without background (M_cross is then i = j).
+        """
         tokens = self.encoder(images)  # T_L (B, n, d)
         if self.method == "baseline":
             everywhere = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -362,20 +370,20 @@ class DiRL(nn.Module):
             f["cc"], f["bb"] = cell_back_pool(t_self, prior)  # eq. 8
             f["cb"], f["bc"] = cell_back_pool(t_cross, prior)
         has_cell, has_back = regions_present(prior)
-        present = {name: has_cell if name[0] == "c" else has_back for name in f}  # the region that is pooled
-        return f, present
+        pooled = dict(c=has_cell, b=has_back, cc=has_cell, bb=has_back, cb=has_cell, bc=has_back)
+        return f, {name: pooled[name] for name in f}
 
     def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per size, the global ones first; priors: (V_i, B, n) to match.
 
         Gives {name: (logits (V, B, K), present (V, B))} over all V views.
         """
-        B, out = views[0].shape[1], {}
-        sizes = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        out, B = {}, views[0].shape[1]
+        of_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
         for name, head in self.heads.items():
-            f = torch.cat([f[name] for f, _ in sizes])  # (V B, d)
-            present = torch.cat([present[name] for _, present in sizes])  # (V B,)
-            out[name] = head(f).unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
+            f_name = torch.cat([f[name] for f, _ in of_size])  # (V B, d)
+            there = torch.cat([present[name] for _, present in of_size])  # (V B,)
+            out[name] = head(f_name).unflatten(0, (-1, B)), there.unflatten(0, (-1, B))
         return out
 
 
@@ -428,5 +436,6 @@ def aggregated_attention(attention):
 
 def attention_bins(aggregated):
     """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4), three floats that sum to 1."""
-    low, high = (aggregated < 0.5).float().mean().item(), (aggregated > 2).float().mean().item()
-    return low, 1 - low - high, high
+    low, high = aggregated < 0.5, aggregated > 2
+    middle = (aggregated >= 0.5) & (aggregated <= 2)  # NaN is in no bin
+    return tuple(bin.float().mean().item() for bin in (low, middle, high))

@@ -1,9 +1,10 @@
 """DSMIL (Li et al. 2021), the multiple instance learning of section 3.6; torch alone.
 
 The network is the one of the authors' code when the paper was written (2022: query network with two layers,
-the features themselves as values, 200 epochs); its orthogonal start is from their later code, for the earlier
-one read its start from a file. Theirs keeps the epoch with the best AUC and accuracy, ours the lowest loss,
-both on validation slides.
+the features themselves as values, 200 epochs); its orthogonal start is from their later code, because the
+earlier one reads its initial weights from a file. Two things differ: theirs keeps the epoch with the best AUC
+and accuracy on the slides that it reports, ours the one with the lowest loss on validation slides; and theirs
+classifies by the threshold of each class that is best on the reported slides, ours takes the highest class.
 
 A bag is the feature matrix (N, d) of a slide's N crops; C classes.
 """
@@ -100,7 +101,7 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
         schedule.step()
         with torch.no_grad():
             val_loss = sum(dsmil_loss(*model(x)[:2], y, weights).item() for x, y in val) / len(val)
-        if best_state is None or val_loss < best:
+        if best_state is None or val_loss < best or math.isnan(best):
             best, best_state = val_loss, copy.deepcopy(model.state_dict())
         if progress:
             progress(epoch, total / len(train), val_loss)

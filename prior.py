@@ -1,5 +1,8 @@
 """The cell prior (section 3.2): centroid map C, P_c, the P_c of a view, and a built-in detector of nuclei.
 
+The detector is not the paper's HoVer-Net or Cellpose; with it everything runs with nothing else installed. C
+and its max-pooling are 3.2 as written; training bins the cells of a view into P_c directly (view_prior).
+
 Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the middle of the first px is 0.5.
 """
 import sys

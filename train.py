@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
@@ -26,12 +27,12 @@ from wsi.prepare import describe_cells, load_crops, prepare
 
 # ---------------------------------------------------------------- schedules, gradients, order
 
-def cosine(start, end, step, steps, warmup=0):
-    """The schedule at a step: linear from 0 to start over warmup steps, then half a cosine to end."""
+def cosine(peak, end, step, steps, warmup=0):
+    """The schedule at a step: linear from 0 to peak over warmup steps, then half a cosine to end."""
     if step < warmup:
-        return start * step / warmup
+        return peak * step / warmup
     share = (step - warmup) / max(1, steps - warmup)
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def clip_gradients(parameters, limit):
@@ -80,7 +81,6 @@ def training_crops(args):
 
 def build_models(args):
     """Student, teacher and the loss of every head, on the device; seeded."""
-    torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     encoder = dirl.ARCHS[args.arch](drop_path=args.drop_path)
     student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim).to(args.device)
@@ -90,11 +90,11 @@ def build_models(args):
 
 
 def build_optimizer(student):
-    """AdamW with weight decay on matrices only: biases and norms have none."""
+    """AdamW with weight decay on everything but biases and norms, as DINO."""
     parameters = list(student.parameters())
-    matrices = {"params": [p for p in parameters if p.ndim > 1]}
-    others = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, others], fused=True)
+    decayed = {"params": [p for p in parameters if p.ndim > 1]}
+    biases_and_norms = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, biases_and_norms], fused=True)
 
 
 def set_schedules(optimizer, args, step, steps, warmup):
@@ -107,13 +107,17 @@ def set_schedules(optimizer, args, step, steps, warmup):
 
 
 def freeze_last_layers(student):
-    """Takes the gradient from the last layer of every head, so that the optimiser leaves it as it is."""
+    """Drops the gradient of every head's last layer, so that the optimiser leaves it as it is."""
     for head in student.heads.values():
         head.last_layer.weight.grad = None
 
 
 def views_of_step(images, cells, args, step):
-    """The step's views and their priors; drop path and views have their own streams, seeded by the step."""
+    """The step's views and their priors.
+
+    Drop path and views have random streams of their own, seeded by (seed, step), so that a resumed run draws
+    what the uninterrupted one does; the primes keep the seeds of different runs apart.
+    """
     torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
     generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step + 500_009)
     return make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale,
@@ -123,31 +127,31 @@ def views_of_step(images, cells, args, step):
 # ---------------------------------------------------------------- the probe
 
 def read_probe(folder, count, seed):
-    """(images, labels) of the training part of --probe and of its test part, at most count images each."""
+    """(images, labels) of the training part of --probe and of its test part, at most count each; classes."""
     found, out = find_data(folder), []
     if not found.labels or found.kind != "crops":
         raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
                          "is expected")
     generator = torch.Generator().manual_seed(seed)
     for part in (("train", "val"), ("test",)):
-        names = found.split(*part)
+        names = [name for name, row in found.labels.items() if row["split"] in part]
         names = [names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()]
         images, good, _ = load_crops([found.images[name] for name in names], 4)
         if len(good) < 20:
             raise InputError(f"--probe {folder}: {len(good)} {part[0]} images can be read; "
                              "at least 20 are needed")
         labels = [found.classes.index(found.labels[names[i]]["label"]) for i in good]
-        out.append((images, torch.tensor(labels)))
-    return out
+        out.append((images, np.array(labels)))
+    return *out, len(found.classes)
 
 
-def probe(encoder, train_set, test_set):
+def probe(encoder, train_set, test_set, classes):
     """Shares of the test tokens in the bins of Fig. 4, and the accuracy of 20 nearest neighbours on f."""
     train, test = (in_batches(lambda x: represent(encoder, x), images, 64).numpy()
                    for images, _ in (train_set, test_set))
     aggregated = in_batches(lambda x: attention_of(encoder, x), test_set[0], 64)
-    said = torch.from_numpy(nearest(train, train_set[1].numpy(), test)).argmax(1)
-    return *dirl.attention_bins(aggregated), (said == test_set[1]).float().mean().item()
+    said = nearest(train, train_set[1], test, classes).argmax(1)
+    return *dirl.attention_bins(aggregated), (said == test_set[1]).mean()
 
 
 # ---------------------------------------------------------------- training
@@ -174,7 +178,7 @@ def loader_of(crops, args, start, steps):
 
 
 def train(args):
-    # Data: crops with their cells. Nothing of the test part is ever seen here.
+    # Data: crops with their cells, of the training and validation parts only.
     found, crops, failed, seen = training_crops(args)
     per_epoch = len(crops) // args.batch
     steps, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
@@ -198,21 +202,21 @@ def train(args):
             # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
             views, priors = views_of_step(images, cells, args, step)
 
-            # Only the global views pass through the teacher, all views through the student.
+            # Only the global views, views[0], pass through the teacher; all pass through the student.
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
                 with torch.no_grad():
                     target = teacher(views[:1], priors[:1])
                 output = student(views, priors)
 
-            # Eq. 9 over all pairs of views, in fp32.
+            # Eq. 9 over all pairs of views, in fp32 from here on.
             loss, each = loss_fn(output, target, args.teacher_temp)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            value = loss.item()
 
             # Every parameter's gradient is clipped on its own; one that is not finite ends the run.
-            if not math.isfinite(value) or not clip_gradients(list(student.parameters()), args.clip):
-                raise FloatingPointError(run.diverged(step, value))
+            finite = clip_gradients(list(student.parameters()), args.clip)
+            if not (finite and loss.isfinite()):
+                raise FloatingPointError(run.diverged(step, loss.item()))
 
             # The heads' last layers are frozen in the first epoch.
             if step < args.freeze_last_layer * per_epoch:
@@ -226,7 +230,7 @@ def train(args):
             step += 1
             due = step == steps or step % (per_epoch * args.probe_epochs) == 0
             probed = probe(teacher.encoder, *probe_sets) if probe_sets and due else None
-            log.write(step - 1, per_epoch, value, each, rate, momentum, priors, probed)
+            log.write(step - 1, per_epoch, loss.item(), each, rate, momentum, priors, probed)
             if stop:
                 break
             run.save_if_due(step, per_epoch)
@@ -258,6 +262,7 @@ def finish(args, run, log, step, steps, failed, stop):
 
 
 def main(argv=None):
+    torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
     return run_script("train.py", lambda: train(arguments(argv)), "--batch or --local-crops",
                       "finished slides stay, run it again to go on")
 

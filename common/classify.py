@@ -62,10 +62,12 @@ def pixel_statistics(images):
     return np.stack(out).astype(np.float32)
 
 
-def nearest(train, labels, test, k=20):
-    """Class shares (T, C) among the k nearest of train (N, d) to each of test (T, d), by cosine."""
+def nearest(train, labels, test, classes, k=20):
+    """Class shares (T, classes) among the k nearest of train (N, d) to each of test (T, d), by cosine."""
     model = KNeighborsClassifier(min(k, len(train)), metric="cosine").fit(train, labels)
-    return model.predict_proba(test)
+    shares = np.zeros((len(test), classes))
+    shares[:, model.classes_] = model.predict_proba(test)  # labels (N,) may lack a class
+    return shares
 
 
 def fit_logistic(features, labels, c=1.0, max_iter=2000):

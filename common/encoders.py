@@ -57,7 +57,7 @@ def load_encoder(path):
     about = load_tensors(path)
     if not isinstance(about, dict) or not {"encoder", "arch", "trained_on"} <= about.keys() \
             or about["arch"] not in dirl.ARCHS:
-        raise InputError(f"{path}: is no encoder.pt of this train.py; train it again")
+        raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again")
     encoder = dirl.ARCHS[about["arch"]]()
     encoder.load_state_dict(about.pop("encoder"))
     return encoder.eval(), about

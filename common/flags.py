@@ -10,7 +10,7 @@ from common.encoders import check_device
 from common.errors import InputError, check_mpp, check_ranges
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
-# A hundred steps are few: without fewer outputs and a sharper, faster teacher the loss stays at ln(out_dim).
+# A hundred steps are few: without fewer outputs and a sharper, faster teacher loss_c and loss_b stay at ln K.
 DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, global_size=112, local_size=48,
             lr=4e-3, momentum=0.99, teacher_temp=0.03)
 
@@ -69,12 +69,12 @@ def arguments(argv):
     add("--weight-decay", type=float, default=0.04, help="at the start; none on biases and norms")
     add("--weight-decay-end", type=float, default=0.4, help="at the end")
     add("--clip", type=float, default=3.0, help="largest gradient norm of a parameter; 0 is off")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth of the student")
+    add("--drop-path", type=float, default=0.1, help="stochastic depth of the student's encoder")
     add("--momentum", type=float, default=0.996,
         help="of the teacher at the start, 1 at the end; higher for small batches")
     add("--student-temp", type=float, default=0.1, help="temperature of the student")
     add("--teacher-temp", type=float, default=0.04,
-        help="of the teacher; lower if the loss stays at ln(out_dim)")
+        help="of the teacher; lower if loss_f, or loss_c and loss_b, stay at ln(out_dim)")
     add("--center-momentum", type=float, default=0.9, help="of each head's centre")
     add("--freeze-last-layer", type=int, default=1, help="epochs in which the heads' last layers are frozen")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"],

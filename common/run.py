@@ -67,9 +67,10 @@ class Run:
         self.saved = time.monotonic()
 
     def diverged(self, step, loss):
-        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); "
-                f"{self.folder}/checkpoint.pt is the last good state. "
-                "Try a lower --lr, a longer --warmup-epochs or --precision fp32, with a new --run")
+        checkpoint = self.folder / "checkpoint.pt"
+        kept = f"{checkpoint} is the last good state" if checkpoint.is_file() else "nothing is saved yet"
+        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {kept}. Try a lower "
+                "--lr, a longer --warmup-epochs or --precision fp32, with a new --run")
 
     def save_if_due(self, step, per_epoch):
         """Saves when --save-minutes have passed, at an epoch's end when one minute has."""

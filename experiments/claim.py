@@ -265,7 +265,7 @@ def measures(args, settings):
 
     def neighbours(encoder, on):
         f = features(encoder, on)
-        return nearest(f[on.train], on.labels[on.train], f[on.test])[None]
+        return nearest(f[on.train], on.labels[on.train], f[on.test], len(on.classes))[None]
 
     def logistic(encoder, on):
         f = features(encoder, on)

@@ -117,7 +117,7 @@ def read_table(path):
 
 
 def patient_of(name):
-    """The patient of an image without one in labels.csv: TCGA's first 12 characters, else the image itself."""
+    """The patient of an image where labels.csv names none: TCGA's first 12 characters, else the image."""
     return name[:12] if name.startswith("TCGA-") else name
 
 
