@@ -1,7 +1,6 @@
 import pytest
 import torch
-from PIL import Image
-from synthetic import saved
+from synthetic import saved, write_table
 
 from wsi import demo
 
@@ -26,17 +25,14 @@ def rendered():
     return {label: demo.render(label, [7, i]) for i, label in enumerate(demo.CLASSES)}
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory, rendered):
-    """A folder of eight small plain images of both classes, as slides at 1.0 um/px, with labels.csv."""
-    root = tmp_path_factory.mktemp("given") / "tiny set"
-    (root / "slides").mkdir(parents=True)
-    rows = ["slide,label,patient,split"]
+@pytest.fixture
+def folder(place, rendered):
+    """"tiny set": eight small plain images of both classes, as slides at 1.0 um/px, with labels.csv."""
+    rows = []
     for label, (image, _) in rendered.items():
         for i, split in enumerate(("train", "train", "val", "test")):
-            name = f"{label}_{i}"
             crop = image[600: 1048, 700 + 300 * i: 1148 + 300 * i]
-            Image.fromarray(crop).save(root / "slides" / f"{name}.png")
-            rows.append(f"{name},{label},p{label}{i},{split}")
-    (root / "labels.csv").write_text("\n".join(rows))
-    return root
+            saved(place / "tiny set" / "slides" / f"{label}_{i}.png", array=crop)
+            rows.append(f"{label}_{i},{label},p{label}{i},{split}")
+    write_table(place / "tiny set" / "labels.csv", "slide,label,patient,split", rows)
+    return place / "tiny set"

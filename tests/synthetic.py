@@ -1,9 +1,15 @@
 """Synthetic images and files that several tests use."""
+import csv
+import json
+import os
+
 import numpy as np
 import tifffile
 from PIL import Image
 
+from data import find_data
 from prior import STAINS
+from wsi.prepare import prepare
 
 
 def discs(mpp, centres_um, width_um=120, height_um=120, radius_um=3.5):
@@ -43,12 +49,69 @@ def pyramid(path, image, mpp, levels=(1, 2, 4)):
                        subfiletype=0 if k == 1 else 1)
 
 
+def write(path, content):
+    """Writes text, bytes, or another value as JSON, and the folders above; gives the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    path.write_bytes(content)
+    return path
+
+
+def write_table(path, header, rows):
+    """Writes a CSV file from its lines."""
+    return write(path, "\n".join([header, *rows]))
+
+
+def replace(path, *changes):
+    """Replaces texts of a file: (old, new), ..."""
+    text = path.read_text()
+    for old, new in changes:
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
 def halve(path):
     """Cuts a file off in its middle."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def one_line(capsys, *says):
-    """The last output on stderr is one line that says these things."""
+def rows_of(path):
+    """The rows of a CSV file, as {column: text}."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def arrays_of(path):
+    """The arrays of an npz file, by name; nothing is unpickled."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def times(folder, pattern="*"):
+    """{file: when it was written}, to see what was made again."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern) if path.is_file()}
+
+
+def prepared(data="in", mpp=1.0, **options):
+    """The data set of a folder of slides at 1.0 um/px, with its tiles and cells, and what was skipped."""
+    found = find_data(data, mpp=mpp, **options)
+    return found, prepare(found, 1.0, 0.5, workers=1)
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refused(capsys, main, argv, *says):
+    """A script ends with 2 and one line on stderr that says these things."""
+    capsys.readouterr()
+    assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in says), error

@@ -1,6 +1,5 @@
 """Tests of wsi/cells.py: readers of segmentation results."""
 import json
-import os
 import pickle
 import tracemalloc
 
@@ -8,17 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from synthetic import Evil, write
 
 from common.errors import InputError
 from wsi import cells
 
 SQUARE = [[10, 20], [14, 20], [14, 26], [10, 26], [10, 20]]  # its centroid is (12, 23)
 ELL = [[0, 0], [4, 0], [4, 1], [1, 1], [1, 3], [0, 3]]  # two rectangles: (2, .5) of 4 and (.5, 2) of 2
-
-
-def write(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
 
 
 def refused(path, **named):
@@ -45,7 +40,7 @@ ODD = {"a": {"mag": ["}"]}, "mag": 40, "nuc": NUC, "z": "\"nuc\":{\\"}
 
 @pytest.mark.parametrize("text", [
     json.dumps({"mag": 40, "nuc": NUC}), json.dumps({"nuc": NUC, "mag": 40.0}),
-    json.dumps({"mag": 40, "nuc": NUC}, indent=3), "\ufeff" + json.dumps(ODD).replace(": ", "\t:\r\n")])
+    "\ufeff" + json.dumps(ODD).replace(": ", "\t:\r\n")])
 def test_hovernet_in_slide_mode_is_converted_wherever_mag_stands(tmp_path, chunk, text):
     path = write(tmp_path / "s.json", text)
     assert cells.cell_format(path) == "hovernet"
@@ -70,7 +65,7 @@ ELEMENTS = [{"type": "rectangle", "center": [5.5, 6, 0], "width": 3, "height": 3
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda e: {"elements": e}, lambda e: {"name": "nuclei", "elements": e, "description": ""},
+    lambda e: {"name": "nuclei", "elements": e, "description": ""},
     lambda e: {"_id": 3, "annotation": {"name": "n", "attributes": {"a": {}}, "elements": e}},
     lambda e: [{"annotation": {"elements": e[:3]}}, {"annotation": {"elements": e[3:]}}],
     lambda e: [{"elements": []}, {"elements": e}]])
@@ -99,8 +94,7 @@ POINTS = [[12, 23], [3, 4], [5, 6], [7, 8], [12, 23], [1.5, 1], [12, 23], [9, 9]
 
 
 @pytest.mark.parametrize("wrap", [
-    lambda f: {"type": "FeatureCollection", "features": f}, lambda f: f,
-    lambda f: {"features": f, "crs": {"type": "name"}, "type": "FeatureCollection"}])
+    lambda f: f, lambda f: {"features": f, "crs": {"type": "name"}, "type": "FeatureCollection"}])
 def test_geojson_collections_and_bare_lists(tmp_path, chunk, monkeypatch, wrap):
     monkeypatch.setattr(cells, "BATCH", 3)
     path = write(tmp_path / "s.geojson", wrap(FEATURES))
@@ -109,10 +103,9 @@ def test_geojson_collections_and_bare_lists(tmp_path, chunk, monkeypatch, wrap):
 
 
 def test_geojson_single_feature_and_empty_collection(tmp_path):
-    for one, want in zip((FEATURES[0], FEATURES[2], FEATURES[5]), (POINTS[:1], POINTS[2:4], POINTS[7:8])):
-        np.testing.assert_allclose(cells.read_cells(write(tmp_path / "s.json", one)), want)
-    empty = {"type": "FeatureCollection", "features": []}
-    assert cells.read_cells(write(tmp_path / "s.json", empty)).shape == (0, 2)
+    for one, want in ((FEATURES[2], POINTS[2:4]), ({"type": "FeatureCollection", "features": []}, [])):
+        found = cells.read_cells(write(tmp_path / "s.json", one))
+        np.testing.assert_allclose(found, np.reshape(want, (-1, 2)))
 
 
 def test_measurements_that_are_not_finite_do_not_matter(tmp_path, monkeypatch):
@@ -177,7 +170,6 @@ def save_by_pillow(path, labels, **options):
 
 @pytest.mark.parametrize("name, kind, save, options", [
     ("s_cp_masks.png", np.uint16, save_by_pillow, {}),
-    ("s_cp_masks.tif", np.uint16, tifffile.imwrite, dict(compression="zlib")),
     ("s_cp_masks.tif", np.uint32, tifffile.imwrite, dict(compression="zlib", rowsperstrip=7)),
     ("s_cp_masks.tiff", np.uint32, tifffile.imwrite, dict(tile=(16, 32), bigtiff=True)),
     ("s_cp_masks.tif", np.int32, tifffile.imwrite, dict(byteorder=">")),
@@ -205,24 +197,14 @@ def test_labels_below_0_are_background_and_no_label_is_no_cell(tmp_path):
         assert cells.read_cells(tmp_path / "e_cp_masks.tif").shape == (0, 2)
 
 
-class Evil:
-    """Unpickling it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_a_pickled_seg_npy_is_refused_without_being_executed(tmp_path):
     mark, path = tmp_path / "mark", tmp_path / "s_seg.npy"
-    np.save(path, {"masks": LABELS, "evil": Evil(str(mark))})
+    np.save(path, {"masks": LABELS, "evil": Evil(mark)})
     assert cells.cell_format(path) == "cellpose"
     message = refused(path)
     assert not mark.exists()
     assert "pickle" in message and "--save_tif" in message and "s_cp_masks.tif" in message
-    pickle.loads(pickle.dumps(Evil(str(mark))))
+    pickle.loads(pickle.dumps(Evil(mark)))
     assert mark.exists()  # it would have
 
 
@@ -241,13 +223,12 @@ def test_images_that_are_no_label_images_are_refused(tmp_path):
 # ---------------------------------------------------------------- tables
 
 @pytest.mark.parametrize("name, text", [
-    ("a.csv", "x,y\n2.5,3\n4,5\n"), ("a.csv", "id;Y;type;X\r\n1;3;t;2.5\r\n2;5;t;4\r\n"),
-    ("a.tsv", "X\ty\n2.5\t3\n\n4\t5"), ("a.csv", " x , y \n 2.5 , 3 \n4,5"),
+    ("a.csv", "id;Y;type;X\r\n1;3;t;2.5\r\n2;5;t;4\r\n"), ("a.tsv", "X\ty\n2.5\t3\n\n4\t5"),
     ("a.CSV", "\ufeff\"x\",\"name\",\"y\"\n\"2.5\",\"a,\nb\",\"3\"\n4,c,5\n")])
 def test_tables(tmp_path, name, text):
-    (tmp_path / name).write_bytes(text.encode("utf-8"))
-    assert cells.cell_format(tmp_path / name) == "table"
-    np.testing.assert_allclose(cells.read_cells(tmp_path / name, 0.25, (10, 10)), [[2.5, 3], [4, 5]])
+    path = write(tmp_path / name, text)
+    assert cells.cell_format(path) == "table"
+    np.testing.assert_allclose(cells.read_cells(path, 0.25, (10, 10)), [[2.5, 3], [4, 5]])
 
 
 def test_npz_and_a_table_without_rows(tmp_path):
@@ -257,29 +238,26 @@ def test_npz_and_a_table_without_rows(tmp_path):
     assert cells.cell_format(path) == "table"
     assert cells.read_cells(write(tmp_path / "a.csv", "x,y\n")).shape == (0, 2)
     for bad in (dict(x=["1"], y=["2"]), dict(x=[1], y=[1, 2]), dict(x=[1]), dict(x=[[1]], y=[[2]]),
-                dict(x=[True], y=[True]), dict(x=np.array([{}]), y=[1]), dict(x=[np.nan], y=[1])):
+                dict(x=np.array([{}]), y=[1]), dict(x=[np.nan], y=[1])):
         np.savez(path, **bad)
         refused(path)
 
 
 # ---------------------------------------------------------------- what cannot be read
 
-HOVERNET = ['{}', '5', '{"centroid": ["1", "2"]}', '{"centroid": [1]}', '{"centroid": [NaN, 1]}',
-            '{"centroid": [1e999, 1]}', '{"centroid": [null, 1]}', '{"centroid": [1, 2]']
-HISTOMICSTK = ['{"type": "rectangle"}', '{"center": [1, 2, 0]}', '{"type": "point", "center": ["1", "2"]}',
-               '{"type": "heatmap"}', '{"type": "polyline", "points": []}',
+HOVERNET = ['{}', '{"centroid": ["1", "2"]}', '{"centroid": [1]}', '{"centroid": [NaN, 1]}',
+            '{"centroid": [1e999, 1]}']
+HISTOMICSTK = ['{"center": [1, 2, 0]}', '{"type": "heatmap"}', '{"type": "polyline", "points": []}',
                '{"type": "polyline", "points": [[NaN, 2], [3, 4], [5, 9]]}']
-GEOJSON = ['null', '3', '{"type": "LineString", "coordinates": [[0, 0], [1, 1]]}',
-           '{"type": "Polygon", "coordinates": []}', '{"type": "MultiPoint", "coordinates": []}',
-           '{"type": "Point", "coordinates": [1]}', '{"type": "Point"}']
+GEOJSON = ['null', '{"type": "LineString", "coordinates": [[0, 0], [1, 1]]}',
+           '{"type": "MultiPoint", "coordinates": []}']
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "[]", "{}", "null", "\ufeff", "[1, 2]", '{"nuc": null}', '{"annotation": {"name": "x"}}',
-    '{"type": "FeatureCollection", "features": null}', '{"type": "Feature"}', '{"features": [3]}',
-    '[{"nuc": {"1": {"centroid": [1, 2]}}}]', '{"nuc": {"1": {"centroid": [1, 2]}}',
-    '{"nuc": {"1": {"centroid": [1, 2]}]}', '{"nuc": {"1": {"centroid": [1, 2]}}} {}',
-    *('{"mag": %s, "nuc": {}}' % mag for mag in ('"40"', "0", "-4", "true", "[4]", "1e9")),
+    "", " ", "[]", '{"annotation": {"name": "x"}}', '{"type": "FeatureCollection", "features": null}',
+    '{"type": "Feature"}', '{"features": [3]}', '[{"nuc": {"1": {"centroid": [1, 2]}}}]',
+    '{"nuc": {"1": {"centroid": [1, 2]}}', '{"nuc": {"1": {"centroid": [1, 2]}}} {}',
+    *('{"mag": %s, "nuc": {}}' % mag for mag in ('"40"', "0", "true", "1e9")),
     *('{"nuc": {"1": %s}}' % nucleus for nucleus in HOVERNET),
     *('{"elements": [%s]}' % element for element in HISTOMICSTK),
     *('{"features": [{"type": "Feature", "geometry": %s}]}' % geometry for geometry in GEOJSON)])
@@ -287,33 +265,22 @@ def test_bad_json_is_refused_in_one_line(tmp_path, text):
     refused(write(tmp_path / "a.json", text), slide_mpp=0.5)
 
 
-@pytest.mark.parametrize("name, text", [
-    ("a.csv", ""), ("a.csv", "x,y\n1,b\n"), ("a.csv", "x,y\n1\n"), ("a.csv", "x,y\n1,inf\n"),
-    ("a.csv", "centroid x µm,centroid y µm\n1,2\n"), ("a.csv", "x,y,X\n1,2,3\n"), ("a.csv", "1,2\n3,4\n"),
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "x,y\n1\n"), ("a.csv", "x,y\n1,inf\n"), ("a.csv", "centroid x µm,centroid y µm\n1,2\n"),
     ("a.csv", "x;y\n1,5;2,5\n"), ("a.csv", "x,y\n\"" + "1" * 200_000), ("a.txt", "x,y\n"),
-    ("a.npz", "no zip"), ("a.npz", "PK\x03\x04"), ("a.npy", "\x93NUMPY")])
-def test_bad_tables_are_refused_in_one_line(tmp_path, name, text):
-    refused(write(tmp_path / name, text), slide_mpp=0.5, slide_size=(9, 9))
+    ("a.csv", "x,y,µ\n1,2,3".encode("latin-1")), ("a.npz", "PK\x03\x04"), ("a.bin", bytes(range(256))),
+    ("a.json", '{"nuc": {"1": {"centroid": [1, 2], "type": "über"}}}'.encode("latin-1")),
+    ("a.tif", b"II*\0"), ("a.png", b"\x89PNG\r\n\x1a\n")])
+def test_bad_tables_and_other_bytes_are_refused_in_one_line(tmp_path, name, content):
+    refused(write(tmp_path / name, content), slide_mpp=0.5, slide_size=(9, 9))
 
 
-def test_other_bytes_folders_and_missing_files_are_refused_in_one_line(tmp_path):
-    good = json.dumps({"nuc": {"1": {"centroid": [1, 2], "type": "über"}}}, ensure_ascii=False)
-    table = "x,y,µ\n1,2,3"
-    whole = tmp_path / "whole_cp_masks.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 9, (200, 200)).astype(np.uint16)).save(whole)
-    files = {
-        "a.json": good.encode("utf-16"), "b.json": good.encode("latin-1"), "c.csv": table.encode("latin-1"),
-        "d.csv": table.encode("utf-16"), "e.csv": b"x,y\n\0,\0", "f.bin": bytes(range(256)),
-        "g.tif": b"II*\0", "h.png": b"\x89PNG\r\n\x1a\n", "i.png": whole.read_bytes()[:1000]}
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-        refused(tmp_path / name)
+def test_folders_and_missing_files_are_refused_in_one_line(tmp_path):
     refused(tmp_path)
     refused(tmp_path / "gone.json")
 
 
-@pytest.mark.parametrize("start", [
-    "", '{"nuc": {"1": ', '{"nuc": {"1": {"centroid": ', '{"elements": [', '{"type": "Feature", "a": '])
+@pytest.mark.parametrize("start", ['{"nuc": {"1": ', '{"elements": [', '{"type": "Feature", "a": '])
 @pytest.mark.parametrize("deep", ["[", '{"a":'])
 def test_deep_nesting_is_refused_in_one_line(tmp_path, start, deep):
     refused(write(tmp_path / "deep.json", start + deep * 200_000))

@@ -16,8 +16,9 @@ def imported(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            yield from ((f"{node.module}.{alias.name}" if file_of(f"{node.module}.{alias.name}") else node.module,
-                         node) for alias in node.names)
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if file_of(whole) else node.module, node
 
 
 def file_of(name):
