@@ -12,6 +12,7 @@ axis and only the end result is clipped.
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from prior import view_prior
 from wsi import check, gdc, look
 from wsi.cells import read_cells
 from wsi.folders import SPLITS, find_folder, patient_of
-from wsi.prepare import cells_ready, read_crop, read_crop_cells, tile_info
+from wsi.prepare import cells_ready, read_crop, read_crop_cells, tile_info, tiles_folder
 from wsi.slides import CROP, file_identity
 
 # ---------------------------------------------------------------- crops with their cells
@@ -92,7 +93,9 @@ def slide_crops(data, name, with_cells):
     xy = read_cells(file) if with_cells else np.zeros((0, 2))  # sorted by y
     side, scale = CROP * info["mpp"] / info["slide_mpp"], info["slide_mpp"] / info["mpp"]
     out = []
-    for path in sorted((data.work / "crops" / name).glob("*.jpg")):
+    for path in sorted((tiles_folder(data) / name).glob("*.jpg")):
+        if not re.fullmatch(r"\d+_\d+", path.stem):
+            continue  # somebody put it there
         x, y = (int(v) for v in path.stem.split("_"))
         row = xy[np.searchsorted(xy[:, 1], y): np.searchsorted(xy[:, 1], y + side)]
         row = row[(row[:, 0] >= x) & (row[:, 0] < x + side)]
@@ -273,13 +276,13 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
 
 # ---------------------------------------------------------------- data sets and their split
 
-def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets"):
+def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide_mpp=None):
     """The data set of a name or a folder with every label's split: a wsi.folders.Data.
 
     The split is labels.csv's; what that leaves open is in datasets/<name>/split.csv, made once by patient
     with split_seed. InputError in one line for what is missing or if a patient is in two splits.
     """
-    found = find_folder(data, mpp, prior, root)
+    found = find_folder(data, mpp, prior, root, slide_mpp)
     complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
     split_of = {}
     for name, row in found.labels.items():
@@ -403,8 +406,8 @@ def arguments(argv):
                         help="least share of tissue in a tile, as in train.py")
     looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
     looked.add_argument("--out", help="the picture (look_<slide>.png)")
-    looked.add_argument("--mpp", type=float, default=2.0, help="um/px of the crops (2.0 is the paper's 5x)")
     for sub in (checked, looked):
+        sub.add_argument("--mpp", type=float, help="um/px of the crops (2.0 is the paper's 5x)")
         sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")
         sub.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
     for sub in (manifest, checked):
@@ -421,7 +424,8 @@ def run(args):
         labels = {slide["slide"]: slide | {"split": ""} for slide in slides}
         complete_split(labels, "slides", Path(args.root, args.data, "split.csv"), args.split_seed)
         return 0
-    found, error = call(find_data, (args.data, None, args.prior, args.split_seed, args.root))
+    found, error = call(find_data, (args.data, args.mpp, args.prior, args.split_seed, args.root,
+                                    args.slide_mpp))
     return check.check(args, found, error)
 
 

@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, read_features
 from common.figures import plot_distribution, plot_overlays, spread
-from common.files import atomic_write, file_stamp, merge_csv, print_table, write_csv
+from common.files import atomic_write, file_stamp, merge_csv, print_table, read_npz, write_csv
 from common.measures import DRAWS, bootstrap, measures_of
 from data import Crops, check_unseen, collate, find_data
 from prior import bin_centroids
@@ -134,6 +133,12 @@ def embed(function, crops, args, what):
     return torch.cat([function(images).cpu() for images, _ in bar])
 
 
+def is_current(path, stamp):
+    """Are these features whole, and made from what the stamp says?"""
+    kept = read_npz(path, "features", "coords", "encoder")
+    return bool(kept) and str(kept["encoder"]) == stamp
+
+
 def features_stamp(found, name, encoder_stamp, args):
     """What features are made from: encoder, precision, the slide's file and its tiles; None without tiles."""
     info = tile_info(found, name)
@@ -151,21 +156,13 @@ def extract(encoder, found, folder, encoder_stamp, args):
     """
     stamps = {name: features_stamp(found, name, encoder_stamp, args) for name in sorted(found.images)}
     stamps = {name: stamp for name, stamp in stamps.items() if stamp}
-    todo = [name for name, stamp in stamps.items() if not has_stamp(folder / f"{name}.npz", stamp)]
+    todo = [name for name, stamp in stamps.items() if not is_current(folder / f"{name}.npz", stamp)]
     for name in tqdm(todo, desc="features, slides", leave=False):
         crops = Crops(found, [name], with_cells=False)
         features = embed(lambda x: represent(encoder, x, args.bf16), crops, args, name).numpy()
         with atomic_write(folder / f"{name}.npz") as temp, open(temp, "wb") as file:
             np.savez(file, features=features, coords=crops.corners, encoder=np.array(stamps[name]))
     return list(stamps)
-
-
-def has_stamp(path, stamp):
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return str(file["encoder"]) == stamp
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return False
 
 
 # ---------------------------------------------------------------- slides
@@ -262,7 +259,7 @@ def evaluate_slides(args):
     encoder, about = encoders.load_encoder(path)
     encoder.to(args.device)
     run, mpp = path.parent, args.mpp or (None if args.data in DATASETS else about["mpp"])
-    found = find_data(args.data, mpp, args.prior, args.split_seed)
+    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     slides = found.kind == "slides"
     if args.export and not slides:
         raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
@@ -272,7 +269,7 @@ def evaluate_slides(args):
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)
-    failed = prepare_tiles(found, args.slide_mpp, args.tissue, args.workers) if slides else []
+    failed = prepare_tiles(found, args.tissue, args.workers) if slides else []
     print_skipped(failed)
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))

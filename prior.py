@@ -63,6 +63,7 @@ def view_prior(cells, boxes, flip, size, patch_size=16):
 
 # ---------------------------------------------------------------- built-in detector
 
+DETECTOR = 1  # its version: raise it with every change of what the detector finds
 WORK_MPP = 0.5  # um/px: finer images are averaged down to this; nuclei of 3 um are still 6 px
 SMOOTH, GATHER = 1.9, 0.9  # um: sigma of the density before its gradient is taken, and of the convergence
 MIN_DISTANCE = 1.5  # um: no two seeds nearer than this

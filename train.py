@@ -63,12 +63,14 @@ def training_crops(args):
     if args.data == "demo" and not Path("datasets/demo/labels.csv").is_file():
         print("The demo data is synthetic: slides are drawn into datasets/demo (once).")
         make_demo(Path("datasets/demo"), workers=args.workers)
-    found = find_data(args.data, args.mpp, args.prior, args.split_seed)
-    failed = prepare(found, args.slide_mpp, args.tissue, args.workers)
+    found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
+    failed = prepare(found, args.tissue, args.workers)
     print_skipped(failed)
     crops = Crops(found, found.split("train", "val"), shuffle_seed=args.seed if args.shuffle_prior else None)
-    if len(crops):
-        print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
+    if not len(crops):
+        raise InputError(failed[0] if failed else
+                         f"{found.source}: no crop in it to train on; see python data.py check")
+    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
     owners = crops.owner
     if args.fraction < 1:
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -158,10 +160,10 @@ def probe(encoder, train_set, test_set, classes):
 
 @contextmanager
 def stop_signals():
-    """A list that SIGINT and SIGTERM fill while the block runs, instead of ending the program."""
+    """A list that SIGINT, SIGTERM and SIGHUP fill while the block runs, instead of ending the program."""
     stop = []
     old = {number: signal.signal(number, lambda *_: stop.append(1))
-           for number in (signal.SIGINT, signal.SIGTERM)}
+           for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield stop
     finally:

@@ -5,7 +5,7 @@ import torch
 from tqdm import tqdm
 
 import dirl
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import load_tensors, save_tensors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -19,6 +19,8 @@ def check_device(device):
         kind = torch.device(device).type
     except RuntimeError:
         raise InputError(f"--device {device}: cpu, cuda or cuda:1 is expected") from None
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: runs on cpu and cuda only")
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
 
@@ -55,11 +57,16 @@ def find_encoder(checkpoint, name=""):
 def load_encoder(path):
     """The encoder of an encoder.pt, in eval mode, and the file's other values."""
     about = load_tensors(path)
-    if not isinstance(about, dict) or not {"encoder", "arch", "trained_on"} <= about.keys() \
-            or about["arch"] not in dirl.ARCHS:
+    needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on"}
+    if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again")
     encoder = dirl.ARCHS[about["arch"]]()
-    encoder.load_state_dict(about.pop("encoder"))
+    try:
+        encoder.load_state_dict(about.pop("encoder"))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: its weights are not {about['arch']}'s ({one_line(error)})") from None
+    if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
+        raise InputError(f"{path}: has weights that are not finite; use another one, or pre-train again")
     return encoder.eval(), about
 
 

@@ -1,14 +1,42 @@
 """How scripts fail: one line that names the file or flag and says what to do, and an exit code."""
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line with the file or flag and what to do."""
 
 
+def printable(text):
+    """A text in one line, line breaks and control characters escaped: names of files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def one_line(error):
     """An exception in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+
+
+class Terminal:
+    """stdout or stderr that may be closed at any time: a run outlives its terminal, and a closed pipe."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def check_ranges(args, **limits):
@@ -28,7 +56,7 @@ def check_mpp(value, flag):
 def print_skipped(failed):
     """Prints one line for each file that could not be used."""
     for line in failed:
-        print("skipped:", line)
+        print("skipped:", printable(line))
 
 
 def exit_code_of(failed):
@@ -44,6 +72,12 @@ def run_script(script, run, memory="--batch", again="run it again to go on"):
     An error becomes one line on stderr. memory: the flag to lower when memory runs out; again: what to do
     after a stop.
     """
+    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
+        return run_and_report(script, run, memory, again)
+
+
+def run_and_report(script, run, memory, again):
+    """run_script without its care for closed terminals."""
     try:
         return run()
     except InputError as error:
@@ -53,10 +87,11 @@ def run_script(script, run, memory="--batch", again="run it again to go on"):
     except FloatingPointError as error:
         message, code = error, 1
     except (MemoryError, RuntimeError) as error:
-        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's
+        out_of_memory = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter is torch's
+        if not (out_of_memory or "allocate memory" in str(error)):  # on a CPU torch says it so
             raise
         message, code = f"out of memory; lower {memory}", 1
     except KeyboardInterrupt:
         message, code = f"stopped; {again}", 130
-    print(f"{script}: {message}", file=sys.stderr)
+    print(f"{script}: {printable(message)}", file=sys.stderr)
     return code

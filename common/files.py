@@ -1,14 +1,42 @@
 """Files that are complete or absent: atomic writing, tensors without pickled code, CSV."""
 import csv
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
+import shutil
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 
 from common.errors import InputError
+
+
+def part_of(path):
+    """A temporary name beside path, of this process; removes what killed processes of this machine left."""
+    host = re.sub(r"\W", "", platform.node())
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.part"):
+        number = left.name.removesuffix(".part").rsplit("-", 1)[1]
+        if number.isdigit() and not is_alive(int(number)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
+
+
+def is_alive(process):
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True
 
 
 @contextmanager
@@ -18,7 +46,7 @@ def atomic_write(path):
     The name holds the process number, as two runs may prepare the same slide.
     """
     path = Path(path)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temp = part_of(path)
     try:
         temp.parent.mkdir(parents=True, exist_ok=True)
         yield temp
@@ -65,9 +93,18 @@ def read_json(path):
     """A JSON object; {} if there is none."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_npz(path, *names):
+    """{name: array} of an npz; None if the file, or one of the names in it, is not there or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names or file.files}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error):
+        return None
 
 
 def read_csv(path, only=None):

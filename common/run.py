@@ -1,5 +1,6 @@
 """Writes and reads the files of a pre-training run: config.json, checkpoint.pt, encoder.pt, log.csv."""
 import csv
+import fcntl
 import json
 import math
 import time
@@ -9,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from common.encoders import save_encoder, use_bf16
-from common.errors import InputError
+from common.errors import InputError, one_line
 from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
 
 RESUMABLE = ("run", "workers", "save_minutes", "max_steps", "device", "probe", "probe_epochs", "probe_images",
@@ -31,6 +32,22 @@ def check_config(path, config):
                          "or another folder for a new run (--run)")
 
 
+def lock_folder(folder):
+    """An open file that locks a run's folder while this process lives; InputError if another has the lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); run where you may write") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{folder}: another train.py is writing to it; wait for it, or use another "
+                         "--run") from None
+    return file
+
+
 class Run:
     """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt.
 
@@ -39,6 +56,7 @@ class Run:
 
     def __init__(self, args, name, mpp, crops, seen, **parts):
         self.folder, self.parts, self.seen = Path(args.run), parts, seen
+        self.lock = lock_folder(self.folder)
         self.minutes, self.saved = args.save_minutes, time.monotonic()
         self.device, self.bf16 = torch.device(args.device), use_bf16(args.precision, args.device)
         flags = {flag: value for flag, value in vars(args).items() if flag not in RESUMABLE}
@@ -52,9 +70,15 @@ class Run:
         if checkpoint.is_file():
             check_config(self.folder / "config.json", self.config)
             state = load_tensors(checkpoint)
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
-            step = state["step"]
+            try:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+                step = state["step"]
+                if type(step) is not int or step < 1:
+                    raise ValueError(f"step {step}")
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise InputError(f"{checkpoint}: is damaged or not of this run ({one_line(error)}); "
+                                 "delete it to begin again") from None
         write_json(self.folder / "config.json", self.config)
         return step
 
@@ -89,9 +113,9 @@ class Log:
                  "both_regions", "cell_share", "ln_out_dim", *PROBED]
         rows = []
         if start and path.is_file():
-            with open(path, newline="") as file:
-                rows = list(csv.reader(file))[1:]
-        kept = [row for row in rows if row and row[0].isdigit() and int(row[0]) < start]  # no later steps
+            with open(path, newline="", errors="replace") as file:
+                rows = list(csv.reader(line.replace("\0", "") for line in file))[1:]
+        kept = [row for row in rows if row and row[0].isascii() and row[0].isdigit() and int(row[0]) < start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
         self.file = open(path, "a", newline="")
@@ -129,8 +153,8 @@ def read_log(path):
     """The rows of a log.csv as dicts; [] if there is none."""
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    with open(path, newline="", errors="replace") as file:
+        return list(csv.DictReader(line.replace("\0", "") for line in file))
 
 
 def is_finished(folder):

@@ -1,6 +1,5 @@
 """The table and the pictures of experiments.claim, from the arms' claim.npz and log.csv, with intervals."""
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ import dirl
 from common.encoders import attention_of, load_encoder
 from common.errors import InputError, print_skipped
 from common.figures import draw_distribution, plot_overlays, save_figure, spread
-from common.files import file_stamp, print_table, read_json, write_csv
+from common.files import file_stamp, print_table, read_json, read_npz, write_csv
 from common.measures import DRAWS, auc, bootstrap_indices
 from common.run import PROBED, read_log
 from data import Crops, find_data
@@ -43,14 +42,11 @@ TOKENS = (CROP // 16) ** 2
 # ---------------------------------------------------------------- statistics
 
 def read_measures(path, stamp):
-    """{measure: array} of a claim.npz that was made with this encoder and these labels; {} otherwise."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["stamp"]) != stamp or file["attention"].shape[1] != TOKENS:
-                return {}
-            return {name: file[name] for name in file.files if name not in ABOUT}
-    except (OSError, ValueError, KeyError, BadZipFile):
+    """{measure: array} of a claim.npz made from this encoder and these labels; {} otherwise."""
+    file = read_npz(path)
+    if not file or str(file.get("stamp")) != stamp or file["attention"].shape[1] != TOKENS:
         return {}
+    return {name: values for name, values in file.items() if name not in ABOUT}
 
 
 def draws_of(groups):
@@ -112,16 +108,12 @@ def read_runs(args):
         raise InputError("--pair: two different classes are needed")
     for path in sorted(Path(args.out).glob("*_seed*/claim.npz")):
         arm, seed = path.parent.name.rsplit("_seed", 1)
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                file = {name: archive[name] for name in archive.files}
-            is_current = str(file["stamp"]).startswith(file_stamp(path.parent / "encoder.pt"))
-            if arm not in ARMS or not seed.isdigit():
-                raise ValueError("no arm of this experiment")
-            if file["attention"].shape[1] != TOKENS:
-                raise ValueError("an earlier version made it")
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise InputError(f"{path}: cannot be read ({error}); delete it and run again") from None
+        file = read_npz(path)
+        if arm not in ARMS or not seed.isdigit() or not file or not {*ABOUT, "attention"} <= file.keys():
+            raise InputError(f"{path}: cannot be read as a measured run; delete it and run again")
+        if file["attention"].shape[1] != TOKENS:
+            raise InputError(f"{path}: an earlier version made it; delete it and run again")
+        is_current = str(file["stamp"]).startswith(file_stamp(path.parent / "encoder.pt"))
         if not is_current:
             print(f"left out: {path} is of an earlier encoder; run measures it again")
             continue
@@ -242,12 +234,6 @@ def show(args):
 
 # ---------------------------------------------------------------- pictures
 
-def attention_in(folder):
-    """(T, n), aggregated, of the test images."""
-    with np.load(folder / "claim.npz", allow_pickle=False) as file:
-        return file["attention"]
-
-
 def plot_claim(runs, path):
     """Fig. 4 of each arm (all its seeds), and the middle bin's share and the k-NN accuracy over the epochs.
 
@@ -256,8 +242,10 @@ def plot_claim(runs, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     fig_4, middle, knn = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
-    pooled = {arm: np.concatenate([attention_in(folder).ravel() for _, folder, _ in results])
-              for arm, results in runs.items()}
+    pooled = {}
+    for arm, results in runs.items():
+        of_seed = [read_npz(folder / "claim.npz", "attention")["attention"] for _, folder, _ in results]
+        pooled[arm] = np.concatenate([attention.ravel() for attention in of_seed])
     draw_distribution(fig_4, pooled, COLORS)
     for arm, results in runs.items():
         for points in (probe_curve(folder) for _, folder, _ in results):
@@ -273,8 +261,9 @@ def plot_claim(runs, path):
 def overlay(runs, args, path):
     """The same crops of --overlay with P_c and every arm's aggregated attention (first seed)."""
     encoders = {arm: load_encoder(results[0][1] / "encoder.pt") for arm, results in runs.items()}
-    found = find_data(args.overlay, args.mpp or next(iter(encoders.values()))[1]["mpp"])
-    print_skipped(prepare(found, args.slide_mpp))
+    mpp = args.mpp or next(iter(encoders.values()))[1]["mpp"]
+    found = find_data(args.overlay, mpp, slide_mpp=args.slide_mpp)
+    print_skipped(prepare(found))
     crops = Crops(found, sorted(found.images))
     covered = crops.priors().mean(1)
     mixed = np.flatnonzero((covered > 0.2) & (covered < 0.8))  # crops that have both regions

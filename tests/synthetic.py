@@ -93,10 +93,10 @@ def times(folder, pattern="*"):
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern) if path.is_file()}
 
 
-def prepared(data="in", mpp=1.0, **options):
+def prepared(data="in", mpp=1.0, slide_mpp=1.0, **options):
     """The data set of a folder of slides at 1.0 um/px, with its tiles and cells, and what was skipped."""
-    found = find_data(data, mpp=mpp, **options)
-    return found, prepare(found, 1.0, 0.5, workers=1)
+    found = find_data(data, mpp=mpp, slide_mpp=slide_mpp, **options)
+    return found, prepare(found, 0.5, workers=1)
 
 
 class Evil:

@@ -178,8 +178,8 @@ def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
 # ---------------------------------------------------------------- tiles and cells
 
 def test_cells_reach_their_crops(place, folder):
-    found = find_data(str(folder), mpp=2.0)
-    assert prepare(found, 1.0, 0.3, workers=1) == []
+    found = find_data(str(folder), mpp=2.0, slide_mpp=1.0)
+    assert prepare(found, 0.3, workers=1) == []
     xy = read_cells(place / "datasets" / "tiny_set" / "cells" / "builtin" / "glands_0.npz")
     crops = Crops(found, ["glands_0"])
     assert crops.corners.tolist() == [[0, 0]] and len(crops) == 1
@@ -188,15 +188,15 @@ def test_cells_reach_their_crops(place, folder):
     assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and len(cells) > 50
     assert torch.equal(crops.priors()[0], bin_centroids(xy / 2, 224))
     made = times(place / "datasets")
-    assert prepare(found, 1.0, 0.3, workers=1) == [] and times(place / "datasets") == made  # nothing again
+    assert prepare(found, 0.3, workers=1) == [] and times(place / "datasets") == made  # nothing again
     with pytest.raises(InputError, match="--tissue 0.3"):
-        prepare(found, 1.0, 0.5, workers=1)
+        prepare(found, 0.5, workers=1)
 
 
 def test_a_moved_folder_is_used_and_a_replaced_slide_is_cut_again(place):
     found, failed = prepared()
     assert failed == []
-    tile = place / "datasets" / "in" / "crops" / "good" / "0_0.jpg"
+    tile = place / "datasets" / "in" / "crops" / "1um" / "good" / "0_0.jpg"
     cells, written = Crops(found, ["good"]).cells(0), tile.stat().st_mtime_ns
     (place / "elsewhere").mkdir()
     (place / "in").rename(place / "elsewhere" / "in")
@@ -204,10 +204,30 @@ def test_a_moved_folder_is_used_and_a_replaced_slide_is_cut_again(place):
     assert failed == [] and tile.stat().st_mtime_ns == written
     saved(place / "elsewhere" / "in" / "slides" / "good.png", array=tissue(seed=5))
     assert tile_info(moved, "good") is None and len(Crops(moved, ["good"])) == 0  # the old one is not used
-    assert prepare(moved, 1.0, 0.5, workers=1) == [] and tile.stat().st_mtime_ns != written
+    assert prepare(moved, 0.5, workers=1) == [] and tile.stat().st_mtime_ns != written
     assert not np.array_equal(Crops(moved, ["good"]).cells(0), cells)
-    with pytest.raises(InputError, match="--mpp 1"):
-        prepared("elsewhere/in", mpp=0.8)
+
+
+def test_um_per_px_of_slide_and_crop_are_compared_and_several_stand_side_by_side(place):
+    saved(place / "in" / "slides" / "good.png", array=tissue(500))
+    fine, _ = prepared()
+    made = times(place / "datasets")
+    coarse, failed = prepared(mpp=2.0)
+    assert failed == [] and len(Crops(fine, ["good"])) == 4 and len(Crops(coarse, ["good"])) == 1
+    assert made.items() <= times(place / "datasets").items()  # 10x beside 5x, the cells of both are the same
+    other, failed = prepared(slide_mpp=2.0, mpp=2.0)  # the slide is said to be at another um/px than before
+    assert failed == [] and tile_info(other, "good")["slide_mpp"] == 2.0 and len(Crops(other, ["good"])) == 4
+    assert len(Crops(fine, ["good"])) == 0  # its cells are those of the other um/px now
+    assert len(Crops(find_data("in", mpp=2.0), ["good"])) == 4  # nothing said: as it was cut
+
+
+def test_a_replaced_file_of_cells_is_read_again_whatever_its_time(place):
+    path = place / "in" / "cells" / "good.csv"
+    for i, x in enumerate((20, 30)):
+        write(path, f"x,y\n{x},30\n")
+        os.utime(path, ns=(10 - i, 10 - i))  # the second is older, as cp -p and rsync leave it
+        found, failed = prepared()
+        assert failed == [] and Crops(found, ["good"]).cells(0).tolist() == [[x, 30]]
 
 
 @pytest.mark.parametrize("name", ["good.json", "good_seg.npy", "good_cp_masks.png"])
@@ -253,8 +273,8 @@ def dies_on_killer(path, *rest):
 def test_a_worker_that_is_killed_costs_its_own_slide(place, monkeypatch):
     saved(place / "in" / "slides" / "killer.png")
     monkeypatch.setattr(prepare_py, "cut_tiles", dies_on_killer)
-    found = find_data("in", mpp=1.0)
-    failed = prepare(found, 1.0, 0.5, workers=2)
+    found = find_data("in", mpp=1.0, slide_mpp=1.0)
+    failed = prepare(found, 0.5, workers=2)
     assert len(failed) == 1 and "killer.png" in failed[0]
     assert tile_info(found, "good")["tiles"] == 1
 

@@ -81,7 +81,7 @@ def check_features_and_attention(place, run):
     encoder, _ = load_encoder(run / "encoder.pt")
 
     def tile(name):
-        image = np.asarray(Image.open(place / f"datasets/tiny_set/crops/{name}/0_0.jpg"))
+        image = np.asarray(Image.open(place / f"datasets/tiny_set/crops/2um/{name}/0_0.jpg"))
         return normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255)
     file = arrays_of(run / "features" / "nests_1.npz")
     assert file["features"].shape == (1, 192) and file["features"].dtype == np.float32

@@ -61,8 +61,9 @@ def read_cells(path, slide_mpp=None, slide_size=None):
     converts them, x (10 / slide_mpp) / mag; with "mag" null (tile mode) they are taken as they are.
     HistomicsTK: point, rectangle, ellipse and circle by their center, polyline as a polygon; other elements
     (heat maps, arrows) are skipped. GeoJSON: each point and polygon is a cell, those of a MultiPoint or
-    MultiPolygon too; nucleusGeometry counts before geometry; QuPath's annotations would count as well: export
-    the cells alone. Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the
+    MultiPolygon too; nucleusGeometry counts before geometry; of QuPath's objects only cells and detections
+    count, and the number of the others is printed.
+    Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the
     masks of a smaller copy of the slide. Table: x and y in level-0 px. InputError for what cannot be read.
     """
     path, kind = Path(path), cell_format(path)
@@ -154,16 +155,22 @@ def json_members(path, kind, place):
 def json_cells(path, kind):
     """Cells (K, 2) of a JSON file, in its px."""
     place = find_place(path, kind)
-    xy, outlines, count = [], [], 0
+    xy, outlines, count, left_out = [], [], 0, 0
     for count, member in enumerate(json_members(path, kind, place), 1):
+        if kind == "geojson" and not is_cell(member):
+            left_out += 1
+            continue
         # As arrays: thousands of lists kept alive would start garbage collection again and again.
         outlines += map(np.array, OUTLINES[kind](member))
         if len(outlines) >= BATCH:
             xy.append(ring_centroids(outlines))
             outlines = []
     xy = np.concatenate([*xy, ring_centroids(outlines)])
+    if left_out:
+        print(f"note: {path}: {left_out} of {count} objects are annotations or others, no cells; left out")
     if not len(xy) and (count or place is None):
-        raise InputError(f"{path}: looks like {kind}, but has no point and no outline; write the cells again")
+        raise InputError(f"{path}: looks like {kind}, but has no point and no outline of a cell; "
+                         "write the cells again")
     return xy
 
 
@@ -179,6 +186,11 @@ def element_outlines(element):
     if element["type"] in ("point", "rectangle", "ellipse", "circle"):
         return [[element["center"]]]
     return []
+
+
+def is_cell(feature):
+    """Is a GeoJSON feature one of QuPath's cells or detections, or another program's, without a type?"""
+    return (feature.get("properties") or {}).get("objectType", "cell") in ("cell", "detection")
 
 
 def feature_outlines(feature):
@@ -263,7 +275,7 @@ def read_labels(path):
                 return image.asarray()
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a whole slide is no decompression bomb
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "TIFF")) as image:
             if image.mode not in ("L", "I", "I;16", "I;16B"):
                 raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
             return np.asarray(image)

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
 from common.errors import InputError, check_mpp
 from common.files import read_csv
-from wsi.slides import SLIDE_TYPES, by_stem
+from wsi.slides import SLIDE_TYPES, find_slides
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -30,6 +30,7 @@ class Data:
     mpp: float  # um/px of the crops; None if not given
     kind: str  # "slides" or "crops"
     images: dict
+    slide_mpp: float = None  # um/px of slides that record none, as the user said
     prior: str = "auto"  # whose cells: one of PRIORS
     labels: dict = field(default_factory=dict)
     classes: list = field(default_factory=list)
@@ -40,13 +41,14 @@ class Data:
         return [name for part in parts for name in sorted(self.images) if split_of.get(name, "train") == part]
 
 
-def find_folder(data, mpp=None, prior="auto", root="datasets"):
+def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     """The data set of a name in DATASETS or of a folder; its split is labels.csv's ("" if it has none).
 
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
     InputError in one line for what is missing.
     """
     check_mpp(mpp, "--mpp")
+    check_mpp(slide_mpp, "--slide-mpp")
     known = data in DATASETS
     source = Path(root) / FOLDERS.get(data, data) if known else Path(data)
     if not source.is_dir():
@@ -60,7 +62,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets"):
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
         raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})")
     mpp = mpp or (DATASETS[data][0] if known else None)
-    found = Data(name, source, Path(root) / name, mpp, kind, images, prior)
+    found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
         found.labels = check_rows(rows, images, kind[:-1])
         found.classes = CLASSES.get(data) or sorted({row["label"] for row in found.labels.values()})
@@ -73,19 +75,37 @@ def read_layout(data, source):
         rows = read_mhist(source) if data == "mhist" else read_chaoyang(source)
         folder = source / "images" if data == "mhist" else source
         return "crops", image_files(rows, folder), rows
-    table = source / "labels.csv"
-    names, rows = read_table(table) if table.is_file() else ([], [])
+    table = find_table(source)
+    names, rows = read_table(table) if table else ([], [])
     if "image" in names:
         rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
         return "crops", image_files(rows, source), rows
     if (source / "crops").is_dir() and not (source / "slides").is_dir():
-        files = sorted(path for path in (source / "crops").rglob("*") if path.suffix.lower() in CROP_TYPES)
+        files = sorted(path for path in (source / "crops").rglob("*")
+                       if path.suffix.lower() in CROP_TYPES and path.is_file())
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
     folder = source / "slides"
-    files = folder.rglob("*") if folder.is_dir() else source.iterdir()
-    images = by_stem(files, SLIDE_TYPES)
+    images = find_slides(folder.rglob("*") if folder.is_dir() else files_in(source))
     rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
     return "slides", images, bright_rows(rows, data) if FOLDERS.get(data) == "bright" else rows
+
+
+def find_table(source):
+    """The labels.csv of a folder, or None; InputError for another spelling of it, or for what is no file."""
+    for path in source.iterdir():
+        if path.name.lower() == "labels.csv":
+            if path.name != "labels.csv" or not path.is_file():
+                raise InputError(f"{path}: is not a file named labels.csv; rename it or take it out")
+            return path
+    return None
+
+
+def files_in(source):
+    """The files of a folder without slides/; names its subfolders with slides, which are not used."""
+    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name != "cells"):
+        if find_slides(folder.iterdir()):
+            print(f"note: {folder}: has slides, but subfolders are used in {source}/slides/ only")
+    return source.iterdir()
 
 
 def image_files(rows, folder):
@@ -94,6 +114,7 @@ def image_files(rows, folder):
         name = Path(row["name"])
         if name.is_absolute() or ".." in name.parts:
             raise InputError(f"{row['where']}: image {row['name']!r} lies outside the folder")
+        row["name"] = name.as_posix()  # one name for a/./b and a/b
     return {row["name"]: folder / row["name"] for row in rows if (folder / row["name"]).is_file()}
 
 

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 import shlex
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from common.errors import InputError, one_line
+from common.errors import InputError, one_line, printable
 from common.files import atomic_write, read_csv, write_csv
 
 SERVER = "https://api.gdc.cancer.gov"
@@ -30,6 +31,7 @@ FIELDS = {  # of a file, and what they have to look like: they become names on t
 CASE_FIELDS = ["cases.submitter_id", "cases.project.project_id", "cases.diagnoses.primary_diagnosis",
                "cases.diagnoses.diagnosis_is_primary_disease"]
 PAGE, MOST = 500, 100_000  # files per page, and more than any list of slides has
+MOST_BYTES = 1 << 26  # of an answer
 
 
 def add_arguments(parser):
@@ -40,9 +42,23 @@ def add_arguments(parser):
     parser.add_argument("--force", action="store_true", help="write over a labels.csv that differs")
 
 
-def printable(text):
-    """What came from the server, without the characters that a terminal would act on."""
-    return "".join(c for c in text if c.isprintable())
+class NoRedirect(HTTPRedirectHandler):
+    """Redirects are errors: the answer has to come from --server itself."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def ask(url, question, timeout):
+    """The answer to a POST of JSON, parsed; ValueError if it is too large or takes longer than timeout."""
+    request = Request(url, json.dumps(question).encode(), {"Content-Type": "application/json"})
+    began, answer = time.monotonic(), b""
+    with build_opener(NoRedirect).open(request, timeout=timeout) as response:
+        while block := response.read1(1 << 16):
+            answer += block
+            if len(answer) > MOST_BYTES or time.monotonic() - began > timeout:
+                raise ValueError(f"more than {MOST_BYTES >> 20} MiB, or not whole after {timeout:g} s")
+    return json.loads(answer)
 
 
 def all_slides(data, url, timeout):
@@ -56,16 +72,13 @@ def all_slides(data, url, timeout):
     try:
         while len(found) < total:
             before = len(found)
-            question = json.dumps({**body, "from": before}).encode()
-            request = Request(url, question, {"Content-Type": "application/json"})
-            with urlopen(request, timeout=timeout) as answer:
-                page = json.load(answer)["data"]
+            page = ask(url, {**body, "from": before}, timeout)["data"]
             found.update((str(hit["file_name"]), read_hit(data, hit)) for hit in page["hits"])
             total = page["pagination"]["total"]
             if total not in range(MOST) or len(found) == before:
                 raise ValueError(f"{len(found)} files, {total} announced")
     except Exception as error:  # urllib and json raise many kinds
-        raise InputError(f"{url}: no list of files ({printable(one_line(error))}); check --server, "
+        raise InputError(f"{url}: no list of files ({one_line(error)}); check --server, "
                          "raise --timeout or try again later") from None
     return [found[name] for name in sorted(found)]
 

@@ -12,7 +12,7 @@ from prior import bin_centroids
 from wsi.cells import read_cells
 from wsi.prepare import describe_cells
 from wsi.segment import segment_slides
-from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, Slide, cut_tiles, tissue_mask
+from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, Slide, cut_tiles, find_slides, slide_name, tissue_mask
 
 
 def cells_of(path, slide, args):
@@ -22,21 +22,23 @@ def cells_of(path, slide, args):
     with tempfile.TemporaryDirectory() as folder:
         for error in segment_slides([(path, args.slide_mpp)], "builtin", Path(folder), args.workers).values():
             raise InputError(error)
-        return read_cells(Path(folder) / "builtin" / f"{path.stem}.npz")
+        return read_cells(Path(folder) / "builtin" / f"{slide_name(path)}.npz")
 
 
 def look(args):
     """Draws a slide as training would cut it and prints its counts; gives the exit code."""
-    path, mpp = Path(args.slide), args.mpp
+    path, mpp = Path(args.slide), args.mpp or 2.0
     check_mpp(mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
     check_ranges(args, tissue=(0, 1))
+    if path.is_dir():  # of a DICOM series
+        path = next(iter(find_slides(path.iterdir()).values()), path)
     if path.suffix.lower() not in SLIDE_TYPES:
         raise InputError(f"{path}: not a slide ({' '.join(sorted(SLIDE_TYPES))})")
     slide = Slide(path, args.slide_mpp)
     with tempfile.TemporaryDirectory() as folder:
         cut_tiles(path, Path(folder), mpp, args.slide_mpp, args.tissue)
-        files = sorted((Path(folder) / path.stem).glob("*.jpg"))
+        files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
         corners = np.array([[int(v) for v in file.stem.split("_")] for file in files])
         xy, side = cells_of(path, slide, args), CROP * mpp / slide.mpp  # level-0 px of a tile
         inside = [xy[((xy >= corner) & (xy < corner + side)).all(1)] for corner in corners]
@@ -49,7 +51,7 @@ def look(args):
           + (f"; {slide.warning}" if slide.warning else ""))
     print(f"{len(corners)} tiles at {mpp:g} um/px with {args.tissue:.0%} tissue;",
           describe_cells(sum(map(len, inside)), len(corners), priors.mean().item(), mpp))
-    out = Path(args.out or f"look_{path.stem}.png")
+    out = Path(args.out or f"look_{slide_name(path)}.png")
     draw(slide, corners, side, tile, cells[shown], priors[shown], out)
     print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, training learns from it: "
           "see --tissue, --mpp, --slide-mpp and --prior of train.py.")

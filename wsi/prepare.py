@@ -3,10 +3,8 @@
 crops/<slide>/<x>_<y>.jpg have crops/<slide>.json beside them, and cells/ are in level-0 px. What was made
 from another file (name, size) or with other settings than now is recomputed or refused, never used.
 """
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -14,22 +12,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.errors import InputError
-from common.files import atomic_write
+from common.files import atomic_write, read_json, read_npz
 from common.parallel import call, in_processes
 from prior import segment_nuclei
 from wsi.cells import cell_format, read_cells
-from wsi.segment import save_cells, segment_slides
-from wsi.slides import CROP, cut_tiles, file_identity
+from wsi.segment import save_cells, segment_slides, source_of
+from wsi.slides import CROP, FORMATS, cut_tiles, file_identity
 
+NAME_LIMIT = 200  # bytes: with what is added to it, a file system takes 255
 CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy",
                 "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
 
 
-def prepare(data, slide_mpp=None, tissue=0.5, workers=2):
+def prepare(data, tissue=0.5, workers=2):
     """Cuts the tiles and finds the cells that are not there yet; one line for each image that was skipped."""
     if data.kind == "crops":
         return prepare_crop_cells(data, workers)
-    return prepare_tiles(data, slide_mpp, tissue, workers) + prepare_cells(data, workers)
+    return prepare_tiles(data, tissue, workers) + prepare_cells(data, workers)
 
 
 def need_mpp(data):
@@ -55,31 +54,43 @@ def describe_cells(count, crops, share, mpp):
 
 # ---------------------------------------------------------------- tiles
 
+TILES = ("file_name", "file_bytes", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles", "width", "height")
+
+
+def tiles_folder(data):
+    """Where the tiles of a um/px are: several um/px of one slide can be side by side."""
+    return data.work / "crops" / f"{data.mpp:g}um"
+
+
 def tile_info(data, name):
-    """What a slide's tiles were cut from and with; None without tiles, or if the slide's file has changed."""
-    try:
-        info = json.loads((data.work / "crops" / f"{name}.json").read_text())
-        now = file_identity(data.images[name])
-    except (OSError, ValueError):
+    """What a slide's tiles were cut from and with; None without tiles, or if they are of other input.
+
+    Other input is a slide's file of another name or size, or another --slide-mpp than it was cut with.
+    """
+    info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
+    if not info.keys() >= set(TILES) or not file_identity(data.images[name]).items() <= info.items():
         return None
-    return info if now.items() <= info.items() else None
+    said = info["mpp_source"] == "--slide-mpp" and data.slide_mpp not in (None, info["slide_mpp"])
+    return None if said else info
 
 
-def prepare_tiles(data, slide_mpp=None, tissue=0.5, workers=2):
+def prepare_tiles(data, tissue=0.5, workers=2):
     """Cuts the slides that have no tiles yet; one line for each that was skipped.
 
-    InputError if no slide can be used, or tiles are there that were cut with another mpp or tissue.
+    InputError if no slide can be used, or tiles are there that were cut with another --tissue.
     """
     need_mpp(data)
-    crops, todo, failed = data.work / "crops", [], []
+    crops, todo, failed = tiles_folder(data), [], []
     for name, path in data.images.items():
         info = tile_info(data, name)
-        if info is None:
-            todo.append((path, crops, data.mpp, slide_mpp, tissue))
-        elif abs(info["mpp"] / data.mpp - 1) > 1e-6 or info["tissue"] != tissue:
-            raise InputError(f"{crops / name}: cut with --mpp {info['mpp']:g} --tissue {info['tissue']:g}; "
+        if len(name.encode()) > NAME_LIMIT:
+            failed.append(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
+        elif info is None:
+            todo.append((path, crops, data.mpp, data.slide_mpp, tissue))
+        elif info["tissue"] != tissue:
+            raise InputError(f"{crops / name}: cut with --tissue {info['tissue']:g} (now {tissue:g}); "
                              f"use the same, or delete {crops}")
-    for _, warning, error in in_processes(cut_tiles, todo, workers, "tiles, slides"):
+    for (path, *_), warning, error in in_processes(cut_tiles, todo, workers, "tiles, slides"):
         if error:
             failed.append(error)
         if warning:
@@ -121,14 +132,16 @@ def is_builtin(data, file):
     return file.parent == data.work / "cells" / "builtin"
 
 
-def is_of_slide(file, slide):
-    """Were these cells found on this file, and not on one that it has replaced?"""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            made_from = {"file_name": str(archive["file_name"]), "file_bytes": int(archive["file_bytes"])}
-            return made_from == file_identity(slide)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        return False
+def made_from(data, name, cells):
+    """What an image's cells are made from, as text, to be kept with them and compared.
+
+    The file of cells with its size and time, or the detector and its version; the image's file and um/px.
+    """
+    mpp = data.mpp if data.kind == "crops" else tile_info(data, name)["slide_mpp"]
+    if cells is None or is_builtin(data, cells):
+        return source_of(data.images[name], mpp)
+    status = cells.stat()
+    return source_of(data.images[name], mpp, f"{cells.name} {status.st_size} {status.st_mtime_ns}", None)
 
 
 def level0_copy(data, name):
@@ -136,20 +149,19 @@ def level0_copy(data, name):
     return data.work / "cells" / "level0" / data.prior / f"{name}.npz"
 
 
-def copy_level0(file, copy, slide_mpp, size):
+def copy_level0(file, copy, slide_mpp, size, source):
     """Reads a segmentation result once, whatever its format, and writes its cells in level-0 px."""
-    save_cells(copy, read_cells(file, slide_mpp, size))
+    save_cells(copy, read_cells(file, slide_mpp, size), source)
 
 
 def cells_ready(data, name):
     """The file with a slide's cells in level-0 px; None if prepare_cells has to make it first."""
     file = cell_file(data, name)
-    if file is None:
+    if file is None or tile_info(data, name) is None:
         return None
-    if is_builtin(data, file):
-        return file if is_of_slide(file, data.images[name]) else None
-    copy = level0_copy(data, name)
-    return copy if copy.is_file() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns else None
+    ready = file if is_builtin(data, file) else level0_copy(data, name)
+    kept = read_npz(ready, "source", "x", "y")
+    return ready if kept and str(kept["source"]) == made_from(data, name, file) else None
 
 
 def prepare_cells(data, workers=2):
@@ -162,7 +174,8 @@ def prepare_cells(data, workers=2):
         file, path = cell_file(data, name), data.images[name]
         if file and not is_builtin(data, file):
             size = info["width"], info["height"]
-            given.append((file, level0_copy(data, name), info["slide_mpp"], size))
+            copy, source = level0_copy(data, name), made_from(data, name, file)
+            given.append((file, copy, info["slide_mpp"], size, source))
         elif file or data.prior in ("auto", "builtin"):
             todo.append((path, info["slide_mpp"]))
         else:
@@ -182,7 +195,7 @@ def prepare_cells(data, workers=2):
 def read_crop(path):
     """A crop as an RGB image of CROP px a side, and its size in the file; InputError if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image ({error})") from None
@@ -207,12 +220,6 @@ def cell_files_of_crops(data):
     if not (data.source / "cells").is_dir() and data.prior in ("auto", "builtin"):
         return dict.fromkeys(data.images)
     return {name: cell_file(data, str(Path(name).with_suffix(""))) for name in data.images}
-
-
-def made_from(data, name, cells):
-    """What a crop's cells are made from, as text: the crop's file, and the file of cells or the um/px."""
-    crop = "{file_name} {file_bytes}".format_map(file_identity(data.images[name]))
-    return f"{crop}; {cells.name} {cells.stat().st_mtime_ns}" if cells else f"{crop}; {data.mpp} um/px"
 
 
 def prepare_crop_cells(data, workers):
@@ -254,15 +261,13 @@ def write_crop_cells(data, done, files):
 def read_crop_cells(data):
     """{crop: cells (K, 2)} of the crops whose cells are there and made from the files that are there now."""
     path = crop_cells_file(data)
-    if not path.is_file():
+    kept = read_npz(path, "x", "y", "crop", "names", "source")
+    if kept is None:
+        if path.is_file():
+            print(f"note: {path}: cannot be read; its cells are recomputed")
         return {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            xy, names, source = np.stack([file["x"], file["y"]], 1), file["names"], file["source"]
-            ends = np.searchsorted(file["crop"], range(len(names) + 1))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        print(f"note: {path}: cannot be read ({error}); its cells are recomputed")
-        return {}
+    xy, names, source = np.stack([kept["x"], kept["y"]], 1), kept["names"], kept["source"]
+    ends = np.searchsorted(kept["crop"], range(len(names) + 1))
     files, out = cell_files_of_crops(data), {}
     for name, made, start, end in zip(names.tolist(), source.tolist(), ends, ends[1:]):
         if name in files and made == made_from(data, name, files[name]):

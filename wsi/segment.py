@@ -18,9 +18,18 @@ from scipy.spatial import cKDTree
 from common.errors import InputError, check_mpp, one_line, run_script
 from common.files import atomic_write
 from common.parallel import in_processes
-from prior import WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
+from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
 from wsi.cells import label_centroids
-from wsi.slides import MASK_MPP, SLIDE_TYPES, Slide, by_stem, file_identity, tissue_mask, tissue_shares
+from wsi.slides import (
+    MASK_MPP,
+    SLIDE_TYPES,
+    Slide,
+    file_identity,
+    find_slides,
+    slide_name,
+    tissue_mask,
+    tissue_shares,
+)
 
 REGION = 2048  # a region's side, in px that the segmenter sees
 MARGIN = 24.0  # um around a region: more than the built-in detector sees, so that seams agree
@@ -151,12 +160,19 @@ def merge_seams(regions, near):
     return np.delete(xy, doubled.max(1, initial=0), axis=0)
 
 
-def save_cells(path, xy, **more):
-    """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and what they were made from."""
+def source_of(path, slide_mpp, segmenter="builtin", mpp=WORK_MPP):
+    """What cells are made from, as text: the segmenter and the um/px it sees, the image and its um/px."""
+    version = f" {DETECTOR}" if segmenter == "builtin" else ""
+    image = "{file_name} {file_bytes}".format_map(file_identity(path))
+    return f"{segmenter}{version} at {mpp} um/px; {image} at {slide_mpp} um/px"
+
+
+def save_cells(path, xy, source):
+    """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and source: what they were made from."""
     xy = np.clip(xy, -1e9, 1e9)  # far beyond any slide; float32 has a limit
     xy = xy[np.lexsort((xy[:, 0], xy[:, 1]))].astype(np.float32)
     with atomic_write(path) as temp, open(temp, "wb") as file:
-        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], **more)
+        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source)
 
 
 def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
@@ -178,9 +194,9 @@ def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
         found.setdefault(path, {})[box] = xy
         left[path] -= 1
         if not left[path] and path not in failed:
-            parts = [xy for _, xy in sorted(found.pop(path).items())]
-            merged = merge_seams(parts, SEAM / Slide(path, slide_mpp[path]).mpp)
-            save_cells(folder / segmenter / f"{path.stem}.npz", merged, **file_identity(path))
+            parts, px = [xy for _, xy in sorted(found.pop(path).items())], Slide(path, slide_mpp[path]).mpp
+            save_cells(folder / segmenter / f"{slide_name(path)}.npz", merge_seams(parts, SEAM / px),
+                       source_of(path, px, segmenter, mpp))
     return failed
 
 
@@ -214,9 +230,10 @@ def segment(args):
     """Writes the cells of each slide that has none yet; 1 if a slide failed, else 0."""
     folder, files = args.out / args.segmenter, {}
     for given in args.slides:
-        for path in by_stem(given.iterdir(), SLIDE_TYPES).values() if given.is_dir() else [given]:
-            if files.setdefault(path.stem, path) != path:
-                raise InputError(f"{path}: has the name of {files[path.stem]}; rename one of the two")
+        for path in find_slides(given.iterdir()).values() if given.is_dir() else [given]:
+            other = files.setdefault(slide_name(path), path)
+            if other != path:
+                raise InputError(f"{path}: has the name of {other}; rename one of the two")
     if not files:
         named = ", ".join(map(str, args.slides))
         raise InputError(f"{named}: no slides in it ({' '.join(sorted(SLIDE_TYPES))})")

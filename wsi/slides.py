@@ -2,8 +2,6 @@
 
 Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a slide are level-0 px, x first.
 """
-import json
-import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -16,22 +14,32 @@ from PIL import Image
 from scipy import ndimage
 
 from common.errors import InputError
-from common.files import atomic_write
+from common.files import part_of, write_json
 
 CROP = 224  # px
+FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
 SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
                ".png", ".jpg", ".jpeg"}
 
 
-def by_stem(files, types):
-    """{stem: file} of files of these types; InputError if two share a stem, as it names crops and cells."""
+def slide_name(path):
+    """The name of a slide's crops and cells: its file's stem; of a DICOM series its folder's name."""
+    return path.resolve().parent.name if path.suffix.lower() == ".dcm" else path.stem
+
+
+def find_slides(files):
+    """{name: file} of the slides among files; InputError if two have one name.
+
+    The .dcm files of a folder are one series and so one slide, by its first file: openslide finds the others.
+    """
     out = {}
     for path in sorted(files):
-        if path.suffix.lower() not in types or path.name.startswith(".") or not path.is_file():
+        if path.suffix.lower() not in SLIDE_TYPES or path.name.startswith(".") or not path.is_file():
             continue
-        if path.stem in out:
-            raise InputError(f"{path}: has the name of {out[path.stem]}; rename one of the two")
-        out[path.stem] = path
+        other = out.setdefault(slide_name(path), path)
+        one_series = path.suffix.lower() == ".dcm" and other.parent == path.parent
+        if other != path and not one_series:
+            raise InputError(f"{path}: has the name of {other}; rename one of the two")
     return out
 
 
@@ -100,7 +108,10 @@ class Slide:
     def __init__(self, path, slide_mpp=None):
         self.path = Path(path)
         try:
-            self.handle = openslide.open_slide(str(path))
+            try:
+                self.handle = openslide.OpenSlide(str(path))
+            except openslide.OpenSlideUnsupportedFormatError:
+                self.handle = openslide.ImageSlide(Image.open(path, formats=FORMATS))
         except (openslide.OpenSlideError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
                              "is the file whole?") from None
@@ -265,8 +276,8 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
     if slide.mpp > 1.25 * mpp:
         raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; "
                          "give a larger --mpp")
-    name, down = Path(path).stem, slide.level_for(mpp)[1]
-    part, count, waiting = crops / f".{name}.{os.getpid()}.part", 0, deque()
+    name, down = slide_name(Path(path)), slide.level_for(mpp)[1]
+    part, count, waiting = part_of(crops / name), 0, deque()
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -281,10 +292,10 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
                              "lower --tissue or --mpp")
         shutil.rmtree(crops / name, ignore_errors=True)
         part.rename(crops / name)
-        info = {"slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp, "tissue": tissue,
-                "tiles": count, "width": slide.width, "height": slide.height}
-        with atomic_write(crops / f"{name}.json") as temp:
-            temp.write_text(json.dumps(info))
+        write_json(crops / f"{name}.json", {
+            "slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp,
+            "mpp_source": slide.source, "tissue": tissue, "tiles": count, "width": slide.width,
+            "height": slide.height})
     except OSError as error:
         raise InputError(f"{crops / name}: cannot be written ({error.strerror}); "
                          "make room or run where you may write") from None

@@ -1,0 +1,220 @@
+"""What would be wrong in silence, stop a run of many, or end in a traceback."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import prepared, refused, saved, tissue, write
+
+import eval as eval_py
+import train
+from common import files
+from common.encoders import load_encoder
+from common.errors import InputError, printable
+from common.files import load_tensors, save_tensors
+from data import Crops, find_data
+from wsi import cells
+from wsi.folders import find_folder
+from wsi.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1",
+       "--warmup-epochs", "0", "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0",
+       "--global-size", "32", "--workers", "1", "--device", "cpu", "--method", "baseline"]
+
+
+# ---------------------------------------------------------------- folders and labels.csv
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.symlink_to("nowhere.csv"), lambda path: path.mkdir(), os.mkfifo,
+    lambda path: write(path.with_name("Labels.CSV"), "slide,label\ngood,A\n")])
+def test_a_labels_csv_that_is_no_file_of_that_name_is_refused(place, capsys, make):
+    make(place / "in" / "labels.csv")
+    refused(capsys, train.main, ["--data", "in", "--mpp", "1"], "rename it or take it out")
+
+
+def test_two_spellings_of_one_image_are_refused_by_line(place, capsys):
+    saved(place / "p" / "a" / "0.png")
+    write(place / "p" / "labels.csv", "image,label,split\na/0.png,A,train\na/./0.png,B,test\n")
+    refused(capsys, eval_py.main, ["patches", "--data", "p"], "line 3 names 'a/0.png' a second time")
+
+
+def test_a_dicom_series_is_one_slide_named_by_its_folder(tmp_path):
+    for folder in ("p1/series", "p2/other"):
+        for i in range(3):
+            write(tmp_path / "slides" / folder / f"{i}.dcm", "x")
+    saved(tmp_path / "slides" / "a.png")
+    found = find_folder(str(tmp_path))
+    assert {name: path.name for name, path in found.images.items()} == {
+        "a": "a.png", "series": "0.dcm", "other": "0.dcm"}
+    write(tmp_path / "slides" / "p3" / "series" / "0.dcm", "x")
+    with pytest.raises(InputError, match="has the name of"):
+        find_folder(str(tmp_path))
+
+
+def test_subfolders_that_are_not_used_are_named(tmp_path, capsys):
+    saved(tmp_path / "a.png")
+    saved(tmp_path / "more" / "b.png")
+    assert list(find_folder(str(tmp_path)).images) == ["a"]
+    assert f"{tmp_path}/more: has slides" in capsys.readouterr().out
+
+
+def test_files_that_a_run_cannot_use_are_listed_and_the_others_go_on(place):
+    long = "x" * 246 + ".png"
+    saved(place / "in" / "slides" / long)
+    write(place / "in" / "slides" / "postscript.png", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    found, failed = prepared()
+    assert len(failed) == 2 and "more than 200 bytes" in failed[0] and "postscript.png" in failed[1]
+    assert len(Crops(found, ["good"])) == 1
+    saved(place / "c" / "crops" / "a.png")
+    os.mkfifo(place / "c" / "crops" / "b.png")
+    assert list(find_data("c", 1.0).images) == ["a.png"]
+
+
+def test_all_slides_without_um_per_px_are_the_reason_that_is_given(place, capsys):
+    write(place / "in" / "labels.csv", "slide,label,split\ngood,A,train\nother,B,test\n")
+    slides_folder = place / "in" / "slides"
+    slides_folder.joinpath("other.svs").write_bytes(b"")
+    refused(capsys, train.main, [*RUN[:4], "--device", "cpu", "--workers", "1"], "good.png: no um/px")
+
+
+def test_names_are_printed_escaped(place, capsys):
+    write(place / "in" / "slides" / "a\n\x1b[31mb.png", "no image")
+    assert train.main(RUN) == 1
+    out = capsys.readouterr().out
+    assert "a\\n\\x1b[31mb.png" in out and "\x1b[31m" not in out
+    assert printable("ünïcödé №1\t") == "ünïcödé №1\\t"
+
+
+def test_annotations_of_qupath_are_no_cells(tmp_path, capsys):
+    def feature(kind, x):
+        return {"type": "Feature", "geometry": {"type": "Point", "coordinates": [x, 1]},
+                "properties": {"objectType": kind} if kind else None}
+    kinds = ["annotation", "cell", "detection", "tile", None]
+    path = write(tmp_path / "a.geojson", {"type": "FeatureCollection",
+                                          "features": [feature(kind, x) for x, kind in enumerate(kinds)]})
+    assert cells.read_cells(path).tolist() == [[1, 1], [2, 1], [4, 1]]
+    assert "2 of 5 objects" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- our own files, damaged
+
+def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
+    assert train.main([*RUN, "--max-steps", "1"]) == 0
+    run = place / "runs" / "in_vit_t_baseline"
+    checkpoint, encoder = (load_tensors(run / name) for name in ("checkpoint.pt", "encoder.pt"))
+    for change in ({"step": -3}, {"step": None}, {"student": {}}, {"teacher": 3}):
+        save_tensors(run / "checkpoint.pt", checkpoint | change)
+        refused(capsys, train.main, RUN, "checkpoint.pt", "delete it")
+    weights = encoder["encoder"]
+    nan = weights | {"norm.bias": weights["norm.bias"] * float("nan")}
+    for change in ({"encoder": {}}, {"arch": "vit_s"}, {"encoder": nan}, {"arch": "vit_9"}):
+        save_tensors(run / "encoder.pt", encoder | change)
+        with pytest.raises(InputError, match="encoder.pt"):
+            load_encoder(run / "encoder.pt")
+    save_tensors(run / "encoder.pt", {name: value for name, value in encoder.items() if name != "method"})
+    with pytest.raises(InputError, match="encoder.pt"):
+        load_encoder(run / "encoder.pt")
+    (run / "checkpoint.pt").unlink()
+    for text in ("[]", "[" * 100_000, ""):
+        save_tensors(run / "checkpoint.pt", checkpoint)
+        (run / "config.json").write_text(text)
+        refused(capsys, train.main, RUN, "config.json")
+
+
+def test_what_can_be_made_again_is(place):
+    found, _ = prepared()
+    work = place / "datasets" / "in"
+    info, npz = work / "crops" / "1um" / "good.json", work / "cells" / "builtin" / "good.npz"
+    before = Crops(found, ["good"]).cells(0)
+    broken = bytearray(npz.read_bytes())
+    broken[len(broken) // 2] ^= 255
+    for path, raw in ((info, b"{}"), (info, b"[1]"), (info, b"\xff"), (npz, b""), (npz, bytes(broken))):
+        path.write_bytes(raw)
+        assert len(Crops(found, ["good"])) == 0
+        assert prepare(found, 0.5, workers=1) == []
+        np.testing.assert_array_equal(Crops(found, ["good"]).cells(0), before)
+    saved(info.with_suffix("") / "stray.jpg")
+    assert len(Crops(found, ["good"])) == 1
+
+
+def test_a_log_with_other_bytes_in_it_is_no_harm(place):
+    saved(place / "in" / "slides" / "more.png", array=tissue(seed=3))
+    assert train.main([*RUN, "--max-steps", "1"]) == 0
+    log = place / "runs" / "in_vit_t_baseline" / "log.csv"
+    with open(log, "ab") as file:
+        file.write("²,0,1\n".encode() + b"\xff\x00\n")
+    assert train.main(RUN) == 0 and len(log.read_text().splitlines()) == 3
+
+
+def test_part_files_of_dead_processes_are_removed(tmp_path):
+    left = files.part_of(tmp_path / "a")
+    alive = left.with_name(left.name.replace(str(os.getpid()), "1"))
+    dead = left.with_name(left.name.replace(str(os.getpid()), "4194305"))  # above the largest number
+    elsewhere = dead.with_name(dead.name.replace("-", "x-"))  # of another machine
+    dead.mkdir()
+    for path in (alive, elsewhere):
+        path.write_bytes(b"x")
+    with files.atomic_write(tmp_path / "a") as temp:
+        temp.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", alive.name, elsewhere.name}
+
+
+def test_a_run_in_use_is_refused(place, capsys):
+    assert train.main([*RUN, "--max-steps", "1"]) == 0
+    code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+            "print(1, flush=True); input()")
+    lock = place / "runs" / "in_vit_t_baseline" / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    refused(capsys, train.main, RUN, "another train.py")
+    holder.kill()  # a dead process holds no lock
+    holder.communicate()
+    assert train.main(RUN) == 0
+
+
+# ---------------------------------------------------------------- terminals and memory
+
+def test_training_outlives_its_terminal(place):
+    for i in range(6):
+        saved(place / "in" / "slides" / f"{i}.png", array=tissue(seed=i))
+    read, write_end = os.pipe()
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN], stdout=write_end, stderr=write_end)
+    os.close(write_end)
+    os.read(read, 10)
+    os.close(read)  # as `2>&1 | head` does
+    process.wait(120)
+    run = place / "runs" / "in_vit_t_baseline"
+    assert len((run / "log.csv").read_text().splitlines()) == 8 and (run / "checkpoint.pt").is_file()
+
+
+def test_hangup_saves_and_the_run_goes_on(place):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN, "--epochs", "500"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = place / "runs" / "in_vit_t_baseline" / "log.csv"
+    began = time.monotonic()
+    while not (log.is_file() and len(log.read_text().splitlines()) > 2) and time.monotonic() - began < 100:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 130
+    step = load_tensors(log.with_name("checkpoint.pt"))["step"]
+    assert step == len(log.read_text().splitlines()) - 1 > 1
+
+
+def test_out_of_memory_names_the_flag(place, capsys, monkeypatch):
+    def full(*args, **kw):
+        return torch.empty(1 << 60)
+    monkeypatch.setattr(train, "build_models", full)
+    assert train.main(RUN) == 1
+    assert "lower --batch" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+def test_devices_that_are_not_supported(place, capsys, device):
+    refused(capsys, train.main, [*RUN[:4], "--device", device], "cpu and cuda only")
