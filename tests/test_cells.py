@@ -232,15 +232,16 @@ def test_tables(tmp_path, name, text):
 
 
 def test_npz_and_a_table_without_rows(tmp_path):
-    path = tmp_path / "a.npz"
+    path, mark = tmp_path / "a.npz", tmp_path / "mark"
     np.savez(path, x=np.array([1, 2], np.int32), y=np.array([3, 4.5], np.float32), other=["x"])
     np.testing.assert_allclose(cells.read_cells(path), [[1, 3], [2, 4.5]])
     assert cells.cell_format(path) == "table"
     assert cells.read_cells(write(tmp_path / "a.csv", "x,y\n")).shape == (0, 2)
     for bad in (dict(x=["1"], y=["2"]), dict(x=[1], y=[1, 2]), dict(x=[1]), dict(x=[[1]], y=[[2]]),
-                dict(x=np.array([{}]), y=[1]), dict(x=[np.nan], y=[1])):
+                dict(x=np.array([Evil(mark)]), y=[1]), dict(x=[np.nan], y=[1])):
         np.savez(path, **bad)
         refused(path)
+    assert not mark.exists()  # nothing was executed
 
 
 # ---------------------------------------------------------------- what cannot be read

@@ -1,7 +1,7 @@
 """Tiles and cells of a data set, made once under datasets/<name>/ (layout: docs/data.md).
 
-crops/<slide>/<x>_<y>.jpg have crops/<slide>.json beside them, and cells/ are in level-0 px. What was made
-from another file (name, size) or with other settings than now is recomputed or refused, never used.
+crops/2um/<slide>/<x>_<y>.jpg (at 2 um/px) have crops/2um/<slide>.json beside them, and cells/ are in level-0
+px. What was made from another file or with other settings than now is recomputed or refused, never used.
 """
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
