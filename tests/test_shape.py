@@ -1,5 +1,6 @@
 """The shape of the project, read from its imports: what stands where, and which way the arrows run."""
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -74,3 +75,15 @@ def test_functions_fit_a_screen():
 def test_top_level_is_what_the_readme_shows():
     files = {path.name for path in ROOT.glob("*.py")}
     assert files == {*METHOD, "test_dirl.py"}
+
+
+def test_the_readme_names_what_is_there():
+    """Its table: `a.py: `name`, `name.attribute``."""
+    text = (ROOT / "README.md").read_text()
+    cells = re.findall(r"([\w/]+\.py): ((?:`[\w.]+`(?:, )?)+)", text)
+    assert len(cells) >= 18
+    for file, names in cells:
+        for name in re.findall(r"`([\w.]+)`", names):
+            kinds = ast.FunctionDef, ast.ClassDef
+            defined = [node.name for node in ast.walk(CODE[file]) if isinstance(node, kinds)]
+            assert set(name.split(".")) <= set(defined), (file, name)
