@@ -362,7 +362,7 @@ def draw_split(rows, kept, parts, seed):
 def what_was_seen(found, names):
     """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
     sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
-    patients = {found.labels[name]["patient"] if found.labels else patient_of(name) for name in names}
+    patients = {found.labels[name]["patient"] if name in found.labels else patient_of(name) for name in names}
     return {"data": found.name, "images": sizes, "patients": sorted(patients)}
 
 

@@ -281,7 +281,7 @@ def evaluate_slides(args):
         if "clam" in args.export:
             export_clam(run / "features", names, run / "clam")
         if "csv" in args.export:
-            export_csv(found, run / "features", names, run / "csv")
+            export_csv(found, run / "features", [name for name in names if name in found.labels], run / "csv")
     if slides and found.labels:
         table += classify_slides(found, run, names, args)
         made += ["slides.csv", "predictions.csv"]

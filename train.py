@@ -66,7 +66,8 @@ def training_crops(args):
     found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     failed = prepare(found, args.tissue, args.workers)
     print_skipped(failed)
-    crops = Crops(found, found.split("train", "val"), shuffle_seed=args.seed if args.shuffle_prior else None)
+    names = found.split("train", "val") + found.unlabelled()
+    crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
     if not len(crops):
         raise InputError(failed[0] if failed else
                          f"{found.source}: no crop in it to train on; see python data.py check")

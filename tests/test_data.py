@@ -41,10 +41,11 @@ def test_labels_as_spreadsheets_write_them(place, raw):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("slide,label\na,A\nb,B\n", "c.svs: has no label"), ("slide,label\n", "no row"),
+    ("slide,label\nd,A\ne,B\n", "fewer than two classes among the 0 rows"), ("slide,label\n", "no row"),
     ("slide,label\n\na,A\nb,B\nc,\n", "line 5 has no label"),
     ("slide,label\na,A\nb,B\nc,A\nc,A\n", "line 5 names 'c' a second time"),
-    ("slide,label\n../a,A\nb,B\n", "no file of '../a'"), ("slide,label\na,A\nb,A\nc,A\n", "two classes"),
+    ("slide,label\n../a,A\nb,B\n", "no file of '../a'"),
+    ("slide,label\na,A\nb,A\nc,A\n", "fewer than two classes"),
     ("", "slide,label"), ("slide,label,split\na,A,train\nb,B,\nc,B,test\n", "all or none"),
     ("slide,label,split\na,A,train\nb,B,maybe\nc,B,test\n", "maybe"),
     ("slide,label,patient,split\na,A,p,train\nb,B,q,test\nc,B,p,test\n", "'p' is in train"),
@@ -84,6 +85,21 @@ def test_bright_has_three_or_six_classes_and_is_tested_on_its_validation_part(pl
     replace(folder / "labels.csv", ("IC2,IC", "IC2,invasive"))
     with pytest.raises(InputError, match="invasive"):
         find_data("bright6")
+
+
+def test_partial_downloads_and_clams_columns_are_used(place, capsys):
+    slides_named(place / "s", ["TCGA-01-0001-a", "TCGA-01-0002-b", "TCGA-01-0001-more", "TCGA-01-0009-more"])
+    rows = ["TCGA-01-0001,TCGA-01-0001-a,A,test", "TCGA-01-0002,TCGA-01-0002-b,B,train"]
+    rows += [f"TCGA-01-{i},TCGA-01-{i}-c,A,train" for i in (1003, 1004, 1005, 1006)]  # not here yet
+    write(place / "s" / "labels.csv", "\n".join(["case_id,slide_id,label,split", *rows]))
+    found = find_data("s")
+    assert {name: row["patient"] for name, row in found.labels.items()} == {
+        "TCGA-01-0001-a": "TCGA-01-0001", "TCGA-01-0002-b": "TCGA-01-0002"}
+    assert found.unlabelled() == ["TCGA-01-0009-more"]  # and no slide of the test's patient
+    assert found.split("train", "val", "test") == ["TCGA-01-0002-b", "TCGA-01-0001-a"]
+    out = capsys.readouterr().out
+    assert "4 of 6 rows have no file" in out and "TCGA-01-1003-c" in out and "TCGA-01-1006-c" not in out
+    assert "2 of 4 slides have no row" in out
 
 
 # ---------------------------------------------------------------- the split
@@ -246,7 +262,9 @@ def test_cells_far_out_and_cells_twice_are_no_harm(place):
     crops = Crops(found, ["good"])
     assert crops.cells(0).tolist() == [[20, 30], [20, 30]] and crops.priors().sum() == 1
     line = describe_cells(2, 1, crops.priors().mean().item(), 1.0)
-    assert "Warning" in line and "0.5%" in line and "40 per mm2" in line  # one of 196; two in 224 um squared
+    assert "Warning: tissue has" in line and "0.5%" in line and "40 per mm2" in line  # one of 196 patches
+    assert "finer --mpp" in describe_cells(500, 1, 0.9, 1.0)
+    assert "Warning" not in describe_cells(500, 1, 0.6, 1.0)
 
 
 def test_prior_of_a_segmenter_reads_its_files_and_no_others(place):

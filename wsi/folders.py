@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
-from common.errors import InputError, check_mpp
+from common.errors import InputError, check_mpp, printable
 from common.files import read_csv
 from wsi.slides import SLIDE_TYPES, find_slides
 
@@ -38,7 +38,14 @@ class Data:
     def split(self, *parts):
         """Names of "train", "val", "test", part after part, each sorted; without labels all is "train"."""
         split_of = {name: row["split"] for name, row in self.labels.items()}
-        return [name for part in parts for name in sorted(self.images) if split_of.get(name, "train") == part]
+        split_of = split_of or dict.fromkeys(self.images, "train")
+        return [name for part in parts for name in sorted(split_of) if split_of[name] == part]
+
+    def unlabelled(self):
+        """Slides that labels.csv does not name, for pre-training; none of a patient of the test part."""
+        tested = {row["patient"] for row in self.labels.values() if row["split"] == "test"}
+        names = sorted(self.images.keys() - self.labels.keys()) if self.labels else []
+        return [name for name in names if patient_of(name) not in tested]
 
 
 def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
@@ -64,7 +71,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     mpp = mpp or (DATASETS[data][0] if known else None)
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
-        found.labels = check_rows(rows, images, kind[:-1])
+        found.labels = check_rows(rows, images, kind)
         found.classes = CLASSES.get(data) or sorted({row["label"] for row in found.labels.values()})
     return found
 
@@ -127,8 +134,14 @@ def slide_of(name, images):
 # ---------------------------------------------------------------- labels
 
 def read_table(path):
-    """read_csv of a labels.csv; InputError without rows, or without columns slide,label or image,label."""
+    """read_csv of a labels.csv; InputError without rows, or without columns slide,label or image,label.
+
+    CLAM's case_id,slide_id,label is read as patient,slide,label.
+    """
     names, rows = read_csv(path)
+    clam = {"slide_id": "slide", "case_id": "patient"}
+    names = [clam.get(name, name) for name in names]
+    rows = [(line, {clam.get(name, name): value for name, value in row.items()}) for line, row in rows]
     if "label" not in names or not {"slide", "image"} & set(names):
         raise InputError(f"{path}: its first line has to name the columns slide,label (or image,label), "
                          f"not {','.join(names)}")
@@ -209,31 +222,42 @@ def check_patch_rows(rows, data):
     return rows
 
 
-def check_rows(rows, images, what):
-    """{name: {"label", "patient", "split"}} of rows; split is "" where it is left open.
+def check_rows(rows, images, kind):
+    """{name: {"label", "patient", "split"}} of the rows that have a file; split is "" where it is left open.
 
-    InputError for: no label, an unknown split, a name twice, a name without a file, a file without a name,
-    fewer than two classes, a split for some rows only.
+    Slides without a row and rows without a slide are counted and named, for downloads are often partial.
+    InputError for: no label, an unknown split, a name twice, a crop without a file, fewer than two classes, a
+    split for some rows only.
     """
-    out = {}
+    out, missing = {}, []
     for row in rows:
         where, name = row["where"], row["name"]
         if not row["label"]:
             raise InputError(f"{where} has no label for {name!r}")
-        if name in out:
+        if name in out or name in missing:
             raise InputError(f"{where} names {name!r} a second time; take one out")
-        if name not in images:
-            raise InputError(f"{where}: there is no file of {name!r}; take the line out or fetch the {what}")
         if row["split"] and row["split"] not in SPLITS:
             raise InputError(f"{where}: split {row['split']!r} is none of train, val, test")
-        out[name] = {"label": row["label"], "patient": row["patient"], "split": SPLITS.get(row["split"], "")}
+        if name in images:
+            split = SPLITS.get(row["split"], "")
+            out[name] = {"label": row["label"], "patient": row["patient"], "split": split}
+        elif kind == "crops" or Path(name).name != name:
+            raise InputError(f"{where}: there is no file of {name!r}; take the line out or fetch it")
+        else:
+            missing.append(name)
     table = rows[0]["where"].split(": ")[0]
-    for name in sorted(images):
-        if name not in out:
-            raise InputError(f"{images[name]}: has no label in {table}; add a line or move the file away")
+    note(missing, f"{table}: {len(missing)} of {len(rows)} rows have no file and are left out")
+    unlabelled = sorted(images.keys() - out.keys())
+    note(unlabelled, f"{table}: {len(unlabelled)} of {len(images)} slides have no row; they only pre-train")
     if len({row["label"] for row in out.values()}) < 2:
-        raise InputError(f"{table}: one label only; at least two classes are needed")
+        raise InputError(f"{table}: fewer than two classes among the {len(out)} rows that have a file")
     given = [bool(row["split"]) for row in out.values()]
     if any(given) and not all(given):
         raise InputError(f"{table}: some lines have a split and some have none; give all or none")
     return out
+
+
+def note(names, text):
+    """Prints the text and the first of the names, if there are any."""
+    if names:
+        print(f"note: {text}: {printable(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''}")

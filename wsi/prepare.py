@@ -38,17 +38,22 @@ def need_mpp(data):
                          "(2.0 is 5x, 1.0 10x, 0.5 20x)")
 
 
+USUAL_SHARE, USUAL_DENSITY = (0.05, 0.8), (100, 20_000)  # of patches with a cell; nuclei per mm2 of tissue
+
+
 def describe_cells(count, crops, share, mpp):
-    """One line on cells in crops of CROP px at mpp um/px, with a warning if P_c is nearly all one region.
+    """One line on cells in crops of CROP px at mpp um/px, with a warning for what tissue does not have.
 
     share: of the patches that hold a cell.
     """
-    area = crops * (CROP * mpp / 1000) ** 2  # mm2
-    line = (f"{count} cells in {crops} crops, {count / max(area, 1e-9):.0f} per mm2; "
-            f"a cell in {share:.1%} of the patches")
-    if not 0.02 <= share <= 0.98:
-        line += (". Warning: P_c is nearly all one region; python data.py look SLIDE shows why "
-                 "(um/px? stain? segmentation?)")
+    density = count / (crops * (CROP * mpp / 1000) ** 2)  # per mm2
+    line = f"{count} cells in {crops} crops, {density:.0f} per mm2; a cell in {share:.1%} of the patches"
+    if not USUAL_DENSITY[0] <= density <= USUAL_DENSITY[1]:
+        line += (". Warning: tissue has {:,} to {:,} nuclei per mm2; is the um/px right, and the stain H&E? "
+                 "python data.py look SLIDE shows it").format(*USUAL_DENSITY)
+    elif not USUAL_SHARE[0] <= share <= USUAL_SHARE[1]:
+        line += (". Warning: P_c is nearly all one region, so there is little to tell apart (dense tissue at 5x "
+                 "does that); try a finer --mpp or another --prior")
     return line
 
 
