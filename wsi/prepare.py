@@ -52,8 +52,8 @@ def describe_cells(count, crops, share, mpp):
         line += (". Warning: tissue has {:,} to {:,} nuclei per mm2; is the um/px right, and the stain H&E? "
                  "python data.py look SLIDE shows it").format(*USUAL_DENSITY)
     elif not USUAL_SHARE[0] <= share <= USUAL_SHARE[1]:
-        line += (". Warning: P_c is nearly all one region and has little to tell apart (dense tissue is at "
-                 "5x); try a finer --mpp or another --prior")
+        line += (". Warning: P_c is nearly all one region and tells little apart, as in dense tissue at 5x; "
+                 "try a finer --mpp or another --prior")
     return line
 
 
