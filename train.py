@@ -197,7 +197,7 @@ def train(args):
     step = start = run.resume()
     announce(args, run, found, steps, start)
 
-    with Log(args, list(student.heads), start, steps) as log, stop_signals() as stop:
+    with run, Log(args, list(student.heads), start, steps) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):
             # Schedules: learning rate, weight decay and the teacher's momentum change at every step.
             rate, momentum = set_schedules(optimizer, args, step, steps, warmup)

@@ -49,14 +49,13 @@ def lock_folder(folder):
 
 
 class Run:
-    """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt.
+    """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt; locked from resume to exit.
 
     parts: {name: what has a state_dict}, all that resuming needs; seen: what the encoder is trained on.
     """
 
     def __init__(self, args, name, mpp, crops, seen, **parts):
         self.folder, self.parts, self.seen = Path(args.run), parts, seen
-        self.lock = lock_folder(self.folder)
         self.minutes, self.saved = args.save_minutes, time.monotonic()
         self.device, self.bf16 = torch.device(args.device), use_bf16(args.precision, args.device)
         flags = {flag: value for flag, value in vars(args).items() if flag not in RESUMABLE}
@@ -65,22 +64,36 @@ class Run:
             "crops": crops, "images": f"{len(seen['images'])} (stamp {stamp_of(seen)})"}
 
     def resume(self):
-        """Loads the checkpoint, if any, into the parts; gives the step to continue at."""
-        step, checkpoint = 0, self.folder / "checkpoint.pt"
-        if checkpoint.is_file():
-            check_config(self.folder / "config.json", self.config)
-            state = load_tensors(checkpoint)
-            try:
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-                step = state["step"]
-                if type(step) is not int or step < 1:
-                    raise ValueError(f"step {step}")
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-                raise InputError(f"{checkpoint}: is damaged or not of this run ({one_line(error)}); "
-                                 "delete it to begin again") from None
-        write_json(self.folder / "config.json", self.config)
+        """Locks the folder, loads a checkpoint that is there into the parts; gives the step to go on at."""
+        self.lock = lock_folder(self.folder)
+        try:
+            step = self.load() if (self.folder / "checkpoint.pt").is_file() else 0
+            write_json(self.folder / "config.json", self.config)
+        except InputError:
+            self.lock.close()
+            raise
         return step
+
+    def load(self):
+        """Loads checkpoint.pt and gives its step; InputError if it is damaged or of other settings."""
+        check_config(self.folder / "config.json", self.config)
+        state = load_tensors(self.folder / "checkpoint.pt")
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            step = state["step"]
+            if type(step) is not int or step < 1:
+                raise ValueError(f"step {step}")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{self.folder}/checkpoint.pt: is damaged or not of this run "
+                             f"({one_line(error)}); delete it to begin again") from None
+        return step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.lock.close()
 
     def save(self, step):
         about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
