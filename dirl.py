@@ -233,10 +233,10 @@ class DisentangleBlock(Block):
 
         def under(mask):
             attention = (logits + mask.unsqueeze(1)).softmax(-1)  # eq. 5
-            x = tokens + self.attn.merge(attention.to(v.dtype) @ v)  # eq. 6
-            return x + self.mlp(self.norm2(x))  # eq. 7
+            x = tokens + self.attn.merge(attention.to(v.dtype) @ v)  # T'
+            return x + self.mlp(self.norm2(x))
         m_self, m_cross = disentangle_masks(prior)
-        return under(m_self), under(m_cross)
+        return under(m_self), under(m_cross)  # eq. 6, eq. 7
 
 
 # ---------------------------------------------------------------- 3.5 heads and loss
