@@ -27,9 +27,8 @@ from common.files import read_csv, write_csv
 from common.parallel import call
 from prior import view_prior
 from wsi import check, gdc, look
-from wsi.cells import read_cells
 from wsi.folders import SPLITS, find_folder, patient_of
-from wsi.prepare import cells_ready, read_crop, read_crop_cells, tile_info, tiles_folder
+from wsi.prepare import read_crop, read_crop_cells, ready_cells, tile_info, tiles_folder
 from wsi.slides import CROP, file_identity
 
 # ---------------------------------------------------------------- crops with their cells
@@ -87,10 +86,9 @@ class Crops(torch.utils.data.Dataset):
 
 def slide_crops(data, name, with_cells):
     """[(file, (x, y) in level-0 px, cells (K, 2) in px of the crop), ...] of a slide; [] if skipped."""
-    info, file = tile_info(data, name), cells_ready(data, name)
-    if info is None or with_cells and file is None:
+    info, xy = tile_info(data, name), ready_cells(data, name) if with_cells else np.zeros((0, 2))
+    if info is None or xy is None:
         return []
-    xy = read_cells(file) if with_cells else np.zeros((0, 2))  # sorted by y
     side, scale = CROP * info["mpp"] / info["slide_mpp"], info["slide_mpp"] / info["mpp"]
     out = []
     for path in sorted((tiles_folder(data) / name).glob("*.jpg")):

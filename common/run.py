@@ -3,6 +3,7 @@ import csv
 import fcntl
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -124,11 +125,7 @@ class Log:
         path = Path(args.run) / "log.csv"
         names = ["step", "epoch", "loss", *(f"loss_{head}" for head in heads), "lr", "momentum",
                  "both_regions", "cell_share", "ln_out_dim", *PROBED]
-        rows = []
-        if start and path.is_file():
-            with open(path, newline="", errors="replace") as file:
-                rows = list(csv.reader(line.replace("\0", "") for line in file))[1:]
-        kept = [row for row in rows if row and row[0].isascii() and row[0].isdigit() and int(row[0]) < start]
+        kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
         self.file = open(path, "a", newline="")
@@ -163,11 +160,12 @@ class Log:
 
 
 def read_log(path):
-    """The rows of a log.csv as dicts; [] if there is none."""
+    """The rows of a log.csv as dicts, those that name their step; [] if there is none."""
     if not path.is_file():
         return []
     with open(path, newline="", errors="replace") as file:
-        return list(csv.DictReader(line.replace("\0", "") for line in file))
+        rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+    return [row for row in rows if re.fullmatch("[0-9]+", row.get("step") or "")]
 
 
 def is_finished(folder):

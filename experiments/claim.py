@@ -23,7 +23,7 @@ from common import encoders
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
 from common.datasets import run_name
 from common.encoders import attention_of, in_batches, represent
-from common.errors import InputError, check_ranges, print_skipped, run_script
+from common.errors import InputError, check_mpp, check_ranges, print_skipped, run_script
 from common.files import atomic_write, file_stamp, stamp_of, write_json
 from common.flags import arguments as train_arguments
 from common.run import RESUMABLE, check_config, is_finished
@@ -74,6 +74,7 @@ def arguments(argv):
     add("--crops", type=int, default=3, help="crops of the overlay")
     args, args.rest = parser.parse_known_args(argv)
     if args.command == "show":
+        check_mpp(args.mpp, "--mpp")
         if args.rest or args.crops < 1:
             wrong = " ".join(args.rest) or "--crops below 1"
             raise InputError(f"{wrong}: not known to show; see show --help")

@@ -110,7 +110,7 @@ def find_table(source):
 def files_in(source):
     """The files of a folder without slides/; names its subfolders with slides, which are not used."""
     for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name != "cells"):
-        if find_slides(folder.iterdir()):
+        if any(path.suffix.lower() in SLIDE_TYPES for path in folder.iterdir()):
             print(f"note: {folder}: has slides, but subfolders are used in {source}/slides/ only")
     return source.iterdir()
 

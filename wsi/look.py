@@ -27,10 +27,10 @@ def cells_of(path, slide, args):
 
 def look(args):
     """Draws a slide as training would cut it and prints its counts; gives the exit code."""
-    path, mpp = Path(args.slide), args.mpp or 2.0
-    check_mpp(mpp, "--mpp")
+    check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
     check_ranges(args, tissue=(0, 1))
+    path, mpp = Path(args.slide), args.mpp or 2.0
     if path.is_dir():  # of a DICOM series
         path = next(iter(find_slides(path.iterdir()).values()), path)
     if path.suffix.lower() not in SLIDE_TYPES:

@@ -95,7 +95,7 @@ def prepare_tiles(data, tissue=0.5, workers=2):
         elif info["tissue"] != tissue:
             raise InputError(f"{crops / name}: cut with --tissue {info['tissue']:g} (now {tissue:g}); "
                              f"use the same, or delete {crops}")
-    for (path, *_), warning, error in in_processes(cut_tiles, todo, workers, "tiles, slides"):
+    for _, warning, error in in_processes(cut_tiles, todo, workers, "tiles, slides"):
         if error:
             failed.append(error)
         if warning:
@@ -159,14 +159,15 @@ def copy_level0(file, copy, slide_mpp, size, source):
     save_cells(copy, read_cells(file, slide_mpp, size), source)
 
 
-def cells_ready(data, name):
-    """The file with a slide's cells in level-0 px; None if prepare_cells has to make it first."""
+def ready_cells(data, name):
+    """A slide's cells (K, 2) in level-0 px, sorted by y; None if prepare_cells has to find them first."""
     file = cell_file(data, name)
     if file is None or tile_info(data, name) is None:
         return None
-    ready = file if is_builtin(data, file) else level0_copy(data, name)
-    kept = read_npz(ready, "source", "x", "y")
-    return ready if kept and str(kept["source"]) == made_from(data, name, file) else None
+    kept = read_npz(file if is_builtin(data, file) else level0_copy(data, name), "source", "x", "y")
+    if not kept or str(kept["source"]) != made_from(data, name, file):
+        return None
+    return np.stack([kept["x"], kept["y"]], 1).astype(np.float64)
 
 
 def prepare_cells(data, workers=2):
@@ -174,7 +175,7 @@ def prepare_cells(data, workers=2):
     todo, missing, given = [], [], []
     ready = {name: info for name in data.images if (info := tile_info(data, name))}
     for name, info in ready.items():
-        if cells_ready(data, name):
+        if ready_cells(data, name) is not None:
             continue
         file, path = cell_file(data, name), data.images[name]
         if file and not is_builtin(data, file):
