@@ -33,6 +33,7 @@ from common.export import export_clam, export_csv, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, print_table, read_npz, write_csv
 from common.measures import DRAWS, bootstrap, measures_of
+from common.parallel import Limits, add_limits
 from data import Crops, check_unseen, collate, find_data
 from prior import bin_centroids
 from wsi.prepare import load_crops, prepare_tiles, tile_info
@@ -78,6 +79,7 @@ def slides_arguments(argv):
     add("--attention-crops", type=int, default=1000,
         help="test crops whose attention is counted; more is steadier and slower")
     add("--overlays", type=int, default=4, help="crops in the attention picture")
+    add_limits(add)
     add_common(add, 64, "of DSMIL's first training")
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
@@ -200,7 +202,6 @@ def classify_slides(found, run, names, args):
     The latter shows what the features are worth without MIL. Writes slides.csv (a row per seed) and
     predictions.csv (mean scores of the test slides).
     """
-    check_classes(found, names)
     members = {part: [name for name in found.split(part) if name in names]
                for part in ("train", "val", "test")}
     bags = {part: [(read_features(run / "features" / f"{name}.npz").to(args.device),
@@ -269,8 +270,11 @@ def evaluate_slides(args):
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)
-    failed = prepare_tiles(found, args.tissue, args.workers) if slides else []
+    limits = Limits(args.max_seconds, args.max_gigapixels)
+    failed = prepare_tiles(found, args.tissue, args.workers, limits) if slides else []
     print_skipped(failed)
+    if slides and found.labels:  # again, without those that cannot be used: before hours of features
+        check_classes(found, {name for name in found.images if tile_info(found, name)})
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
 

@@ -20,6 +20,7 @@ from common.datasets import run_name
 from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.flags import arguments, default_run
+from common.parallel import Limits
 from common.run import Log, Run
 from data import Crops, collate, find_data, make_views, what_was_seen
 from wsi.demo import make_demo
@@ -64,7 +65,7 @@ def training_crops(args):
         print("The demo data is synthetic: slides are drawn into datasets/demo (once).")
         make_demo(Path("datasets/demo"), workers=args.workers)
     found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
-    failed = prepare(found, args.tissue, args.workers)
+    failed = prepare(found, args.tissue, args.workers, Limits(args.max_seconds, args.max_gigapixels))
     print_skipped(failed)
     names = found.split("train", "val") + found.unlabelled()
     crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)

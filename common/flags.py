@@ -8,6 +8,7 @@ import dirl
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import check_device
 from common.errors import InputError, check_mpp, check_ranges
+from common.parallel import add_limits
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: without fewer outputs and a sharper, faster teacher loss_c and loss_b stay at ln K.
@@ -82,6 +83,7 @@ def arguments(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that cut tiles and read crops")
+    add_limits(add)
     add("--save-minutes", type=float, default=10,
         help="time between checkpoints within an epoch; at an epoch's end one minute is enough")
     add("--max-steps", type=int,
@@ -106,7 +108,7 @@ def complete(args):
                  lambda_1=(0, 100), lambda_2=(0, 100), warmup_epochs=(0, args.epochs - 1),
                  student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), center_momentum=(0, 1),
                  seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
-                 save_minutes=(0, 1e6))
+                 save_minutes=(0, 1e6), max_seconds=(0.1, 1e9), max_gigapixels=(1e-6, 1e6))
     if args.max_steps is not None and args.max_steps < 1:
         raise InputError(f"--max-steps {args.max_steps}: at least 1 is needed")
     for name in ("global_size", "local_size"):

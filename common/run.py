@@ -15,7 +15,7 @@ from common.errors import InputError, one_line
 from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
 
 RESUMABLE = ("run", "workers", "save_minutes", "max_steps", "device", "probe", "probe_epochs", "probe_images",
-             "split_seed")  # flags that may change when a run is resumed
+             "split_seed", "max_seconds", "max_gigapixels")  # flags that may change when a run is resumed
 PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
 
 
