@@ -2,8 +2,8 @@
 
 LC25000 (Borkowski et al. 2019, arXiv:1912.12142; github.com/tampapath/lung_colon_image_set says where to
 download it) holds 15,000 lung images of 768 x 768 px, in lung_aca/, lung_n/ and lung_scc/: some 750 source
-tiles, each flipped and rotated into about 20 images. The results in docs/results.md use 3,031 of them, split by
-source tile, which LC25000 does not name: lc25000_lung.csv beside this file says which image is of which tile.
+tiles, each flipped and rotated into about 20 images. The results in docs/results.md use 3,031 of them, split
+by source tile, which LC25000 does not name: lc25000_lung.csv beside this file says which image is of which.
 """
 import argparse
 import hashlib
