@@ -206,14 +206,18 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     return total[:, :3]
 
 
-def random_jitter(images, generator):
-    """Brightness and contrast 0.4, saturation 0.2, hue 0.1 with probability 0.8; then grey with 0.2."""
+def random_jitter(images, generator, jitter=1.0, greyscale=1.0):
+    """Brightness and contrast 0.4, saturation 0.2, hue 0.1 with probability 0.8; then grey with 0.2.
+
+    jitter multiplies the strengths and their probability, greyscale that of grey.
+    """
     B = len(images)
-    on = (uniform((B,), 0, 1, generator) < JITTER).float()
-    brightness, contrast, saturation = (
-        1 + on * uniform((B,), -s, s, generator) for s in (BRIGHTNESS, CONTRAST, SATURATION))
-    hue = on * uniform((B,), -HUE, HUE, generator)
-    grey = uniform((B,), 0, 1, generator) < GREYSCALE
+    on = (uniform((B,), 0, 1, generator) < JITTER * jitter).float()
+    brightness, contrast, saturation, hue = (
+        on * uniform((B,), -s * jitter, s * jitter, generator)
+        for s in (BRIGHTNESS, CONTRAST, SATURATION, HUE))
+    brightness, contrast, saturation = 1 + brightness, 1 + contrast, 1 + saturation
+    grey = uniform((B,), 0, 1, generator) < GREYSCALE * greyscale
     order = uniform((B, 4), 0, 1, generator).argsort(1)
     matrix = jitter_matrix(images.mean((2, 3)), brightness, contrast, saturation, hue, grey, order)
     flat = torch.baddbmm(matrix[:, :, 3:], matrix[:, :, :3], images.flatten(2))
@@ -238,11 +242,14 @@ def solarize(images):
 
 
 def make_view(images, cells, kind, size, scale, generator):
-    """One view of every image (B, 3, S, S) in 0 to 1: (B, 3, size, size) normalised, and its P_c (B, n)."""
+    """One view of every image (B, 3, S, S) in 0 to 1: (B, 3, size, size) normalised, and its P_c (B, n).
+
+    kind: probabilities of blur and of solarising, and random_jitter's factors.
+    """
     B = len(images)
     boxes = random_boxes(B, images.shape[-1], scale, generator)
     flip = uniform((B,), 0, 1, generator) < FLIP
-    x = random_jitter(resample(images, boxes, flip, size), generator)
+    x = random_jitter(resample(images, boxes, flip, size), generator, kind["jitter"], kind["greyscale"])
     sigma, chance = uniform((B,), *BLUR_SIGMA, generator), uniform((B,), 0, 1, generator)
     blurred = (chance < kind["blur"]).nonzero().squeeze(1)
     if len(blurred):
@@ -254,15 +261,19 @@ def make_view(images, cells, kind, size, scale, generator):
 
 
 def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
-               global_size=224, local_size=96):
+               global_size=224, local_size=96, jitter=1.0, greyscale=1.0, solarize=1.0, blur=1.0):
     """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
     device of the generator, which all random numbers come from. scale: share of the crop's area; size: px.
+    jitter, greyscale, solarize, blur multiply DINO's probabilities (and the strengths of jitter); 0 is off.
     """
+    def scaled(kind):
+        return dict(blur=kind["blur"] * blur, solarize=kind["solarize"] * solarize, jitter=jitter,
+                    greyscale=greyscale)
     images, cells = crops.to(generator.device).float() / 255, cells.to(generator.device)
-    groups = [[(kind, global_size, global_scale) for kind in (GLOBAL_1, GLOBAL_2)],
-              [(LOCAL, local_size, local_scale)] * local_crops]
+    groups = [[(scaled(kind), global_size, global_scale) for kind in (GLOBAL_1, GLOBAL_2)],
+              [(scaled(LOCAL), local_size, local_scale)] * local_crops]
     views, priors = [], []
     for group in groups:
         made = [make_view(images, cells, kind, size, scale, generator) for kind, size, scale in group]

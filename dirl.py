@@ -159,6 +159,11 @@ def vit_t(**kw):
     return VisionTransformer(192, 12, 3, **kw)
 
 
+def vit_t4(**kw):
+    """The first 4 of ViT-Tiny's 12 blocks, 2 M parameters; not the paper's: for the demo and for laptops."""
+    return VisionTransformer(192, 4, 3, **kw)
+
+
 def vit_s(**kw):
     """ViT-Small: d = 384, 12 blocks, 6 heads; 22 M parameters (section 4)."""
     return VisionTransformer(384, 12, 6, **kw)
@@ -179,7 +184,7 @@ def vit_h(drop_path=0.0, **kw):
     return model
 
 
-ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h}
+ARCHS = {"vit_t": vit_t, "vit_t4": vit_t4, "vit_s": vit_s, "vit_h": vit_h}
 
 
 # ---------------------------------------------------------------- 3.3 cell-back pooling

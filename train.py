@@ -63,8 +63,7 @@ def batches(count, batch, start, steps, seed):
 
 def training_crops(args):
     """The data set, its crops that are trained on, what was skipped, and what the encoder will have seen."""
-    if args.data == "demo" and not Path("datasets/demo/labels.csv").is_file():
-        print("The demo data is synthetic: slides are drawn into datasets/demo (once).")
+    if args.data == "demo":
         make_demo(Path("datasets/demo"), workers=args.workers)
     found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     failed = prepare(found, args.tissue, args.workers, Limits(args.max_seconds, args.max_gigapixels))
@@ -138,8 +137,41 @@ def views_of_step(images, cells, args, step):
     """
     torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
     generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step + 500_009)
-    return make_views(images, cells, generator, args.local_crops, args.global_scale, args.local_scale,
-                      args.global_size, args.local_size)
+    return draw_views(images, cells, generator, args, args.local_crops)
+
+
+def draw_views(images, cells, generator, args, local_crops):
+    return make_views(images, cells, generator, local_crops, args.global_scale, args.local_scale,
+                      args.global_size, args.local_size, args.jitter, args.greyscale, args.solarize, args.blur)
+
+
+CONTRAST_CROPS = 64
+
+
+@torch.no_grad()
+def contrast_of_views(encoder, crops, args):
+    """Variance of f between crops over its variance between two global views of a crop.
+
+    Both are sums over the d features, over at most CONTRAST_CROPS crops; a crop counts by the mean of its two
+    views. Says of an encoder at its start whether views of one crop look more alike than two crops do. The
+    views have a random stream of their own, so that training's numbers stay as they are.
+    """
+    images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    (views,), _ = draw_views(images, cells, generator, args, local_crops=0)  # (2, N, 3, H, W)
+    f = torch.stack([encoder(view).mean(1) for view in views])  # (2, N, d)
+    between = f.mean(0).var(0, correction=0).sum()
+    within = f.var(0, correction=1).mean(0).sum()
+    return (between / within.clamp(min=1e-12)).item()
+
+
+def describe_contrast(ratio):
+    """The ratio of contrast_of_views in a line, with a warning below 1."""
+    line = f"at the start f varies {ratio:.2f} times as much between crops as between two views of one"
+    if ratio < 1:
+        line += (". Warning: the augmentation drowns what tells crops apart, and the loss may stay at "
+                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur, or raise --global-scale's low")
+    return line
 
 
 # ---------------------------------------------------------------- the probe
@@ -233,6 +265,7 @@ def train(args):
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     student, teacher, loss_fn = build_models(args)
     optimizer = build_optimizer(student)
+    print(describe_contrast(contrast_of_views(teacher.encoder, crops, args)))
 
     # Files: a stopped run is resumed, if its settings are the same.
     run = Run(args, run_name(args.data), found.mpp, len(crops), trained_on,

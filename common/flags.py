@@ -12,8 +12,9 @@ from common.parallel import add_limits
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: without fewer outputs and a sharper, faster teacher loss_c and loss_b stay at ln K.
-DEMO = dict(batch=32, out_dim=4096, disentangled_dim=1024, local_crops=2, global_size=112, local_size=48,
-            lr=4e-3, momentum=0.99, teacher_temp=0.03)
+DEMO = dict(arch="vit_t4", batch=32, out_dim=1024, disentangled_dim=256, local_crops=2, global_size=112,
+            local_size=48, lr=4e-3, momentum=0.99, teacher_temp=0.03, jitter=0.5, greyscale=0.0, solarize=0.0,
+            blur=0.3)
 
 
 def arguments(argv):
@@ -61,6 +62,13 @@ def arguments(argv):
     add("--global-size", type=int, default=224,
         help="px of the global views, a multiple of 16; 112 is 4 times faster, and coarser")
     add("--local-size", type=int, default=96, help="px of the local views, a multiple of 16")
+    add("--jitter", type=float, default=1.0,
+        help="colour jitter, a factor on its strengths and probability: 1 is DINO's, 0 none; lower if the "
+             "ratio printed at the start is below 1")
+    add("--greyscale", type=float, default=1.0, help="the same for turning grey (DINO: one view in 5)")
+    add("--solarize", type=float, default=1.0, help="the same for solarising (DINO: 1 in 5 second views)")
+    add("--blur", type=float, default=1.0,
+        help="the same for blur (DINO: every first, 1 in 10 second, half of the local views)")
     add("--out-dim", type=int, default=65536,
         help="outputs of the heads of f, f_c, f_b; fewer for small data")
     add("--disentangled-dim", type=int, default=4096, help="outputs of the four disentangled heads")
@@ -123,7 +131,7 @@ def complete(args):
                  student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), center_momentum=(0, 1),
                  seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
                  warmup_teacher_temp_epochs=(0, 1e6), save_minutes=(0, 1e6), max_seconds=(0.1, 1e9),
-                 max_gigapixels=(1e-6, 1e6))
+                 max_gigapixels=(1e-6, 1e6), jitter=(0, 1), greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
     for name, low in (("max_steps", 1), ("save_every", 1), ("warmup_teacher_temp", 1e-4)):
         value = getattr(args, name)
         if value is not None and not low <= value <= 1e9:

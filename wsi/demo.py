@@ -1,25 +1,45 @@
-"""Synthetic H&E slides of two classes that differ only in how the cells are arranged: glands and nests.
+"""Synthetic H&E slides whose crops differ as tissue's do. Nothing in them is tissue.
 
-Both have units of the same size with the same number of nuclei, the same white space, stroma and lymphocytes.
-In a gland the nuclei form a ring around a lumen; in a nest they fill the disc and the white is around it.
+A slide is a patchwork of regions: glands small and large, fat, stroma loose and dense, lymphocytes, necrosis,
+with glass around. A positive slide has solid nests as well, in 15 to 40 % of its tiles; a negative one has
+none. So one label stands for a bag of tiles (3.6), and the truth of each tile is written beside the slide.
+Every slide has its own shares of the kinds and its own stain, as if it came from a laboratory of its own.
 Colours follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E).
 """
 import numpy as np
 import tifffile
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from common.errors import InputError
-from common.files import atomic_write, write_csv
+from common.files import atomic_write, read_csv, write_csv
 from common.parallel import in_processes
 from prior import STAINS
 
 MPP = 1.0  # um/px of the slides, 10x
-WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles of 224 px at 2.0 um/px
-CLASSES = ("glands", "nests")
-PATIENTS = {"train": 7, "val": 2, "test": 4}  # of each class; every other patient has a second slide
-UNIT, SPACING, NUCLEI = 44.0, 118.0, 42  # um: radius of a unit and distance between two; nuclei of a unit
-LUMEN = 0.5  # radius of the lumen / radius of the unit
+WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles
+TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
+CLASSES = ("negative", "positive")
+PATIENTS = {"train": 9, "val": 3, "test": 6}  # of each class; every other patient has a second slide
+KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosis", "small glands",
+         "large glands", "nests")
+TELLING = "nests"
+TELLING_SHARE = (0.15, 0.40)  # of a positive slide's tiles
+REGION = 620  # px between the middles of two regions
+GROUND = (0, 0.20, 0.42, 0.30, 0.20, 0.46, 0.28, 0.28, 0.28)  # eosin of each kind's ground
+FIBRES = (0, 0.10, 0.14, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # and how much its fibres add and take away
+UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius; fat cells are white
+    "fat": (62, 27, 33, 0, 0), "small glands": (92, 32, 42, 0.35, 0.50),
+    "large glands": (190, 66, 88, 0.62, 0.76), "nests": (92, 32, 46, 0, 0)}
+BODY = 0.24  # eosin of a gland's or nest's cells
+NUCLEI = {  # spacing, half axes from and to (px), roundness from and to, density
+    "units": (9.0, 3.0, 4.0, 0.75, 1.0, 0.85), "lymphocytes": (8.0, 2.4, 2.9, 0.85, 1.0, 1.15),
+    "necrosis": (19, 1.3, 2.6, 0.6, 1.0, 0.8),
+    "loose stroma": (34, 4.0, 6.0, 0.28, 0.36, 0.75), "dense stroma": (30, 4.0, 6.0, 0.28, 0.36, 0.75)}
+SCALE = 4  # what varies slowly is drawn at a quarter of the size
 
+
+# ---------------------------------------------------------------- fields and shapes
 
 def smooth_noise(rng, shape, sigma):
     """Gaussian noise smoothed at sigma px, mean 0 and standard deviation 1; made small and enlarged."""
@@ -29,111 +49,129 @@ def smooth_noise(rng, shape, sigma):
     return ndimage.zoom(small, step, order=1)[: shape[0], : shape[1]]
 
 
-def draw(field, x, y, a, b, angle, value):
-    """Adds an ellipse with half axes a, b px (soft over a px) to a density field, in place."""
+def ellipse(x, y, a, b, angle):
+    """An ellipse with half axes a, b px at x, y: (left, top, its cover (r, r) of 0 to 1, soft over a px)."""
     r = int(max(a, b) + 3)
-    x0, y0 = int(x) - r, int(y) - r
-    if x0 < 0 or y0 < 0 or x0 + 2 * r >= field.shape[1] or y0 + 2 * r >= field.shape[0]:
-        return False
-    u, v = np.arange(2 * r) + (x0 + 0.5 - x), (np.arange(2 * r) + (y0 + 0.5 - y))[:, None]
+    left, top = int(x) - r, int(y) - r
+    u, v = np.arange(2 * r) + (left + 0.5 - x), (np.arange(2 * r) + (top + 0.5 - y))[:, None]
     c, s = np.cos(angle), np.sin(angle)
     distance = np.hypot((c * u + s * v) / a, (c * v - s * u) / b)
-    patch = field[y0: y0 + 2 * r, x0: x0 + 2 * r]
-    np.maximum(patch, value * np.clip((1 - distance) * min(a, b) + 0.5, 0, 1), out=patch)
-    return True
+    return left, top, np.clip((1 - distance) * min(a, b) + 0.5, 0, 1).astype(np.float32)
 
 
-def place(rng, count, sample, gap):
-    """count points (x, y) of sample() with at least gap between any two; fewer if no more fit."""
-    points = np.zeros((0, 2))
-    for _ in range(60 * count):
-        point = sample()
-        if not len(points) or ((points - point) ** 2).sum(1).min() >= gap ** 2:
-            points = np.vstack([points, point])
-            if len(points) == count:
-                break
+def draw(field, shape, value=1):
+    """The larger of a field and an ellipse, in place; nothing if it is not wholly inside."""
+    left, top, cover = shape
+    bottom, right = top + cover.shape[0], left + cover.shape[1]
+    if left >= 0 and top >= 0 and right <= field.shape[1] and bottom <= field.shape[0]:
+        patch = field[top: bottom, left: right]
+        np.maximum(patch, value * cover, out=patch)
+
+
+def scatter(rng, mask, spacing, jitter):
+    """Points (K, 2) as x, y of a jittered hexagonal grid where mask (HEIGHT, WIDTH) is true."""
+    row = spacing * 0.87
+    j, i = np.mgrid[0: int(mask.shape[0] / row) + 1, 0: int(mask.shape[1] / spacing) + 1]
+    x, y = (i + 0.5 * (j % 2)) * spacing, j * row
+    xy = np.stack([x, y], -1).reshape(-1, 2) + rng.normal(0, jitter * spacing, (x.size, 2))
+    xy = xy[((xy >= 0) & (xy < mask.shape[::-1])).all(1)]
+    column, line = xy.astype(int).T
+    return xy[mask[line, column]]
+
+
+# ---------------------------------------------------------------- a slide
+
+def draw_regions(rng, label):
+    """Which kind stands where: indices of KINDS, uint8 (HEIGHT, WIDTH).
+
+    The tissue is divided among points on a jittered grid, with wavy borders; each gets a kind, by shares of
+    the slide. Of a positive slide points next to each other are nests, until their tiles are TELLING_SHARE.
+    """
+    shape = HEIGHT // SCALE, WIDTH // SCALE
+    y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32) * SCALE
+    edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.52), (y - HEIGHT / 2) / (HEIGHT * 0.52))
+    tissue = edge + 0.10 * smooth_noise(rng, shape, 150 / SCALE) < 0.95
+    waves = [40 * smooth_noise(rng, shape, 50 / SCALE) for _ in range(2)]
+    others = [i for i, kind in enumerate(KINDS) if kind not in ("glass", TELLING)]
+    while True:
+        points = scatter(rng, np.ones((HEIGHT, WIDTH), bool), REGION, 0.18)
+        kinds = rng.choice(others, len(points), p=rng.dirichlet(np.full(len(others), 1.5)))
+        if label == "positive":
+            middle = rng.uniform(0.25, 0.75, 2) * (WIDTH, HEIGHT)
+            near = np.argsort(np.hypot(*(points - middle).T) + rng.normal(0, 250, len(points)))
+            kinds[near[: round(len(points) * rng.uniform(0.12, 0.3))]] = KINDS.index(TELLING)
+        owner = cKDTree(points).query(np.stack([x + waves[0], y + waves[1]], -1))[1]
+        regions = np.where(tissue, kinds[owner], 0).astype(np.uint8).repeat(SCALE, 0).repeat(SCALE, 1)
+        told = [kind for _, _, kind in kinds_of_tiles(regions) if kind != "glass"]
+        share = told.count(TELLING) / max(1, len(told))
+        if label == "negative" or min(TELLING_SHARE) <= share <= max(TELLING_SHARE):
+            return regions
+
+
+def kinds_of_tiles(regions):
+    """[(x, y, kind), ...] of all tiles, by their corner in px of the slide.
+
+    The kind is glass if that fills more than half of a tile, else the kind that fills most of its tissue.
+    """
+    out = []
+    for y in range(0, regions.shape[0] - TILE + 1, TILE):
+        for x in range(0, regions.shape[1] - TILE + 1, TILE):
+            area = np.bincount(regions[y: y + TILE: 4, x: x + TILE: 4].ravel(), minlength=len(KINDS))
+            kind = 0 if 2 * area[0] > area.sum() else 1 + area[1:].argmax()
+            out.append((x, y, KINDS[kind]))
+    return out
+
+
+def draw_units(rng, regions):
+    """Fat cells, glands and nests, (HEIGHT, WIDTH): what is white and the bodies as covers of 0 to 1, and
+    where their nuclei go as bool."""
+    white, body, inner, no_nuclei = np.zeros((4, *regions.shape), np.float32)
+    for kind, (spacing, low, high, least, most) in UNITS.items():
+        for x, y in scatter(rng, regions == KINDS.index(kind), spacing, 0.07):
+            radius, hole, angle = rng.uniform(low, high), rng.uniform(least, most), rng.uniform(0, np.pi)
+            flat = rng.uniform(0.8, 1.0)
+            if kind == "fat":
+                draw(white, ellipse(x, y, radius, radius * flat, angle))
+                continue
+            draw(body, ellipse(x, y, radius, radius * flat, angle))
+            draw(inner, ellipse(x, y, radius - 3, radius * flat - 3, angle))
+            if hole:
+                hole *= radius
+                draw(white, ellipse(x, y, hole, hole * flat, angle))
+                draw(no_nuclei, ellipse(x, y, hole + 4, hole * flat + 4, angle))
+    return white, body, (inner > 0.5) & (no_nuclei < 0.5)
+
+
+def draw_nuclei(rng, field, mask, kind, along):
+    """Draws nuclei on a jittered grid where mask is true; gives their middles (K, 2).
+
+    They are copies of a few shapes, for speed. along: of the fibres, which spindle cells follow (draw_fibres).
+    """
+    spacing, low, high, flat, round_, density = NUCLEI[kind]
+    points = np.floor(scatter(rng, mask, spacing, 0.13)) + 0.5
+    points = points[((points > 9) & (points < np.array(field.shape[::-1]) - 9)).all(1)]
+    column, row = points.astype(int).T
+    turns = along[row // SCALE, column // SCALE] if round_ < 0.5 else rng.uniform(0, np.pi, len(points))
+    shapes, count = [], 24
+    for k in range(count):
+        a = rng.uniform(low, high)
+        shapes.append(ellipse(0.5, 0.5, a, a * rng.uniform(flat, round_), k * np.pi / count)[2])
+    which = (turns % np.pi / np.pi * count).astype(int) % count
+    for x, y, k, value in zip(column, row, which, density * rng.uniform(0.85, 1.15, len(points))):
+        r = len(shapes[k]) // 2
+        draw(field, (x - r, y - r, shapes[k]), value)
     return points
 
 
-class Canvas:
-    """Density fields (HEIGHT, WIDTH) of a slide while it is drawn, and its nuclei so far as (x, y) in px."""
-
-    def __init__(self, rng):
-        self.rng, shape = rng, (HEIGHT, WIDTH)
-        y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
-        edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.52), (y - HEIGHT / 2) / (HEIGHT * 0.52))
-        self.tissue = edge + 0.10 * smooth_noise(rng, shape, 150) < 0.95
-        self.fibres = smooth_noise(rng, shape, 3) * 0.5 + smooth_noise(rng, shape, 12)
-        self.eosin = np.where(self.tissue, 0.32 + 0.07 * self.fibres, 0).astype(np.float32)
-        self.haematoxylin = np.where(self.tissue, 0.04, 0).astype(np.float32)
-        # Lumina and clefts; units; both.
-        self.clear, self.body, self.taken = np.zeros((3, *shape), np.float32)
-        self.nuclei = []
-
-    def nucleus(self, x, y, a, b, angle, density):
-        """Draws a nucleus with half axes a, b px if it lies on tissue."""
-        if 0 <= x < WIDTH and 0 <= y < HEIGHT and self.tissue[int(y), int(x)]:
-            if draw(self.haematoxylin, x, y, a, b, angle, density * self.rng.uniform(0.85, 1.15)):
-                self.nuclei.append((x, y))
-
-
-def draw_units(canvas, label):
-    """Glands (a ring of nuclei around a lumen) or nests (a disc of nuclei in a cleft) on a hexagonal grid."""
-    rng = canvas.rng
-    rows, columns = int(HEIGHT / SPACING / 0.87) + 1, int(WIDTH / SPACING) + 1
-    for i, j in [(i, j) for j in range(rows) for i in range(columns)]:
-        cx = (i + 0.5 * (j % 2)) * SPACING + rng.normal(0, 7)
-        cy = j * SPACING * 0.87 + rng.normal(0, 7)
-        keep, radius = rng.random() < 0.85, UNIT * rng.uniform(0.9, 1.1)
-        stretch, turn = rng.uniform(0.85, 1.0), rng.uniform(0, np.pi)
-        inside = 70 < cx < WIDTH - 70 and 70 < cy < HEIGHT - 70
-        if not (keep and inside and canvas.tissue[int(cy), int(cx)]):
-            continue
-        hole = LUMEN * radius
-        outer = radius if label == "glands" else np.hypot(radius, hole)  # the same white area either way
-        draw(canvas.taken, cx, cy, outer, outer * stretch, turn, 1)
-        if label == "glands":
-            draw(canvas.body, cx, cy, radius, radius * stretch, turn, 1.0)
-            draw(canvas.clear, cx, cy, hole, hole * stretch, turn, 1.0)
-            low, high = hole + 5, radius - 3
-        else:
-            draw(canvas.clear, cx, cy, outer, outer * stretch, turn, 1.0)
-            draw(canvas.body, cx, cy, radius, radius * stretch, turn, 2.0)
-            low, high = 0, radius - 3
-
-        def in_unit():
-            r, phi = np.sqrt(rng.uniform(low ** 2, high ** 2)), rng.uniform(0, 2 * np.pi)
-            u, v = r * np.cos(phi), r * stretch * np.sin(phi)
-            return np.array([np.cos(turn) * u - np.sin(turn) * v, np.sin(turn) * u + np.cos(turn) * v])
-        for u, v in place(rng, NUCLEI, in_unit, 6.5):
-            size = rng.uniform(3.0, 4.0)
-            canvas.nucleus(cx + u, cy + v, size, size * rng.uniform(0.75, 1), rng.uniform(0, np.pi), 0.85)
-
-
-def draw_stroma(canvas):
-    """Spindle cells along the fibres and clusters of lymphocytes, between the units."""
-    rng, free = canvas.rng, np.flatnonzero(canvas.tissue & (canvas.taken == 0))
-    flow = smooth_noise(rng, (HEIGHT, WIDTH), 120) * 1.2
-    for spot in rng.choice(free, 1100):
-        y, x = divmod(int(spot), WIDTH)
-        canvas.nucleus(x + 0.5, y + 0.5, rng.uniform(4, 6), rng.uniform(1.3, 1.9), flow[y, x], 0.75)
-    for spot in rng.choice(free, 14):
-        cy, cx = divmod(int(spot), WIDTH)
-        for u, v in rng.normal(0, 22, (25, 2)):
-            x, y = cx + u, cy + v
-            if 0 <= x < WIDTH and 0 <= y < HEIGHT and not canvas.taken[int(y), int(x)]:
-                canvas.nucleus(x, y, rng.uniform(2.3, 2.8), rng.uniform(2.2, 2.6), 0, 1.15)
-
-
 def stain(rng, haematoxylin, eosin):
-    """Beer-Lambert: densities (h, w) to uint8 RGB (h, w, 3); each slide's stains differ a little."""
-    strength = rng.uniform(0.9, 1.12, 2)
-    vectors = [np.clip(v + rng.normal(0, 0.02, 3), 0.02, None) for v in STAINS[:2]]
+    """Beer-Lambert: densities (h, w) to uint8 RGB (h, w, 3); each slide has stains of its own."""
+    strength = rng.uniform(0.85, 1.18, 2)
+    vectors = [np.clip(v + rng.normal(0, 0.025, 3), 0.02, None) for v in STAINS[:2]]
     vectors = [v / np.linalg.norm(v) for v in vectors]
     densities = (haematoxylin * np.float32(1.3 * strength[0]),
                  np.clip(eosin, 0, None) * np.float32(strength[1]))
     h, e = (ndimage.gaussian_filter(density, 0.6) for density in densities)  # the microscope's sharpness
-    white, noise = rng.uniform(236, 247), 2 * rng.standard_normal(h.shape, np.float32)
+    white, noise = rng.uniform(230, 247), 2 * rng.standard_normal(h.shape, np.float32)
     image = np.empty((*h.shape, 3), np.uint8)
     for k in range(3):
         light = white * np.exp(-h * np.float32(vectors[0][k]) - e * np.float32(vectors[1][k]))
@@ -141,28 +179,51 @@ def stain(rng, haematoxylin, eosin):
     return image
 
 
-def render(label, seed):
-    """One slide: uint8 (HEIGHT, WIDTH, 3) and the true nuclei (K, 2) as x, y in px."""
-    canvas = Canvas(np.random.default_rng(seed))
-    draw_units(canvas, label)
-    body, haematoxylin = canvas.body, canvas.haematoxylin
-    in_unit = (body > 0.5) & canvas.tissue
-    eosin = np.where(in_unit, 0.22 + 0.03 * canvas.fibres, canvas.eosin).astype(np.float32)
-    empty = (canvas.clear > 0.5) & ((body < 0.5) | ((label == "glands") & (body < 1.5)))
-    draw_stroma(canvas)
-    haematoxylin[empty] = np.where(haematoxylin[empty] > 0.3, haematoxylin[empty], 0)
-    eosin[empty & (haematoxylin == 0)] = 0
-    return stain(canvas.rng, haematoxylin, eosin), np.array(canvas.nuclei)
+def draw_fibres(rng, shape):
+    """Wavy fibres (HEIGHT, WIDTH), mean 0, and their direction in radians at 1 / SCALE of the size."""
+    small = shape[0] // SCALE, shape[1] // SCALE
+    turn, bend = rng.uniform(0, np.pi), 9 * smooth_noise(rng, small, 90 / SCALE)
+    dy, dx = (slope / SCALE for slope in np.gradient(bend))
+    along = np.arctan2(np.sin(turn) / 3.2 + dy, np.cos(turn) / 3.2 + dx) + np.pi / 2
+    y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32)
+    phase = (x * np.float32(np.cos(turn)) + y * np.float32(np.sin(turn))) / np.float32(3.2)
+    phase += ndimage.zoom(bend, SCALE, order=1)
+    return np.float32(0.8) * np.sin(phase) + np.float32(0.6) * smooth_noise(rng, shape, 4), along
 
+
+def render(label, seed):
+    """A slide: uint8 (HEIGHT, WIDTH, 3), its nuclei (K, 2) as x, y in px, its regions (HEIGHT, WIDTH)."""
+    rng = np.random.default_rng(seed)
+    regions = draw_regions(rng, label)
+    fibres, along = draw_fibres(rng, regions.shape)
+    white, body, in_units = draw_units(rng, regions)
+    eosin = np.array(GROUND, np.float32)[regions] + np.array(FIBRES, np.float32)[regions] * fibres
+    eosin = (eosin + (BODY + np.float32(0.03) * fibres - eosin) * body) * (1 - white)
+    haematoxylin = np.where(regions > 0, np.float32(0.04), 0) * (1 - white)
+    between = (body < 0.5) & (white < 0.5)
+    nuclei = [draw_nuclei(rng, haematoxylin, in_units, "units", along)]
+    for kind in ("lymphocytes", "necrosis", "loose stroma", "dense stroma"):
+        places = [kind] if kind != "loose stroma" else [kind, "small glands", "large glands", "nests"]
+        there = np.isin(np.arange(len(KINDS)), [KINDS.index(place) for place in places])[regions]
+        nuclei.append(draw_nuclei(rng, haematoxylin, there & between, kind, along))
+    return stain(rng, haematoxylin, eosin), np.concatenate(nuclei), regions
+
+
+# ---------------------------------------------------------------- the data set
 
 def write_slide(folder, name, label, seed):
-    """slides/<name>.svs, tiled, with its um/px recorded as Aperio does; truth/<name>.csv with the nuclei."""
-    image, nuclei = render(label, seed)
+    """slides/<name>.svs, tiled, with its um/px recorded as Aperio does, and its truth.
+
+    truth/<name>.csv has the nuclei, truth/<name>_tiles.csv the kind of each tile (read_tiles).
+    """
+    image, nuclei, regions = render(label, seed)
     np.savetxt(folder / "truth" / f"{name}.csv", nuclei, fmt="%.2f", delimiter=",", header="x,y", comments="")
+    write_csv(folder / "truth" / f"{name}_tiles.csv", [("x", "y", "kind", "telling")] + [
+        (x, y, kind, int(kind == TELLING)) for x, y, kind in kinds_of_tiles(regions)])
     with atomic_write(folder / "slides" / f"{name}.svs") as temp:
         about = f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}"
-        tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
-                         description=about)
+        tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", compressionargs={"level": 1},
+                         photometric="rgb", metadata=None, description=about)
 
 
 def make_demo(folder, seed=0, workers=2, patients=PATIENTS):
@@ -174,11 +235,33 @@ def make_demo(folder, seed=0, workers=2, patients=PATIENTS):
                 for slide in range(1 + patient % 2):
                     number += 1
                     rows.append((f"demo_{number:03d}_{slide}", label, f"{split}_{label}_{patient}", split))
+    rows = [("slide", "label", "patient", "split"), *rows]
+    if (folder / "labels.csv").is_file():
+        check_made(folder)
+        return
+    print(f"The demo data is synthetic: {len(rows) - 1} slides are drawn into {folder} (once).")
     for sub in ("slides", "truth"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
-    todo = [(folder, name, label, [seed, i]) for i, (name, label, _, _) in enumerate(rows)
+    todo = [(folder, name, label, [seed, i]) for i, (name, label, _, _) in enumerate(rows[1:])
             if not (folder / "slides" / f"{name}.svs").is_file()]
     for _, _, error in in_processes(write_slide, todo, workers, "synthetic slides"):
         if error:
             raise InputError(error)
-    write_csv(folder / "labels.csv", [("slide", "label", "patient", "split"), *rows])
+    write_csv(folder / "labels.csv", rows)
+
+
+def check_made(folder):
+    """InputError if the demo in this folder was drawn by another version of the project."""
+    _, rows = read_csv(folder / "labels.csv")
+    if any(row.get("label") not in CLASSES or not (folder / "truth" / f"{row['slide']}_tiles.csv").is_file()
+           for _, row in rows):
+        raise InputError(f"{folder}: is the demo of another version; delete the folder and run again")
+
+
+def read_truth(folder, name):
+    """{(x, y): (kind, is it telling)} of a slide's tiles by their level-0 corner; {} if none is known."""
+    path = folder / "truth" / f"{name}_tiles.csv"
+    if not path.is_file():
+        return {}
+    return {(int(row["x"]), int(row["y"])): (row["kind"], row["telling"] == "1")
+            for _, row in read_csv(path)[1]}
