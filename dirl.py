@@ -6,6 +6,7 @@ A prior is P_c (B, n): 1 for a patch with a cell, 0 for background.
 """
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,10 @@ class Attention(nn.Module):
         return q @ k.transpose(-2, -1) * self.scale
 
     def forward(self, x):
-        return self.merge(F.scaled_dot_product_attention(*self.project(x)))
+        q, k, v = self.project(x)
+        if v.dtype == torch.bfloat16 and not v.is_cuda:  # on a CPU torch's own is slow in bf16
+            return self.merge(self.logits(q, k).softmax(-1).to(v.dtype) @ v)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
 
 
 class Mlp(nn.Module):
@@ -120,7 +124,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # later blocks are dropped more often
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, rate) for rate in rates))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_weights)
@@ -139,29 +143,18 @@ class VisionTransformer(nn.Module):
         return self.patch_embed(images) + pos
 
     def forward(self, images):
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.embed(images)))  # T_L
 
     def last_attention(self, images):
         """softmax(q k^T / sqrt(d_head)) of the last block, (B, heads, n, n); every row sums to 1."""
-        x = self.embed(images)
-        for block in self.blocks[:-1]:
-            x = block(x)
         last = self.blocks[-1]
-        q, k, _ = last.attn.project(last.norm1(x))
+        q, k, _ = last.attn.project(last.norm1(self.blocks[:-1](self.embed(images))))
         return last.attn.logits(q, k).softmax(-1)
 
 
-def vit_t(**kw):
+def vit_t(depth=12, **kw):
     """ViT-Tiny: d = 192, 12 blocks, 3 heads; 5 M parameters (section 4)."""
-    return VisionTransformer(192, 12, 3, **kw)
-
-
-def vit_t4(**kw):
-    """The first 4 of ViT-Tiny's 12 blocks, 2 M parameters; not the paper's: for the demo and for laptops."""
-    return VisionTransformer(192, 4, 3, **kw)
+    return VisionTransformer(192, depth, 3, **kw)
 
 
 def vit_s(**kw):
@@ -172,19 +165,18 @@ def vit_s(**kw):
 def vit_h(drop_path=0.0, **kw):
     """ViT-H (Table 4): 8 blocks of ViT-S, 4 of ViT-T, trained together; the linear layer between is ours."""
     model = VisionTransformer(384, 8, 6, **kw)
-    tail = [nn.Linear(384, 192)] + [Block(192, 3) for _ in range(4)]
+    tail = nn.Sequential(nn.Linear(384, 192), *(Block(192, 3) for _ in range(4))).apply(init_weights)
     model.blocks.extend(tail)
     model.norm = nn.LayerNorm(192, eps=1e-6)
     model.embed_dim, model.num_heads = 192, 3
-    for module in tail:
-        module.apply(init_weights)
     blocks = [b for b in model.blocks if isinstance(b, Block)]
     for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
         block.drop_path.p = rate
     return model
 
 
-ARCHS = {"vit_t": vit_t, "vit_t4": vit_t4, "vit_s": vit_s, "vit_h": vit_h}
+ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h,
+         "vit_t4": partial(vit_t, depth=4)}  # not the paper's: 2 M parameters, for the demo and for laptops
 
 
 # ---------------------------------------------------------------- 3.3 cell-back pooling
@@ -247,6 +239,28 @@ class DisentangleBlock(Block):
 
 # ---------------------------------------------------------------- 3.5 heads and loss
 
+class Cosines(torch.autograd.Function):
+    """<z, w_k / ||w_k||> of z (N, d) and every row w_k of weight (K, d): F.linear(z, F.normalize(weight)).
+
+    The norms divide the logits instead of the weights, which would be read and written some twenty times.
+    """
+
+    @staticmethod
+    def forward(ctx, z, weight):
+        norm = weight.norm(dim=-1)
+        cosine = F.linear(z, weight.to(z.dtype)).div_(norm)
+        ctx.save_for_backward(z, weight, norm, cosine)
+        return cosine
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, weight, norm, cosine = ctx.saved_tensors
+        along = (grad * cosine).sum(0, dtype=weight.dtype) / norm ** 2
+        grad = (grad / norm).to(z.dtype)
+        d_weight = (grad.t() @ z).to(weight.dtype)  # (z - cosine_k w_k / ||w_k||) / ||w_k||, summed over z
+        return grad @ weight.to(z.dtype), d_weight.addcmul_(weight, along.unsqueeze(-1), value=-1)
+
+
 class DINOHead(nn.Module):
     """DINO's projection head: (.., in_dim) to (.., out_dim) through 2048, 2048 and an L2-normalised 256.
 
@@ -265,8 +279,8 @@ class DINOHead(nn.Module):
         self.last_norm = None if norm_last_layer else nn.Parameter(torch.ones(out_dim, 1))
 
     def forward(self, f):
-        z = F.normalize(self.mlp(f), dim=-1)
-        logits = F.linear(z, F.normalize(self.last_layer.weight, dim=-1))
+        z = self.mlp(f)
+        logits = Cosines.apply(F.normalize(z, dim=-1).to(z.dtype), self.last_layer.weight)
         return logits if self.last_norm is None else logits * self.last_norm.squeeze(1)
 
 
@@ -411,10 +425,6 @@ class DiRLLoss(nn.Module):
             total = total + self.weight[name] * loss
             each[name] = loss.detach()
         return total, each
-
-    def entropies(self):
-        """{name: the teacher's mean entropy H(q)} of the last call."""
-        return {name: cross_entropy.entropy for name, cross_entropy in self.losses.items()}
 
 
 def make_teacher(student):

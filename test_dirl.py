@@ -213,6 +213,30 @@ def test_loss_is_the_teachers_entropy_and_the_divergence():
     torch.testing.assert_close(total, entropy + divergence)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.bfloat16, 0.02)])
+def test_cosines_are_a_weight_normalised_layer(dtype, tolerance):
+    z = F.normalize(torch.randn(5, 8, dtype=torch.float64), dim=-1)
+    weight, grad = torch.randn(11, 8, dtype=torch.float64), torch.randn(5, 11, dtype=torch.float64)
+    results = []
+    for function, kind in ((dirl.Cosines.apply, dtype),
+                           (lambda z, w: F.linear(z, F.normalize(w, dim=-1)), torch.float64)):
+        x, w = z.to(kind).requires_grad_(), weight.clone().requires_grad_()
+        out = function(x, w)
+        out.backward(grad.to(out.dtype))
+        results.append((out, x.grad, w.grad))
+    for got, want in zip(*results):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_attention_is_softmax_of_scaled_products_in_bf16_too():
+    attention, x = dirl.Attention(128, 2), torch.randn(3, 9, 128)
+    heads = [attention.qkv(x).unflatten(-1, (3, 2, 64))[..., i, :, :].transpose(1, 2) for i in range(3)]
+    want = attention.proj(((heads[0] @ heads[1].mT / 8).softmax(-1) @ heads[2]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(attention(x).float(), want, rtol=0.05, atol=0.02)
+
+
 def test_a_last_layer_that_learns_its_norms_is_weight_normalised():
     head = dirl.DINOHead(8, 32, norm_last_layer=False)
     linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, 32, bias=False))

@@ -308,7 +308,8 @@ def train(args):
             # The log, at an epoch's end the features' rank and the probe, and now and then a checkpoint.
             step += 1
             seen = watch(teacher.encoder, *watched, args, step, steps, per_epoch)
-            log.write(step - 1, loss.detach(), each, loss_fn.entropies(), schedule, priors, *seen)
+            entropies = {name: head.entropy for name, head in loss_fn.losses.items()}
+            log.write(step - 1, loss.detach(), each, entropies, schedule, priors, *seen)
             if stop:
                 break
             run.save_if_due(step, per_epoch)
