@@ -24,7 +24,7 @@ from common.datasets import DATASETS, PRIORS
 from common.encoders import normalize
 from common.errors import InputError, run_script
 from common.files import read_csv, write_csv
-from common.parallel import call
+from common.parallel import add_limits, call
 from prior import view_prior
 from wsi import check, gdc, look
 from wsi.folders import SPLITS, find_folder, patient_of
@@ -414,7 +414,11 @@ def arguments(argv):
     looked.add_argument("--tissue", type=float, default=0.5,
                         help="least share of tissue in a tile, as in train.py")
     looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
+    looked.add_argument("--tile", nargs="+", metavar="X,Y",
+                        help="shows the tiles that hold these points in level-0 px; default: three of them")
     looked.add_argument("--out", help="the picture (look_<slide>.png)")
+    add_limits(looked.add_argument)
+    add_limits(checked.add_argument)
     for sub in (checked, looked):
         sub.add_argument("--mpp", type=float, help="um/px of the crops (2.0 is the paper's 5x)")
         sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")

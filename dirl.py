@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- 3.1 vision transformer
 
@@ -250,9 +251,10 @@ class DINOHead(nn.Module):
     """DINO's projection head: (.., in_dim) to (.., out_dim) through 2048, 2048 and an L2-normalised 256.
 
     The last layer is weight-normalised with its norm fixed at 1: logits are cosines with out_dim prototypes.
+    norm_last_layer=False: each prototype learns its norm, as in DINO; it starts at 1.
     """
 
-    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256):
+    def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(in_dim, hidden_dim), nn.GELU(),
@@ -260,41 +262,22 @@ class DINOHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim))
         self.mlp.apply(init_weights)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        self.last_norm = None if norm_last_layer else nn.Parameter(torch.ones(out_dim, 1))
 
     def forward(self, f):
         z = F.normalize(self.mlp(f), dim=-1)
-        return F.linear(z, F.normalize(self.last_layer.weight, dim=-1))
+        logits = F.linear(z, F.normalize(self.last_layer.weight, dim=-1))
+        return logits if self.last_norm is None else logits * self.last_norm.squeeze(1)
 
 
-class PairCrossEntropy(torch.autograd.Function):
-    """sum over u, v, b of -weight[u, v, b] * <target[u, b], log_softmax(student[v, b] / temp)>.
+def view_cross_entropy(student, target, weight, temp):
+    """One student view against the teacher's: the sum over u, b of -weight[u, b] <target[u, b], log p[b]>.
 
-    The plain double loop (in test_dirl.py) keeps a log-softmax for each of its pairs. Here the targets of
-    a view are summed first, -<q, log_softmax(x)> = logsumexp(x) - <q, x>, and the gradient is written view
-    by view: beside logits, targets and gradient there are only the intermediate values of one view.
-    student (V, B, K), target (U, B, K), weight (U, V, B).
+    student (B, K) logits, target (U, B, K), weight (U, B); p = softmax(student / temp). The targets are
+    summed first, as all of them meet the same log p.
     """
-
-    @staticmethod
-    def forward(ctx, student, target, weight, temp):
-        ctx.save_for_backward(student, target, weight)
-        ctx.temp = temp
-        total = weight.new_zeros(())
-        for v in range(len(student)):
-            x = student[v].float() / temp
-            wanted = torch.einsum("ub,ubk->bk", weight[:, v], target)
-            total += (weight[:, v].sum(0) * x.logsumexp(-1) - (wanted * x).sum(-1)).sum()
-        return total
-
-    @staticmethod
-    def backward(ctx, grad):
-        student, target, weight = ctx.saved_tensors
-        out = torch.empty_like(student)
-        for v in range(len(student)):
-            wanted = torch.einsum("ub,ubk->bk", weight[:, v], target)
-            p = (student[v].float() / ctx.temp).softmax(-1)
-            out[v] = grad / ctx.temp * (weight[:, v].sum(0).unsqueeze(-1) * p - wanted)
-        return out, None, None, None
+    q = torch.einsum("ub,ubk->bk", weight, target)
+    return -(q * (student.float() / temp).log_softmax(-1)).sum()
 
 
 class DINOLoss(nn.Module):
@@ -305,6 +288,9 @@ class DINOLoss(nn.Module):
     with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). The loss is the mean over the pairs that count,
     0 if none does. Every call moves the centre, by the teacher's rows whose region is present.
+
+    After a call, entropy is the mean of H(q) over the pairs that count: the loss is H(q) + KL(q || p), so it
+    tells whether the outputs are uniform (ln K) or on one prototype (0), which the loss alone does not.
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
@@ -320,7 +306,12 @@ class DINOLoss(nn.Module):
         weight = other.unsqueeze(-1) * t.unsqueeze(1) * s.unsqueeze(0)  # (U, V, B)
         with torch.no_grad():
             target = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # q
-        loss = PairCrossEntropy.apply(student, target, weight, self.student_temp) / weight.sum().clamp(min=1)
+            pairs = weight.sum().clamp(min=1)
+            self.entropy = (weight.sum(1) * torch.special.entr(target).sum(-1)).sum() / pairs
+        # Computed again in the backward pass, so that no (B, K) tensors are kept for each of the V views.
+        loss = sum(checkpoint(view_cross_entropy, x, target, weight[:, v], self.student_temp,
+                              use_reentrant=False, preserve_rng_state=False)
+                   for v, x in enumerate(student.unbind())) / pairs
         self.update_center(teacher, t)
         return loss
 
@@ -346,7 +337,7 @@ class DiRL(nn.Module):
     "baseline" is DINO on f; "cellback" has f_c and f_b; "dirl" has all six (ValueError otherwise).
     """
 
-    def __init__(self, encoder, method="dirl", out_dim=65536, disentangled_dim=4096):
+    def __init__(self, encoder, method="dirl", out_dim=65536, disentangled_dim=4096, norm_last_layer=True):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
@@ -356,7 +347,8 @@ class DiRL(nn.Module):
             self.disentangle = DisentangleBlock(d, encoder.num_heads)
             self.disentangle.apply(init_weights)
         self.heads = nn.ModuleDict({
-            name: DINOHead(d, disentangled_dim if name in DISENTANGLED else out_dim)
+            name: DINOHead(d, disentangled_dim if name in DISENTANGLED else out_dim,
+                           norm_last_layer=norm_last_layer)
             for name in METHODS[method]})
 
     def represent(self, images, prior):
@@ -419,6 +411,10 @@ class DiRLLoss(nn.Module):
             total = total + self.weight[name] * loss
             each[name] = loss.detach()
         return total, each
+
+    def entropies(self):
+        """{name: the teacher's mean entropy H(q)} of the last call."""
+        return {name: cross_entropy.entropy for name, cross_entropy in self.losses.items()}
 
 
 def make_teacher(student):

@@ -29,13 +29,14 @@ from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
-from common.export import export_clam, export_csv, read_features
+from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, print_table, read_npz, write_csv
 from common.measures import DRAWS, bootstrap, measures_of
+from common.parallel import Limits, add_limits
 from data import Crops, check_unseen, collate, find_data
 from prior import bin_centroids
-from wsi.prepare import load_crops, prepare_tiles, tile_info
+from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info
 from wsi.slides import CROP
 
 MEASURES = ("accuracy", "AUC", "macro F1")
@@ -72,12 +73,13 @@ def slides_arguments(argv):
     add("--epochs", type=int, default=200, help="of DSMIL; fewer if there are thousands of slides")
     add("--class-weights", action="store_true",
         help="weights slides inversely to their class's count in training; if a class is rare")
-    add("--export", nargs="+", default=(), choices=["clam", "csv"],
-        help="also writes the features for other MIL code: clam/ is CLAM's pt_files and h5_files, csv/ is "
-             "for DSMIL's datasets/")
+    add("--export", nargs="+", default=(), choices=["clam", "csv", "geojson"],
+        help="clam/: features, dataset CSV and splits as CLAM has them; csv/: for DSMIL's datasets/; "
+             "geojson/: tiles and cells of each slide for QuPath")
     add("--attention-crops", type=int, default=1000,
         help="test crops whose attention is counted; more is steadier and slower")
     add("--overlays", type=int, default=4, help="crops in the attention picture")
+    add_limits(add)
     add_common(add, 64, "of DSMIL's first training")
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
@@ -200,7 +202,6 @@ def classify_slides(found, run, names, args):
     The latter shows what the features are worth without MIL. Writes slides.csv (a row per seed) and
     predictions.csv (mean scores of the test slides).
     """
-    check_classes(found, names)
     members = {part: [name for name in found.split(part) if name in names]
                for part in ("train", "val", "test")}
     bags = {part: [(read_features(run / "features" / f"{name}.npz").to(args.device),
@@ -254,6 +255,19 @@ def count_attention(encoder, about, found, run, args):
     return table
 
 
+def export(found, names, run, kinds):
+    """Writes what --export asks for of the slides that have features."""
+    infos = {name: tile_info(found, name) for name in names}
+    if "clam" in kinds:
+        export_clam(found, run / "features", infos, run / "clam")
+    if "csv" in kinds:
+        export_csv(found, run / "features", [name for name in names if name in found.labels], run / "csv")
+    if "geojson" in kinds:
+        for name, info in tqdm(infos.items(), "geojson, slides", leave=False):
+            corners = read_npz(run / "features" / f"{name}.npz", "coords")["coords"]
+            export_geojson(run / "geojson" / f"{name}.geojson", corners, info, ready_cells(found, name))
+
+
 def evaluate_slides(args):
     path = encoders.find_encoder(args.checkpoint, run_name(args.data))
     encoder, about = encoders.load_encoder(path)
@@ -269,8 +283,11 @@ def evaluate_slides(args):
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)
-    failed = prepare_tiles(found, args.tissue, args.workers) if slides else []
+    limits = Limits(args.max_seconds, args.max_gigapixels)
+    failed = prepare_tiles(found, args.tissue, args.workers, limits) if slides else []
     print_skipped(failed)
+    if slides and found.labels:  # again, without those that cannot be used: before hours of features
+        check_classes(found, {name for name in found.images if tile_info(found, name)})
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
 
@@ -278,10 +295,7 @@ def evaluate_slides(args):
     if slides:
         names = extract(encoder, found, run / "features", file_stamp(path), args)
         made += ["features/", *(f"{kind}/" for kind in args.export)]
-        if "clam" in args.export:
-            export_clam(run / "features", names, run / "clam")
-        if "csv" in args.export:
-            export_csv(found, run / "features", [name for name in names if name in found.labels], run / "csv")
+        export(found, names, run, args.export)
     if slides and found.labels:
         table += classify_slides(found, run, names, args)
         made += ["slides.csv", "predictions.csv"]

@@ -199,6 +199,31 @@ def test_center_sees_only_rows_that_count():
     assert torch.equal(loss.center, before)
 
 
+def test_loss_is_the_teachers_entropy_and_the_divergence():
+    torch.manual_seed(3)
+    loss, student, teacher = dirl.DINOLoss(6), torch.randn(3, 2, 6), torch.randn(2, 2, 6)
+    present = torch.tensor([[True, False], [True, True]])
+    total = loss(student, teacher, 0.5, torch.ones(3, 2), present)
+    q, log_p = (teacher / 0.5).softmax(-1), (student / 0.1).log_softmax(-1)
+    pairs = [(q[u, b], log_p[v, b]) for u in range(2) for v in range(3) for b in range(2)
+             if u != v and present[u, b]]
+    entropy = sum(-(x * x.log()).sum() for x, _ in pairs) / len(pairs)
+    divergence = sum((x * (x.log() - y)).sum() for x, y in pairs) / len(pairs)
+    torch.testing.assert_close(loss.entropy, entropy)
+    torch.testing.assert_close(total, entropy + divergence)
+
+
+def test_a_last_layer_that_learns_its_norms_is_weight_normalised():
+    head = dirl.DINOHead(8, 32, norm_last_layer=False)
+    linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, 32, bias=False))
+    with torch.no_grad():
+        head.last_norm.copy_(torch.rand(32, 1))
+        linear.parametrizations.weight.original0.copy_(head.last_norm)  # g
+        linear.parametrizations.weight.original1.copy_(head.last_layer.weight)  # v
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(head(x), linear(F.normalize(head.mlp(x), dim=-1)))
+
+
 def test_eq9_weights_and_default_sizes():
     model = dirl.DiRL(tiny(), "dirl")
     sizes = {name: head.last_layer.out_features for name, head in model.heads.items()}

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, Subset
 
 import dirl
 from common.classify import nearest
+from common.curves import plot_runs
 from common.datasets import run_name
-from common.encoders import attention_of, in_batches, represent
+from common.encoders import attention_of, in_batches, init_encoder, represent
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
+from common.parallel import Limits
 from common.run import Log, Run
 from data import Crops, collate, find_data, make_views, what_was_seen
 from wsi.demo import make_demo
@@ -64,7 +66,7 @@ def training_crops(args):
     if args.data == "demo":
         make_demo(Path("datasets/demo"), workers=args.workers)
     found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
-    failed = prepare(found, args.tissue, args.workers)
+    failed = prepare(found, args.tissue, args.workers, Limits(args.max_seconds, args.max_gigapixels))
     print_skipped(failed)
     names = found.split("train", "val") + found.unlabelled()
     crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
@@ -86,7 +88,10 @@ def build_models(args):
     """Student, teacher and the loss of every head, on the device; seeded."""
     torch.manual_seed(args.seed)
     encoder = dirl.ARCHS[args.arch](drop_path=args.drop_path)
-    student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim).to(args.device)
+    if args.init:
+        init_encoder(encoder, args.init)
+    student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim, args.norm_last_layer)
+    student = student.to(args.device)
     loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
                             skip_empty=args.empty_regions == "skip").to(args.device)
     return student, dirl.make_teacher(student), loss_fn
@@ -100,19 +105,28 @@ def build_optimizer(student):
     return torch.optim.AdamW([decayed, biases_and_norms], fused=True)
 
 
-def set_schedules(optimizer, args, step, steps, warmup):
-    """Sets this step's learning rate and weight decay; gives the rate and the teacher's momentum."""
-    rate = cosine(args.lr * args.batch / 256, args.min_lr, step, steps, warmup)
+def teacher_temperature(args, step, per_epoch):
+    """Of the teacher at a step: linear from --warmup-teacher-temp to --teacher-temp, as in DINO."""
+    share = min(1, step / max(1, args.warmup_teacher_temp_epochs * per_epoch))
+    start = args.teacher_temp if args.warmup_teacher_temp is None else args.warmup_teacher_temp
+    return start + share * (args.teacher_temp - start)
+
+
+def set_schedules(optimizer, args, step, steps, per_epoch):
+    """Sets this step's learning rate and weight decay; gives rate, teacher's momentum and temperature."""
+    rate = cosine(args.lr * args.batch / 256, args.min_lr, step, steps, args.warmup_epochs * per_epoch)
     decay = cosine(args.weight_decay, args.weight_decay_end, step, steps)
     optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
     optimizer.param_groups[1].update(lr=rate)
-    return rate, cosine(args.momentum, 1, step, steps)
+    return rate, cosine(args.momentum, 1, step, steps), teacher_temperature(args, step, per_epoch)
 
 
 def freeze_last_layers(student):
     """Drops the gradient of every head's last layer, so that the optimiser leaves it as it is."""
     for head in student.heads.values():
         head.last_layer.weight.grad = None
+        if head.last_norm is not None:
+            head.last_norm.grad = None
 
 
 def views_of_step(images, cells, args, step):
@@ -190,6 +204,34 @@ def probe(encoder, train_set, test_set, classes):
     return *dirl.attention_bins(aggregated), (said == test_set[1]).mean()
 
 
+HANDFUL = 64  # crops on which the features' rank is taken
+
+
+@torch.no_grad()
+def effective_rank(features):
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), features (N, d) centred.
+
+    1 where all features lie on a line, at most min(N - 1, d); 0 where they are all the same.
+    """
+    values = torch.linalg.svdvals(features.cpu() - features.cpu().mean(0))
+    if values[0] <= 1e-6 * features.norm().cpu():
+        return 0.0
+    return torch.special.entr(values / values.sum()).sum().exp().item()
+
+
+def what_to_watch(crops, args):
+    """HANDFUL of the crops (N, 3, H, W), and read_probe's sets or None."""
+    handful = torch.stack([crops[i][0] for i in spread(len(crops), HANDFUL)])
+    return handful, read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
+
+
+def watch(encoder, handful, probe_sets, args, step, steps, per_epoch):
+    """(the features' rank on a handful of crops, probe's result) after a step; None for what is not due."""
+    rank = effective_rank(represent(encoder, handful)) if step % per_epoch == 0 else None
+    due = step == steps or step % (per_epoch * args.probe_epochs) == 0
+    return rank, probe(encoder, *probe_sets) if probe_sets and due else None
+
+
 # ---------------------------------------------------------------- training
 
 @contextmanager
@@ -215,10 +257,10 @@ def loader_of(crops, args, start, steps):
 
 def train(args):
     # Data: crops with their cells, of the training and validation parts only.
-    found, crops, failed, seen = training_crops(args)
+    found, crops, failed, trained_on = training_crops(args)
     per_epoch = len(crops) // args.batch
-    steps, warmup = args.epochs * per_epoch, args.warmup_epochs * per_epoch
-    probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
+    steps = args.epochs * per_epoch
+    watched = what_to_watch(crops, args)
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     student, teacher, loss_fn = build_models(args)
@@ -226,15 +268,16 @@ def train(args):
     print(describe_contrast(contrast_of_views(teacher.encoder, crops, args)))
 
     # Files: a stopped run is resumed, if its settings are the same.
-    run = Run(args, run_name(args.data), found.mpp, len(crops), seen,
+    run = Run(args, run_name(args.data), found.mpp, len(crops), trained_on,
               student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
     step = start = run.resume()
     announce(args, run, found, steps, start)
 
-    with run, Log(args, list(student.heads), start, steps) as log, stop_signals() as stop:
+    with run, Log(args, student, start, steps, per_epoch) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):
-            # Schedules: learning rate, weight decay and the teacher's momentum change at every step.
-            rate, momentum = set_schedules(optimizer, args, step, steps, warmup)
+            # Schedules: learning rate, weight decay, the teacher's momentum and temperature.
+            schedule = set_schedules(optimizer, args, step, steps, per_epoch)
+            _, momentum, temperature = schedule
 
             # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
             views, priors = views_of_step(images, cells, args, step)
@@ -246,13 +289,12 @@ def train(args):
                 output = student(views, priors)
 
             # Eq. 9 over all pairs of views, in fp32 from here on.
-            loss, each = loss_fn(output, target, args.teacher_temp)
+            loss, each = loss_fn(output, target, temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
 
             # Every parameter's gradient is clipped on its own; one that is not finite ends the run.
-            finite = clip_gradients(list(student.parameters()), args.clip)
-            if not (finite and loss.isfinite()):
+            if not (clip_gradients(list(student.parameters()), args.clip) and loss.isfinite()):
                 raise FloatingPointError(run.diverged(step, loss.item()))
 
             # The heads' last layers are frozen in the first epoch.
@@ -263,11 +305,10 @@ def train(args):
             # The teacher follows the student: theta_t = m theta_t + (1 - m) theta_s.
             dirl.update_teacher(student, teacher, momentum)
 
-            # The probe, the log, and now and then a checkpoint.
+            # The log, at an epoch's end the features' rank and the probe, and now and then a checkpoint.
             step += 1
-            due = step == steps or step % (per_epoch * args.probe_epochs) == 0
-            probed = probe(teacher.encoder, *probe_sets) if probe_sets and due else None
-            log.write(step - 1, per_epoch, loss.item(), each, rate, momentum, priors, probed)
+            seen = watch(teacher.encoder, *watched, args, step, steps, per_epoch)
+            log.write(step - 1, loss.detach(), each, loss_fn.entropies(), schedule, priors, *seen)
             if stop:
                 break
             run.save_if_due(step, per_epoch)
@@ -298,9 +339,13 @@ def finish(args, run, log, step, steps, failed, stop):
     return 130 if stop else code
 
 
+def run_command(args):
+    return plot_runs(args.plot) if args.plot else train(args)
+
+
 def main(argv=None):
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
-    return run_script("train.py", lambda: train(arguments(argv)), "--batch or --local-crops",
+    return run_script("train.py", lambda: run_command(arguments(argv)), "--batch or --local-crops",
                       "finished slides stay, run it again to go on")
 
 

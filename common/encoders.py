@@ -70,6 +70,53 @@ def load_encoder(path):
     return encoder.eval(), about
 
 
+def weights_of(state):
+    """The encoder's weights in a loaded encoder.pt or state dict of timm or DINO, in timm's names.
+
+    DINO keeps student and teacher apart (the teacher is taken) and puts "module." and "backbone." before the
+    names. ValueError if there is none.
+    """
+    for key in ("encoder", "teacher", "state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ValueError("no state dict")
+    return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in state.items()
+            if isinstance(value, torch.Tensor)}
+
+
+def fit_positions(positions, like):
+    """A position embedding (1, N, d) without class token, interpolated to the grid of like (1, n, d)."""
+    side, want = int(positions.shape[1] ** 0.5), int(like.shape[1] ** 0.5)
+    grid = positions[:, -side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if side != want:
+        grid = torch.nn.functional.interpolate(grid, size=(want, want), mode="bicubic", antialias=False)
+    return grid.flatten(2).transpose(1, 2)
+
+
+def init_encoder(encoder, path):
+    """Loads the weights of another file into an encoder and prints what was taken and what was left.
+
+    InputError if the file has none of the encoder's weights, not all of them, or of another size.
+    """
+    own = encoder.state_dict()
+    try:
+        given = weights_of(load_tensors(path))
+        positions, like = given.get("pos_embed"), own.get("pos_embed")
+        if None not in (positions, like) and positions.ndim == 3 and positions.shape[-1] == like.shape[-1]:
+            given["pos_embed"] = fit_positions(positions, like)
+        missing = sorted(own.keys() - given.keys())
+        other = [name for name in own if name in given and given[name].shape != own[name].shape]
+        if missing or other:
+            raise ValueError(f"{len(missing)} of its {len(own)} weights are missing and {len(other)} have "
+                             f"another size, such as {(missing + other)[0]}")
+    except ValueError as error:
+        raise InputError(f"--init {path}: does not fit --arch ({error}); another --arch, or a file of "
+                         "vit_tiny or vit_small with patches of 16 px") from None
+    encoder.load_state_dict({name: given[name].float() for name in own})
+    left = sorted(given.keys() - own.keys())
+    print(f"--init {path}: took {len(own)} tensors" + (f", left {', '.join(left)}" if left else ""))
+
+
 def save_encoder(path, encoder, **about):
     """encoder.pt: weights, and arch, method, data, mpp, step, trained_on (data.what_was_seen) in about."""
     save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(MEAN), "std": list(STD), **about})

@@ -1,12 +1,16 @@
-"""A run's features for other MIL code: CLAM's and DSMIL's layouts."""
+"""A run's features for other MIL code (CLAM's and DSMIL's layouts), tiles and cells for QuPath."""
+import json
 import re
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from common.files import atomic_write, save_tensors, write_csv
+
+CROP = 224  # px of a tile
 
 
 def read_features(path):
@@ -20,26 +24,50 @@ def is_newer(path, features):
     return path.is_file() and path.stat().st_mtime_ns >= features.stat().st_mtime_ns
 
 
-def export_clam(folder, names, out):
-    """CLAM's layout: pt_files/<slide>.pt, a tensor (N, d), and h5_files/<slide>.h5, features and coords.
+def tile_side(info):
+    """A tile's side in level-0 px; info: the slide's wsi.prepare.tile_info."""
+    return CROP * info["mpp"] / info["slide_mpp"]
 
-    The .h5 files need h5py, which nothing else here needs; without it they are left out, with a line.
+
+def coords_attributes(name, info):
+    """The attributes of "coords" as CLAM (level 0, its px) and TRIDENT write them, which heat maps read."""
+    side, size = round(tile_side(info)), (info["width"], info["height"])
+    return {"name": name, "patch_level": 0, "patch_size": side, "downsample": (1.0, 1.0), "level_dim": size,
+            "downsampled_level_dim": size, "patch_size_level0": side, "overlap": 0, "level0_width": size[0],
+            "level0_height": size[1], "level0_magnification": 10 / info["slide_mpp"],
+            "target_magnification": 10 / info["mpp"]}
+
+
+def export_clam(found, folder, infos, out):
+    """CLAM's layout: its features directory, dataset CSV and splits.
+
+    pt_files/<slide>.pt, a tensor (N, d); h5_files/<slide>.h5, features and coords (level-0 px); with labels
+    also dataset_csv/<data>.csv and splits/<data>/splits_0.csv and splits_0_bool.csv.
+    infos: {slide: tile_info} of those that have features in folder.
     """
-    try:
-        import h5py
-    except ImportError:
-        h5py = None
-    for name in tqdm(names, desc="clam, slides", leave=False):
+    for name, info in tqdm(infos.items(), "clam, slides", leave=False):
         source = folder / f"{name}.npz"
         pt, h5 = out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
         if not is_newer(pt, source):
             save_tensors(pt, read_features(source))
-        if h5py and not is_newer(h5, source):
+        if not is_newer(h5, source):
             with np.load(source, allow_pickle=False) as file, \
                     atomic_write(h5) as temp, h5py.File(temp, "w") as to:
                 to["features"], to["coords"] = file["features"], file["coords"]
-    if not h5py:
-        print(f"{out}/h5_files is left out: pip install h5py, then run the same command again")
+                to["coords"].attrs.update(coords_attributes(name, info))
+    rows = {name: found.labels[name] for name in sorted(infos) if name in found.labels}
+    if not rows:
+        return
+    write_csv(out / "dataset_csv" / f"{found.name}.csv", [("case_id", "slide_id", "label")] + [
+        (row["patient"], name, row["label"]) for name, row in rows.items()])
+    parts = ("train", "val", "test")
+    columns = [[name for name, row in rows.items() if row["split"] == part] for part in parts]
+    lines = [[column[i] if i < len(column) else "" for column in columns]
+             for i in range(max(map(len, columns)))]
+    splits = out / "splits" / found.name
+    write_csv(splits / "splits_0.csv", [("", *parts)] + [(i, *line) for i, line in enumerate(lines)])
+    write_csv(splits / "splits_0_bool.csv", [("", *parts)] + [
+        (name, *(row["split"] == part for part in parts)) for name, row in rows.items()])
 
 
 def export_csv(found, folder, names, out):
@@ -59,3 +87,20 @@ def export_csv(found, folder, names, out):
                 np.savetxt(temp, rows, "%.9g", ",", header=header, comments="")
         index.append((f"datasets/{path.as_posix()}", found.classes.index(label)))
     write_csv(out / found.name / f"{found.name}.csv", index)
+
+
+def export_geojson(path, corners, info, cells):
+    """Tiles and cells of a slide for QuPath (drag the file onto the open slide), all in level-0 px.
+
+    corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections.
+    """
+    def feature(kind, name, shape, coordinates):
+        return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
+                "properties": {"objectType": kind, "name": name}}
+    side, unit = tile_side(info), np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    features = [feature("annotation", f"tile {corner[0]},{corner[1]}", "Polygon",
+                        [(corner + unit * side).tolist()]) for corner in np.asarray(corners)]
+    features += [feature("detection", "cell", "Point", point)
+                 for point in (np.round(cells, 2).tolist() if cells is not None else [])]
+    with atomic_write(path) as temp:
+        temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")

@@ -8,6 +8,7 @@ import dirl
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import check_device
 from common.errors import InputError, check_mpp, check_ranges
+from common.parallel import add_limits
 
 # The demo has to end within minutes on two CPU cores; everything else starts from the paper's settings.
 # A hundred steps are few: without fewer outputs and a sharper, faster teacher loss_c and loss_b stay at ln K.
@@ -25,6 +26,13 @@ def arguments(argv):
     add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="vit_s if the data has 10^5 crops or more")
     add("--method", default="dirl", choices=list(dirl.METHODS),
         help="baseline is DINO; cellback is DiRL without its block")
+    add("--init", metavar="FILE",
+        help="the encoder starts from other weights: an encoder.pt, or a state dict in timm's or DINO's "
+             "names (vit_tiny, vit_small, patch 16); with some thousand crops better than from nothing")
+    add("--save-every", type=int, metavar="EPOCHS",
+        help="also keeps encoder_<epoch>.pt every so many epochs, for curves over the training")
+    add("--plot", nargs="+", metavar="RUN",
+        help="trains nothing and draws the curves of these runs: losses, entropies, attention, 20-NN")
     add("--run", help="folder of the run, to keep several apart (runs/<data>_<arch>_<method>)")
     add("--mpp", type=float, help="um/px of the crops; a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
     add("--slide-mpp", type=float, help="um/px of slides and images that record none")
@@ -83,6 +91,13 @@ def arguments(argv):
     add("--student-temp", type=float, default=0.1, help="temperature of the student")
     add("--teacher-temp", type=float, default=0.04,
         help="of the teacher; lower if loss_f, or loss_c and loss_b, stay at ln(out_dim)")
+    add("--warmup-teacher-temp", type=float,
+        help="of the teacher at the start, as in DINO (--teacher-temp); lower if the loss does not fall")
+    add("--warmup-teacher-temp-epochs", type=int, default=0,
+        help="epochs in which it goes linearly to --teacher-temp; DINO's recipes take 30 of 100 to 800")
+    add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
+        help="the prototypes' norms stay 1; --no-norm-last-layer learns them: for ViT-S DINO found it "
+             "better, but less stable")
     add("--center-momentum", type=float, default=0.9, help="of each head's centre")
     add("--freeze-last-layer", type=int, default=1, help="epochs in which the heads' last layers are frozen")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
@@ -90,6 +105,7 @@ def arguments(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1),
         help="processes that cut tiles and read crops")
+    add_limits(add)
     add("--save-minutes", type=float, default=10,
         help="time between checkpoints within an epoch; at an epoch's end one minute is enough")
     add("--max-steps", type=int,
@@ -114,9 +130,12 @@ def complete(args):
                  lambda_1=(0, 100), lambda_2=(0, 100), warmup_epochs=(0, args.epochs - 1),
                  student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), center_momentum=(0, 1),
                  seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
-                 save_minutes=(0, 1e6), jitter=(0, 1), greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
-    if args.max_steps is not None and args.max_steps < 1:
-        raise InputError(f"--max-steps {args.max_steps}: at least 1 is needed")
+                 warmup_teacher_temp_epochs=(0, 1e6), save_minutes=(0, 1e6), max_seconds=(0.1, 1e9),
+                 max_gigapixels=(1e-6, 1e6), jitter=(0, 1), greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
+    for name, low in (("max_steps", 1), ("save_every", 1), ("warmup_teacher_temp", 1e-4)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= 1e9:
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least {low:g} is needed")
     for name in ("global_size", "local_size"):
         if getattr(args, name) % 16:
             flag = name.replace("_", "-")

@@ -14,8 +14,13 @@ from common.encoders import save_encoder, use_bf16
 from common.errors import InputError, one_line
 from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
 
-RESUMABLE = ("run", "workers", "save_minutes", "max_steps", "device", "probe", "probe_epochs", "probe_images",
-             "split_seed")  # flags that may change when a run is resumed
+RESUMABLE = (  # flags that may change when a run is resumed
+    "run", "plot", "workers", "save_minutes", "save_every", "max_steps", "device", "probe", "probe_epochs",
+    "probe_images", "split_seed", "max_seconds", "max_gigapixels")
+UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond which a head learns nothing
+MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs; where the ratio printed at "
+                 "the start is below 1, weaken the colour augmentation (--jitter).")
+LESS_CONTRAST = "Raise --teacher-temp, or lower --center-momentum or --lr."
 PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
 
 
@@ -57,7 +62,7 @@ class Run:
 
     def __init__(self, args, name, mpp, crops, seen, **parts):
         self.folder, self.parts, self.seen = Path(args.run), parts, seen
-        self.minutes, self.saved = args.save_minutes, time.monotonic()
+        self.minutes, self.every, self.saved = args.save_minutes, args.save_every, time.monotonic()
         self.device, self.bf16 = torch.device(args.device), use_bf16(args.precision, args.device)
         flags = {flag: value for flag, value in vars(args).items() if flag not in RESUMABLE}
         self.config = flags | {
@@ -97,12 +102,15 @@ class Run:
         self.lock.close()
 
     def save(self, step):
-        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
-        save_encoder(self.folder / "encoder.pt", self.parts["teacher"].encoder, **about, step=step,
-                     trained_on=self.seen)
+        self.save_encoder("encoder.pt", step)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
         self.saved = time.monotonic()
+
+    def save_encoder(self, name, step):
+        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
+        save_encoder(self.folder / name, self.parts["teacher"].encoder, **about, step=step,
+                     trained_on=self.seen)
 
     def diverged(self, step, loss):
         checkpoint = self.folder / "checkpoint.pt"
@@ -111,41 +119,77 @@ class Run:
                 "--lr, a longer --warmup-epochs or --precision fp32, with a new --run")
 
     def save_if_due(self, step, per_epoch):
-        """Saves when --save-minutes have passed, at an epoch's end when one minute has."""
+        """Saves when --save-minutes have passed, at an epoch's end when one minute has; and --save-every."""
+        if self.every and step % (self.every * per_epoch) == 0:
+            self.save_encoder(f"encoder_{step // per_epoch}.pt", step)
         minutes = min(1, self.minutes) if step % per_epoch == 0 else self.minutes
         if time.monotonic() - self.saved > 60 * minutes:
             self.save(step)
 
 
 class Log:
-    """log.csv and the progress bar of a run that starts or resumes at step start."""
+    """log.csv and the progress bar of a run that starts or resumes at step start.
 
-    def __init__(self, args, heads, start, steps):
-        self.args, self.start, self.began = args, start, time.monotonic()
+    Entropies and divergences are shares of ln K, with K outputs of each of the model's heads.
+    """
+
+    def __init__(self, args, model, start, steps, per_epoch):
+        self.args, self.start, self.began, self.per_epoch = args, start, time.monotonic(), per_epoch
+        self.ln_k = {name: math.log(head.last_layer.out_features) for name, head in model.heads.items()}
+        self.told, self.seen = set(), []
         path = Path(args.run) / "log.csv"
-        names = ["step", "epoch", "loss", *(f"loss_{head}" for head in heads), "lr", "momentum",
-                 "both_regions", "cell_share", "ln_out_dim", *PROBED]
+        names = ["step", "epoch", "loss", *(f"{value}_{head}" for value in ("loss", "entropy", "kl")
+                                            for head in self.ln_k), "lr", "momentum", "teacher_temp",
+                 "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
         kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
         self.file = open(path, "a", newline="")
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
 
-    def write(self, step, per_epoch, loss, each, rate, momentum, priors, probed):
-        """Adds the row of a step; each: {head: loss}, priors: P_c of the views, probed: probe's result."""
+    def write(self, step, loss, each, entropies, schedule, priors, rank, probed):
+        """Adds the row of a step.
+
+        each, entropies: {head: tensor}; schedule: learning rate, momentum, teacher's temperature; priors: P_c
+        of the views; rank: the features' effective rank, probed: probe's result, both None if not due.
+        """
         has_both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
-        both = torch.cat(has_both).float().mean().item()
-        values = [loss, *(value.item() for value in each.values()), rate]
+        both, cells = torch.cat(has_both).float().mean(), priors[0].mean()
+        values = torch.stack([loss, *each.values(), *entropies.values(), both, cells]).tolist()  # one read
+        (loss, *values), heads = values, len(each)
+        losses, ln_k = values[:heads], self.ln_k.values()
+        entropy = [value / k for value, k in zip(values[heads: 2 * heads], ln_k)]
+        kl = [value / k - h for value, k, h in zip(losses, ln_k, entropy)]
         csv.writer(self.file).writerow([
-            step, step // per_epoch, *(f"{value:.6g}" for value in values), f"{momentum:.8g}", f"{both:.4g}",
-            f"{priors[0].mean().item():.4g}", f"{math.log(self.args.out_dim):.6g}",
+            step, step // self.per_epoch, *(f"{value:.6g}" for value in (loss, *losses, *entropy, *kl)),
+            f"{schedule[0]:.6g}", f"{schedule[1]:.8g}", f"{schedule[2]:.6g}", f"{values[-2]:.4g}",
+            f"{values[-1]:.4g}", f"{math.log(self.args.out_dim):.6g}", "" if rank is None else f"{rank:.4g}",
             *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
         self.file.flush()
         self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", img_s=f"{self.speed(step + 1):.0f}")
+        shares = {name: " ".join(f"{v:.2f}" for v in row) for name, row in (("H", entropy), ("KL", kl))}
+        self.bar.set_postfix(loss=f"{loss:.3f}", **shares, lr=f"{schedule[0]:.0e}",
+                             img_s=f"{self.speed(step + 1):.0f}", refresh=False)
+        self.warn(step, entropy)
         if probed:
             tqdm.write(f"step {step + 1}: tokens with attention 0.5 to 2 {probed[1]:.1%}, "
                        f"20-NN accuracy {probed[3]:.3f} on {self.args.probe}")
+
+    def warn(self, step, entropy):
+        """Says once of each head that its outputs were uniform, or on one prototype, for a whole epoch."""
+        self.seen.append([h or 0.5 for h in entropy])  # exactly 0: the region was in no pair of this step
+        if (step + 1) % self.per_epoch:
+            return
+        rows, self.seen = self.seen, []
+        if len(rows) < self.per_epoch:  # resumed within the epoch
+            return
+        for state, holds, advice in (("uniform", lambda h: min(h) > UNIFORM, MORE_CONTRAST),
+                                     ("on one prototype", lambda h: max(h) < ONE_PROTOTYPE, LESS_CONTRAST)):
+            heads = [head for head, h in zip(self.ln_k, zip(*rows)) if holds(h) and head not in self.told]
+            self.told.update(heads)
+            if heads:
+                tqdm.write(f"Warning: step {step + 1}: for an epoch the outputs of head {', '.join(heads)} "
+                           f"have been {state}: nothing is learned there. {advice}")
 
     def speed(self, step):
         """Crops a second since the start of this call."""

@@ -1,8 +1,15 @@
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from synthetic import saved, write_table
 
 from wsi import demo
+
+# pytest --hypothesis-profile=long for a longer search
+for name, examples in (("default", 2000), ("long", 20_000)):
+    settings.register_profile(name, max_examples=examples, deadline=None, derandomize=name == "default",
+                              database=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from synthetic import arrays_of, refused, rows_of, saved, times, write, write_table
+from synthetic import arrays_of, refused, rows_of, saved, times, tissue, write, write_table
 
 import dirl
 from common import measures
@@ -17,7 +17,7 @@ from common.files import file_stamp, read_json
 from common.flags import arguments as train_arguments
 from common.run import is_finished
 from data import find_data
-from experiments import claim, claim_table
+from experiments import claim, claim_table, lc25000
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
         "--global-size", "32", "--local-size", "16", "--local-crops", "1", "--probe-images", "24",
@@ -246,3 +246,21 @@ def test_arms_are_flags_that_train_takes(here):
     for arm, flags in claim_table.ARMS.items():
         args = train_arguments(["--data", "c", *TINY, *(flags or [])])
         assert args.method in dirl.METHODS, arm
+
+
+# ---------------------------------------------------------------- LC25000
+
+def test_lc25000_in_our_layout(tmp_path, capsys, monkeypatch):
+    rows = lc25000.labels()
+    assert len(rows) == 3031 and [row[2] for row in rows].count("test") == 592
+    parts = {}
+    for image, label, split, tile in rows:
+        assert image.startswith(label) and parts.setdefault(tile, split) == split  # a tile is in one part
+    assert lc25000.labels_csv().startswith("image,label,split,source_tile\r\nlung_aca/lungaca1020.jpeg,")
+    refused(capsys, lc25000.main, [str(tmp_path)], "3031 of 3031 images are not there")
+    monkeypatch.setattr(lc25000, "labels", lambda: rows[:2])
+    for image, *_ in rows[:2]:
+        saved(tmp_path / "from" / image, array=tissue(768), format="JPEG")
+    with pytest.raises(ValueError, match="was changed"):
+        lc25000.make(tmp_path / "from", tmp_path / "to")
+    assert Image.open(tmp_path / "to" / rows[0][0]).size == (224, 224)

@@ -17,7 +17,6 @@ from common.files import read_csv
 from data import Crops, find_data
 from prior import bin_centroids, segment_nuclei
 from wsi import prepare as prepare_py
-from wsi import slides
 from wsi.cells import read_cells
 from wsi.prepare import describe_cells, prepare, tile_info
 
@@ -285,12 +284,12 @@ def test_prior_of_a_segmenter_reads_its_files_and_no_others(place):
 def dies_on_killer(path, *rest):
     if Path(path).stem == "killer":
         os._exit(9)  # as the kernel does when memory runs out
-    return slides.cut_tiles(path, *rest)
+    return prepare_py.cut(path, *rest)
 
 
 def test_a_worker_that_is_killed_costs_its_own_slide(place, monkeypatch):
     saved(place / "in" / "slides" / "killer.png")
-    monkeypatch.setattr(prepare_py, "cut_tiles", dies_on_killer)
+    monkeypatch.setattr(prepare_py, "cut", dies_on_killer)
     found = find_data("in", mpp=1.0, slide_mpp=1.0)
     failed = prepare(found, 0.5, workers=2)
     assert len(failed) == 1 and "killer.png" in failed[0]
@@ -363,8 +362,9 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
     write(place / "in" / "cells" / "good.json", {"mag": None, "nuc": {}})
     assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
     out = capsys.readouterr().out
-    for says in ("slides: 3", "um/px recorded by: --slide-mpp 2", "tiles cut: 0 of 3", "A 1", "hovernet 1",
-                 "test: 1 slides of 1 patients", "none yet 2", "zero.svs", "late.svs", "2 to look at"):
+    for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut: 0 of 3", "A 1 of 1 patients",
+                 "hovernet 1", "cannot be read: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
+                 "no usable train image of B", "no usable test image of A", "5 to look at"):
         assert says in out, says
 
 
@@ -381,5 +381,8 @@ def test_look_draws_a_slide_and_counts(place, capsys):
     assert data.main(["look", "big.png", "--mpp", "1", "--slide-mpp", "1", "--workers", "1"]) == 0
     assert "4 tiles at 1 um/px" in capsys.readouterr().out
     assert Image.open("look_big.png").size[0] > 1000
+    flags = ["look", "big.png", "--mpp", "1", "--slide-mpp", "1", "--workers", "1"]
+    for point in ("1,2,3", "a,b", "499,10"):
+        refused(capsys, data.main, [*flags, "--tile", "10,300", point], f"--tile {point}")
     refused(capsys, data.main, ["look", "big.png", "--mpp", "1"], "big.png: no um/px", "--slide-mpp")
     assert data.main(["look", "nothing.svs"]) == 2

@@ -1,7 +1,9 @@
 """Evaluation: patches, measures, exports for other MIL code."""
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,8 @@ from common.encoders import random_encoder, save_encoder
 from common.files import save_tensors
 from common.measures import auc, bootstrap, macro_f1
 from data import find_data
-from wsi.prepare import load_crops
+from wsi.cells import read_cells
+from wsi.prepare import load_crops, prepare_cells, ready_cells
 
 CPU = ["--device", "cpu", "--workers", "1"]
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
@@ -294,14 +297,27 @@ def test_bootstrap_draws_groups_and_repeats_with_its_seed(monkeypatch):
 
 # ---------------------------------------------------------------- slides: exports
 
+def check_clam_tables(folder, names):
+    """CLAM's dataset CSV has every slide; its splits have each once, in the data set's part."""
+    table = rows_of(folder / "dataset_csv/tiny_set.csv")
+    assert table[0] == {"case_id": "pglands0", "slide_id": "glands_0", "label": "glands"}
+    assert [row["slide_id"] for row in table] == names
+    split = rows_of(folder / "splits/tiny_set/splits_0.csv")
+    parts = {part: [row[part] for row in split if row[part]] for part in ("train", "val", "test")}
+    assert parts == {"train": ["glands_0", "glands_1", "nests_0", "nests_1"], "val": ["glands_2", "nests_2"],
+                     "test": ["glands_3", "nests_3"]}
+    flags = rows_of(folder / "splits/tiny_set/splits_0_bool.csv")
+    assert flags[2] == {"": "glands_2", "train": "False", "val": "True", "test": "False"}
+
+
 def test_exports_load_back_equal_and_are_made_once(folder, capsys):
     replace(folder / "labels.csv", (",nests,", ",ILC / other,"))
     run = run_folder()
     argv = ["slides", "--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU,
             "--repeats", "2", "--epochs", "3", "--class-weights", "--overlays", "1", "--checkpoint", str(run)]
-    assert eval_py.main([*argv, "--export", "clam", "csv"]) == 0
+    assert eval_py.main([*argv, "--export", "clam", "csv", "geojson"]) == 0
     out = capsys.readouterr().out
-    assert "slide macro F1" in out and "clam/, csv/" in out
+    assert "slide macro F1" in out and "clam/, csv/, geojson/" in out
     assert rows_of(run / "slides.csv")[1].keys() == {"seed", "accuracy", "auc", "macro_f1"}
     index = rows_of(run / "csv/tiny_set/tiny_set.csv")
     names = [f"{label}_{i}" for label in ("glands", "nests") for i in range(4)]
@@ -314,13 +330,19 @@ def test_exports_load_back_equal_and_are_made_once(folder, capsys):
         bag = run / "csv" / row["path"].removeprefix("datasets/")
         values = np.loadtxt(bag, np.float32, delimiter=",", skiprows=1, ndmin=2)
         assert np.array_equal(values, file["features"])
-    try:
-        import h5py
-    except ImportError:
-        assert "pip install h5py" in out
-    else:
-        with h5py.File(run / "clam/h5_files/nests_3.h5") as h5:
-            assert all(np.array_equal(h5[name][:], file[name]) for name in ("features", "coords"))
+    with h5py.File(run / "clam/h5_files/nests_3.h5") as h5:
+        assert all(np.array_equal(h5[name][:], file[name]) for name in ("features", "coords"))
+        about = dict(h5["coords"].attrs)
+    assert about["patch_level"] == 0 and about["patch_size"] == about["patch_size_level0"] == 448
+    assert about["target_magnification"] == 5 and about["level0_width"] == 448
+    check_clam_tables(run / "clam", names)
+    found = find_data("tiny set", 2.0, slide_mpp=1.0)
+    tiles = json.loads((run / "geojson/nests_3.geojson").read_text())["features"]
+    assert tiles[0]["geometry"]["coordinates"] == [[[0, 0], [448, 0], [448, 448], [0, 448], [0, 0]]]
+    assert prepare_cells(found, 1) == []
+    assert eval_py.main([*argv, "--export", "geojson"]) == 0  # with the cells that are there now
+    np.testing.assert_allclose(read_cells(run / "geojson/nests_3.geojson"), ready_cells(found, "nests_3"),
+                               atol=0.006)
 
     made = times(run / "clam/pt_files"), times(run / "csv/tiny_set", "*_?.csv")
     assert eval_py.main([*argv, "--export", "clam", "csv"]) == 0

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from synthetic import prepared, refused, saved, tissue, write
+from synthetic import discs, prepared, refused, saved, svs, tissue, write
 
+import data
 import eval as eval_py
 import train
 from common import files
 from common.encoders import load_encoder
 from common.errors import InputError, printable
 from common.files import load_tensors, save_tensors
+from common.parallel import Limits
 from data import Crops, find_data
 from wsi import cells
+from wsi import prepare as prepare_py
 from wsi.folders import find_folder
-from wsi.prepare import prepare
+from wsi.plausible import nucleus_size
+from wsi.prepare import prepare, tile_info
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1",
@@ -100,6 +105,81 @@ def test_annotations_of_qupath_are_no_cells(tmp_path, capsys):
                                           "features": [feature(kind, x) for x, kind in enumerate(kinds)]})
     assert cells.read_cells(path).tolist() == [[1, 1], [2, 1], [4, 1]]
     assert "2 of 5 objects" in capsys.readouterr().out
+
+
+def test_um_per_px_of_labels_csv_count_slide_by_slide(place, capsys):
+    for name, mpp in (("a", 1.0), ("b", 0.5)):
+        svs(place / "in" / "slides" / f"{name}.svs", tissue(500, 1), f"Aperio|MPP = {mpp}")
+    table = place / "in" / "labels.csv"
+    write(table, "slide,label,split,mpp\na,A,train,0.5\nb,B,train,\ngood,A,test,1.0\n")
+    found, failed = prepared(slide_mpp=None)
+    assert failed == [] and "openslide.mpp-x is 1 um/px, labels.csv's 0.5 is used" in capsys.readouterr().out
+    made = {name: (tile_info(found, name)["slide_mpp"], tile_info(found, name)["mpp_source"])
+            for name in found.images}
+    assert made == {"a": (0.5, "labels.csv"), "b": (0.5, "openslide.mpp-x"), "good": (1.0, "labels.csv")}
+    inside = Crops(found, ["a"]).cells(0)
+    write(table, "slide,label,split,mpp\na,A,train,1\nb,B,train,0.5\ngood,A,test,1.0\n")
+    found = find_data("in", mpp=1.0)
+    assert tile_info(found, "a") is None and tile_info(found, "b") is None  # b: by labels.csv now
+    assert prepare(found, 0.5, workers=1) == [] and tile_info(found, "a")["slide_mpp"] == 1.0
+    assert len(Crops(found, ["a"])) == 4 and Crops(found, ["a"]).cells(0).shape != inside.shape
+    for text in ("0", "x", "1e9", "nan"):
+        write(table, f"slide,label,split,mpp\na,A,train,{text}\ngood,B,test,\n")
+        refused(capsys, train.main, RUN[:4], "line 2", f"mpp {text!r}")
+
+
+def test_a_file_that_would_take_for_ever_is_skipped_within_limits_that_are_named(place, monkeypatch):
+    sparse = place / "in" / "slides" / "sparse.tif"
+    tifffile.imwrite(sparse, iter([b""] * 62 * 62), shape=(10 ** 6, 10 ** 6, 3), dtype="uint8", bigtiff=True,
+                     tile=(16384, 16384), compression="zlib", photometric="rgb")
+    assert sparse.stat().st_size < 1e6
+    found, failed = prepared()
+    assert len(failed) == 1 and "sparse.tif" in failed[0] and "--max-gigapixels 40" in failed[0]
+    sparse.unlink()
+    monkeypatch.setattr(prepare_py, "cut_tiles", lambda *how: time.sleep(60))
+    saved(place / "in" / "slides" / "slow.png")
+    began = time.monotonic()
+    assert [line for line in prepare(find_data("in", 1.0, slide_mpp=1.0), 0.5, 1, Limits(0.2))] == [
+        "in/slides/slow.png: took longer than --max-seconds 0.2; raise it or take the file out"]
+    assert time.monotonic() - began < 10
+
+
+def test_an_npz_that_inflates_is_refused_unread(tmp_path):
+    zeros = np.zeros(25_000_000)
+    np.savez_compressed(tmp_path / "bomb.npz", x=zeros, y=zeros)
+    assert (tmp_path / "bomb.npz").stat().st_size < 1e6
+    with pytest.raises(InputError, match="inflates to 400 MB"):
+        cells.read_cells(tmp_path / "bomb.npz")
+
+
+def nuclei_of(diameter_um, mpp):
+    """A picture of round nuclei of that size, in a grid, at mpp um/px."""
+    centres = [(x, y) for x in range(12, 240, 24) for y in range(12, 240, 24)]
+    return discs(mpp, centres, 240, 240, diameter_um / 2)
+
+
+@pytest.mark.parametrize("diameter", [5, 8])
+def test_size_of_nuclei_and_its_scale(diameter):
+    image = nuclei_of(diameter, 0.5)
+    assert nucleus_size([image], 0.5) == pytest.approx(diameter, rel=0.15)
+    assert nucleus_size([image], 1.0) == 2 * nucleus_size([image], 0.5)  # at twice the um/px
+    assert np.isnan(nucleus_size([np.full((99, 99, 3), 255, np.uint8)], 0.5))
+
+
+def test_what_no_he_slide_looks_like_is_said(place, capsys):
+    def said(array, mpp="0.5", name="a.png"):
+        saved(place / name, array=array)
+        assert data.main(["look", name, "--mpp", "1", "--slide-mpp", mpp, "--workers", "1"]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning")]
+    image = np.full((900, 900, 3), 245, np.uint8)
+    image[:480, :480] = nuclei_of(7, 0.5)
+    assert said(image) == []
+    assert "its nuclei measure 14" in said(image, "1.0")[0]
+    grey = (image * 0.7).astype(np.uint8)
+    assert "background is not white" in said(grey)[0]
+    green = image.copy()
+    green[500:, :] = (90, 200, 90)  # as much green as pink, and more
+    assert any("the colours of H&E" in line for line in said(green))
 
 
 # ---------------------------------------------------------------- our own files, damaged

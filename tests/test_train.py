@@ -17,8 +17,10 @@ from synthetic import Evil, arrays_of, refused, replace, rows_of, saved, times, 
 import dirl
 import eval as eval_py
 import train
+from common import encoders
 from common.encoders import load_encoder, normalize
-from common.files import load_tensors
+from common.errors import InputError
+from common.files import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--workers", "1", "--device", "cpu"]
@@ -206,3 +208,94 @@ def test_the_scripts_run(argv, code, says):
     assert done.returncode == code and "Traceback" not in done.stderr
     assert says in (done.stderr.splitlines()[-1] if code else done.stdout)
     assert argv[0] != "prior.py" or done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------- a run that speaks
+
+def entropy_curve(place, capsys, *flags):
+    """Trains a tiny baseline with these flags; its log's rows and what was printed."""
+    for i in range(4):
+        saved(place / "in" / "slides" / f"{i}.png", array=tissue(448, seed=i))
+    argv = [*SMALL, "--batch", "4", "--epochs", "3", "--out-dim", "64", "--precision", "fp32"]
+    capsys.readouterr()
+    assert train.main([*argv, *flags]) == 0
+    return rows_of(place / "runs" / "in_vit_t_baseline" / "log.csv"), capsys.readouterr()
+
+
+def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
+    rows, said = entropy_curve(place, capsys, "--teacher-temp", "10")
+    assert all(float(row["entropy_f"]) > 0.98 for row in rows)
+    told = [line for line in (said.out + said.err).splitlines() if "Warning" in line and "uniform" in line]
+    assert len(told) == 1 and "step 4" in told[0] and "Lower --teacher-temp" in told[0]
+
+
+def test_outputs_on_one_prototype_are_told_once_with_the_flag_to_turn(place, capsys):
+    rows, said = entropy_curve(place, capsys, "--teacher-temp", "0.0002")
+    assert all(float(row["entropy_f"]) < 0.02 for row in rows)
+    told = [line for line in (said.out + said.err).splitlines() if "one prototype" in line]
+    assert len(told) == 1 and "Raise --teacher-temp" in told[0]
+
+
+def test_log_holds_entropy_divergence_and_rank(place, capsys):
+    flags = ["--warmup-teacher-temp", "0.02", "--warmup-teacher-temp-epochs", "2", "--save-every", "2",
+             "--no-norm-last-layer"]
+    rows, said = entropy_curve(place, capsys, *flags)
+    for row in rows:
+        loss, entropy, kl = (float(row[name]) for name in ("loss_f", "entropy_f", "kl_f"))
+        assert loss == pytest.approx((entropy + kl) * math.log(64), rel=1e-4)
+        assert 0 < entropy < 1 and kl > -1e-6
+    per_epoch = len(rows) // 3
+    temps = [float(row["teacher_temp"]) for row in rows]
+    wanted = [min(0.04, 0.02 + 0.01 * i / per_epoch) for i in range(len(rows))]
+    np.testing.assert_allclose(temps, wanted, rtol=1e-5)
+    assert [bool(row["rank"]) for row in rows] == [(i + 1) % per_epoch == 0 for i in range(len(rows))]
+    run = place / "runs" / "in_vit_t_baseline"
+    assert {path.name for path in run.glob("encoder*")} == {"encoder.pt", "encoder_2.pt"}
+    assert load_encoder(run / "encoder_2.pt")[1]["step"] == 2 * per_epoch
+    assert "H" in said.err and "KL" in said.err
+    assert train.main(["--plot", str(run), str(run)]) == 0 and (run / "curves.png").stat().st_size > 10_000
+    refused(capsys, train.main, ["--plot", "nothing"], "--plot nothing")
+
+
+def test_effective_rank():
+    eye = torch.eye(5)
+    assert train.effective_rank(torch.cat([eye, -eye])) == pytest.approx(5)
+    assert train.effective_rank(torch.arange(9.)[:, None] * eye[0]) == pytest.approx(1, abs=1e-4)
+    assert train.effective_rank(torch.ones(9, 5)) == 0
+
+
+def test_init_takes_weights_in_timms_and_dinos_names(tmp_path, capsys):
+    torch.manual_seed(1)
+    ours, images = dirl.vit_t().eval(), torch.randn(2, 3, 224, 224)
+    plain = {**ours.state_dict(), "head.weight": torch.zeros(3, 192)}
+    save_tensors(tmp_path / "timm.pth", plain)
+    with_class_token = plain | {"cls_token": torch.zeros(1, 1, 192),
+                                "pos_embed": torch.cat([torch.ones(1, 1, 192), plain["pos_embed"]], 1)}
+    save_tensors(tmp_path / "dino.pth", {"student": {}, "teacher": {
+        f"module.backbone.{name}": value for name, value in with_class_token.items()}})
+    for name, left in (("timm.pth", "head.weight"), ("dino.pth", "cls_token, head.weight")):
+        encoder = dirl.vit_t().eval()
+        encoders.init_encoder(encoder, tmp_path / name)
+        assert torch.equal(encoder(images), ours(images))
+        assert capsys.readouterr().out.strip().endswith(f"took {len(ours.state_dict())} tensors, left {left}")
+    with pytest.raises(InputError, match="another size"):
+        encoders.init_encoder(dirl.vit_s(), tmp_path / "timm.pth")
+    save_tensors(tmp_path / "half.pth", {"norm.weight": torch.ones(192)})
+    with pytest.raises(InputError, match="weights are missing"):
+        encoders.init_encoder(dirl.vit_t(), tmp_path / "half.pth")
+
+
+def test_positions_of_another_grid_are_interpolated():
+    y, x = torch.meshgrid(torch.linspace(0, 1, 7), torch.linspace(0, 1, 7), indexing="ij")
+    small = torch.stack([x, y], -1).view(1, 49, 2)
+    fitted = encoders.fit_positions(small, torch.zeros(1, 196, 2)).view(14, 14, 2)
+    assert fitted[0, 0].max() < 0.1 and fitted[-1, -1].min() > 0.9
+    torch.testing.assert_close(fitted[..., 0], fitted[..., 1].T)
+
+
+def test_a_run_from_init_starts_at_these_weights(place, capsys):
+    save_tensors(place / "w.pth", dirl.vit_t().state_dict())
+    rows, said = entropy_curve(place, capsys, "--init", "w.pth", "--lr", "0", "--min-lr", "0")
+    encoder, _ = load_encoder(place / "runs" / "in_vit_t_baseline" / "encoder.pt")
+    for name, value in load_tensors(place / "w.pth").items():
+        torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@ Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so that the mid
 "Level-0 px" are the pixels of a slide at full resolution.
 """
 import re
+import zipfile
 from pathlib import Path
 
 import ijson
@@ -15,6 +16,7 @@ from common.errors import InputError, one_line
 from common.files import read_csv
 
 BAND = 256  # rows of a label image that are counted at once
+MOST_CELLS = 20_000_000  # of one slide in an npz: ten times what the largest hold
 BATCH = 1000  # outlines whose centroids are computed at once
 CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
 BOM = b"\xef\xbb\xbf"
@@ -305,6 +307,11 @@ def table_cells(path):
     with open(path, "rb") as file:
         is_npz = file.read(2) == b"PK"
     if is_npz:
+        with zipfile.ZipFile(path) as packed:  # which says what its arrays inflate to
+            size = sum(member.file_size for member in packed.infolist())
+        if size > 16 * MOST_CELLS:
+            raise InputError(f"{path}: inflates to {size / 1e6:.0f} MB, which is more than the x and y of "
+                             f"{MOST_CELLS:,} cells; split the slide")
         with np.load(path, allow_pickle=False) as arrays:
             x, y = arrays["x"], arrays["y"]
         if x.ndim != 1 or x.shape != y.shape or {x.dtype.kind, y.dtype.kind} - set("iuf"):

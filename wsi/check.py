@@ -3,14 +3,15 @@ from collections import Counter
 from pathlib import Path
 
 from common.datasets import CLASSES, DATASETS, FOLDERS
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.parallel import in_processes
 from wsi import gdc
 from wsi.cells import cell_format
-from wsi.prepare import cell_file, tile_info
+from wsi.plausible import what_is_odd
+from wsi.prepare import cell_file, read_crop, tile_info
 from wsi.slides import Slide
 
-SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split], "
+SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
                  "{0}/cells/<slide>.*")
 WHERE = {  # where to get a data set, and its layout
     "demo": ("made by python train.py; synthetic", SLIDES_LAYOUT),
@@ -45,54 +46,76 @@ def check(args, found, error):
     problems = [f"{path}: unfinished; run gdc-client download again"
                 for path in gdc.unfinished(folder / "slides")]
     print(f"{found.kind}: {len(found.images)}")
-    if found.kind == "slides":
-        problems += check_slides(found, args)
-    print_split(found)
+    broken, lines = check_images(found, args)
+    problems += lines + check_split(found, broken)
     if args.data not in CLASSES:
         problems += check_cells(found)
     if args.md5:
         problems += [f"{file}: {status}" for file, status in
                      gdc.md5_check(folder / "slides", folder / "manifest.tsv") if status != "ok"]
     for line in problems:
-        print("look at:", line)
+        print("look at:", printable(line))
     print(f"{len(problems)} to look at" if problems else "all is there")
     return int(bool(problems))
 
 
-def mpp_of(path, slide_mpp):
-    """The property that records a slide's um/px, its um/px, and what is odd about it."""
-    slide = Slide(path, slide_mpp)
-    return slide.source, slide.mpp, slide.warning
+def look_at_slide(path, slide_mpp, said_mpp):
+    """Where a slide's um/px are from, its um/px, and what is odd about it."""
+    slide = Slide(path, slide_mpp, said_mpp)
+    return slide.source, slide.mpp, ([slide.warning] if slide.warning else []) + what_is_odd(slide)
 
 
-def check_slides(found, args):
-    """Opens every slide, prints where its um/px are from; a line for each that is odd or cannot be read."""
-    problems, sources, values = [], Counter(), Counter()
-    tasks = [(path, args.slide_mpp) for path in found.images.values()]
-    for _, result, error in in_processes(mpp_of, tasks, args.workers, "slides"):
+def look_at_crop(path):
+    """Nothing to say of a crop that can be read."""
+    read_crop(path)
+    return "no file: give --mpp", 0, []
+
+
+def check_images(found, args):
+    """Opens every image and prints where the um/px of slides are from.
+
+    Gives the names of those that cannot be read, and a line for each of these and for what is odd.
+    """
+    problems, broken, sources, values = [], set(), Counter(), Counter()
+    slides = found.kind == "slides"
+    tasks = {(path, args.slide_mpp, found.said_mpp(name)) if slides else (path,): name
+             for name, path in found.images.items()}
+    look = look_at_slide if slides else look_at_crop
+    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, args.max_seconds):
         if error:
             problems.append(error)
+            broken.add(tasks[task])
             continue
-        source, mpp, warning = result
+        source, mpp, odd = result
         sources[source] += 1
         values[f"{mpp:.3g}"] += 1
-        problems += [warning] if warning else []
-    print("um/px recorded by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
-    print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
-    made = sum(tile_info(found, name) is not None for name in found.images)
-    print(f"tiles cut: {made} of {len(found.images)} slides")
-    return problems
+        problems += [f"{task[0]}: {'; '.join(odd)}"] if odd else []
+    print(f"{found.kind} that cannot be read: {len(broken)}")
+    if slides:
+        print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
+        print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
+        made = sum(tile_info(found, name) is not None for name in found.images)
+        print(f"tiles cut: {made} of {len(found.images)} slides")
+    return broken, problems
 
 
-def print_split(found):
-    """Images, patients and classes of each split."""
+def check_split(found, broken):
+    """Prints readable images and patients of each class in each split; a line for each class without any."""
     if not found.labels:
         print("no labels.csv: all is for pre-training")
-    for part in ("train", "val", "test") if found.labels else ():
-        rows = [found.labels[name] for name in found.split(part)]
-        counts, patients = Counter(row["label"] for row in rows), {row["patient"] for row in rows}
-        print(f"{part}: {len(rows)} {found.kind} of {len(patients)} patients or groups; "
-              + ", ".join(f"{label} {counts[label]}" for label in found.classes))
+        return []
+    problems, parts = [], ("train", "val", "test") if found.kind == "slides" else ("train", "test")
+    for part in parts:
+        rows = [found.labels[name] for name in found.split(part) if name not in broken]
+        counts = Counter(row["label"] for row in rows)
+        patients = {label: len({row["patient"] for row in rows if row["label"] == label})
+                    for label in found.classes}
+        print(f"{part}: " + ", ".join(f"{label} {counts[label]} of {patients[label]} patients or groups"
+                                      for label in found.classes))
+        missing = [label for label in found.classes if not counts[label]]
+        if missing and (part != "val" or not rows):
+            problems.append(f"labels.csv: no usable {part} image of {', '.join(missing)}: eval.py needs one")
+    return problems
 
 
 def check_cells(found):

@@ -20,8 +20,8 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 class Data:
     """A data set on disk.
 
-    images: {name: file}, slides or crops; labels: {name: {"label", "patient", "split"}}. patient is what has
-    to stay in one split: a patient, or a source tile or group of ready-cut crops.
+    images: {name: file}, slides or crops; labels: {name: {"label", "patient", "split", "mpp"}}. patient is
+    what has to stay in one split: a patient, or a source tile or group of ready-cut crops.
     """
 
     name: str
@@ -40,6 +40,10 @@ class Data:
         split_of = {name: row["split"] for name, row in self.labels.items()}
         split_of = split_of or dict.fromkeys(self.images, "train")
         return [name for part in parts for name in sorted(split_of) if split_of[name] == part]
+
+    def said_mpp(self, name):
+        """um/px of a slide by the column mpp of labels.csv, or None."""
+        return self.labels.get(name, {}).get("mpp")
 
     def unlabelled(self):
         """Slides that labels.csv does not name, for pre-training; none of a patient of the test part."""
@@ -157,9 +161,15 @@ def patient_of(name):
 
 def labels_row(path, line, row, name):
     """A line of labels.csv as a row of read_layout."""
+    try:
+        mpp = float(row["mpp"]) if row.get("mpp") else None
+        check_mpp(mpp, "mpp")
+    except (ValueError, InputError):
+        raise InputError(f"{path}: line {line}: mpp {row['mpp']!r} is not the um/px of a slide "
+                         "(0.5 is 20x)") from None
     patient = row.get("patient") or row.get("group") or row.get("source_tile") or patient_of(name)
     return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""), "patient": patient,
-            "split": row.get("split", "").lower()}
+            "split": row.get("split", "").lower(), "mpp": mpp}
 
 
 def bright_rows(rows, data):
@@ -223,7 +233,7 @@ def check_patch_rows(rows, data):
 
 
 def check_rows(rows, images, kind):
-    """{name: {"label", "patient", "split"}} of the rows that have a file; split is "" where it is left open.
+    """{name: {"label", "patient", "split", "mpp"}} of the rows that have a file; split is "" if left open.
 
     Slides without a row and rows without a slide are counted and named, for downloads are often partial.
     InputError for: no label, an unknown split, a name twice, a crop without a file, fewer than two classes, a
@@ -240,7 +250,8 @@ def check_rows(rows, images, kind):
             raise InputError(f"{where}: split {row['split']!r} is none of train, val, test")
         if name in images:
             split = SPLITS.get(row["split"], "")
-            out[name] = {"label": row["label"], "patient": row["patient"], "split": split}
+            out[name] = {"label": row["label"], "patient": row["patient"], "split": split,
+                         "mpp": row.get("mpp")}
         elif kind == "crops" or Path(name).name != name:
             raise InputError(f"{where}: there is no file of {name!r}; take the line out or fetch it")
         else:

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.files import atomic_write, read_json, read_npz
-from common.parallel import call, in_processes
+from common.parallel import LIMITS, call, in_processes
 from prior import segment_nuclei
 from wsi.cells import cell_format, read_cells
+from wsi.plausible import what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, FORMATS, cut_tiles, file_identity
 
@@ -24,11 +25,11 @@ CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy",
                 "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
 
 
-def prepare(data, tissue=0.5, workers=2):
+def prepare(data, tissue=0.5, workers=2, limits=LIMITS):
     """Cuts the tiles and finds the cells that are not there yet; one line for each image that was skipped."""
     if data.kind == "crops":
-        return prepare_crop_cells(data, workers)
-    return prepare_tiles(data, tissue, workers) + prepare_cells(data, workers)
+        return prepare_crop_cells(data, workers, limits)
+    return prepare_tiles(data, tissue, workers, limits) + prepare_cells(data, workers, limits)
 
 
 def need_mpp(data):
@@ -70,16 +71,25 @@ def tiles_folder(data):
 def tile_info(data, name):
     """What a slide's tiles were cut from and with; None without tiles, or if they are of other input.
 
-    Other input is a slide's file of another name or size, or another --slide-mpp than it was cut with.
+    Other input is a slide's file of another name or size, or other um/px than it was cut with, by --slide-mpp
+    or labels.csv.
     """
     info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
     if not info.keys() >= set(TILES) or not file_identity(data.images[name]).items() <= info.items():
         return None
-    said = info["mpp_source"] == "--slide-mpp" and data.slide_mpp not in (None, info["slide_mpp"])
-    return None if said else info
+    said, used, source = data.said_mpp(name), info["slide_mpp"], info["mpp_source"]
+    if said != (used if source == "labels.csv" else None):
+        return None
+    return None if source == "--slide-mpp" and data.slide_mpp not in (None, used) else info
 
 
-def prepare_tiles(data, tissue=0.5, workers=2):
+def cut(path, *how):
+    """cut_tiles, and what is odd about the slide, as a list of texts."""
+    slide = cut_tiles(path, *how)
+    return ([slide.warning] if slide.warning else []) + what_is_odd(slide)
+
+
+def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):
     """Cuts the slides that have no tiles yet; one line for each that was skipped.
 
     InputError if no slide can be used, or tiles are there that were cut with another --tissue.
@@ -91,15 +101,16 @@ def prepare_tiles(data, tissue=0.5, workers=2):
         if len(name.encode()) > NAME_LIMIT:
             failed.append(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
         elif info is None:
-            todo.append((path, crops, data.mpp, data.slide_mpp, tissue))
+            todo.append((path, crops, data.mpp, data.slide_mpp, tissue, data.said_mpp(name),
+                         limits.gigapixels))
         elif info["tissue"] != tissue:
             raise InputError(f"{crops / name}: cut with --tissue {info['tissue']:g} (now {tissue:g}); "
                              f"use the same, or delete {crops}")
-    for _, warning, error in in_processes(cut_tiles, todo, workers, "tiles, slides"):
+    for (path, *_), odd, error in in_processes(cut, todo, workers, "tiles, slides", limits.seconds):
         if error:
             failed.append(error)
-        if warning:
-            tqdm.write(f"note: {warning}")
+        if odd:
+            tqdm.write(printable(f"note: {path}: {'; '.join(odd)}"))
     if len(failed) == len(data.images):
         raise InputError(failed[0] if len(failed) == 1 else
                          f"none of the {len(failed)} slides could be used: {failed[0]}")
@@ -170,7 +181,7 @@ def ready_cells(data, name):
     return np.stack([kept["x"], kept["y"]], 1).astype(np.float64)
 
 
-def prepare_cells(data, workers=2):
+def prepare_cells(data, workers=2, limits=LIMITS):
     """Finds or reads the cells of the slides that have tiles; one line for each slide that was skipped."""
     todo, missing, given = [], [], []
     ready = {name: info for name in data.images if (info := tile_info(data, name))}
@@ -190,10 +201,10 @@ def prepare_cells(data, workers=2):
     if missing and len(missing) == len(ready):
         raise InputError(f"--prior {data.prior}: no cells of it for any slide; {way_out}")
     failed = [f"{path}: no cells of {data.prior}; {way_out}" for path in missing]
-    for _, _, error in in_processes(copy_level0, given, workers, "cells, files"):
+    for _, _, error in in_processes(copy_level0, given, workers, "cells, files", limits.seconds):
         if error:
             failed.append(error)
-    return failed + list(segment_slides(todo, "builtin", data.work / "cells", workers).values())
+    return failed + list(segment_slides(todo, "builtin", data.work / "cells", workers, limits).values())
 
 
 # ---------------------------------------------------------------- cells of ready-cut crops
@@ -228,7 +239,7 @@ def cell_files_of_crops(data):
     return {name: cell_file(data, str(Path(name).with_suffix(""))) for name in data.images}
 
 
-def prepare_crop_cells(data, workers):
+def prepare_crop_cells(data, workers, limits=LIMITS):
     """Finds or reads the cells of the crops that have none yet, or that were made from another file.
 
     All go into one file, cells/crops_<prior>.npz: x, y in px of the CROP px square, each cell's crop, the
@@ -242,7 +253,8 @@ def prepare_crop_cells(data, workers):
         else:
             failed.append(f"{data.images[name]}: no cells of {data.prior}; "
                           f"put them into {data.source}/cells/{data.prior}/")
-    for task, xy, error in in_processes(cells_of_crop, list(todo), workers, "cells, crops"):
+    for task, xy, error in in_processes(cells_of_crop, list(todo), workers, "cells, crops",
+                                        limits.seconds):
         if error:
             failed.append(error)
         else:

@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 
 from common.errors import InputError, check_mpp, one_line, run_script
 from common.files import atomic_write
-from common.parallel import in_processes
+from common.parallel import LIMITS, Limits, add_limits, call, in_processes
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
 from wsi.cells import label_centroids
 from wsi.slides import (
@@ -109,8 +109,11 @@ def read_box(slide, level, factor, x, y, w, h):
 
 
 def slide_regions(path, slide_mpp, segmenter, mpp):
-    """The regions of a slide that hold tissue, as arguments of segment_region; boxes in working px."""
-    slide = Slide(path, slide_mpp)
+    """The regions of a slide that hold tissue, as arguments of segment_region; boxes in working px.
+
+    slide_mpp: um/px of level 0; mpp: um/px that the segmenter sees.
+    """
+    slide = Slide(path, said_mpp=slide_mpp)
     level, factor, px, down = working_grid(slide, mpp)
     picture, unit = slide.picture(MASK_MPP)
     x, y = (np.arange(0, n / factor + REGION, REGION) for n in slide.handle.level_dimensions[level])
@@ -133,7 +136,7 @@ def segment_region(path, slide_mpp, segmenter, mpp, stain, box):
 
     mpp: um/px that the segmenter sees; stain: what slide_regions estimated for the whole slide.
     """
-    slide, (x, y, w, h) = Slide(path, slide_mpp), box
+    slide, (x, y, w, h) = Slide(path, said_mpp=slide_mpp), box
     level, factor, px, down = working_grid(slide, mpp)
     margin = int(np.ceil(MARGIN / px))
     left, top = max(0, x - margin), max(0, y - margin)
@@ -175,26 +178,28 @@ def save_cells(path, xy, source):
         np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source)
 
 
-def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
+def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MPP):
     """Segments slides by regions over several processes and writes <folder>/<segmenter>/<slide>.npz.
 
-    tasks: [(path, slide_mpp), ...]; mpp: um/px that the segmenter sees. A slide is written as soon as its
-    last region is done. Gives {path: why it failed}.
+    tasks: [(path, um/px of level 0), ...]; mpp: um/px that the segmenter sees. A slide is written as soon as
+    its last region is done; each step of it may take limits.seconds. Gives {path: why it failed}.
     """
     failed, found, regions = {}, {}, []
     todo = [(path, slide_mpp, segmenter, mpp) for path, slide_mpp in tasks]
-    for (path, *_), result, error in in_processes(slide_regions, todo, workers, "tissue, slides"):
+    for (path, *_), result, error in in_processes(slide_regions, todo, workers, "tissue, slides",
+                                             limits.seconds):
         if error:
             failed[path] = error
         regions += result or []
     left, slide_mpp = Counter(path for path, *_ in regions), dict(tasks)
-    for (path, *_, box), xy, error in in_processes(segment_region, regions, workers, f"{segmenter}, regions"):
+    for (path, *_, box), xy, error in in_processes(segment_region, regions, workers, f"{segmenter}, regions",
+                                                   limits.seconds):
         if error:
             failed[path] = error
         found.setdefault(path, {})[box] = xy
         left[path] -= 1
         if not left[path] and path not in failed:
-            parts, px = [xy for _, xy in sorted(found.pop(path).items())], Slide(path, slide_mpp[path]).mpp
+            parts, px = [xy for _, xy in sorted(found.pop(path).items())], slide_mpp[path]
             save_cells(folder / segmenter / f"{slide_name(path)}.npz", merge_seams(parts, SEAM / px),
                        source_of(path, px, segmenter, mpp))
     return failed
@@ -216,6 +221,7 @@ def arguments(argv):
         help="approximate um/px that the segmenter sees: whole px are averaged")
     add("--workers", type=int,
         help="processes (1 for cellpose, as each of them holds its model, else one per core)")
+    add_limits(add)
     args = parser.parse_args(argv)
     if args.workers is None:
         args.workers = 1 if args.segmenter == "cellpose" else os.cpu_count() or 1
@@ -224,6 +230,13 @@ def arguments(argv):
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
     return args
+
+
+def um_per_px(path, slide_mpp, gigapixels):
+    """um/px of a slide's level 0; InputError if it has none or too many px."""
+    slide = Slide(path, slide_mpp)
+    slide.check_size(gigapixels)
+    return slide.mpp
 
 
 def segment(args):
@@ -237,10 +250,14 @@ def segment(args):
     if not files:
         named = ", ".join(map(str, args.slides))
         raise InputError(f"{named}: no slides in it ({' '.join(sorted(SLIDE_TYPES))})")
-    tasks = [(path, args.slide_mpp) for name, path in files.items() if not (folder / f"{name}.npz").is_file()]
+    tasks, failed, limits = [], {}, Limits(args.max_seconds, args.max_gigapixels)
+    for path in [path for name, path in files.items() if not (folder / f"{name}.npz").is_file()]:
+        mpp, failed[path] = call(um_per_px, (path, args.slide_mpp, limits.gigapixels))
+        tasks += [(path, mpp)] if mpp else []
+    failed = {path: error for path, error in failed.items() if error}
     if tasks and args.segmenter != "builtin":
         load_segmenter(args.segmenter)  # a missing package is reported, and weights fetched, before the work
-    failed = segment_slides(tasks, args.segmenter, args.out, args.workers, args.mpp)
+    failed |= segment_slides(tasks, args.segmenter, args.out, args.workers, limits, args.mpp)
     for error in failed.values():
         print("wsi.segment:", error, file=sys.stderr)
     print(f"{len(files) - len(failed)} of {len(files)} slides have their cells in {folder}/*.npz. "

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from common.errors import InputError
 from common.files import part_of, write_json
+from common.parallel import LIMITS
 
 CROP = 224  # px
 FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
@@ -101,11 +102,12 @@ def on_white(rgba):
 class Slide:
     """An open slide, or a plain image taken as one. width, height: level-0 px; mpp: um/px of level 0.
 
-    source is the property that recorded mpp ("--slide-mpp" if none did), warning what is odd about it.
-    InputError, with the file's name, if it cannot be read or records no um/px and slide_mpp is None.
+    slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
+    mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
+    InputError, with the file's name, if it cannot be read or there is no um/px.
     """
 
-    def __init__(self, path, slide_mpp=None):
+    def __init__(self, path, slide_mpp=None, said_mpp=None):
         self.path = Path(path)
         try:
             try:
@@ -119,12 +121,22 @@ class Slide:
             self.mpp, self.source, self.warning = recorded_mpp(self.handle.properties)
         except ValueError as error:
             raise InputError(f"{path}: {error}; convert it to square px") from None
+        if said_mpp:
+            if self.mpp and not 1 / 1.5 <= self.mpp / said_mpp <= 1.5:
+                self.warning = f"{self.source} is {self.mpp:g} um/px, labels.csv's {said_mpp:g} is used"
+            self.mpp, self.source = said_mpp, "labels.csv"
         if not self.mpp:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it; "
-                             "give it with --slide-mpp (0.25 for 40x, 0.5 for 20x)")
+            raise InputError(f"{path}: no um/px and no magnification is recorded in it; give it with "
+                             "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
         self.width, self.height = self.handle.dimensions
+
+    def check_size(self, gigapixels):
+        """InputError if it claims more than so many px (--max-gigapixels): a broken file may claim any."""
+        if self.width * self.height > gigapixels * 1e9:
+            raise InputError(f"{self.path}: {self.width} x {self.height} px are more than --max-gigapixels "
+                             f"{gigapixels:g}; raise it if the slide is that large")
 
     def level_for(self, mpp):
         """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample."""
@@ -266,13 +278,15 @@ def file_identity(path):
     return {"file_name": Path(path).name, "file_bytes": Path(path).stat().st_size}
 
 
-def cut_tiles(path, crops, mpp, slide_mpp, tissue):
-    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json.
+def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIMITS.gigapixels):
+    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives the Slide.
 
-    The JSON holds what they were cut from and how. Gives the slide's warning or "". One thread reads blocks,
-    another resamples and writes them; at most three blocks are held, so memory stays flat.
+    The JSON holds what they were cut from and how. mpp: um/px of the tiles; slide_mpp, said_mpp: as Slide
+    takes them. One thread reads blocks, another resamples and writes them; at most three blocks are held, so
+    memory stays flat.
     """
-    slide = Slide(path, slide_mpp)
+    slide = Slide(path, slide_mpp, said_mpp)
+    slide.check_size(gigapixels)
     if slide.mpp > 1.25 * mpp:
         raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; "
                          "give a larger --mpp")
@@ -301,4 +315,4 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue):
                          "make room or run where you may write") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return f"{path}: {slide.warning}" if slide.warning else ""
+    return slide

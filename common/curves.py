@@ -1,0 +1,74 @@
+"""Curves of runs: python train.py --plot RUN... draws their log.csv, to see whether something is learned."""
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError
+from common.figures import save_figure
+from common.run import ONE_PROTOTYPE, PROBED, UNIFORM, read_log
+
+STYLES = ("-", "--", ":", "-.")  # a run each, then again
+
+
+def read_run(folder):
+    """(title, {column: values over the steps that have one}) of a run; InputError if it has no log.csv."""
+    rows = read_log(Path(folder) / "log.csv")
+    if not rows:
+        raise InputError(f"--plot {folder}: no log.csv of a run in it")
+    columns = {}
+    for name in rows[0]:
+        pairs = [(int(row["step"]), row[name]) for row in rows if row.get(name)]
+        columns[name] = np.array([(step, float(value)) for step, value in pairs]).reshape(-1, 2).T
+    return Path(folder).resolve().name, columns
+
+
+def smoothed(values, width):
+    """Moving average over up to width values, shorter at the start."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def plot_runs(folders):
+    """Draws loss, entropy and divergence of every head, the features' rank and the probe; gives 0."""
+    from matplotlib.figure import Figure
+    runs = [read_run(folder) for folder in folders]
+    heads = list(dict.fromkeys(name.removeprefix("entropy_") for _, columns in runs for name in columns
+                               if name.startswith("entropy_")))
+    panels = [("entropy", "teacher's entropy H(q) / ln K"), ("kl", "KL(q || p) / ln K"),
+              ("sum", "loss / ln K"), ("rank", "effective rank of f")]
+    probed = any(columns.get(PROBED[-1], np.zeros((2, 0))).size for _, columns in runs)
+    if probed:
+        panels += [(PROBED[1], "tokens with attention 0.5 to 2"), (PROBED[-1], "20-NN accuracy")]
+    figure = Figure(figsize=(4.2 * ((len(panels) + 1) // 2), 6.4), layout="constrained")
+    axes = figure.subplots(2, (len(panels) + 1) // 2)
+    for axis, (panel, title) in zip(axes.T.flat, panels):
+        for (name, columns), style in zip(runs, STYLES * len(runs)):
+            draw_panel(axis, panel, heads, columns, style, name if len(runs) > 1 else "")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+    for border in (UNIFORM, ONE_PROTOTYPE):
+        axes.T.flat[0].axhline(border, color="grey", linewidth=0.8, linestyle=":")
+    axes.T.flat[0].legend(fontsize=7)
+    out = Path(folders[0]) / "curves.png"
+    save_figure(figure, out)
+    print(f"Wrote {out}. Outputs are uniform above {UNIFORM}, and on one prototype below {ONE_PROTOTYPE}, of "
+          "the entropy: then a head learns nothing.")
+    return 0
+
+
+def draw_panel(axis, panel, heads, columns, style, name):
+    """One run's curves in one panel: a colour each head, or one curve."""
+    if panel not in ("entropy", "kl", "sum"):
+        if panel in columns and columns[panel].size:
+            axis.plot(*columns[panel], style, marker=".", color="black", linewidth=1.2)
+        return
+    for k, head in enumerate(heads):
+        if f"entropy_{head}" not in columns:
+            continue
+        step, entropy = columns[f"entropy_{head}"]
+        divergence = columns[f"kl_{head}"][1]
+        values = {"entropy": entropy, "kl": divergence, "sum": entropy + divergence}[panel]
+        axis.plot(step, smoothed(values, max(1, len(step) // 50)), style, color=f"C{k}", linewidth=1.2,
+                  label=f"f_{head} {name}".replace("f_f", "f"))

@@ -1,0 +1,69 @@
+"""LC25000's lung part in the layout of our results: python -m experiments.lc25000 lung_image_sets.
+
+LC25000 (Borkowski et al. 2019, arXiv:1912.12142; github.com/tampapath/lung_colon_image_set says where to
+download it) holds 15,000 lung images of 768 x 768 px, in lung_aca/, lung_n/ and lung_scc/: some 750 source
+tiles, each flipped and rotated into about 20 images. The results in docs/results.md use 3,031 of them, split
+by source tile, which LC25000 does not name: lc25000_lung.csv beside this file says which image is of which.
+"""
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from common.errors import InputError, run_script
+from common.files import atomic_write, read_csv
+from wsi.slides import CROP, FORMATS
+
+TABLE = Path(__file__).with_name("lc25000_lung.csv")
+SHA256 = "a4bcc6922452e8d6fe131092ad14c535bcf68baac31808a7e2914f8fa54b69f0"  # of labels.csv
+
+
+def labels():
+    """[(image, label, split, source tile), ...], sorted by image; image is <class>/<file>."""
+    rows = []
+    for _, row in read_csv(TABLE)[1]:
+        label = row["class"]
+        rows += [(f"{label}/{label.replace('_', '')}{number}.jpeg", label, row["split"],
+                  f"{label}_{row['source_tile']}") for number in row["images"].split()]
+    return sorted(rows)
+
+
+def labels_csv():
+    """The text of labels.csv; ValueError if it is not the one that the results were made with."""
+    lines = ["image,label,split,source_tile", *(",".join(row) for row in labels())]
+    text = "".join(line + "\r\n" for line in lines)
+    if hashlib.sha256(text.encode()).hexdigest() != SHA256:
+        raise ValueError(f"{TABLE}: was changed")
+    return text
+
+
+def make(source, out):
+    """Writes labels.csv and the images, averaged down to CROP px, to out."""
+    rows = labels()
+    missing = [image for image, *_ in rows if not (source / image).is_file()]
+    if missing:
+        raise InputError(f"{source}: {len(missing)} of {len(rows)} images are not there, such as "
+                         f"{missing[0]}; give LC25000's folder lung_image_sets")
+    for image, *_ in tqdm(rows, "images"):
+        with Image.open(source / image, formats=FORMATS) as picture, atomic_write(out / image) as temp:
+            picture.convert("RGB").resize((CROP, CROP), Image.LANCZOS).save(temp, format="JPEG", quality=90)
+    with atomic_write(out / "labels.csv") as temp:
+        temp.write_bytes(labels_csv().encode())
+    print(f"Wrote {len(rows)} images and labels.csv (sha256 {SHA256[:16]}...) to {out}. "
+          f"Next: python train.py --data {out} --mpp 0.5, or the commands of docs/results.md")
+    return 0
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="LC25000's folder lung_image_sets")
+    parser.add_argument("--out", type=Path, default=Path("lung_patches"), help="the folder to write")
+    args = parser.parse_args(argv)
+    return run_script("experiments.lc25000", lambda: make(args.source, args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Does a slide look as an H&E slide at its um/px does? What is odd is said, nothing is refused."""
+import numpy as np
+from scipy import ndimage
+
+from prior import DENSITY, HAEMATOXYLIN, TISSUE, WORK_MPP, otsu
+from wsi.segment import read_box, working_grid
+from wsi.slides import MASK_MPP, tissue_mask
+
+NUCLEUS = (4, 10)  # um: what nucleus_size gives for tissue at its true um/px; half or twice it is outside
+WHITE, CAST = 190, 45  # of 255: background is brighter than that, and its channels no farther apart
+H_AND_E = 0.5  # least share of what is not white that has the colours of H&E
+REGION, REGIONS = 1024, 4  # px a side at about WORK_MPP, and how many regions with most tissue are looked at
+
+
+def nucleus_size(images, mpp):
+    """Median diameter in um of the dark blue blobs in RGB images (H, W, 3), each px counted; NaN if few.
+
+    Blobs are haematoxylin above Otsu's threshold; clumps are left out: a blob counts if the largest circle
+    in it has half of its area. Nothing in it depends on mpp, which only scales the answer.
+    """
+    sizes = []
+    for image in images:
+        density = sum(weight * DENSITY[image[..., i]] for i, weight in enumerate(HAEMATOXYLIN))
+        density = ndimage.gaussian_filter(density.clip(0, 2), 1.0)
+        tissue = density[density > TISSUE]
+        if not len(tissue):
+            continue
+        blobs, count = ndimage.label(ndimage.binary_fill_holes(density > otsu(tissue)))
+        if not count:
+            continue
+        area = np.bincount(blobs.ravel())[1:]
+        radius = ndimage.maximum(ndimage.distance_transform_edt(blobs), blobs, range(1, count + 1))
+        single = (np.pi * np.square(radius) > area / 2) & (area >= 20)
+        sizes.append(2 * np.sqrt(area[single] / np.pi) * mpp)
+    sizes = np.sort(np.concatenate(sizes)) if sizes else np.zeros(0)
+    if len(sizes) < 20:
+        return float("nan")
+    share = np.cumsum(sizes ** 2)
+    return float(sizes[np.searchsorted(share, share[-1] / 2)])
+
+
+def odd_colours(picture, mpp):
+    """What is odd in the colours of a picture (H, W, 3) of a slide at mpp um/px: a list of texts."""
+    mask, out = tissue_mask(picture, mpp), []
+    darkness = 255 - picture.min(2)
+    background = picture[~mask & (darkness < 128)]
+    if len(background) > 0.02 * mask.size:
+        colour = np.median(background, axis=0)
+        if colour.mean() < WHITE or np.ptp(colour) > CAST:
+            named = ", ".join(f"{value:.0f}" for value in colour)
+            out.append(f"its background is not white (red, green, blue: {named})")
+    coloured = darkness > 50
+    share = mask[coloured].mean() if coloured.any() else 0
+    if share < H_AND_E:
+        out.append(f"{share:.0%} of what is not white has the colours of H&E")
+    return out
+
+
+def tissue_regions(slide, mask, unit):
+    """REGIONS images of the slide where the mask has most tissue, and their um/px; unit: level-0 px a px."""
+    level, factor, px, down = working_grid(slide, WORK_MPP)
+    side = max(1, round(REGION * down / unit))  # px of the mask
+    rows, columns = (max(1, n // side) for n in mask.shape)
+    shares = [(mask[j * side: (j + 1) * side, i * side: (i + 1) * side].mean(), i, j)
+              for j in range(rows) for i in range(columns)]
+    best = sorted(shares, reverse=True)[:REGIONS]
+    return [read_box(slide, level, factor, i * REGION, j * REGION, REGION, REGION)
+            for share, i, j in best if share > 0], px
+
+
+def what_is_odd(slide):
+    """What is odd about an open Slide, each a text: its colours, and the size of its nuclei for its um/px."""
+    picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
+    odd = odd_colours(picture, unit * slide.mpp)
+    regions, px = tissue_regions(slide, tissue_mask(picture, unit * slide.mpp), unit)
+    size = nucleus_size(regions, px)
+    if size < NUCLEUS[0] or size > NUCLEUS[1]:  # NaN, of too few, is neither
+        odd.append(f"its nuclei measure {size:.1f} um, where {NUCLEUS[0]} to {NUCLEUS[1]} are usual: "
+                   f"are {slide.mpp:g} um/px (by {slide.source}) right?")
+    return odd
