@@ -26,16 +26,16 @@ KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosi
 TELLING = "nests"
 TELLING_SHARE = (0.15, 0.40)  # of a positive slide's tiles
 REGION = 620  # px between the middles of two regions
-GROUND = (0, 0.20, 0.42, 0.30, 0.20, 0.46, 0.28, 0.28, 0.28)  # eosin of each kind's ground
-FIBRES = (0, 0.10, 0.14, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # and how much its fibres add and take away
+GROUND = (0, 0.18, 0.42, 0.30, 0.20, 0.46, 0.28, 0.28, 0.28)  # eosin of each kind's ground
+FIBRES = (0, 0.12, 0.20, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # and how much its fibres add and take away
 UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius; fat cells are white
-    "fat": (62, 27, 33, 0, 0), "small glands": (92, 32, 42, 0.35, 0.50),
-    "large glands": (190, 66, 88, 0.62, 0.76), "nests": (92, 32, 46, 0, 0)}
+    "fat": (62, 27, 33, 0, 0), "small glands": (104, 32, 42, 0.35, 0.50),
+    "large glands": (205, 66, 88, 0.62, 0.76), "nests": (104, 32, 46, 0, 0)}
 BODY = 0.24  # eosin of a gland's or nest's cells
 NUCLEI = {  # spacing, half axes from and to (px), roundness from and to, density
     "units": (9.0, 3.0, 4.0, 0.75, 1.0, 0.85), "lymphocytes": (8.0, 2.4, 2.9, 0.85, 1.0, 1.15),
-    "necrosis": (19, 1.3, 2.6, 0.6, 1.0, 0.8),
-    "loose stroma": (34, 4.0, 6.0, 0.28, 0.36, 0.75), "dense stroma": (30, 4.0, 6.0, 0.28, 0.36, 0.75)}
+    "necrosis": (80, 1.3, 2.6, 0.6, 1.0, 0.8),
+    "loose stroma": (95, 5.0, 7.0, 0.28, 0.36, 0.8), "dense stroma": (85, 5.0, 7.0, 0.28, 0.36, 0.8)}
 SCALE = 4  # what varies slowly is drawn at a quarter of the size
 
 
