@@ -175,8 +175,7 @@ def vit_h(drop_path=0.0, **kw):
     return model
 
 
-ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h,
-         "vit_t4": partial(vit_t, depth=4)}  # not the paper's: 2 M parameters, for the demo and for laptops
+ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": partial(vit_t, depth=4)}  # t4: ours
 
 
 # ---------------------------------------------------------------- 3.3 cell-back pooling
@@ -287,10 +286,9 @@ class DINOHead(nn.Module):
 def view_cross_entropy(student, target, weight, temp):
     """One student view against the teacher's: the sum over u, b of -weight[u, b] <target[u, b], log p[b]>.
 
-    student (B, K) logits, target (U, B, K), weight (U, B); p = softmax(student / temp). The targets are
-    summed first, as all of them meet the same log p.
+    student (B, K) logits, target (U, B, K), weight (U, B); p = softmax(student / temp).
     """
-    q = torch.einsum("ub,ubk->bk", weight, target)
+    q = torch.einsum("ub,ubk->bk", weight, target)  # all targets meet the same log p
     return -(q * (student.float() / temp).log_softmax(-1)).sum()
 
 
@@ -303,8 +301,8 @@ class DINOLoss(nn.Module):
     (present_s (V, B), present_t (U, B); None: everywhere). The loss is the mean over the pairs that count,
     0 if none does. Every call moves the centre, by the teacher's rows whose region is present.
 
-    After a call, entropy is the mean of H(q) over the pairs that count: the loss is H(q) + KL(q || p), so it
-    tells whether the outputs are uniform (ln K) or on one prototype (0), which the loss alone does not.
+    After a call, entropy is the mean of H(q) over these pairs: the loss is H(q) + KL(q || p), and H(q) tells
+    whether the outputs are uniform (ln K) or on one prototype (0).
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):

@@ -141,8 +141,10 @@ def views_of_step(images, cells, args, step):
 
 
 def draw_views(images, cells, generator, args, local_crops):
-    return make_views(images, cells, generator, local_crops, args.global_scale, args.local_scale,
-                      args.global_size, args.local_size, args.jitter, args.greyscale, args.solarize, args.blur)
+    """make_views with the flags of a run."""
+    return make_views(
+        images, cells, generator, local_crops, args.global_scale, args.local_scale, args.global_size,
+        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur)
 
 
 CONTRAST_CROPS = 64
@@ -170,7 +172,7 @@ def describe_contrast(ratio):
     line = f"at the start f varies {ratio:.2f} times as much between crops as between two views of one"
     if ratio < 1:
         line += (". Warning: the augmentation drowns what tells crops apart, and the loss may stay at "
-                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur, or raise --global-scale's low")
+                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur, or raise --global-scale")
     return line
 
 
@@ -265,13 +267,11 @@ def train(args):
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     student, teacher, loss_fn = build_models(args)
     optimizer = build_optimizer(student)
-    print(describe_contrast(contrast_of_views(teacher.encoder, crops, args)))
-
     # Files: a stopped run is resumed, if its settings are the same.
     run = Run(args, run_name(args.data), found.mpp, len(crops), trained_on,
               student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
     step = start = run.resume()
-    announce(args, run, found, steps, start)
+    announce(args, run, found, steps, start, teacher.encoder, crops)
 
     with run, Log(args, student, start, steps, per_epoch) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):
@@ -318,12 +318,14 @@ def train(args):
     return finish(args, run, log, step, steps, failed, stop)
 
 
-def announce(args, run, found, steps, start):
-    """One line on what is about to run."""
+def announce(args, run, found, steps, start, encoder, crops):
+    """Says what is about to run, and of a new run the ratio of contrast_of_views."""
     print(f"{run.config['crops']} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of "
           f"{args.batch} ({args.epochs} epochs), {args.method} {args.arch} on {args.device} "
           f"in {run.config['precision']}"
           + (f"; resumed at step {start}" if start else ""))
+    if not start:
+        print(describe_contrast(contrast_of_views(encoder, crops, args)))
 
 
 def finish(args, run, log, step, steps, failed, stop):

@@ -145,7 +145,7 @@ def draw_units(rng, regions):
 def draw_nuclei(rng, field, mask, kind, along):
     """Draws nuclei on a jittered grid where mask is true; gives their middles (K, 2).
 
-    They are copies of a few shapes, for speed. along: of the fibres, which spindle cells follow (draw_fibres).
+    They are copies of a few shapes, for speed. along: of the fibres, which spindle cells follow.
     """
     spacing, low, high, flat, round_, density = NUCLEI[kind]
     points = np.floor(scatter(rng, mask, spacing, 0.13)) + 0.5
