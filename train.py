@@ -15,10 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import dirl
+from common.benchmark import WARM_UP, Parts
 from common.classify import nearest
 from common.curves import plot_runs
 from common.datasets import run_name
-from common.encoders import attention_of, in_batches, init_encoder, represent
+from common.encoders import attention_of, in_batches, init_encoder, represent, use_bf16
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
@@ -342,8 +343,46 @@ def finish(args, run, log, step, steps, failed, stop):
     return 130 if stop else code
 
 
+# ---------------------------------------------------------------- benchmark
+
+def benchmark(args):
+    """--benchmark STEPS: prints what each part of a step takes with the flags given; gives 0."""
+    _, crops, _, _ = training_crops(args)
+    student, teacher, loss_fn = build_models(args)
+    optimizer, parts = build_optimizer(student), Parts(args.device)
+    bf16, args.max_steps = use_bf16(args.precision, args.device), WARM_UP + args.benchmark
+    for head in student.heads.values():
+        parts.within(head, "student's heads")
+    loader = iter(loader_of(crops, args, 0, args.max_steps))
+    for step in range(args.max_steps):
+        with parts.part("crops read"):
+            images, cells = next(loader)
+        with parts.part("views and priors"):
+            views, priors = views_of_step(images, cells, args, step)
+        with torch.autocast(parts.device.type, torch.bfloat16, enabled=bf16):
+            with parts.part("teacher"), torch.no_grad():
+                target = teacher(views[:1], priors[:1])
+            with parts.part("student's encoder and block"):
+                output = student(views, priors)
+        with parts.part("loss"):
+            loss, _ = loss_fn(output, target, args.teacher_temp)
+        with parts.part("backward"):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with parts.part("clipping and optimiser"):
+            clip_gradients(list(student.parameters()), args.clip)
+            set_schedules(optimizer, args, step, 1000, 100)
+            optimizer.step()
+        with parts.part("teacher's update"):
+            dirl.update_teacher(student, teacher, args.momentum)
+    parts.report(args.batch, args.benchmark, f"{args.method} {args.arch}, batch {args.batch}, "
+                 f"2 + {args.local_crops} views of {args.global_size} and {args.local_size} px, "
+                 f"{'bf16' if bf16 else 'fp32'}")
+    return 0
+
+
 def run_command(args):
-    return plot_runs(args.plot) if args.plot else train(args)
+    return plot_runs(args.plot) if args.plot else benchmark(args) if args.benchmark else train(args)
 
 
 def main(argv=None):

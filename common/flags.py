@@ -33,6 +33,8 @@ def arguments(argv):
         help="also keeps encoder_<epoch>.pt every so many epochs, for curves over the training")
     add("--plot", nargs="+", metavar="RUN",
         help="trains nothing and draws the curves of these runs: losses, entropies, attention, 20-NN")
+    add("--benchmark", type=int, metavar="STEPS",
+        help="trains nothing and prints what each part of a step takes with these flags on this machine")
     add("--run", help="folder of the run, to keep several apart (runs/<data>_<arch>_<method>)")
     add("--mpp", type=float, help="um/px of the crops; a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
     add("--slide-mpp", type=float, help="um/px of slides and images that record none")
@@ -132,7 +134,7 @@ def complete(args):
                  seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
                  warmup_teacher_temp_epochs=(0, 1e6), save_minutes=(0, 1e6), max_seconds=(0.1, 1e9),
                  max_gigapixels=(1e-6, 1e6), jitter=(0, 1), greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
-    for name, low in (("max_steps", 1), ("save_every", 1), ("warmup_teacher_temp", 1e-4)):
+    for name, low in (("max_steps", 1), ("save_every", 1), ("benchmark", 1), ("warmup_teacher_temp", 1e-4)):
         value = getattr(args, name)
         if value is not None and not low <= value <= 1e9:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least {low:g} is needed")

@@ -15,8 +15,8 @@ from common.errors import InputError, one_line
 from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
 
 RESUMABLE = (  # flags that may change when a run is resumed
-    "run", "plot", "workers", "save_minutes", "save_every", "max_steps", "device", "probe", "probe_epochs",
-    "probe_images", "split_seed", "max_seconds", "max_gigapixels")
+    "run", "plot", "benchmark", "workers", "save_minutes", "save_every", "max_steps", "device", "probe",
+    "probe_epochs", "probe_images", "split_seed", "max_seconds", "max_gigapixels")
 UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond which a head learns nothing
 MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs; where the ratio printed at "
                  "the start is below 1, weaken the colour augmentation (--jitter).")

@@ -299,3 +299,13 @@ def test_a_run_from_init_starts_at_these_weights(place, capsys):
     encoder, _ = load_encoder(place / "runs" / "in_vit_t_baseline" / "encoder.pt")
     for name, value in load_tensors(place / "w.pth").items():
         torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_benchmark_times_the_parts_of_a_step_and_touches_no_run(place, capsys):
+    saved(place / "in" / "slides" / "more.png", array=tissue(448))
+    assert train.main([*SMALL, "--batch", "2", "--benchmark", "2"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("  ") for line in out[out.index("ms a step"):].splitlines()[1:-1]]
+    times_ms = [float(row[-2 if len(row) > 2 else 1].split()[0]) for row in rows if row]
+    assert len(rows) == 9 and all(ms > 0 for ms in times_ms)
+    assert "images a second, peak memory" in out and not (place / "runs").exists()
