@@ -305,7 +305,7 @@ def test_benchmark_times_the_parts_of_a_step_and_touches_no_run(place, capsys):
     saved(place / "in" / "slides" / "more.png", array=tissue(448))
     assert train.main([*SMALL, "--batch", "2", "--benchmark", "2"]) == 0
     out = capsys.readouterr().out
-    rows = [line.split("  ") for line in out[out.index("ms a step"):].splitlines()[1:-1]]
-    times_ms = [float(row[-2 if len(row) > 2 else 1].split()[0]) for row in rows if row]
-    assert len(rows) == 9 and all(ms > 0 for ms in times_ms)
+    rows = [line.split() for line in out[out.index("ms a step"):].splitlines()[1:-1]]
+    assert len(rows) == 9 and all(float(row[-2]) > 0 for row in rows)
+    assert sum(float(row[-1].rstrip("%")) for row in rows) == pytest.approx(100, abs=25)  # medians
     assert "images a second, peak memory" in out and not (place / "runs").exists()
