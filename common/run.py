@@ -184,7 +184,8 @@ class Log:
         if len(rows) < self.per_epoch:  # resumed within the epoch
             return
         for state, holds, advice in (("uniform", lambda h: min(h) > UNIFORM, MORE_CONTRAST),
-                                     ("on one prototype", lambda h: max(h) < ONE_PROTOTYPE, LESS_CONTRAST)):
+                                     ("on one prototype each", lambda h: max(h) < ONE_PROTOTYPE,
+                                      LESS_CONTRAST)):
             heads = [head for head, h in zip(self.ln_k, zip(*rows)) if holds(h) and head not in self.told]
             self.told.update(heads)
             if heads:
