@@ -142,7 +142,8 @@ def views_of_step(images, cells, args, step):
 
 def draw_views(images, cells, generator, args, local_crops):
     return make_views(images, cells, generator, local_crops, args.global_scale, args.local_scale,
-                      args.global_size, args.local_size, args.jitter, args.greyscale, args.solarize, args.blur)
+                      args.global_size, args.local_size,
+                      args.jitter, args.greyscale, args.solarize, args.blur)
 
 
 CONTRAST_CROPS = 64
@@ -170,7 +171,7 @@ def describe_contrast(ratio):
     line = f"at the start f varies {ratio:.2f} times as much between crops as between two views of one"
     if ratio < 1:
         line += (". Warning: the augmentation drowns what tells crops apart, and the loss may stay at "
-                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur, or raise --global-scale's low")
+                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur")
     return line
 
 
