@@ -5,7 +5,7 @@
 
 slides takes the newest run of the data set (or --checkpoint), writes features/<slide>.npz, trains DSMIL over
 --repeats seeds and scores it on the test slides (3.6, A.1.2), counts the tokens' aggregated attention in the
-bins of Fig. 4, and draws the attention.
+bins of Fig. 4, and draws the attention. With --compare random, the same of the network as it started.
 
 patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds; one
 validates, the others train, and the test set is scored by the epoch that was best on the validation fold.
@@ -27,20 +27,22 @@ import dirl
 import mil
 from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
-from common.encoders import attention_of, in_batches, represent
+from common.encoders import attention_of, represent
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
-from common.figures import plot_distribution, plot_overlays, spread
-from common.files import atomic_write, file_stamp, merge_csv, print_table, read_npz, write_csv
-from common.measures import DRAWS, bootstrap, measures_of
+from common.figures import plot_distribution, plot_overlays, plot_slide, spread
+from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
+from common.measures import measures_of
 from common.parallel import Limits, add_limits
+from common.patches import PATCH_KEYS, fold_results, report_folds
+from common.results import last_losses, row_of, write_results
 from data import Crops, check_unseen, collate, find_data
 from prior import bin_centroids
 from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info
-from wsi.slides import CROP
+from wsi.slides import CROP, Slide
+from wsi.truth import check_with_truth, read_truth
 
 MEASURES = ("accuracy", "AUC", "macro F1")
-PATCH_KEYS = ("data", "encoder", "training")  # rows of patches.csv with other keys stay
 
 
 # ---------------------------------------------------------------- flags
@@ -69,6 +71,9 @@ def slides_arguments(argv):
     add("--slide-mpp", type=float, help="um/px of slides that record none, as in train.py")
     add("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
     add("--prior", default="auto", choices=PRIORS, help="whose cells the overlay shows, as in train.py")
+    add("--compare", default="none", choices=["none", "random"],
+        help="random: the same measures of the same network as it started, in columns beside the trained "
+             "one; says what the training is worth, and takes as long again")
     add("--repeats", type=int, default=5, help="trainings of DSMIL, each with its own seed")
     add("--epochs", type=int, default=200, help="of DSMIL; fewer if there are thousands of slides")
     add("--class-weights", action="store_true",
@@ -81,6 +86,8 @@ def slides_arguments(argv):
     add("--overlays", type=int, default=4, help="crops in the attention picture")
     add_limits(add)
     add_common(add, 64, "of DSMIL's first training")
+    if parser.parse_known_args(argv)[0].data == "demo":
+        parser.set_defaults(compare="random")
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
@@ -180,9 +187,13 @@ def check_classes(found, names):
 
 
 def train_and_score(bags, classes, args):
-    """DSMIL over --repeats seeds: [(seed, accuracy, AUC, macro F1), ...] on test bags, and mean scores."""
+    """DSMIL over --repeats seeds: [(seed, accuracy, AUC, macro F1), ...] on test bags, and mean scores.
+
+    Also the instance attention (repeats, N) of each test bag for its own class.
+    """
     truth, rows, total = np.array([label for _, label in bags["test"]]), [], 0
     weights = mil.class_weights([y for _, y in bags["train"]], classes) if args.class_weights else None
+    attention = [[] for _ in truth]
     for seed in range(args.seed, args.seed + args.repeats):
         with tqdm(total=args.epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5) as bar:
             def progress(epoch, loss, val_loss):
@@ -191,23 +202,26 @@ def train_and_score(bags, classes, args):
             model = mil.train_dsmil(bags["train"], bags["val"], classes, args.epochs, seed=seed,
                                     progress=progress, weights=weights)
         scores = torch.stack([mil.dsmil_predict(model, x) for x, _ in bags["test"]]).cpu().numpy()
+        with torch.no_grad():
+            for of_bag, (x, label) in zip(attention, bags["test"]):
+                of_bag.append(model(x)[2][:, label].cpu().numpy())
         rows.append((seed, *measures_of(truth, scores)))
         total = total + scores / args.repeats
-    return rows, total
+    return rows, total, [np.stack(of_bag) for of_bag in attention]
 
 
 def classify_slides(found, run, names, args):
     """Rows of the table for DSMIL, and for a logistic regression on each slide's mean feature.
 
     The latter shows what the features are worth without MIL. Writes slides.csv (a row per seed) and
-    predictions.csv (mean scores of the test slides).
+    predictions.csv (mean scores of the test slides). Also gives {test slide: DSMIL's attention (repeats, N)}.
     """
     members = {part: [name for name in found.split(part) if name in names]
                for part in ("train", "val", "test")}
     bags = {part: [(read_features(run / "features" / f"{name}.npz").to(args.device),
                     found.classes.index(found.labels[name]["label"]))
                    for name in members[part]] for part in members}
-    rows, scores = train_and_score(bags, len(found.classes), args)
+    rows, scores, attention = train_and_score(bags, len(found.classes), args)
     write_csv(run / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
     write_csv(run / "predictions.csv", [("slide", "label", *found.classes)] + [
         (name, found.labels[name]["label"], *(f"{v:.4f}" for v in row))
@@ -217,42 +231,61 @@ def classify_slides(found, run, names, args):
              for part in ("train", "test")}
     linear = classify.fit_logistic(means["train"], [label for _, label in bags["train"]])
     truth = np.array([label for _, label in bags["test"]])
-    table, over = [], f"{len(scores)} test slides"
-    for measure, values in zip(MEASURES, list(zip(*rows))[1:]):
-        sd = np.std(values, ddof=1) if len(values) > 1 else 0
-        table.append((f"slide {measure}, DSMIL", f"{np.mean(values):.4f}", f"{sd:.4f}",
-                      f"{over}, {len(rows)} seeds"))
+    over = f"{len(scores)} test slides"
+    table = [row_of(f"slide {measure}, DSMIL", values, f"{over}, {len(rows)} seeds")
+             for measure, values in zip(MEASURES, list(zip(*rows))[1:])]
     for measure, value in zip(MEASURES, measures_of(truth, linear.predict_proba(means["test"]))):
         table.append((f"slide {measure}, mean feature, logistic regression", f"{value:.4f}", "", over))
-    return table
+    return table, dict(zip(members["test"], attention))
 
 
-def count_attention(encoder, about, found, run, args):
-    """Rows of the table for the bins of Fig. 4 over crops of the test part (without labels: of all images).
+def count_attention(networks, title, found, run, args):
+    """{network: rows of the table for the bins of Fig. 4} over crops of the test part, and shared rows.
 
-    Also draws both pictures, the overlay with P_c if all of these crops have their cells.
+    networks: {name: encoder}. Without labels the crops are those of all images. Also draws both pictures, the
+    overlay with P_c if all of these crops have their cells.
     """
     part = "test" if found.split("test") else "train"
     crops, celled = (Crops(found, found.split(part), with_cells) for with_cells in (False, True))
     has_cells = len(celled) == len(crops)
     crops = Subset(celled if has_cells else crops, spread(len(crops), args.attention_crops))
-    aggregated = embed(lambda x: attention_of(encoder, x), crops, args, "attention")
-    over = f"{len(crops)} {f'{part} ' if found.labels else ''}crops"
-    table = [(f"tokens with attention {name}", f"{share:.4f}", "", over)
-             for name, share in zip(("0 to 0.5", "0.5 to 2", "over 2"), dirl.attention_bins(aggregated))]
-    if len(celled):
-        table.append(("patches with a cell", f"{celled.priors().mean().item():.4f}", "",
-                      f"{len(celled)} crops"))
+    over, tables, aggregated = f"{len(crops)} {f'{part} ' if found.labels else ''}crops", {}, {}
+    for name, encoder in networks.items():
+        aggregated[name] = embed(lambda x: attention_of(encoder, x), crops, args, "attention")
+        tables[name] = [(f"tokens with attention {bin}", f"{share:.4f}", "", over) for bin, share in
+                        zip(("0 to 0.5", "0.5 to 2", "over 2"), dirl.attention_bins(aggregated[name]))]
     if not has_cells:
         print(f"note: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
               f"Cells come from python train.py, or from {found.source}/cells/.")
-    title = f"{about['data']}, {about['arch']}, {about['method']}"
     plot_distribution(aggregated, title, run / "attention_distribution.png")
     chosen = spread(len(crops), args.overlays)
     images, cells = zip(*(crops[i] for i in chosen))
     priors = [bin_centroids(xy, CROP) for xy in cells] if has_cells else None
-    plot_overlays(images, {"aggregated attention": aggregated[chosen]}, priors, run / "attention_overlay.png")
-    return table
+    plot_overlays(images, {name: values[chosen] for name, values in aggregated.items()}, priors,
+                  run / "attention_overlay.png")
+    share = [("patches with a cell", f"{celled.priors().mean().item():.4f}", "", f"{len(celled)} crops")]
+    return tables, share if len(celled) else []
+
+
+def draw_slide(found, folder, attention, path):
+    """A test slide with DSMIL's attention over it, of each network, and the truth where it is known.
+
+    attention: {network: {test slide: (repeats, N)}}. The slide is the first that has telling tiles, else the
+    first of the last class.
+    """
+    names = list(next(iter(attention.values())))
+    truth = {name: read_truth(found.source, name) for name in names}
+    told = [name for name in names if any(telling for _, telling in truth[name].values())]
+    last = [name for name in names if found.labels[name]["label"] == found.classes[-1]]
+    name = (told or last)[0]
+    info = tile_info(found, name)
+    slide = Slide(found.images[name], said_mpp=info["slide_mpp"])
+    picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
+    corners = read_npz(folder / "features" / f"{name}.npz", "coords")["coords"]
+    kinds = [truth[name][tuple(corner)] for corner in corners.tolist()] if truth[name] else None
+    plot_slide(picture, corners / unit, CROP * info["mpp"] / info["slide_mpp"] / unit,
+               {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
+               f"{name}, {found.labels[name]['label']}", path)
 
 
 def export(found, names, run, kinds):
@@ -291,20 +324,31 @@ def evaluate_slides(args):
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
 
-    table, made = [("measure", "mean", "sd", "over")], ["results.csv"]
+    networks, folders = {"trained": encoder}, {"trained": run}
+    stamps = {"trained": file_stamp(path)}
+    if args.compare == "random":
+        seed = read_json(run / "config.json").get("seed", 0)
+        networks["random start"] = encoders.random_encoder(about["arch"], seed).to(args.device)
+        folders["random start"], stamps["random start"] = run / "random_start", f"{about['arch']} {seed}"
+    made, attention = ["results.csv"], {}
+    tables, shared = count_attention(networks, f"{about['data']}, {about['arch']}, {about['method']}",
+                                     found, run, args)
+    for title, network in networks.items() if slides else ():
+        names = extract(network, found, folders[title] / "features", stamps[title], args)
+        if found.labels:
+            rows, attention[title] = classify_slides(found, folders[title], names, args)
+            rows += check_with_truth(found, folders[title], names, attention[title])
+            tables[title] = rows + tables[title]
     if slides:
-        names = extract(encoder, found, run / "features", file_stamp(path), args)
         made += ["features/", *(f"{kind}/" for kind in args.export)]
         export(found, names, run, args.export)
-    if slides and found.labels:
-        table += classify_slides(found, run, names, args)
-        made += ["slides.csv", "predictions.csv"]
+    if attention:
+        draw_slide(found, run, attention, run / "attention_slide.png")
+        made += ["slides.csv", "predictions.csv", "attention_slide.png"]
     elif slides:
         print("No labels.csv: features are written, no slide is classified.")
-    table += count_attention(encoder, about, found, run, args)
     made += ["attention_distribution.png", "attention_overlay.png"]
-    write_csv(run / "results.csv", table)
-    print_table(table)
+    write_results(tables, shared + last_losses(run), run / "results.csv")
     print(f"Wrote {run}/{', '.join(made)}")
     return exit_code_of(failed)
 
@@ -344,26 +388,6 @@ def encoders_of(found, args):
     return out, run
 
 
-def fold_results(encoder, images, labels, folds, test, classes, args, name):
-    """Trains on each fold, scores the test images: yields (scores (T, C), val loss, what was kept)."""
-    linear = args.linear or encoder is None
-    if encoder is not None:
-        encoder.to(args.device)
-    if encoder is None:
-        features = classify.pixel_statistics(images)
-    elif linear:
-        features = in_batches(lambda x: represent(encoder, x, args.bf16), images, args.batch,
-                              "features").numpy()
-    for k, (train, val) in enumerate(folds, 1):
-        if linear:
-            predict, loss, kept = classify.fit_linear(features, labels, train, val)
-            yield predict(features[test]), loss, kept
-        else:
-            predict, loss, kept = classify.fine_tune(encoder, images, labels, train, val, classes, args,
-                                            1000 * args.seed + k, f"{name}, fold {k}")
-            yield predict(images[test]), loss, kept
-
-
 def evaluate_patches(args):
     found = find_patches(args)
     encoders, run = encoders_of(found, args)
@@ -394,35 +418,6 @@ def evaluate_patches(args):
             for i, score in zip(test, mean)])
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")
     return exit_code_of(failed)
-
-
-def report_folds(results, folds, truth, groups, key, run, args):
-    """Prints and writes each fold's accuracy and AUC as it is done; gives the mean score (T, C).
-
-    At the end it prints the folds' mean and the bootstrap's interval of the mean score.
-    """
-    name, width = key["encoder"], max(24, len(key["encoder"]) + 14)
-
-    def show(what, accuracy, area, note):
-        print(f"{f'{name}, {what}':<{width}}{accuracy:<26}{area:<26}{note}")
-    show("", "accuracy", "AUC", "")
-    table, values, mean = [], [], 0
-    for k, (scores, loss, kept) in enumerate(results, 1):
-        values.append(measures_of(truth, scores)[:2])
-        mean = mean + scores / len(folds)
-        accuracy, area = (f"{value:.4f}" for value in values[-1])
-        show(f"fold {k}", accuracy, area, f"{kept}, val loss {loss:.4f}")
-        table.append(key | {"fold": k, "accuracy": accuracy, "auc": area, "val_loss": f"{loss:.4f}",
-                            "kept": kept, "train": len(folds[k - 1][0]), "val": len(folds[k - 1][1]),
-                            "test": len(truth)})
-        merge_csv(run / "patches.csv", PATCH_KEYS, table)  # now: the next fold may take an hour
-    spreads = (f"{np.mean(v):.4f} ± {np.std(v, ddof=1):.4f}" for v in zip(*values))
-    show("mean", *spreads, f"{key['training']}, sd over {len(folds)} folds")
-    intervals = bootstrap(truth, mean, groups, args.seed)
-    bounded = (f"{v:.4f} ({low:.4f} to {high:.4f})"
-               for v, (low, high) in zip(measures_of(truth, mean), intervals))
-    show("mean score", *bounded, f"95 %, {DRAWS} draws of {len(set(groups))} test {classify.unit(groups)}")
-    return mean
 
 
 # ---------------------------------------------------------------- script

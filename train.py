@@ -173,7 +173,7 @@ def describe_contrast(ratio):
     line = f"at the start f varies {ratio:.2f} times as much between crops as between two views of one"
     if ratio < 1:
         line += (". Warning: the augmentation drowns what tells crops apart, and the loss may stay at "
-                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur, or raise --global-scale")
+                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur")
     return line
 
 

@@ -20,6 +20,11 @@ def auc(truth, scores):
     return float(np.mean((ranks - count * (count + 1) / 2) / (count * (len(truth) - count))))
 
 
+def area_under(truth, scores):
+    """AUC of scores (N,) for truth (N,) of bool; ValueError if all of it is the same."""
+    return auc(np.asarray(truth).astype(int), np.stack([-np.asarray(scores), scores], 1))
+
+
 def macro_f1(truth, scores):
     """The unweighted mean of the classes' F1: BRIGHT's measure (A.2)."""
     return f1_score(truth, scores.argmax(1), labels=range(scores.shape[1]), average="macro", zero_division=0)

@@ -28,8 +28,8 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def rendered():
-    """One synthetic slide of each class of the demo, as an array, and its nuclei."""
-    return {label: demo.render(label, [7, i]) for i, label in enumerate(demo.CLASSES)}
+    """Two synthetic slides, as the demo's, as arrays, and their nuclei; without and with nests."""
+    return {label: demo.render(kind, [7, 0])[:2] for label, kind in zip(("glands", "nests"), demo.CLASSES)}
 
 
 @pytest.fixture

@@ -86,10 +86,10 @@ def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path, monkeypatc
     monkeypatch.setattr(demo, "WIDTH", 700)
     monkeypatch.setattr(demo, "HEIGHT", 600)
     (tmp_path / "truth").mkdir()
-    demo.write_slide(tmp_path, "a", "glands", [0, 0])
+    demo.write_slide(tmp_path, "a", "negative", [0, 0])
     slide = slides.Slide(tmp_path / "slides" / "a.svs")
     assert (slide.width, slide.height, slide.mpp) == (700, 600, demo.MPP)
-    image, nuclei = demo.render("glands", [0, 0])
+    image, nuclei, _ = demo.render("negative", [0, 0])
     np.testing.assert_allclose(read_cells(tmp_path / "truth" / "a.csv"), nuclei, atol=0.006)
     assert np.array_equal(np.asarray(slide.read_level(0, 0, 0, 700, 600)), image)
 

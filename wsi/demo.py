@@ -20,12 +20,12 @@ MPP = 1.0  # um/px of the slides, 10x
 WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles
 TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
 CLASSES = ("negative", "positive")
-PATIENTS = {"train": 9, "val": 3, "test": 6}  # of each class; every other patient has a second slide
+PATIENTS = {"train": 8, "val": 2, "test": 5}  # of each class; every other patient has a second slide
 KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosis", "small glands",
          "large glands", "nests")
 TELLING = "nests"
 TELLING_SHARE = (0.15, 0.40)  # of a positive slide's tiles
-REGION = 620  # px between the middles of two regions
+REGION = 800  # px between the middles of two regions
 GROUND = (0, 0.18, 0.42, 0.30, 0.20, 0.46, 0.28, 0.28, 0.28)  # eosin of each kind's ground
 FIBRES = (0, 0.12, 0.20, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # and how much its fibres add and take away
 UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius; fat cells are white
@@ -33,7 +33,7 @@ UNITS = {  # spacing, least and largest radius (px), least and largest lumen / r
     "large glands": (205, 66, 88, 0.62, 0.76), "nests": (104, 32, 46, 0, 0)}
 BODY = 0.24  # eosin of a gland's or nest's cells
 NUCLEI = {  # spacing, half axes from and to (px), roundness from and to, density
-    "units": (9.0, 3.0, 4.0, 0.75, 1.0, 0.85), "lymphocytes": (8.0, 2.4, 2.9, 0.85, 1.0, 1.15),
+    "units": (9.0, 2.8, 3.7, 0.75, 1.0, 0.85), "lymphocytes": (8.0, 2.4, 2.9, 0.85, 1.0, 1.15),
     "necrosis": (80, 1.3, 2.6, 0.6, 1.0, 0.8),
     "loose stroma": (95, 5.0, 7.0, 0.28, 0.36, 0.8), "dense stroma": (85, 5.0, 7.0, 0.28, 0.36, 0.8)}
 SCALE = 4  # what varies slowly is drawn at a quarter of the size
@@ -89,9 +89,9 @@ def draw_regions(rng, label):
     """
     shape = HEIGHT // SCALE, WIDTH // SCALE
     y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32) * SCALE
-    edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.52), (y - HEIGHT / 2) / (HEIGHT * 0.52))
+    edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.58), (y - HEIGHT / 2) / (HEIGHT * 0.58))
     tissue = edge + 0.10 * smooth_noise(rng, shape, 150 / SCALE) < 0.95
-    waves = [40 * smooth_noise(rng, shape, 50 / SCALE) for _ in range(2)]
+    waves = [60 * smooth_noise(rng, shape, 50 / SCALE) for _ in range(2)]
     others = [i for i, kind in enumerate(KINDS) if kind not in ("glass", TELLING)]
     while True:
         points = scatter(rng, np.ones((HEIGHT, WIDTH), bool), REGION, 0.18)
@@ -145,7 +145,7 @@ def draw_units(rng, regions):
 def draw_nuclei(rng, field, mask, kind, along):
     """Draws nuclei on a jittered grid where mask is true; gives their middles (K, 2).
 
-    They are copies of a few shapes, for speed. along: of the fibres, which spindle cells follow.
+    They are copies of a few shapes, for speed. along: draw_fibres's, which spindle cells follow.
     """
     spacing, low, high, flat, round_, density = NUCLEI[kind]
     points = np.floor(scatter(rng, mask, spacing, 0.13)) + 0.5
@@ -256,12 +256,3 @@ def check_made(folder):
     if any(row.get("label") not in CLASSES or not (folder / "truth" / f"{row['slide']}_tiles.csv").is_file()
            for _, row in rows):
         raise InputError(f"{folder}: is the demo of another version; delete the folder and run again")
-
-
-def read_truth(folder, name):
-    """{(x, y): (kind, is it telling)} of a slide's tiles by their level-0 corner; {} if none is known."""
-    path = folder / "truth" / f"{name}_tiles.csv"
-    if not path.is_file():
-        return {}
-    return {(int(row["x"]), int(row["y"])): (row["kind"], row["telling"] == "1")
-            for _, row in read_csv(path)[1]}
