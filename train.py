@@ -207,7 +207,7 @@ def probe(encoder, train_set, test_set, classes):
     return *dirl.attention_bins(aggregated), (said == test_set[1]).mean()
 
 
-HANDFUL = 64  # crops on which the features' rank is taken
+HANDFUL = 32  # crops on which the features' rank is taken
 
 
 @torch.no_grad()

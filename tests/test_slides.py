@@ -85,6 +85,7 @@ def test_tissue_is_found_and_white_dust_and_ink_are_not():
 def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "WIDTH", 700)
     monkeypatch.setattr(demo, "HEIGHT", 600)
+    monkeypatch.setattr(demo, "REGION", 200)
     (tmp_path / "truth").mkdir()
     demo.write_slide(tmp_path, "a", "negative", [0, 0])
     slide = slides.Slide(tmp_path / "slides" / "a.svs")
