@@ -14,7 +14,7 @@ EASY = torch.tensor([1.0, 0, 0, 1, 1, 0])  # a P_c with both regions
 
 
 def checked(compare):
-    """compare(answer) gives None if the answer is right, else what is wrong; the check gives the whole line."""
+    """compare(answer) gives None if the answer is right, else what is wrong; the check gives a whole line."""
     def check(answer):
         try:
             wrong = compare(answer)
@@ -31,8 +31,9 @@ class Blank(Exception):
 
 
 def filled(value):
-    """The value; Blank if it is None, ... or a tuple of such."""
-    if value is None or value is ... or isinstance(value, tuple) and all(v is None or v is ... for v in value):
+    """The value; Blank if it is None or ..., or a tuple with one of them."""
+    values = value if isinstance(value, tuple) else (value,)
+    if any(v is None or v is ... for v in values):
         raise Blank
     return value
 
@@ -98,7 +99,7 @@ def pool(answer):
     for value, name in ((0.0, "no cell"), (1.0, "nothing but cells")):
         f = torch.stack(list(answer(tokens, torch.full((2, 6), value))))
         if not f.isfinite().all():
-            return f"a view with {name} gives {f.flatten()[~f.flatten().isfinite()][0].item()}; it should give zeros"
+            return f"a view with {name} gives {f[~f.isfinite()][0].item()}; an empty region should give zeros"
         if not close(f[0 if value == 0 else 1], torch.zeros(2, 5)):
             return f"a view with {name}: the empty region should pool to zeros"
 
@@ -112,7 +113,8 @@ def masks(answer):
     want = [m[0] for m in dirl.disentangle_masks(EASY[None])]
     for m, name in zip(got, ("M_self", "M_cross")):
         if not ((m == 0) | (m == -math.inf)).all():
-            return f"{name} has the value {m[(m != 0) & (m != -math.inf)][0].item():g}; only 0 and -inf are added"
+            other = m[(m != 0) & (m != -math.inf)][0].item()
+            return f"{name} has the value {other:g}; only 0 and -inf are added to the logits"
     if all(torch.equal(g, w) for g, w in zip(got, reversed(want))):
         return "M_self and M_cross are swapped"
     if torch.equal(got[0] == 0, want[0] != 0):
@@ -174,12 +176,12 @@ def diagnosis(answer):
         got = filled(answer(q))
         if got == name:
             continue
-        each, mean = dirl_entropy(q).mean().item(), dirl_entropy(q.mean(0)).item()
+        each, mean = entropy(q).mean().item(), entropy(q.mean(0)).item()
         return (f"answers whose own entropy is {each:.2f} on average and whose mean has entropy {mean:.2f} "
                 f"(ln K = {math.log(k):.2f}) are {name!r}, not {got!r}")
 
 
-def dirl_entropy(q):
+def entropy(q):
     """-sum q ln q over the last axis."""
     return -(q * q.clamp(min=1e-12).log()).sum(-1)
 
@@ -199,7 +201,8 @@ def aggregated(answer):
         return "the heads are added up; take their mean, so that the n values sum to n"
     if close(got, want / 5):
         return "this is the column's mean; 4.2 takes its sum"
-    return None if close(got, want) else "not the column sums; attention is (B, heads, n, n), rows sum to 1"
+    if not close(got, want):
+        return "not the column sums; attention is (B, heads, n, n) and its rows sum to 1"
 
 
 @checked
@@ -215,7 +218,8 @@ def bins(answer):
     if not math.isclose(sum(got), 1, rel_tol=1e-4):
         return f"the shares sum to {sum(got):.2f}, not to 1: each token belongs to one bin"
     if not all(math.isclose(g, w, rel_tol=1e-4) for g, w in zip(got, want)):
-        return f"{tuple(round(g, 2) for g in got)} for {values.tolist()}; 0.5 and 2 themselves are in the middle bin"
+        shares = ", ".join(f"{g:.2f}" for g in got)
+        return f"{shares} for {values.tolist()}; 0.5 and 2 themselves are in the middle bin"
 
 
 # ---------------------------------------------------------------- 6. DSMIL
@@ -236,4 +240,5 @@ def instance_attention(answer):
         return "the division by sqrt(128) is missing"
     if close(got, (q @ q[scores.argmin(0)].T / math.sqrt(128)).softmax(0)):
         return "the critical instance is the one with the highest score of the class, not the lowest"
-    return None if close(got, logits.softmax(0)) else "not softmax over the instances of q . q_critical / sqrt(128)"
+    if not close(got, logits.softmax(0)):
+        return "not softmax over the instances of q . q_critical / sqrt(128)"

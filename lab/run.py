@@ -1,4 +1,4 @@
-"""Runs the lab without Jupyter: python -m lab.run executes dirl.ipynb in order and stores its outputs in it."""
+"""Runs the lab without Jupyter: python -m lab.run executes dirl.ipynb and stores its outputs in it."""
 import base64
 import contextlib
 import io

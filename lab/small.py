@@ -1,4 +1,4 @@
-"""Small encoders for the lab: a vision transformer of 4 blocks, trained as train.py does it, on synthetic tissue.
+"""Small encoders for the lab: vision transformers of 4 blocks, trained as train.py does, on synthetic tissue.
 
 python -m lab.small    trains the three encoders of part 5 and writes lab/encoders.pt (once; minutes each)
 """
@@ -136,8 +136,8 @@ def main(slides=12, steps=1000):
             if (step + 1) % 100 == 0:
                 with torch.no_grad():
                     low, middle, high = dirl.attention_bins(attention_of(teacher.encoder, some))
-                print(f"{name}, step {step + 1}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, 0.5 to 2 {middle:.1%}, "
-                      f"over 2 {high:.1%}; {time.time() - start:.0f} s", flush=True)
+                print(f"{name}, step {step + 1}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, "
+                      f"0.5 to 2 {middle:.1%}, over 2 {high:.1%}; {time.time() - start:.0f} s", flush=True)
         encoder = train(method, images, cells, steps, shuffled=shuffled, report=report)
         trained[name] = {key: value.half() for key, value in encoder.state_dict().items()}
         save_tensors(ENCODERS, trained)

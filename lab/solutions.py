@@ -3,7 +3,6 @@ import math
 
 import torch
 
-
 # Part 1
 
 def my_view_prior(cells, box, flip):

@@ -1,8 +1,8 @@
 """Synthetic tissue for the lab: drawn, not photographed, so the true place of every nucleus is known.
 
-A slide is pink stroma with spindle cells, glands (a ring of nuclei around a white lumen), a few clusters of
-lymphocytes and fat; a positive one has a round focus of tumour in it: a sheet of large, uneven nuclei and no
-glands. 1 px is some 1 um. Colours follow Beer-Lambert, as in wsi/demo.py, which draws the project's own slides.
+A slide is pink stroma with spindle cells, glands (a ring of nuclei around a white lumen), clusters of
+lymphocytes and fat; a positive one has a round focus of tumour in it, a sheet of large, uneven nuclei without
+glands. Colours follow Beer-Lambert. The slides that the project itself is tried on are others: wsi/demo.py.
 """
 import numpy as np
 from scipy import ndimage
@@ -62,24 +62,24 @@ def paint(rng, haematoxylin, eosin):
     return np.clip(light + rng.normal(0, 2, (*h.shape, 1)), 0, 255).astype(np.uint8)
 
 
-def draw(seed, tumour=False, rows=1, columns=1):
-    """A synthetic slide of rows x columns tiles: uint8 (H, W, 3), its nuclei (K, 2) as x, y in px, and focus.
-
-    focus (H, W) bool is where the tumour is; empty without tumour.
-    """
-    rng = np.random.default_rng(seed)
-    height, width = rows * TILE, columns * TILE
-    scale = 1.0 if rows > 1 else 0.4
-    many_glands, much_fat, many_spindles = rng.uniform([0.0, 0.0, 0.25], [1.0, 0.4, 0.95])  # slides differ
-    many_lymphocytes, foci = rng.uniform(0, 1), []
+def arrange(rng, height, width, tumour):
+    """Foci, fat, glands of a slide, lists of (x, y, radius), and its shares of spindles and lymphocytes."""
+    scale = 1.0 if height > TILE else 0.4
+    many_glands, much_fat, spindles = rng.uniform([0.0, 0.0, 0.25], [1.0, 0.4, 0.95])  # slides differ
+    lymphocytes, foci = rng.uniform(0, 1), []
     if tumour:
         radius = rng.uniform(150, 240) * scale
         foci = [(*(rng.uniform(0.25, 0.75, 2) * [width, height]), radius)]
     fat = [(*xy, rng.uniform(22, 45)) for xy in spots(rng, height, width, 120) if rng.random() < much_fat]
     fat = [c for c in fat if outside(np.array([c[:2]]), foci, 40)[0]]
-    glands = [(*xy, rng.uniform(28, 42)) for xy in spots(rng, height, width, 105) if rng.random() < many_glands]
+    glands = [(*xy, rng.uniform(28, 42)) for xy in spots(rng, height, width, 105)
+              if rng.random() < many_glands]
     glands = [c for c in glands if outside(np.array([c[:2]]), foci + fat, 42)[0]]
+    return foci, fat, glands, spindles, lymphocytes
 
+
+def all_nuclei(rng, height, width, foci, fat, glands, spindles, lymphocytes):
+    """Nuclei (K, 6) of a slide, as stamp draws them."""
     nuclei = []
     for x, y, radius in glands:  # a ring around the lumen
         turn = np.arange(0, 2 * np.pi, 9 / radius)
@@ -87,10 +87,10 @@ def draw(seed, tumour=False, rows=1, columns=1):
         ring = ring + rng.normal(0, 1, ring.shape)
         nuclei.append(nuclei_of(rng, ring, (3.4, 4.2), (2.4, 3.0), (0.8, 1.1), turn))
     stroma = spots(rng, height, width, 26)
-    stroma = stroma[outside(stroma, foci + fat + glands, 4) & (rng.random(len(stroma)) < many_spindles)]
+    stroma = stroma[outside(stroma, foci + fat + glands, 4) & (rng.random(len(stroma)) < spindles)]
     nuclei.append(nuclei_of(rng, stroma, (4, 6), (1.3, 1.8), (0.6, 0.9), rng.normal(0.6, 0.3, len(stroma))))
     for middle in spots(rng, height, width, 180):  # lymphocytes: small, round, dark
-        crowd = middle + rng.normal(0, 20, (int(40 * many_lymphocytes * rng.random()), 2))
+        crowd = middle + rng.normal(0, 20, (int(40 * lymphocytes * rng.random()), 2))
         crowd = crowd[outside(crowd, foci + fat + glands)]
         nuclei.append(nuclei_of(rng, crowd, (2.2, 2.7), (2.2, 2.6), (1.2, 1.4)))
     for x, y, radius in foci:  # large, uneven, pale to dark
@@ -98,8 +98,19 @@ def draw(seed, tumour=False, rows=1, columns=1):
         sheet = sheet[(np.hypot(*(sheet - [x, y]).T) < radius) & (rng.random(len(sheet)) < 0.85)]
         nuclei.append(nuclei_of(rng, sheet, (3.8, 5.6), (3.0, 4.4), (0.5, 1.0)))
     nuclei = np.concatenate(nuclei)
-    nuclei = nuclei[((nuclei[:, :2] >= 0) & (nuclei[:, :2] < [width, height])).all(1)]
+    return nuclei[((nuclei[:, :2] >= 0) & (nuclei[:, :2] < [width, height])).all(1)]
 
+
+def draw(seed, tumour=False, rows=1, columns=1):
+    """A synthetic slide of rows x columns tiles: uint8 (H, W, 3), its nuclei (K, 2) as x, y in px, and focus.
+
+    focus (H, W) bool is where the tumour is; False everywhere without tumour. A slide of one tile has a
+    smaller focus.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = rows * TILE, columns * TILE
+    foci, fat, glands, *shares = arrange(rng, height, width, tumour)
+    nuclei = all_nuclei(rng, height, width, foci, fat, glands, *shares)
     fibres = ndimage.zoom(rng.standard_normal((height // 4, width // 4)).astype(np.float32), 4, order=1)
     eosin = 0.27 + 0.05 * ndimage.gaussian_filter(fibres, (1, 4))
     haematoxylin = np.full((height, width), 0.03, np.float32)
@@ -117,7 +128,7 @@ def draw(seed, tumour=False, rows=1, columns=1):
 
 
 def tiles(image, cells):
-    """A slide cut into its tiles, row by row: uint8 (N, 224, 224, 3) and the cells (K, 2) of each, in its px."""
+    """A slide cut into tiles, row by row: uint8 (N, 224, 224, 3), and each one's cells (K, 2) in its px."""
     images, inside = [], []
     for top in range(0, image.shape[0], TILE):
         for left in range(0, image.shape[1], TILE):
