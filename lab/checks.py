@@ -208,7 +208,7 @@ def aggregated(answer):
 @checked
 def bins(answer):
     """the three shares sum to 1, and 0.5 and 2 themselves are in the middle bin."""
-    values = torch.tensor([[0.1, 0.5, 1.0, 2.0, 2.1], [0.2, 0.9, 0.9, 0.9, 2.5]])
+    values = torch.tensor([[0.1, 0.5, 1.0, 2.0, 2.1], [0.2, 0.9, 0.9, 0.9, 2.5]], dtype=torch.float64)
     got = [float(v) for v in filled(answer(values))]
     want = dirl.attention_bins(values)
     if len(got) != 3:

@@ -25,7 +25,7 @@ def lab():
         printed.append(text)
         pictures += len(figures)
         if number == 1:
-            names.update(SLIDES=12, STEPS=4, EPOCHS=3)  # enough to run every line
+            names.update(SLIDES=6, STEPS=4, EPOCHS=3)  # enough to run every line
     patch.undo()
     return names, printed, pictures
 
@@ -107,7 +107,7 @@ def scores_of(q, scores, dim=0, scale=math.sqrt(128)):
     ("aggregated", lambda attention: attention.sum((1, 2)), "heads are added"),
     ("aggregated", lambda attention: attention.mean((1, 2)), "mean"),
     ("aggregated", lambda attention: attention[:, 0].sum(-2), "not the column sums"),
-    ("bins", lambda v: ((v <= 0.5).float().mean(), 0.5, (v > 2).float().mean()), "one bin"),
+    ("bins", lambda v: ((v <= 0.5).float().mean(), 0.6, (v > 2).float().mean()), "one bin"),
     ("bins", lambda v: ((v <= 0.5).float().mean(), (v > 0.5).float().mean(), 0), "themselves"),
     ("bins", lambda v: ((v < 0.5).sum(), ((v >= 0.5) & (v <= 2)).sum(), (v > 2).sum()), "counts"),
     ("bins", lambda v: (0.2, 0.8), "2 numbers"),
