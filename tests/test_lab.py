@@ -1,0 +1,152 @@
+"""The lab: its notebook runs in order without Jupyter, and its checks tell right answers from wrong ones."""
+import base64
+import math
+
+import matplotlib
+import pytest
+import torch
+
+from lab import checks, run, small, solutions
+
+NOTEBOOK = run.read()
+CELLS = [source for _, source in run.code_cells(NOTEBOOK)]
+CHECKS = [source for source in CELLS if source.startswith('print("Exercise')]
+
+
+@pytest.fixture(scope="module")
+def lab():
+    """The notebook run from lab/ with the blanks left blank: its names, and what each cell printed."""
+    patch = pytest.MonkeyPatch()
+    patch.chdir(run.NOTEBOOK.parent)
+    matplotlib.use("agg")
+    names, printed, pictures = {"__name__": "__main__"}, [], 0
+    for number, source in enumerate(CELLS, 1):
+        text, figures = run.run_cell(source, names, f"cell {number}")
+        printed.append(text)
+        pictures += len(figures)
+        if number == 1:
+            names.update(SLIDES=6, STEPS=4, EPOCHS=3)  # enough to run every line
+    patch.undo()
+    return names, printed, pictures
+
+
+def test_every_cell_runs_and_every_exercise_waits(lab):
+    names, printed, pictures = lab
+    assert pictures >= 9 and len(CHECKS) == 9
+    for source, text in zip(CELLS, printed):
+        if source in CHECKS:
+            assert ": not yet" in text, text
+
+
+@pytest.mark.parametrize("source", CHECKS, ids=lambda source: source[7:18])
+def test_the_solution_passes(lab, source):
+    text, _ = run.run_cell(source, {**lab[0], **vars(solutions)}, "check")
+    assert ": right: " in text, text
+
+
+def mirrored(cells, box, flip):
+    return solutions.my_view_prior(cells, box, not flip)
+
+
+def counted(cells, box, flip):
+    p_c = solutions.my_view_prior(cells, box, flip)
+    return 2 * p_c
+
+
+def pooled(divide):
+    """Eq. 3 with another divisor than |P_c|: divide(region (B, n, 1))."""
+    def pool(tokens, p_c):
+        regions = p_c.unsqueeze(-1), (1 - p_c).unsqueeze(-1)
+        return tuple((region * tokens).sum(1) / divide(region) for region in regions)
+    return pool
+
+
+def no_diagonal(p_c):
+    m_self, m_cross = solutions.my_masks(p_c)
+    return m_self, m_cross.fill_diagonal_(-math.inf)
+
+
+def finite(p_c):
+    return tuple(m.clamp(min=-100) for m in solutions.my_masks(p_c))
+
+
+def scores_of(q, scores, dim=0, scale=math.sqrt(128)):
+    return (q @ q[scores.argmax(0)].T / scale).softmax(dim)
+
+
+@pytest.mark.parametrize("check, answer, says", [
+    ("view_prior", lambda cells, box, flip: solutions.my_view_prior(cells, box, False), "unflipped"),
+    ("view_prior", lambda cells, box, flip: solutions.my_view_prior(cells, (0, 0, 224, 224), flip),
+     "not cropped"),
+    ("view_prior", lambda cells, box, flip: solutions.my_view_prior(
+        cells.flip(1), (box[1], box[0], box[3], box[2]), flip), "x and y"),
+    ("view_prior", counted, "counts"),
+    ("view_prior", mirrored, "patches differ"),
+    ("view_prior", lambda cells, box, flip: torch.zeros(14, 14), "shape"),
+    ("pool", lambda tokens, p_c: solutions.my_pool(tokens, 1 - p_c), "swapped"),
+    ("pool", pooled(lambda region: region.shape[1]), "divided by n"),
+    ("pool", pooled(lambda region: 1), "sum over the region"),
+    ("pool", pooled(lambda region: region.sum(1)), "no cell gives nan"),
+    ("pool", pooled(lambda region: region.sum(1) + 1), "f_c is not the mean"),
+    ("masks", no_diagonal, "or i = j"),
+    ("masks", finite, "-100"),
+    ("masks", lambda p_c: solutions.my_masks(p_c)[::-1], "swapped"),
+    ("masks", lambda p_c: (torch.zeros(6, 6), solutions.my_masks(p_c)[1]), "M_self(i, j)"),
+    ("masks", lambda p_c: (solutions.my_masks(p_c)[0], torch.zeros(6, 6)), "M_cross(i, j)"),
+    ("moved", dict(cc=True, bb=True, cb=True, bc=True), "f_cc: "),
+    ("moved", dict(cc=False, bb=True, cb=False, bc=True), "f_cb: "),
+    ("moved", dict(cc=False, bb=True, cb=1, bc=True), "True or False"),
+    ("uniform_loss", lambda k, small, one, two: 2 * one * math.log2(k) + 4 * two * math.log2(small),
+     "base 2"),
+    ("uniform_loss", lambda k, small, one, two: one * math.log(k) + two * math.log(small), "two terms"),
+    ("uniform_loss", lambda k, small, one, two: -2 * one * math.log(k) - 4 * two * math.log(small), "sign"),
+    ("uniform_loss", lambda *given: math.log(given[0]), "each head"),
+    ("diagnosis", lambda q: "healthy", "'uniform'"),
+    ("diagnosis", lambda q: "uniform" if checks.entropy(q.mean(0)) > 1 else "one prototype", "'healthy'"),
+    ("aggregated", lambda attention: attention.sum(-1).mean(1), "row sums"),
+    ("aggregated", lambda attention: attention.sum((1, 2)), "heads are added"),
+    ("aggregated", lambda attention: attention.mean((1, 2)), "mean"),
+    ("aggregated", lambda attention: attention[:, 0].sum(-2), "not the column sums"),
+    ("bins", lambda v: ((v <= 0.5).float().mean(), 0.6, (v > 2).float().mean()), "one bin"),
+    ("bins", lambda v: ((v <= 0.5).float().mean(), (v > 0.5).float().mean(), 0), "themselves"),
+    ("bins", lambda v: ((v < 0.5).sum(), ((v >= 0.5) & (v <= 2)).sum(), (v > 2).sum()), "counts"),
+    ("bins", lambda v: (0.2, 0.8), "2 numbers"),
+    ("instance_attention", lambda q, scores: scores_of(q, scores, dim=1), "over the classes"),
+    ("instance_attention", lambda q, scores: scores_of(q, scores, scale=1), "sqrt(128)"),
+    ("instance_attention", lambda q, scores: scores_of(q, -scores), "lowest"),
+    ("instance_attention", lambda q, scores: q @ q[scores.argmax(0)].T / math.sqrt(128), "logits"),
+    ("instance_attention", lambda q, scores: scores.softmax(0), "not softmax"),
+    ("pool", lambda tokens, p_c: tokens @ tokens, "raised RuntimeError"),
+])
+def test_a_wrong_answer_is_told_what_is_wrong(check, answer, says):
+    line = getattr(checks, check)(answer)
+    assert line.startswith("no: ") and says in line, line
+
+
+def test_the_first_cell_finds_the_project_from_its_root(monkeypatch):
+    monkeypatch.chdir(run.NOTEBOOK.parents[1])
+    names = {}
+    run.run_cell(CELLS[0], names, "cell 1")
+    assert names["root"] == run.NOTEBOOK.parents[1]
+
+
+def test_outputs_are_stored_and_small():
+    assert run.NOTEBOOK.stat().st_size < 2e6
+    cells = [cell for cell, _ in run.code_cells(NOTEBOOK)]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
+    pictures = [output["data"]["image/png"] for output in outputs if "data" in output]
+    assert len(pictures) >= 9 and all(base64.b64decode(png).startswith(b"\x89PNG") for png in pictures)
+
+
+def test_small_encoders_stand_in_the_lab_and_their_command_trains():
+    assert small.ENCODERS.stat().st_size < 5e6
+    images = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
+    cells = [torch.rand(20, 2) * 224 for _ in range(4)]
+    for name, (method, shuffled) in small.ARMS.items():
+        seen = []
+        encoder = small.train(method, images, cells, 2, batch=2, shuffled=shuffled,
+                              report=lambda step, teacher, loss: seen.append(loss))
+        assert len(seen) == 2 and all(math.isfinite(loss) for loss in seen)
+        assert encoder.state_dict().keys() == small.load(name).state_dict().keys()
