@@ -1,9 +1,14 @@
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from synthetic import saved, write_table
 
 from wsi import demo
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
+torch.set_num_threads(1)
 
 # pytest --hypothesis-profile=long for a longer search
 for name, examples in (("default", 2000), ("long", 20_000)):

@@ -26,15 +26,16 @@ KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosi
 TELLING = "nests"
 TELLING_SHARE = (0.15, 0.40)  # of a positive slide's tiles
 REGION = 800  # px between the middles of two regions
-GROUND = (0, 0.18, 0.42, 0.30, 0.20, 0.46, 0.28, 0.28, 0.28)  # eosin of each kind's ground
+GROUND = (0, 0.18, 0.40, 0.30, 0.22, 0.52, 0.28, 0.28, 0.28)  # eosin of each kind's ground
 FIBRES = (0, 0.12, 0.20, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # and how much its fibres add and take away
-UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius; fat cells are white
+UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius
     "fat": (62, 27, 33, 0, 0), "small glands": (104, 32, 42, 0.35, 0.50),
-    "large glands": (205, 66, 88, 0.62, 0.76), "nests": (104, 32, 46, 0, 0)}
+    "large glands": (205, 66, 88, 0.62, 0.76), "nests": (112, 46, 58, 0, 0),
+    "lymphocytes": (150, 42, 68, 0, 0)}
 BODY = 0.24  # eosin of a gland's or nest's cells
 NUCLEI = {  # spacing, half axes from and to (px), roundness from and to, density
-    "units": (9.0, 2.8, 3.7, 0.75, 1.0, 0.85), "lymphocytes": (8.0, 2.4, 2.9, 0.85, 1.0, 1.15),
-    "necrosis": (80, 1.3, 2.6, 0.6, 1.0, 0.8),
+    "units": (9.0, 2.8, 3.7, 0.75, 1.0, 0.85), "lymphocytes": (9.5, 2.4, 2.9, 0.85, 1.0, 1.15),
+    "necrosis": (26, 1.4, 2.6, 0.6, 1.0, 1.0),
     "loose stroma": (95, 5.0, 7.0, 0.28, 0.36, 0.8), "dense stroma": (85, 5.0, 7.0, 0.28, 0.36, 0.8)}
 SCALE = 4  # what varies slowly is drawn at a quarter of the size
 
@@ -123,15 +124,18 @@ def kinds_of_tiles(regions):
 
 
 def draw_units(rng, regions):
-    """Fat cells, glands and nests, (HEIGHT, WIDTH): what is white and the bodies as covers of 0 to 1, and
-    where their nuclei go as bool."""
-    white, body, inner, no_nuclei = np.zeros((4, *regions.shape), np.float32)
+    """Fat cells, glands, nests and clusters, (HEIGHT, WIDTH).
+
+    Gives what is white and the bodies of glands and nests as covers of 0 to 1, and as bool where their nuclei
+    go and where lymphocytes do.
+    """
+    white, body, inner, no_nuclei, clusters = np.zeros((5, *regions.shape), np.float32)
     for kind, (spacing, low, high, least, most) in UNITS.items():
         for x, y in scatter(rng, regions == KINDS.index(kind), spacing, 0.07):
             radius, hole, angle = rng.uniform(low, high), rng.uniform(least, most), rng.uniform(0, np.pi)
             flat = rng.uniform(0.8, 1.0)
-            if kind == "fat":
-                draw(white, ellipse(x, y, radius, radius * flat, angle))
+            if kind in ("fat", "lymphocytes"):
+                draw(white if kind == "fat" else clusters, ellipse(x, y, radius, radius * flat, angle))
                 continue
             draw(body, ellipse(x, y, radius, radius * flat, angle))
             draw(inner, ellipse(x, y, radius - 3, radius * flat - 3, angle))
@@ -139,7 +143,7 @@ def draw_units(rng, regions):
                 hole *= radius
                 draw(white, ellipse(x, y, hole, hole * flat, angle))
                 draw(no_nuclei, ellipse(x, y, hole + 4, hole * flat + 4, angle))
-    return white, body, (inner > 0.5) & (no_nuclei < 0.5)
+    return white, body, (inner > 0.5) & (no_nuclei < 0.5), (clusters > 0.5) & (body < 0.5) & (white < 0.5)
 
 
 def draw_nuclei(rng, field, mask, kind, along):
@@ -196,14 +200,15 @@ def render(label, seed):
     rng = np.random.default_rng(seed)
     regions = draw_regions(rng, label)
     fibres, along = draw_fibres(rng, regions.shape)
-    white, body, in_units = draw_units(rng, regions)
+    white, body, in_units, clusters = draw_units(rng, regions)
     eosin = np.array(GROUND, np.float32)[regions] + np.array(FIBRES, np.float32)[regions] * fibres
     eosin = (eosin + (BODY + np.float32(0.03) * fibres - eosin) * body) * (1 - white)
     haematoxylin = np.where(regions > 0, np.float32(0.04), 0) * (1 - white)
-    between = (body < 0.5) & (white < 0.5)
-    nuclei = [draw_nuclei(rng, haematoxylin, in_units, "units", along)]
-    for kind in ("lymphocytes", "necrosis", "loose stroma", "dense stroma"):
-        places = [kind] if kind != "loose stroma" else [kind, "small glands", "large glands", "nests"]
+    between = (body < 0.5) & (white < 0.5) & ~clusters
+    nuclei = [draw_nuclei(rng, haematoxylin, in_units, "units", along),
+              draw_nuclei(rng, haematoxylin, clusters, "lymphocytes", along)]
+    for kind in ("necrosis", "loose stroma", "dense stroma"):
+        places = [kind, *(unit for unit in UNITS if unit != "fat")] if kind == "loose stroma" else [kind]
         there = np.isin(np.arange(len(KINDS)), [KINDS.index(place) for place in places])[regions]
         nuclei.append(draw_nuclei(rng, haematoxylin, there & between, kind, along))
     return stain(rng, haematoxylin, eosin), np.concatenate(nuclei), regions
