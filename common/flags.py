@@ -11,16 +11,6 @@ from common.errors import InputError, check_mpp, check_ranges
 from common.parallel import add_limits
 
 # The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
-<<<<<<< HEAD
-# Small views of a small part of a crop make steps cheap, at the scale that whole crops have in eval.py. A few
-# hundred steps are few: a fast teacher, a sharp one, and a centre that follows at once (a slow one swings);
-# the last layers stay as they are, so that outputs cannot all become the same. Colour is weaker than DINO's,
-# whose strength drowns what differs between the slides' crops: the ratio that train.py prints is 0.4 with it.
-DEMO = dict(arch="vit_t4", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0, global_size=64,
-            global_scale=(0.08, 0.35), lr=4e-3, warmup_epochs=1, momentum=0.96, teacher_temp=0.02,
-            center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
-            solarize=0.0, blur=0.3)
-=======
 # Small views of a small part of a crop make steps cheap, and have the scale of the whole crops in eval.py.
 # A few hundred steps are few: hence a fast and sharp teacher, and a centre that follows at once, as a slow one
 # swings; the last layers stay as they are, so that the outputs cannot all become the same. Colour varies less
@@ -29,7 +19,6 @@ DEMO = dict(arch="vit_t4", batch=32, out_dim=1024, disentangled_dim=256, local_c
             global_scale=(0.08, 0.35), lr=4e-3, warmup_epochs=1, momentum=0.96, teacher_temp=0.02,
             center_momentum=0.3, freeze_last_layer=100, drop_path=0.0,
             jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3)
->>>>>>> 53b7f9da88a36d80c43f6b029fac7cd8bedde3ae
 
 
 def arguments(argv):

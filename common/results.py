@@ -16,7 +16,7 @@ def last_losses(run):
     log = read_log(run / "log.csv")
     last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
     return [(f"loss of f{head[4:]}, last epoch", f"{np.mean([float(row[head]) for row in last]):.4f}", "",
-             f"ln K = {float(last[0]['ln_out_dim']):.4f}, which says that nothing is learned")
+             f"uniform outputs: ln K = {float(last[0]['ln_out_dim']):.4f}")
             for head in ("loss_f", "loss_c", "loss_b") if last and last[0].get(head)]
 
 
