@@ -16,7 +16,6 @@ from common.files import load_tensors, save_tensors
 from data import random_boxes, resample, shuffle_places
 from lab.tissue import draw, tiles
 from prior import view_prior
-from train import build_optimizer, clip_gradients, cosine
 
 ENCODERS = Path(__file__).parent / "encoders.pt"
 ARMS = {"DINO": ("baseline", False), "DiRL": ("dirl", False), "DiRL, shuffled prior": ("dirl", True)}
@@ -84,6 +83,11 @@ def padded(cells):
     return torch.nn.utils.rnn.pad_sequence(cells, True, math.nan)
 
 
+def half_cosine(start, end, share):
+    """From start at share 0 to end at share 1, along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
 def train(method, images, cells, steps, batch=24, shuffled=False, outputs=64, lr=5e-4, momentum=0.99,
           teacher_temp=0.01, seed=0, report=None):
     """Pre-trains a small encoder as train.py does and gives the teacher's.
@@ -98,10 +102,13 @@ def train(method, images, cells, steps, batch=24, shuffled=False, outputs=64, lr
     generator = torch.Generator().manual_seed(seed)
     student = small_dirl(method, centre_colours(small_vit(), images[:200]), outputs)
     teacher, loss_fn = dirl.make_teacher(student), dirl.DiRLLoss(student)
-    optimizer = build_optimizer(student)
+    parameters, warmup = list(student.parameters()), steps // 10
+    weights, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}])
     for step in range(steps):
-        rate = cosine(lr, 1e-6, step, steps, warmup=steps // 10)
-        optimizer.param_groups[0].update(lr=rate, weight_decay=cosine(0.04, 0.4, step, steps))
+        share = (step - warmup) / (steps - warmup)
+        rate = lr * step / warmup if share < 0 else half_cosine(lr, 1e-6, share)
+        optimizer.param_groups[0].update(lr=rate, weight_decay=half_cosine(0.04, 0.4, step / steps))
         optimizer.param_groups[1].update(lr=rate)
         some = torch.randint(len(images), (batch,), generator=generator).tolist()
         some_cells = padded([cells[i] for i in some])
@@ -112,9 +119,10 @@ def train(method, images, cells, steps, batch=24, shuffled=False, outputs=64, lr
         loss, _ = loss_fn(student(views, priors), target, teacher_temp)
         optimizer.zero_grad()
         loss.backward()
-        clip_gradients(list(student.parameters()), 3.0)
+        for parameter in parameters:  # each on its own, as DINO does
+            torch.nn.utils.clip_grad_norm_(parameter, 3.0)
         optimizer.step()
-        dirl.update_teacher(student, teacher, cosine(momentum, 1, step, steps))
+        dirl.update_teacher(student, teacher, half_cosine(momentum, 1, step / steps))
         if report:
             report(step, teacher, loss.item())
     return teacher.encoder
