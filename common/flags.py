@@ -12,7 +12,7 @@ from common.parallel import add_limits
 
 # The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
 # Small views of a small part of a crop make steps cheap, and have the scale of the whole crops in eval.py.
-# A few hundred steps are few: hence a fast and sharp teacher, and a centre that follows at once, as a slow one
+# A few hundred steps are few: hence a fast and sharp teacher, and a centre that follows at once: a slow one
 # swings; the last layers stay as they are, so that the outputs cannot all become the same. Colour varies less
 # than in DINO, which drowns what differs between two crops: the ratio that train.py prints is then below 1.
 DEMO = dict(arch="vit_t4", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0, global_size=64,
