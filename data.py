@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common.datasets import DATASETS, PRIORS
-from common.encoders import normalize
+from common.encoders import MEAN, STD, normalize
 from common.errors import InputError, run_script
 from common.files import read_csv, write_csv
 from common.parallel import add_limits, call
@@ -244,7 +244,7 @@ def solarize(images):
 def make_view(images, cells, kind, size, scale, generator):
     """One view of every image (B, 3, S, S) in 0 to 1: (B, 3, size, size) normalised, and its P_c (B, n).
 
-    kind: probabilities of blur and of solarising, and random_jitter's factors.
+    kind: probabilities of blur and of solarising, random_jitter's factors, mean and std of the pixels.
     """
     B = len(images)
     boxes = random_boxes(B, images.shape[-1], scale, generator)
@@ -257,11 +257,12 @@ def make_view(images, cells, kind, size, scale, generator):
     solarized = (uniform((B,), 0, 1, generator) < kind["solarize"]).nonzero().squeeze(1)
     if len(solarized):
         x[solarized] = solarize(x[solarized])
-    return normalize(x), view_prior(cells, boxes, flip, size)
+    return normalize(x, kind["stats"]), view_prior(cells, boxes, flip, size)
 
 
 def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
-               global_size=224, local_size=96, jitter=1.0, greyscale=1.0, solarize=1.0, blur=1.0):
+               global_size=224, local_size=96, jitter=1.0, greyscale=1.0, solarize=1.0, blur=1.0,
+               stats=(MEAN, STD)):
     """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
@@ -269,8 +270,8 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
     jitter, greyscale, solarize, blur multiply DINO's probabilities (and the strengths of jitter); 0 is off.
     """
     def scaled(kind):
-        return dict(blur=kind["blur"] * blur, solarize=kind["solarize"] * solarize, jitter=jitter,
-                    greyscale=greyscale)
+        return dict(blur=kind["blur"] * blur, solarize=kind["solarize"] * solarize,
+                    jitter=jitter, greyscale=greyscale, stats=stats)
     images, cells = crops.to(generator.device).float() / 255, cells.to(generator.device)
     groups = [[(scaled(kind), global_size, global_scale) for kind in (GLOBAL_1, GLOBAL_2)],
               [(scaled(LOCAL), local_size, local_scale)] * local_crops]

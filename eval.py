@@ -328,8 +328,9 @@ def evaluate_slides(args):
     stamps = {"trained": file_stamp(path)}
     if args.compare == "random":
         seed = read_json(run / "config.json").get("seed", 0)
-        networks["random start"] = encoders.random_encoder(about["arch"], seed).to(args.device)
-        folders["random start"], stamps["random start"] = run / "random_start", f"{about['arch']} {seed}"
+        networks["random start"] = encoders.random_encoder(
+            about["arch"], seed, encoder.stats).to(args.device)
+        folders["random start"], stamps["random start"] = run / "random_start", f"{about['arch']} {seed} {encoder.stats}"
     made, attention = ["results.csv"], {}
     tables, shared = count_attention(networks, f"{about['data']}, {about['arch']}, {about['method']}",
                                      found, run, args)

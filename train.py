@@ -19,7 +19,7 @@ from common.benchmark import WARM_UP, Parts
 from common.classify import nearest
 from common.curves import plot_runs
 from common.datasets import run_name
-from common.encoders import attention_of, in_batches, init_encoder, represent, use_bf16
+from common.encoders import attention_of, in_batches, init_encoder, represent, stats_of_crops, use_bf16
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
@@ -80,6 +80,8 @@ def training_crops(args):
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
         kept = sorted(order[: max(1, round(args.fraction * len(crops)))])
         crops, owners = Subset(crops, kept), [owners[i] for i in kept]
+    if args.stats == "data":
+        args.pixels = stats_of_crops(torch.stack([crops[i][0] for i in spread(len(crops), 128)]))
     if len(crops) < args.batch:
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
     return found, crops, failed, what_was_seen(found, sorted(set(owners)))
@@ -91,6 +93,7 @@ def build_models(args):
     encoder = dirl.ARCHS[args.arch](drop_path=args.drop_path)
     if args.init:
         init_encoder(encoder, args.init)
+    encoder.stats = args.pixels
     student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim, args.norm_last_layer)
     student = student.to(args.device)
     loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
@@ -145,7 +148,7 @@ def draw_views(images, cells, generator, args, local_crops):
     """make_views with the flags of a run."""
     return make_views(
         images, cells, generator, local_crops, args.global_scale, args.local_scale, args.global_size,
-        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur)
+        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, args.pixels)
 
 
 CONTRAST_CROPS = 64

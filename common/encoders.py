@@ -57,7 +57,7 @@ def find_encoder(checkpoint, name=""):
 def load_encoder(path):
     """The encoder of an encoder.pt, in eval mode, and the file's other values."""
     about = load_tensors(path)
-    needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on"}
+    needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again")
     encoder = dirl.ARCHS[about["arch"]]()
@@ -67,6 +67,12 @@ def load_encoder(path):
         raise InputError(f"{path}: its weights are not {about['arch']}'s ({one_line(error)})") from None
     if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
         raise InputError(f"{path}: has weights that are not finite; use another one, or pre-train again")
+    try:
+        encoder.stats = tuple(tuple(float(about[name][i]) for i in range(3)) for name in ("mean", "std"))
+        if not min(encoder.stats[1]) > 0:
+            raise ValueError("a std is not above 0")
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{path}: mean and std of its pixels are damaged ({one_line(error)})") from None
     return encoder.eval(), about
 
 
@@ -118,37 +124,57 @@ def init_encoder(encoder, path):
 
 
 def save_encoder(path, encoder, **about):
-    """encoder.pt: weights, and arch, method, data, mpp, step, trained_on (data.what_was_seen) in about."""
-    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(MEAN), "std": list(STD), **about})
+    """encoder.pt: weights, mean and std of pixels, and in about arch, method, data, mpp, step, trained_on."""
+    mean, std = stats_of(encoder)
+    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(mean), "std": list(std), **about})
 
 
-def random_encoder(arch, seed):
-    """An encoder before any pre-training."""
+def random_encoder(arch, seed, stats=(MEAN, STD)):
+    """An encoder before any pre-training, for images normalised by stats."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return dirl.ARCHS[arch]().eval()
+        encoder = dirl.ARCHS[arch]().eval()
+    encoder.stats = stats
+    return encoder
 
 
 # ---------------------------------------------------------------- features and attention
 
-def normalize(images):
-    """RGB (.., 3, H, W) of 0 to 1, normalised by ImageNet's mean and standard deviation for the encoder."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+def stats_of(encoder):
+    """(mean, std) of pixels of 0 to 1, each of R, G, B, that an encoder's images are normalised by."""
+    return getattr(encoder, "stats", (MEAN, STD))
+
+
+def stats_of_crops(images):
+    """The same of uint8 images (N, 3, H, W), to four digits."""
+    pixels = images.transpose(0, 1).flatten(1).double() / 255
+    return tuple(pixels.mean(1).mul(1e4).round().div(1e4).tolist()), tuple(
+        pixels.std(1).clamp(min=0.01).mul(1e4).round().div(1e4).tolist())
+
+
+def normalize(images, stats=(MEAN, STD)):
+    """RGB (.., 3, H, W) of 0 to 1, less the mean and divided by the standard deviation of stats."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in stats)
     return images.sub(mean).div_(std)
+
+
+def inputs_of(encoder, images):
+    """uint8 images (B, 3, H, W) as an encoder takes them, on its device."""
+    device = next(encoder.parameters()).device
+    return normalize(images.to(device).float() / 255, stats_of(encoder))
 
 
 def represent(encoder, images, bf16=False):
     """f = the mean of the n tokens of T_L: uint8 images (B, 3, H, W) to (B, d) float32."""
-    device = next(encoder.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        tokens = encoder(normalize(images.to(device).float() / 255))  # (B, n, d)
+    inputs = inputs_of(encoder, images)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+        tokens = encoder(inputs)  # (B, n, d)
     return tokens.float().mean(1)
 
 
 def attention_of(encoder, images):
     """Aggregated attention of uint8 images (B, 3, H, W), (B, n); the n values of an image sum to n."""
-    device = next(encoder.parameters()).device
-    return dirl.aggregated_attention(encoder.last_attention(normalize(images.to(device).float() / 255)))
+    return dirl.aggregated_attention(encoder.last_attention(inputs_of(encoder, images)))
 
 
 @torch.no_grad()

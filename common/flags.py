@@ -6,19 +6,19 @@ import torch
 
 import dirl
 from common.datasets import DATASETS, PRIORS, run_name
-from common.encoders import check_device
+from common.encoders import MEAN, STD, check_device
 from common.errors import InputError, check_mpp, check_ranges
 from common.parallel import add_limits
 
 # The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
-# Small views of a small part of a crop make steps cheap, and have the scale of the whole crops in eval.py.
-# A few hundred steps are few: hence a fast and sharp teacher, and a centre that follows at once (a slow one
-# swings); the last layers stay, so that the outputs cannot all become the same. Colour varies less
-# than in DINO, which drowns what differs between two crops: the ratio that train.py prints is then below 1.
-DEMO = dict(arch="vit_t4", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0, global_size=64,
-            global_scale=(0.08, 0.35), lr=4e-3, warmup_epochs=1, momentum=0.96, teacher_temp=0.02,
-            center_momentum=0.3, freeze_last_layer=100, drop_path=0.0,
-            jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3)
+# --stats data is what lets it: with ImageNet's mean all tissue is one pink, and f hardly differs between
+# crops. Views of 64 px at the scale of the whole crops in eval.py make steps cheap. Some hundred steps are few:
+# hence a fast and sharp teacher and a centre that follows at once; the last layers stay as they are, so that
+# the outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
+DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,
+            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, warmup_epochs=1, momentum=0.96,
+            teacher_temp=0.02, center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7,
+            greyscale=0.0, solarize=0.0, blur=0.3)
 
 
 def arguments(argv):
@@ -68,6 +68,9 @@ def arguments(argv):
     add("--global-size", type=int, default=224,
         help="px of the global views, a multiple of 16; 112 is 4 times faster, and coarser")
     add("--local-size", type=int, default=96, help="px of the local views, a multiple of 16")
+    add("--stats", default="imagenet", choices=["imagenet", "data"],
+        help="mean and standard deviation that pixels are normalised by: ImageNet's, as DINO (for --init "
+             "with ImageNet's weights), or the training crops' own, by which small runs on H&E learn sooner")
     add("--jitter", type=float, default=1.0,
         help="colour jitter, a factor on its strengths and probability: 1 is DINO's, 0 none; lower if the "
              "ratio printed at the start is below 1")
@@ -128,7 +131,7 @@ def complete(args):
         args.epochs = DATASETS.get(args.data, (None, None))[1] or 100
     if args.warmup_epochs is None:
         args.warmup_epochs = min(10, args.epochs // 3)
-    args.run = args.run or default_run(args)
+    args.run, args.pixels = args.run or default_run(args), (MEAN, STD)
     check_ranges(args, fraction=(1e-9, 1), tissue=(0, 1), epochs=(1, 1e6), batch=(1, 1e6),
                  local_crops=(0, 100), out_dim=(2, 1e7), disentangled_dim=(2, 1e7), drop_path=(0, 0.99),
                  momentum=(0, 1), lr=(0, 10), workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6),

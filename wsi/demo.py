@@ -25,12 +25,12 @@ KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosi
          "large glands", "nests")
 TELLING = "nests"
 TELLING_SHARE = (0.15, 0.40)  # of a positive slide's tiles
-REGION = 800  # px between the middles of two regions
+REGION = 700  # px between the middles of two regions
 GROUND = (0, 0.18, 0.40, 0.30, 0.22, 0.52, 0.28, 0.28, 0.28)  # eosin of each kind's ground
 FIBRES = (0, 0.12, 0.20, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # and how much its fibres add and take away
 UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius
     "fat": (62, 27, 33, 0, 0), "small glands": (104, 32, 42, 0.35, 0.50),
-    "large glands": (205, 66, 88, 0.62, 0.76), "nests": (112, 46, 58, 0, 0),
+    "large glands": (205, 66, 88, 0.62, 0.76), "nests": (104, 36, 48, 0, 0),
     "lymphocytes": (150, 42, 68, 0, 0)}
 BODY = 0.24  # eosin of a gland's or nest's cells
 NUCLEI = {  # spacing, half axes from and to (px), roundness from and to, density
@@ -85,14 +85,18 @@ def scatter(rng, mask, spacing, jitter):
 def draw_regions(rng, label):
     """Which kind stands where: indices of KINDS, uint8 (HEIGHT, WIDTH).
 
-    The tissue is divided among points on a jittered grid, with wavy borders; each gets a kind, by shares of
-    the slide. Of a positive slide points next to each other are nests, until their tiles are TELLING_SHARE.
+    Points on a jittered grid get a kind each, by shares of the slide, and a tile that of the point next to
+    its middle; borders are wavy. Of a positive slide neighbouring points are nests, so many that their tiles
+    are TELLING_SHARE.
     """
     shape = HEIGHT // SCALE, WIDTH // SCALE
     y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32) * SCALE
     edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.58), (y - HEIGHT / 2) / (HEIGHT * 0.58))
     tissue = edge + 0.10 * smooth_noise(rng, shape, 150 / SCALE) < 0.95
-    waves = [60 * smooth_noise(rng, shape, 50 / SCALE) for _ in range(2)]
+    waves = [20 * smooth_noise(rng, shape, 50 / SCALE) for _ in range(2)]
+    middles = np.stack(np.meshgrid(np.arange(TILE / 2, WIDTH, TILE), np.arange(TILE / 2, HEIGHT, TILE)), -1)
+    middles = middles.reshape(-1, 2) + rng.normal(0, 15, (middles.size // 2, 2))
+    owner = cKDTree(middles).query(np.stack([x + waves[0], y + waves[1]], -1))[1]
     others = [i for i, kind in enumerate(KINDS) if kind not in ("glass", TELLING)]
     while True:
         points = scatter(rng, np.ones((HEIGHT, WIDTH), bool), REGION, 0.18)
@@ -101,8 +105,8 @@ def draw_regions(rng, label):
             middle = rng.uniform(0.25, 0.75, 2) * (WIDTH, HEIGHT)
             near = np.argsort(np.hypot(*(points - middle).T) + rng.normal(0, 250, len(points)))
             kinds[near[: round(len(points) * rng.uniform(0.12, 0.3))]] = KINDS.index(TELLING)
-        owner = cKDTree(points).query(np.stack([x + waves[0], y + waves[1]], -1))[1]
-        regions = np.where(tissue, kinds[owner], 0).astype(np.uint8).repeat(SCALE, 0).repeat(SCALE, 1)
+        of_tile = kinds[cKDTree(points).query(middles)[1]]
+        regions = np.where(tissue, of_tile[owner], 0).astype(np.uint8).repeat(SCALE, 0).repeat(SCALE, 1)
         told = [kind for _, _, kind in kinds_of_tiles(regions) if kind != "glass"]
         share = told.count(TELLING) / max(1, len(told))
         if label == "negative" or min(TELLING_SHARE) <= share <= max(TELLING_SHARE):
@@ -169,8 +173,8 @@ def draw_nuclei(rng, field, mask, kind, along):
 
 def stain(rng, haematoxylin, eosin):
     """Beer-Lambert: densities (h, w) to uint8 RGB (h, w, 3); each slide has stains of its own."""
-    strength = rng.uniform(0.85, 1.18, 2)
-    vectors = [np.clip(v + rng.normal(0, 0.025, 3), 0.02, None) for v in STAINS[:2]]
+    strength = rng.uniform(0.9, 1.12, 2)
+    vectors = [np.clip(v + rng.normal(0, 0.02, 3), 0.02, None) for v in STAINS[:2]]
     vectors = [v / np.linalg.norm(v) for v in vectors]
     densities = (haematoxylin * np.float32(1.3 * strength[0]),
                  np.clip(eosin, 0, None) * np.float32(strength[1]))
