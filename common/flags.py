@@ -16,9 +16,9 @@ from common.parallel import add_limits
 # swings; the last layers stay as they are, so that the outputs cannot all become the same. Colour varies less
 # than in DINO, which drowns what differs between two crops: the ratio that train.py prints is then below 1.
 DEMO = dict(arch="vit_t4", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0, global_size=64,
-            global_scale=(0.08, 0.35), lr=4e-3, warmup_epochs=1, momentum=0.96, teacher_temp=0.02,
+            global_scale=(0.15, 0.5), lr=4e-3, warmup_epochs=1, momentum=0.97, teacher_temp=0.03,
             center_momentum=0.3, freeze_last_layer=100, drop_path=0.0,
-            jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3)
+            jitter=0.5, greyscale=0.0, solarize=0.0, blur=0.3)
 
 
 def arguments(argv):

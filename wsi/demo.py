@@ -85,9 +85,9 @@ def scatter(rng, mask, spacing, jitter):
 def draw_regions(rng, label):
     """Which kind stands where: indices of KINDS, uint8 (HEIGHT, WIDTH).
 
-    Points on a jittered grid get a kind each, by shares of the slide, and a tile that of the point next to its
-    middle; borders are wavy. Of a positive slide points next to each other are nests, until their tiles are
-    TELLING_SHARE.
+    Points on a jittered grid get a kind each, by shares of the slide, and a tile that of the point next to
+    its middle; borders are wavy. Of a positive slide neighbouring points are nests, so many that their tiles
+    are TELLING_SHARE.
     """
     shape = HEIGHT // SCALE, WIDTH // SCALE
     y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32) * SCALE
@@ -100,6 +100,8 @@ def draw_regions(rng, label):
     others = [i for i, kind in enumerate(KINDS) if kind not in ("glass", TELLING)]
     while True:
         points = scatter(rng, np.ones((HEIGHT, WIDTH), bool), REGION, 0.18)
+        if not len(points):
+            continue
         kinds = rng.choice(others, len(points), p=rng.dirichlet(np.full(len(others), 1.5)))
         if label == "positive":
             middle = rng.uniform(0.25, 0.75, 2) * (WIDTH, HEIGHT)
