@@ -267,11 +267,11 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
     device of the generator, which all random numbers come from. scale: share of the crop's area; size: px.
-    jitter, greyscale, solarize, blur multiply DINO's probabilities (and the strengths of jitter); 0 is off.
+    jitter (its strengths, too), greyscale, solarize, blur multiply DINO's probabilities. stats: of the pixels.
     """
     def scaled(kind):
-        return dict(blur=kind["blur"] * blur, solarize=kind["solarize"] * solarize,
-                    jitter=jitter, greyscale=greyscale, stats=stats)
+        return dict(jitter=jitter, greyscale=greyscale, solarize=kind["solarize"] * solarize,
+                    blur=kind["blur"] * blur, stats=stats)
     images, cells = crops.to(generator.device).float() / 255, cells.to(generator.device)
     groups = [[(scaled(kind), global_size, global_scale) for kind in (GLOBAL_1, GLOBAL_2)],
               [(scaled(LOCAL), local_size, local_scale)] * local_crops]
@@ -434,8 +434,8 @@ def run(args):
     if args.command == "look":
         return look.look(args)
     if args.command == "manifest":
-        slides = gdc.manifest(args.data, args.root, args.limit, args.server, args.timeout, args.force)
-        labels = {slide["slide"]: slide | {"split": ""} for slide in slides}
+        labels = {slide["slide"]: slide | {"split": ""} for slide in gdc.manifest(
+            args.data, args.root, args.limit, args.server, args.timeout, args.force)}
         complete_split(labels, "slides", Path(args.root, args.data, "split.csv"), args.split_seed)
         return 0
     found, error = call(find_data, (args.data, args.mpp, args.prior, args.split_seed, args.root,

@@ -76,6 +76,8 @@ def slides_arguments(argv):
              "one; says what the training is worth, and takes as long again")
     add("--repeats", type=int, default=5, help="trainings of DSMIL, each with its own seed")
     add("--epochs", type=int, default=200, help="of DSMIL; fewer if there are thousands of slides")
+    add("--mil-weight-decay", type=float, default=5e-2,
+        help="of DSMIL, the paper's; lower for few slides, whose instance attention it makes all the same")
     add("--class-weights", action="store_true",
         help="weights slides inversely to their class's count in training; if a class is rare")
     add("--export", nargs="+", default=(), choices=["clam", "csv", "geojson"],
@@ -87,11 +89,12 @@ def slides_arguments(argv):
     add_limits(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random")
+        parser.set_defaults(compare="random", mil_weight_decay=5e-3, repeats=3)
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, attention_crops=(1, 1e9), overlays=(1, 100), repeats=(1, 1e4), tissue=(0, 1))
+    check_ranges(args, attention_crops=(1, 1e9), overlays=(1, 100), repeats=(1, 1e4), tissue=(0, 1),
+                 mil_weight_decay=(0, 10))
     return check_common(args)
 
 
@@ -200,7 +203,7 @@ def train_and_score(bags, classes, args):
                 bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
                 bar.update()
             model = mil.train_dsmil(bags["train"], bags["val"], classes, args.epochs, seed=seed,
-                                    progress=progress, weights=weights)
+                                    weight_decay=args.mil_weight_decay, progress=progress, weights=weights)
         scores = torch.stack([mil.dsmil_predict(model, x) for x, _ in bags["test"]]).cpu().numpy()
         with torch.no_grad():
             for of_bag, (x, label) in zip(attention, bags["test"]):
@@ -330,7 +333,8 @@ def evaluate_slides(args):
         seed = read_json(run / "config.json").get("seed", 0)
         networks["random start"] = encoders.random_encoder(
             about["arch"], seed, encoder.stats).to(args.device)
-        folders["random start"], stamps["random start"] = run / "random_start", f"{about['arch']} {seed} {encoder.stats}"
+        folders["random start"] = run / "random_start"
+        stamps["random start"] = f"{about['arch']} {seed} {encoder.stats}"
     made, attention = ["results.csv"], {}
     tables, shared = count_attention(networks, f"{about['data']}, {about['arch']}, {about['method']}",
                                      found, run, args)

@@ -87,7 +87,7 @@ def draw_truth(axis, corners, side, truth):
     from matplotlib.patches import Rectangle
     colour, label = dict(zip(sorted({kind for kind, _ in truth}), KIND_COLOURS)), {}
     for corner, (kind, telling) in sorted(zip(corners.tolist(), truth), key=lambda tile: tile[1][1]):
-        style = dict(facecolor=colour[kind], edgecolor="black" if telling else "white", alpha=0.8,
+        style = dict(facecolor=colour[kind], edgecolor="black" if telling else "grey", alpha=0.8,
                      lw=2.5 if telling else 0.5)
         label[kind + ", telling" * telling] = axis.add_patch(Rectangle(corner, side, side, **style))
     axis.set_title("truth: what fills most of a tile", fontsize=9)

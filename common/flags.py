@@ -12,7 +12,7 @@ from common.parallel import add_limits
 
 # The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
 # --stats data is what lets it: with ImageNet's mean all tissue is one pink, and f hardly differs between
-# crops. Views of 64 px at the scale of the whole crops in eval.py make steps cheap. Some hundred steps are few:
+# crops. Views of 64 px at the scale that crops have in eval.py make steps cheap. Some hundred steps are few:
 # hence a fast and sharp teacher and a centre that follows at once; the last layers stay as they are, so that
 # the outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
 DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,

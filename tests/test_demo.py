@@ -57,7 +57,7 @@ def test_the_truth_is_read_as_it_was_written(tmp_path, monkeypatch):
         tiles = truth.read_truth(tmp_path, row["slide"])
         assert tiles == {(x, y): (kind, kind == "nests") for x, y, kind in demo.kinds_of_tiles(regions)}
         column, line = nuclei.astype(int).T
-        assert (regions[line, column] > 0).mean() > 0.95  # on tissue
+        assert (regions[line, column] > 0).mean() > 0.9  # on tissue, but for glands that its edge cuts
         dark = image[line, column].mean() < image[regions > 0].mean() - 40
         assert dark and len(nuclei) > 500
     (tmp_path / "truth" / f"{rows[0]['slide']}_tiles.csv").unlink()

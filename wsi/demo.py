@@ -100,6 +100,8 @@ def draw_regions(rng, label):
     others = [i for i, kind in enumerate(KINDS) if kind not in ("glass", TELLING)]
     while True:
         points = scatter(rng, np.ones((HEIGHT, WIDTH), bool), REGION, 0.18)
+        if not len(points):
+            continue
         kinds = rng.choice(others, len(points), p=rng.dirichlet(np.full(len(others), 1.5)))
         if label == "positive":
             middle = rng.uniform(0.25, 0.75, 2) * (WIDTH, HEIGHT)
