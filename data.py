@@ -119,8 +119,7 @@ def collate(items):
 
 BLUR_SIGMA = (0.1, 2.0)  # px
 GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's "L"
-# Probability of blur and of solarising in each kind of view.
-GLOBAL_1 = dict(blur=1.0, solarize=0.0)
+GLOBAL_1 = dict(blur=1.0, solarize=0.0)  # probabilities in each kind of view
 GLOBAL_2 = dict(blur=0.1, solarize=0.2)
 LOCAL = dict(blur=0.5, solarize=0.0)
 JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
@@ -267,7 +266,7 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
     device of the generator, which all random numbers come from. scale: share of the crop's area; size: px.
-    jitter (its strengths, too), greyscale, solarize, blur multiply DINO's probabilities. stats: of the pixels.
+    jitter (its strengths, too), greyscale, solarize, blur multiply DINO's probabilities.
     """
     def scaled(kind):
         return dict(jitter=jitter, greyscale=greyscale, solarize=kind["solarize"] * solarize,
