@@ -110,10 +110,9 @@ def build_optimizer(student):
 
 
 def teacher_temperature(args, step, per_epoch):
-    """Of the teacher at a step: linear from --warmup-teacher-temp to --teacher-temp, as in DINO."""
-    share = min(1, step / max(1, args.warmup_teacher_temp_epochs * per_epoch))
-    start = args.teacher_temp if args.warmup_teacher_temp is None else args.warmup_teacher_temp
-    return start + share * (args.teacher_temp - start)
+    """Of the teacher at a step: linear over the warm-up, where DINO's goes up epoch by epoch."""
+    warmup, start = args.warmup_teacher_temp_epochs * per_epoch, args.warmup_teacher_temp
+    return args.teacher_temp if step >= warmup else start + step / warmup * (args.teacher_temp - start)
 
 
 def set_schedules(optimizer, args, step, steps, per_epoch):
@@ -159,14 +158,15 @@ def contrast_of_views(encoder, crops, args):
     """Variance of f between crops over its variance between two global views of a crop.
 
     Both are sums over the d features, over at most CONTRAST_CROPS crops; a crop counts by the mean of its two
-    views. Says of an encoder at its start whether views of one crop look more alike than two crops do. The
-    views have a random stream of their own, so that training's numbers stay as they are.
+    views, so that crops which do not differ give 1/2. Says of an encoder at its start whether views of one
+    crop look more alike than two crops do. The views have a random stream of their own, so that training's
+    numbers stay as they are.
     """
     images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
     generator = torch.Generator(args.device).manual_seed(args.seed)
     (views,), _ = draw_views(images, cells, generator, args, local_crops=0)  # (2, N, 3, H, W)
     f = torch.stack([encoder(view).mean(1) for view in views])  # (2, N, d)
-    between = f.mean(0).var(0, correction=0).sum()
+    between = f.mean(0).var(0, correction=1).sum()
     within = f.var(0, correction=1).mean(0).sum()
     return (between / within.clamp(min=1e-12)).item()
 
@@ -314,9 +314,9 @@ def train(args):
             seen = watch(teacher.encoder, *watched, args, step, steps, per_epoch)
             entropies = {name: head.entropy for name, head in loss_fn.losses.items()}
             log.write(step - 1, loss.detach(), each, entropies, schedule, priors, *seen)
+            run.save_if_due(step, per_epoch)
             if stop:
                 break
-            run.save_if_due(step, per_epoch)
         if step > start:
             run.save(step)
     return finish(args, run, log, step, steps, failed, stop)

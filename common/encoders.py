@@ -93,6 +93,8 @@ def weights_of(state):
 def fit_positions(positions, like):
     """A position embedding (1, N, d) without class token, interpolated to the grid of like (1, n, d)."""
     side, want = int(positions.shape[1] ** 0.5), int(like.shape[1] ** 0.5)
+    if positions.shape[1] - side * side > 5:  # class, distillation or register tokens are fewer
+        raise ValueError(f"a position embedding of {positions.shape[1]} tokens is of no square grid")
     grid = positions[:, -side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
     if side != want:
         grid = torch.nn.functional.interpolate(grid, size=(want, want), mode="bicubic", antialias=False)

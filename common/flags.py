@@ -100,10 +100,10 @@ def arguments(argv):
     add("--student-temp", type=float, default=0.1, help="temperature of the student")
     add("--teacher-temp", type=float, default=0.04,
         help="of the teacher; lower if loss_f, or loss_c and loss_b, stay at ln(out_dim)")
-    add("--warmup-teacher-temp", type=float,
-        help="of the teacher at the start, as in DINO (--teacher-temp); lower if the loss does not fall")
+    add("--warmup-teacher-temp", type=float, default=0.04,
+        help="of the teacher at the start of its warm-up; lower if the loss does not fall")
     add("--warmup-teacher-temp-epochs", type=int, default=0,
-        help="epochs in which it goes linearly to --teacher-temp; DINO's recipes take 30 of 100 to 800")
+        help="epochs of warm-up, linear to --teacher-temp; DINO's recipes take 30 of 100 to 800, to 0.07")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
         help="the prototypes' norms stay 1; --no-norm-last-layer learns them: for ViT-S DINO found it "
              "better, but less stable")
@@ -137,11 +137,12 @@ def complete(args):
                  momentum=(0, 1), lr=(0, 10), workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6),
                  probe_images=(20, 1e6), weight_decay=(0, 10), weight_decay_end=(0, 10), min_lr=(0, 10),
                  lambda_1=(0, 100), lambda_2=(0, 100), warmup_epochs=(0, args.epochs - 1),
-                 student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), center_momentum=(0, 1),
+                 student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), warmup_teacher_temp=(1e-4, 100),
+                 center_momentum=(0, 1),
                  seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
                  warmup_teacher_temp_epochs=(0, 1e6), save_minutes=(0, 1e6), max_seconds=(0.1, 1e9),
                  max_gigapixels=(1e-6, 1e6), jitter=(0, 1), greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
-    for name, low in (("max_steps", 1), ("save_every", 1), ("benchmark", 1), ("warmup_teacher_temp", 1e-4)):
+    for name, low in (("max_steps", 1), ("save_every", 1), ("benchmark", 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= 1e9:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least {low:g} is needed")

@@ -177,7 +177,7 @@ class Log:
 
     def warn(self, step, entropy):
         """Says once of each head that its outputs were uniform, or on one prototype, for a whole epoch."""
-        self.seen.append([h or 0.5 for h in entropy])  # exactly 0: the region was in no pair of this step
+        self.seen.append(entropy)
         if (step + 1) % self.per_epoch:
             return
         rows, self.seen = self.seen, []
@@ -186,7 +186,9 @@ class Log:
         for state, holds, advice in (("uniform", lambda h: min(h) > UNIFORM, MORE_CONTRAST),
                                      ("on one prototype each", lambda h: max(h) < ONE_PROTOTYPE,
                                       LESS_CONTRAST)):
-            heads = [head for head, h in zip(self.ln_k, zip(*rows)) if holds(h) and head not in self.told]
+            present = {head: [h for h in column if h]  # exactly 0: the region was in no pair of that step
+                       for head, column in zip(self.ln_k, zip(*rows))}
+            heads = [head for head, h in present.items() if h and holds(h) and head not in self.told]
             self.told.update(heads)
             if heads:
                 tqdm.write(f"Warning: step {step + 1}: for an epoch the outputs of head {', '.join(heads)} "

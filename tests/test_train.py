@@ -293,6 +293,25 @@ def test_positions_of_another_grid_are_interpolated():
     torch.testing.assert_close(fitted[..., 0], fitted[..., 1].T)
 
 
+def test_pixels_are_normalised_by_the_crops_own_statistics(place, capsys):
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    mean, std = encoders.stats_of_crops(images)
+    x = normalize(images / 255, (mean, std))
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=2e-3, rtol=0)
+    entropy_curve(place, capsys, "--stats", "data", "--max-steps", "2")
+    run = place / "runs" / "in_vit_t_baseline"
+    encoder, about = load_encoder(run / "encoder.pt")
+    assert about["mean"] == list(encoder.stats[0]) != list(encoders.MEAN)
+    torch.testing.assert_close(encoders.represent(encoder, images), encoder(normalize(
+        images / 255, encoder.stats)).mean(1))
+    kept = load_tensors(run / "encoder.pt")
+    for damaged in ({"std": [0, 1, 1]}, {"mean": None}, {"std": [1]}):
+        save_tensors(run / "encoder.pt", kept | damaged)
+        with pytest.raises(InputError, match="mean and std"):
+            load_encoder(run / "encoder.pt")
+
+
 def test_a_run_from_init_starts_at_these_weights(place, capsys):
     save_tensors(place / "w.pth", dirl.vit_t().state_dict())
     rows, said = entropy_curve(place, capsys, "--init", "w.pth", "--lr", "0", "--min-lr", "0")

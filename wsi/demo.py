@@ -20,7 +20,7 @@ MPP = 1.0  # um/px of the slides, 10x
 WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles
 TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
 CLASSES = ("negative", "positive")
-PATIENTS = {"train": 8, "val": 2, "test": 5}  # of each class; every other patient has a second slide
+PATIENTS = {"train": 13, "val": 4, "test": 5}  # of each class; every other patient has a second slide
 KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosis", "small glands",
          "large glands", "nests")
 TELLING = "nests"
