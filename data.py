@@ -28,7 +28,7 @@ from common.parallel import add_limits, call
 from prior import view_prior
 from wsi import check, gdc, look
 from wsi.folders import SPLITS, find_folder, patient_of
-from wsi.prepare import read_crop, read_crop_cells, ready_cells, tile_info, tiles_folder
+from wsi.prepare import read_crop, read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
 from wsi.slides import CROP, file_identity
 
 # ---------------------------------------------------------------- crops with their cells
@@ -89,7 +89,7 @@ def slide_crops(data, name, with_cells):
     info, xy = tile_info(data, name), ready_cells(data, name) if with_cells else np.zeros((0, 2))
     if info is None or xy is None:
         return []
-    side, scale = CROP * info["mpp"] / info["slide_mpp"], info["slide_mpp"] / info["mpp"]
+    side, scale = tile_side(info), info["slide_mpp"] / info["mpp"]
     out = []
     for path in sorted((tiles_folder(data) / name).glob("*.jpg")):
         if not re.fullmatch(r"\d+_\d+", path.stem):

@@ -33,12 +33,12 @@ from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, plot_slide, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
 from common.measures import measures_of
-from common.parallel import Limits, add_limits
+from common.parallel import add_limits, limits_of
 from common.patches import PATCH_KEYS, fold_results, report_folds
 from common.results import last_losses, row_of, write_results
 from data import Crops, check_unseen, collate, find_data
 from prior import bin_centroids
-from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info
+from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.slides import CROP, Slide
 from wsi.truth import check_with_truth, read_truth
 
@@ -286,7 +286,7 @@ def draw_slide(found, folder, attention, path):
     picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
     corners = read_npz(folder / "features" / f"{name}.npz", "coords")["coords"]
     kinds = [truth[name][tuple(corner)] for corner in corners.tolist()] if truth[name] else None
-    plot_slide(picture, corners / unit, CROP * info["mpp"] / info["slide_mpp"] / unit,
+    plot_slide(picture, corners / unit, tile_side(info) / unit,
                {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
                f"{name}, {found.labels[name]['label']}", path)
 
@@ -294,6 +294,7 @@ def draw_slide(found, folder, attention, path):
 def export(found, names, run, kinds):
     """Writes what --export asks for of the slides that have features."""
     infos = {name: tile_info(found, name) for name in names}
+    infos = {name: info | {"side": tile_side(info)} for name, info in infos.items()}
     if "clam" in kinds:
         export_clam(found, run / "features", infos, run / "clam")
     if "csv" in kinds:
@@ -319,8 +320,7 @@ def evaluate_slides(args):
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)
-    limits = Limits(args.max_seconds, args.max_gigapixels)
-    failed = prepare_tiles(found, args.tissue, args.workers, limits) if slides else []
+    failed = prepare_tiles(found, args.tissue, args.workers, limits_of(args)) if slides else []
     print_skipped(failed)
     if slides and found.labels:  # again, without those that cannot be used: before hours of features
         check_classes(found, {name for name in found.images if tile_info(found, name)})

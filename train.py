@@ -23,7 +23,7 @@ from common.encoders import attention_of, in_batches, init_encoder, represent, s
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
-from common.parallel import Limits
+from common.parallel import limits_of
 from common.run import Log, Run
 from data import Crops, collate, find_data, make_views, what_was_seen
 from wsi.demo import make_demo
@@ -67,7 +67,7 @@ def training_crops(args):
     if args.data == "demo":
         make_demo(Path("datasets/demo"), workers=args.workers)
     found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
-    failed = prepare(found, args.tissue, args.workers, Limits(args.max_seconds, args.max_gigapixels))
+    failed = prepare(found, args.tissue, args.workers, limits_of(args))
     print_skipped(failed)
     names = found.split("train", "val") + found.unlabelled()
     crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
@@ -271,6 +271,7 @@ def train(args):
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     student, teacher, loss_fn = build_models(args)
     optimizer = build_optimizer(student)
+
     # Files: a stopped run is resumed, if its settings are the same.
     run = Run(args, run_name(args.data), found.mpp, len(crops), trained_on,
               student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)

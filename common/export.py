@@ -10,8 +10,6 @@ from tqdm import tqdm
 
 from common.files import atomic_write, save_tensors, write_csv
 
-CROP = 224  # px of a tile
-
 
 def read_features(path):
     """A slide's features (N, d) as a tensor."""
@@ -24,14 +22,9 @@ def is_newer(path, features):
     return path.is_file() and path.stat().st_mtime_ns >= features.stat().st_mtime_ns
 
 
-def tile_side(info):
-    """A tile's side in level-0 px; info: the slide's wsi.prepare.tile_info."""
-    return CROP * info["mpp"] / info["slide_mpp"]
-
-
 def coords_attributes(name, info):
     """The attributes of "coords" as CLAM (level 0, its px) and TRIDENT write them, which heat maps read."""
-    side, size = round(tile_side(info)), (info["width"], info["height"])
+    side, size = round(info["side"]), (info["width"], info["height"])
     return {"name": name, "patch_level": 0, "patch_size": side, "downsample": (1.0, 1.0), "level_dim": size,
             "downsampled_level_dim": size, "patch_size_level0": side, "overlap": 0, "level0_width": size[0],
             "level0_height": size[1], "level0_magnification": 10 / info["slide_mpp"],
@@ -43,7 +36,7 @@ def export_clam(found, folder, infos, out):
 
     pt_files/<slide>.pt, a tensor (N, d); h5_files/<slide>.h5, features and coords (level-0 px); with labels
     also dataset_csv/<data>.csv and splits/<data>/splits_0.csv and splits_0_bool.csv.
-    infos: {slide: tile_info} of those that have features in folder.
+    infos: {slide: tile_info and "side", a tile's side in level-0 px} of those that have features in folder.
     """
     for name, info in tqdm(infos.items(), "clam, slides", leave=False):
         source = folder / f"{name}.npz"
@@ -97,7 +90,7 @@ def export_geojson(path, corners, info, cells):
     def feature(kind, name, shape, coordinates):
         return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
                 "properties": {"objectType": kind, "name": name}}
-    side, unit = tile_side(info), np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+    side, unit = info["side"], np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
     features = [feature("annotation", f"tile {corner[0]},{corner[1]}", "Polygon",
                         [(corner + unit * side).tolist()]) for corner in np.asarray(corners)]
     features += [feature("detection", "cell", "Point", point)

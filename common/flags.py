@@ -8,7 +8,7 @@ import dirl
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import MEAN, STD, check_device
 from common.errors import InputError, check_mpp, check_ranges
-from common.parallel import add_limits
+from common.parallel import add_limits, limits_of
 
 # The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
 # --stats data is what lets it: with ImageNet's mean all tissue is one pink, and f hardly differs between
@@ -140,8 +140,9 @@ def complete(args):
                  student_temp=(1e-4, 100), teacher_temp=(1e-4, 100), warmup_teacher_temp=(1e-4, 100),
                  center_momentum=(0, 1),
                  seed=(0, 2 ** 31), split_seed=(0, 2 ** 31), global_size=(16, 4096), local_size=(16, 4096),
-                 warmup_teacher_temp_epochs=(0, 1e6), save_minutes=(0, 1e6), max_seconds=(0.1, 1e9),
-                 max_gigapixels=(1e-6, 1e6), jitter=(0, 1), greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
+                 warmup_teacher_temp_epochs=(0, 1e6), save_minutes=(0, 1e6), jitter=(0, 1),
+                 greyscale=(0, 1), solarize=(0, 1), blur=(0, 1))
+    limits_of(args)  # checks them
     for name, low in (("max_steps", 1), ("save_every", 1), ("benchmark", 1)):
         value = getattr(args, name)
         if value is not None and not low <= value <= 1e9:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import InputError, check_ranges
 
 
 class Limits(NamedTuple):
@@ -23,11 +23,17 @@ LIMITS = Limits()
 
 
 def add_limits(add):
-    """The flags of a script that reads slides; Limits(args.max_seconds, args.max_gigapixels)."""
+    """The flags of a script that reads slides, for limits_of."""
     add("--max-seconds", type=float, default=LIMITS.seconds,
         help="a slide or a file of cells that takes longer is skipped; raise it for slow disks")
     add("--max-gigapixels", type=float, default=LIMITS.gigapixels,
         help="a slide that claims more px is skipped, as broken files do")
+
+
+def limits_of(args):
+    """The Limits of add_limits' flags; InputError for a flag out of its range."""
+    check_ranges(args, max_seconds=(0.1, 1e9), max_gigapixels=(1e-6, 1e6))
+    return Limits(args.max_seconds, args.max_gigapixels)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def check_config(path, config):
         raise InputError(f"{path}: cannot be read; use another folder for a new run")
     for name, value in json.loads(json.dumps(config)).items():
         if old.get(name) != value:
-            flag = name if name in ("crops", "images", "labels") else f"--{name.replace('_', '-')}"
+            flag = name if name in ("crops", "images", "labels", "pixels") else f"--{name.replace('_', '-')}"
             changed.append(f"{flag} {old.get(name)} (now {value})")
     if changed:
         raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: use the same to resume it, "
@@ -183,11 +183,11 @@ class Log:
         rows, self.seen = self.seen, []
         if len(rows) < self.per_epoch:  # resumed within the epoch
             return
+        present = {head: [h for h in column if h]  # exactly 0: the region was in no pair of that step
+                   for head, column in zip(self.ln_k, zip(*rows))}
         for state, holds, advice in (("uniform", lambda h: min(h) > UNIFORM, MORE_CONTRAST),
                                      ("on one prototype each", lambda h: max(h) < ONE_PROTOTYPE,
                                       LESS_CONTRAST)):
-            present = {head: [h for h in column if h]  # exactly 0: the region was in no pair of that step
-                       for head, column in zip(self.ln_k, zip(*rows))}
             heads = [head for head, h in present.items() if h and holds(h) and head not in self.told]
             self.told.update(heads)
             if heads:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.datasets import CLASSES, DATASETS, FOLDERS
 from common.errors import InputError, printable
-from common.parallel import in_processes
+from common.parallel import in_processes, limits_of
 from wsi import gdc
 from wsi.cells import cell_format
 from wsi.plausible import what_is_odd
@@ -62,7 +62,7 @@ def check(args, found, error):
 def look_at_slide(path, slide_mpp, said_mpp):
     """Where a slide's um/px are from, its um/px, and what is odd about it."""
     slide = Slide(path, slide_mpp, said_mpp)
-    return slide.source, slide.mpp, ([slide.warning] if slide.warning else []) + what_is_odd(slide)
+    return slide.source, slide.mpp, what_is_odd(slide)
 
 
 def look_at_crop(path):
@@ -81,7 +81,8 @@ def check_images(found, args):
     tasks = {(path, args.slide_mpp, found.said_mpp(name)) if slides else (path,): name
              for name, path in found.images.items()}
     look = look_at_slide if slides else look_at_crop
-    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, args.max_seconds):
+    seconds = limits_of(args).seconds
+    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, seconds):
         if error:
             problems.append(error)
             broken.add(tasks[task])

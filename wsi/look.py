@@ -8,7 +8,7 @@ from PIL import Image
 
 from common.errors import InputError, check_mpp, check_ranges
 from common.figures import save_figure
-from common.parallel import Limits, time_limit
+from common.parallel import limits_of, time_limit
 from prior import bin_centroids
 from wsi.cells import read_cells
 from wsi.plausible import NUCLEUS, what_is_odd
@@ -56,8 +56,8 @@ def look(args):
     """Draws a slide as training would cut it and prints its counts; gives the exit code."""
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, tissue=(0, 1), max_seconds=(0.1, 1e9), max_gigapixels=(1e-6, 1e6))
-    path, mpp, limits = Path(args.slide), args.mpp or 2.0, Limits(args.max_seconds, args.max_gigapixels)
+    check_ranges(args, tissue=(0, 1))
+    path, mpp, limits = Path(args.slide), args.mpp or 2.0, limits_of(args)
     if path.is_dir():  # of a DICOM series
         path = next(iter(find_slides(path.iterdir()).values()), path)
     if path.suffix.lower() not in SLIDE_TYPES:
@@ -75,7 +75,7 @@ def look(args):
                  for i in chosen_tiles(corners, side, list(map(len, cells)), args.tile)]
     scale = f"{slide.mpp:g} um/px by {slide.source}"
     print(f"{path}: {slide.width} x {slide.height} px, {scale}")
-    for odd in ([slide.warning] if slide.warning else []) + what_is_odd(slide):
+    for odd in what_is_odd(slide):
         print(f"Warning: {odd}")
     print(f"{len(corners)} tiles at {mpp:g} um/px with {args.tissue:.0%} tissue;",
           describe_cells(sum(map(len, inside)), len(corners), priors.mean().item(), mpp))

@@ -39,9 +39,9 @@ def nucleus_size(images, mpp):
     return float(sizes[np.searchsorted(share, share[-1] / 2)])
 
 
-def odd_colours(picture, mpp):
-    """What is odd in the colours of a picture (H, W, 3) of a slide at mpp um/px: a list of texts."""
-    mask, out = tissue_mask(picture, mpp), []
+def odd_colours(picture, mask):
+    """What is odd in the colours of a picture (H, W, 3) of a slide with its tissue mask: a list of texts."""
+    out = []
     darkness = 255 - picture.min(2)
     background = picture[~mask & (darkness < 128)]
     if len(background) > 0.02 * mask.size:
@@ -69,10 +69,11 @@ def tissue_regions(slide, mask, unit):
 
 
 def what_is_odd(slide):
-    """What is odd about an open Slide, each a text: its colours, and the size of its nuclei for its um/px."""
+    """What is odd about an open Slide, a list: its um/px, its colours, the size of its nuclei for them."""
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
-    odd = odd_colours(picture, unit * slide.mpp)
-    regions, px = tissue_regions(slide, tissue_mask(picture, unit * slide.mpp), unit)
+    mask = tissue_mask(picture, unit * slide.mpp)
+    odd = ([slide.warning] if slide.warning else []) + odd_colours(picture, mask)
+    regions, px = tissue_regions(slide, mask, unit)
     size = nucleus_size(regions, px)
     if size < NUCLEUS[0] or size > NUCLEUS[1]:  # NaN, of too few, is neither
         odd.append(f"its nuclei measure {size:.1f} um, where {NUCLEUS[0]} to {NUCLEUS[1]} are usual: "

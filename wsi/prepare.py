@@ -83,10 +83,14 @@ def tile_info(data, name):
     return None if source == "--slide-mpp" and data.slide_mpp not in (None, used) else info
 
 
+def tile_side(info):
+    """A tile's side in level-0 px, of a slide's tile_info."""
+    return CROP * info["mpp"] / info["slide_mpp"]
+
+
 def cut(path, *how):
     """cut_tiles, and what is odd about the slide, as a list of texts."""
-    slide = cut_tiles(path, *how)
-    return ([slide.warning] if slide.warning else []) + what_is_odd(slide)
+    return what_is_odd(cut_tiles(path, *how))
 
 
 def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):

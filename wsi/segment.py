@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 
 from common.errors import InputError, check_mpp, one_line, run_script
 from common.files import atomic_write
-from common.parallel import LIMITS, Limits, add_limits, call, in_processes
+from common.parallel import LIMITS, add_limits, call, in_processes, limits_of
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
 from wsi.cells import label_centroids
 from wsi.slides import (
@@ -250,7 +250,7 @@ def segment(args):
     if not files:
         named = ", ".join(map(str, args.slides))
         raise InputError(f"{named}: no slides in it ({' '.join(sorted(SLIDE_TYPES))})")
-    tasks, failed, limits = [], {}, Limits(args.max_seconds, args.max_gigapixels)
+    tasks, failed, limits = [], {}, limits_of(args)
     for path in [path for name, path in files.items() if not (folder / f"{name}.npz").is_file()]:
         mpp, failed[path] = call(um_per_px, (path, args.slide_mpp, limits.gigapixels))
         tasks += [(path, mpp)] if mpp else []
