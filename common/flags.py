@@ -16,9 +16,9 @@ from common.parallel import add_limits, limits_of
 # hence a fast and sharp teacher and a centre that follows at once; the last layers stay as they are, so that
 # the outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
 DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,
-            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, warmup_epochs=1, momentum=0.96,
-            teacher_temp=0.02, center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7,
-            greyscale=0.0, solarize=0.0, blur=0.3)
+            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, momentum=0.96, teacher_temp=0.02,
+            center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
+            solarize=0.0, blur=0.3)
 
 
 def arguments(argv):
@@ -90,7 +90,7 @@ def arguments(argv):
         help="learning rate for a batch of 256; it is scaled by batch / 256")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=int,
-        help="epochs of linear warm-up (10, at most a third of all); more if the loss blows up early")
+        help="epochs of linear warm-up (10, the demo 1, at most a third of all); more if the loss blows up early")
     add("--weight-decay", type=float, default=0.04, help="at the start; none on biases and norms")
     add("--weight-decay-end", type=float, default=0.4, help="at the end")
     add("--clip", type=float, default=3.0, help="largest gradient norm of a parameter; 0 is off")
@@ -130,7 +130,7 @@ def complete(args):
     if args.epochs is None:
         args.epochs = DATASETS.get(args.data, (None, None))[1] or 100
     if args.warmup_epochs is None:
-        args.warmup_epochs = min(10, args.epochs // 3)
+        args.warmup_epochs = min(1 if args.data == "demo" else 10, args.epochs // 3)
     args.run, args.pixels = args.run or default_run(args), (MEAN, STD)
     check_ranges(args, fraction=(1e-9, 1), tissue=(0, 1), epochs=(1, 1e6), batch=(1, 1e6),
                  local_crops=(0, 100), out_dim=(2, 1e7), disentangled_dim=(2, 1e7), drop_path=(0, 0.99),

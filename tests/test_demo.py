@@ -172,3 +172,8 @@ def test_the_random_start_stands_beside_the_trained_network(folder, monkeypatch)
     assert len(same) == 9 and all(row[1:3] == row[3:5] for row in same)  # it is the start of that seed
     for name in ("attention_slide.png", "attention_overlay.png", "attention_distribution.png"):
         assert (run / name).stat().st_size > 10_000, name
+
+
+@pytest.mark.parametrize("epochs, warmup", [("1", 0), ("10", 1)])
+def test_the_demos_warm_up_fits_its_epochs(epochs, warmup):
+    assert arguments(["--epochs", epochs]).warmup_epochs == warmup
