@@ -90,7 +90,7 @@ def arguments(argv):
         help="learning rate for a batch of 256; it is scaled by batch / 256")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=int,
-        help="epochs of linear warm-up (10, the demo 1, at most a third of all); more if the loss blows up early")
+        help="epochs of linear warm-up (10, the demo 1, at most a third); more if the loss blows up early")
     add("--weight-decay", type=float, default=0.04, help="at the start; none on biases and norms")
     add("--weight-decay-end", type=float, default=0.4, help="at the end")
     add("--clip", type=float, default=3.0, help="largest gradient norm of a parameter; 0 is off")
