@@ -27,9 +27,9 @@ from common.files import read_csv, write_csv
 from common.parallel import add_limits, call
 from prior import view_prior
 from wsi import check, gdc, look
-from wsi.folders import SPLITS, find_folder, patient_of
+from wsi.folders import SPLITS, find_folder
 from wsi.prepare import read_crop, read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
-from wsi.slides import CROP, file_identity
+from wsi.slides import CROP
 
 # ---------------------------------------------------------------- crops with their cells
 
@@ -126,8 +126,32 @@ JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1  # strengths
 
 
+class PartOfBatch(torch.Generator):
+    """A generator for a part of a batch, as a process or an accumulated step has it: part = (index, parts).
+
+    The numbers of the whole batch are drawn and the part's are kept, so that a crop's views are the same
+    whoever makes them.
+    """
+
+    part = 0, 1
+
+
 def uniform(shape, low, high, generator):
-    return torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator)
+    """Random numbers of shape (B, ..), on the generator's device."""
+    index, parts = getattr(generator, "part", (0, 1))
+    B = shape[0]
+    whole = torch.empty((parts * B, *shape[1:]), device=generator.device)
+    return whole.uniform_(low, high, generator=generator)[index * B: (index + 1) * B]
+
+
+def apply_where(chosen, function, images, *values):
+    """function(images, *values) where chosen (B,), else the image as it is; values (B,)."""
+    if images.is_cuda:  # of all of them: which are chosen is not asked, for the host would wait
+        return torch.where(chosen[:, None, None, None], function(images, *values), images)
+    rows = chosen.nonzero().squeeze(1)
+    if len(rows):
+        images[rows] = function(images[rows], *(value[rows] for value in values))
+    return images
 
 
 def random_boxes(count, size, scale, generator, ratio=(3 / 4, 4 / 3), tries=10):
@@ -250,12 +274,8 @@ def make_view(images, cells, kind, size, scale, generator):
     flip = uniform((B,), 0, 1, generator) < FLIP
     x = random_jitter(resample(images, boxes, flip, size), generator, kind["jitter"], kind["greyscale"])
     sigma, chance = uniform((B,), *BLUR_SIGMA, generator), uniform((B,), 0, 1, generator)
-    blurred = (chance < kind["blur"]).nonzero().squeeze(1)
-    if len(blurred):
-        x[blurred] = blur(x[blurred], sigma[blurred])
-    solarized = (uniform((B,), 0, 1, generator) < kind["solarize"]).nonzero().squeeze(1)
-    if len(solarized):
-        x[solarized] = solarize(x[solarized])
+    x = apply_where(chance < kind["blur"], blur, x, sigma)
+    x = apply_where(uniform((B,), 0, 1, generator) < kind["solarize"], solarize, x)
     return normalize(x, kind["stats"]), view_prior(cells, boxes, flip, size)
 
 
@@ -366,32 +386,6 @@ def draw_split(rows, kept, parts, seed):
             left -= wanted
         out |= dict.fromkeys(undecided, "train")
     return out
-
-
-def what_was_seen(found, names):
-    """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
-    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
-    patients = {found.labels[name]["patient"] if name in found.labels else patient_of(name) for name in names}
-    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
-
-
-def check_unseen(found, names, seen, path):
-    """InputError if the encoder at path was trained on one of these images or on one of their patients.
-
-    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
-    name counts within one data set, and everywhere for TCGA's.
-    """
-    leaks = []
-    for name in names:
-        patient = found.labels[name]["patient"]
-        comparable = seen["data"] == found.name or patient.startswith("TCGA-")
-        same_image = seen["images"].get(name) == file_identity(found.images[name])["file_bytes"]
-        if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
-            leaks.append(name)
-    if leaks:
-        shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
-        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
-                         f"patients ({shown}); use another encoder, or pre-train again with this split")
 
 
 # ---------------------------------------------------------------- script

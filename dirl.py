@@ -94,8 +94,7 @@ def init_weights(module):
     """Linear layers: normal with std 0.02 truncated at 2, biases 0, as ViT and DINO start."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -131,8 +130,7 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images):
         """T_0 (B, n, d): patches through E, plus the position embedding at this view's size."""
-        H, W = images.shape[-2:]
-        p = self.patch_size
+        (H, W), p = images.shape[-2:], self.patch_size
         if H % p or W % p:
             raise ValueError(f"an image of {H} x {W} px is not made of {p} x {p} px patches")
         pos = self.pos_embed
@@ -175,21 +173,19 @@ def vit_h(drop_path=0.0, **kw):
     return model
 
 
-ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": partial(vit_t, depth=4)}  # t4: ours
+ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": partial(vit_t, 4)}  # ours
 
 
 # ---------------------------------------------------------------- 3.3 cell-back pooling
 
 def regions_present(prior):
     """P_c (B, n) to two bools (B,): is |P_c| > 0, is |1 - P_c| > 0? Eq. 3 and 8 divide by these."""
-    cells = prior.sum(-1)
-    return cells > 0, cells < prior.shape[-1]
+    return (prior > 0).any(-1), (prior < 1).any(-1)
 
 
 def region_mean(tokens, region):
     """region^T T / |region|: tokens (B, n, d), region (B, n) of 0 and 1, to (B, d); 0 where it is empty."""
-    total = (region.unsqueeze(-1) * tokens).sum(1)
-    return total / region.sum(-1, keepdim=True).clamp(min=1)
+    return (region.unsqueeze(-1) * tokens).sum(1) / region.sum(-1, keepdim=True).clamp(min=1)
 
 
 def cell_back_pool(tokens, prior):
@@ -283,6 +279,13 @@ class DINOHead(nn.Module):
         return logits if self.last_norm is None else logits * self.last_norm.squeeze(1)
 
 
+def process_mean(x):
+    """x, averaged in place over all processes where torch.distributed runs several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(x.div_(torch.distributed.get_world_size()))
+    return x
+
+
 def view_cross_entropy(student, target, weight, temp):
     """One student view against the teacher's: the sum over u, b of -weight[u, b] <target[u, b], log p[b]>.
 
@@ -299,41 +302,42 @@ class DINOLoss(nn.Module):
     student (V, B, K): all views, the U global ones first; teacher (U, B, K). Every student view is compared
     with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). The loss is the mean over the pairs that count,
-    0 if none does. Every call moves the centre, by the teacher's rows whose region is present.
-
-    After a call, entropy is the mean of H(q) over these pairs: the loss is H(q) + KL(q || p), and H(q) tells
-    whether the outputs are uniform (ln K) or on one prototype (0).
+    0 if none does; with several processes, the mean of what each gives is. Every call moves the centre, by
+    the teacher's rows whose region is present (move_center=False: they wait for the next call).
+    entropy is the mean of H(q), for the loss is H(q) + KL(q || p): ln K if all outputs are uniform, 0 on one.
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
+        self.waiting = 0
 
-    def forward(self, student, teacher, teacher_temp=0.04, present_s=None, present_t=None):
+    def forward(self, student, teacher, teacher_temp=0.04, present_s=None, present_t=None, move_center=True):
         V, U = len(student), len(teacher)
-        s = torch.ones(student.shape[:2], device=student.device) if present_s is None else present_s.float()
-        t = torch.ones(teacher.shape[:2], device=teacher.device) if present_t is None else present_t.float()
-        other = 1 - torch.eye(U, V, device=student.device)  # no view is compared with itself
-        weight = other.unsqueeze(-1) * t.unsqueeze(1) * s.unsqueeze(0)  # (U, V, B)
+        s, t = (torch.ones(x.shape[:2], device=x.device) if present is None else present.float()
+                for x, present in ((student, present_s), (teacher, present_t)))
+        other = 1 - torch.eye(U, V, device=t.device)  # no view is compared with itself
+        weight = other.unsqueeze(-1) * t.unsqueeze(1) * s  # (U, V, B)
         with torch.no_grad():
             target = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # q
-            pairs = weight.sum().clamp(min=1)
+            pairs = process_mean(weight.sum()).clamp(min=1e-6)
             self.entropy = (weight.sum(1) * torch.special.entr(target).sum(-1)).sum() / pairs
-        # Computed again in the backward pass, so that no (B, K) tensors are kept for each of the V views.
-        loss = sum(checkpoint(view_cross_entropy, x, target, weight[:, v], self.student_temp,
-                              use_reentrant=False, preserve_rng_state=False)
-                   for v, x in enumerate(student.unbind())) / pairs
-        self.update_center(teacher, t)
+        again = partial(checkpoint, view_cross_entropy, use_reentrant=False, preserve_rng_state=False)
+        loss = sum(again(x, target, weight[:, v], self.student_temp)  # again in the backward pass, for memory
+                   for v, x in enumerate(student)) / pairs
+        total = torch.einsum("ub,ubk->k", t, teacher.float())
+        self.waiting = self.waiting + torch.cat([total, t.sum()[None]])
+        if move_center:
+            self.update_center()
         return loss
 
     @torch.no_grad()
-    def update_center(self, teacher, present):
+    def update_center(self):
         """centre = m * centre + (1 - m) * mean of the teacher's rows that count; unchanged if none do."""
-        rows = present.sum()
-        mean = torch.einsum("ub,ubk->k", present, teacher.float()) / rows.clamp(min=1)
-        step = (1 - self.center_momentum) * (rows > 0).float()
-        self.center += step * (mean - self.center)
+        total, rows = process_mean(self.waiting).split((len(self.center), 1))
+        self.center.lerp_(total / rows.clamp(min=1e-6), (1 - self.center_momentum) * (rows > 0).float())
+        self.waiting = 0
 
 
 # ---------------------------------------------------------------- DiRL
@@ -353,8 +357,7 @@ class DiRL(nn.Module):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        self.method, self.encoder = method, encoder
-        d = encoder.embed_dim
+        self.method, self.encoder, d = method, encoder, encoder.embed_dim
         if method == "dirl":
             self.disentangle = DisentangleBlock(d, encoder.num_heads)
             self.disentangle.apply(init_weights)
@@ -369,18 +372,16 @@ class DiRL(nn.Module):
         f_cb is the cells' mean, and present if cells are, even without background (M_cross is then i = j).
         """
         tokens = self.encoder(images)  # T_L (B, n, d)
+        has_cell, has_back = regions_present(prior)
         if self.method == "baseline":
-            everywhere = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-            return {"f": tokens.mean(1)}, {"f": everywhere}
+            return {"f": tokens.mean(1)}, {"f": has_cell | has_back}
         f_c, f_b = cell_back_pool(tokens, prior)  # eq. 3
         f = {"c": f_c, "b": f_b}
         if self.method == "dirl":
             t_self, t_cross = self.disentangle(tokens, prior)  # eq. 5 to 7
             f["cc"], f["bb"] = cell_back_pool(t_self, prior)  # eq. 8
             f["cb"], f["bc"] = cell_back_pool(t_cross, prior)
-        has_cell, has_back = regions_present(prior)
-        pooled = dict(c=has_cell, b=has_back, cc=has_cell, bb=has_back, cb=has_cell, bc=has_back)
-        return f, {name: pooled[name] for name in f}
+        return f, {name: has_cell if name[0] == "c" else has_back for name in f}  # whose tokens are pooled
 
     def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per size, the global ones first; priors: (V_i, B, n) to match.
@@ -413,13 +414,13 @@ class DiRLLoss(nn.Module):
             name: DINOLoss(head.last_layer.out_features, student_temp, center_momentum)
             for name, head in model.heads.items()})
 
-    def forward(self, student, teacher, teacher_temp=0.04):
+    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
         total, each = 0, {}
         for name, cross_entropy in self.losses.items():
             (s, s_present), (t, t_present) = student[name], teacher[name]
             if not self.skip_empty:
                 s_present = t_present = None
-            loss = cross_entropy(s, t, teacher_temp, s_present, t_present)  # L_name
+            loss = cross_entropy(s, t, teacher_temp, s_present, t_present, move_center)  # L_name
             total = total + self.weight[name] * loss
             each[name] = loss.detach()
         return total, each
@@ -445,6 +446,5 @@ def aggregated_attention(attention):
 
 def attention_bins(aggregated):
     """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4), three floats that sum to 1."""
-    low, high = aggregated < 0.5, aggregated > 2
-    middle = (aggregated >= 0.5) & (aggregated <= 2)  # NaN is in no bin
-    return tuple(bin.float().mean().item() for bin in (low, middle, high))
+    bins = aggregated < 0.5, (aggregated >= 0.5) & (aggregated <= 2), aggregated > 2  # NaN is in none
+    return tuple(bin.float().mean().item() for bin in bins)

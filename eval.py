@@ -36,8 +36,9 @@ from common.measures import measures_of
 from common.parallel import add_limits, limits_of
 from common.patches import PATCH_KEYS, fold_results, report_folds
 from common.results import last_losses, row_of, write_results
-from data import Crops, check_unseen, collate, find_data
+from data import Crops, collate, find_data
 from prior import bin_centroids
+from wsi.folders import check_unseen
 from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.slides import CROP, Slide
 from wsi.truth import check_with_truth, read_truth

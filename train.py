@@ -3,6 +3,7 @@
 Prepares what is missing (tiles, cells), pre-trains with DINO on the method's representations and writes
 runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder), log.csv, config.json.
 The same command resumes a stopped run; every step draws its random numbers from (seed, step).
+torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one a GPU.
 """
 import math
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import dirl
@@ -24,9 +26,11 @@ from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
 from common.parallel import limits_of
+from common.processes import any_of, first_before_others, join, leave, processes, rank
 from common.run import Log, Run
-from data import Crops, collate, find_data, make_views, what_was_seen
+from data import Crops, PartOfBatch, collate, find_data, make_views
 from wsi.demo import make_demo
+from wsi.folders import what_was_seen
 from wsi.prepare import describe_cells, load_crops, prepare
 
 # ---------------------------------------------------------------- schedules, gradients, order
@@ -40,34 +44,40 @@ def cosine(peak, end, step, steps, warmup=0):
 
 
 def clip_gradients(parameters, limit):
-    """Clips each parameter's gradient to limit, as DINO does (0: not at all); False if one is not finite."""
+    """Clips each parameter's gradient to limit, as DINO does (0: not at all); a tensor: are all finite?"""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads)
+    norms = torch.stack(torch._foreach_norm(grads))
     if limit:
-        torch._foreach_mul_(grads, [(limit / (norm + 1e-6)).clamp(max=1) for norm in norms])
-    return torch.stack(norms).isfinite().all().item()
+        torch._foreach_mul_(grads, list((limit / (norms + 1e-6)).clamp(max=1)))
+    return norms.isfinite().all()
 
 
-def batches(count, batch, start, steps, seed):
-    """Crop indices for steps start to steps; each epoch in its own order, without its incomplete batch."""
+def batches(count, batch, start, steps, seed, part=(0, 1)):
+    """Crop indices for steps start to steps; each epoch in its own order, without its incomplete batch.
+
+    part: (number, count) of this process, which takes its part of each batch.
+    """
     per_epoch, order, epoch = count // batch, None, None
+    index, size = part[0], batch // part[1]
     for step in range(start, steps):
         if epoch != step // per_epoch:
             epoch = step // per_epoch
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).tolist()
         k = step % per_epoch
-        yield order[k * batch: (k + 1) * batch]
+        first = k * batch + index * size
+        yield order[first: first + size]
 
 
 # ---------------------------------------------------------------- data, models, optimiser
 
 def training_crops(args):
     """The data set, its crops that are trained on, what was skipped, and what the encoder will have seen."""
-    if args.data == "demo":
-        make_demo(Path("datasets/demo"), workers=args.workers)
-    found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
-    failed = prepare(found, args.tissue, args.workers, limits_of(args))
+    with first_before_others():
+        if args.data == "demo":
+            make_demo(Path("datasets/demo"), workers=args.workers)
+        found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
+        failed = prepare(found, args.tissue, args.workers, limits_of(args))
     print_skipped(failed)
     names = found.split("train", "val") + found.unlabelled()
     crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
@@ -132,14 +142,24 @@ def freeze_last_layers(student):
             head.last_norm.grad = None
 
 
-def views_of_step(images, cells, args, step):
-    """The step's views and their priors.
+def parts_of(images, cells, args):
+    """This process's crops of a batch in --accumulate parts: (images, cells, (number, count) of the part)."""
+    count, first = processes() * args.accumulate, rank() * args.accumulate
+    chunks = zip(images.chunk(args.accumulate), cells.chunk(args.accumulate))
+    for k, (some, their_cells) in enumerate(chunks):
+        yield some, their_cells, (first + k, count)
+
+
+def views_of_step(images, cells, args, step, part=(0, 1)):
+    """The views of a part of the step's batch, and their priors.
 
     Drop path and views have random streams of their own, seeded by (seed, step), so that a resumed run draws
-    what the uninterrupted one does; the primes keep the seeds of different runs apart.
+    what the uninterrupted one does; the primes keep the seeds of different runs apart. A crop's views do not
+    depend on how the batch is divided.
     """
-    torch.manual_seed(args.seed * 1_000_003 + step)  # drop path
-    generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step + 500_009)
+    torch.manual_seed(args.seed * 1_000_003 + step + part[0] * 15_485_863)  # drop path
+    generator = PartOfBatch(args.device).manual_seed(args.seed * 1_000_003 + step + 500_009)
+    generator.part = part
     return draw_views(images, cells, generator, args, args.local_crops)
 
 
@@ -217,8 +237,11 @@ HANDFUL = 32  # crops on which the features' rank is taken
 def effective_rank(features):
     """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), features (N, d) centred.
 
-    1 where all features lie on a line, at most min(N - 1, d); 0 where they are all the same.
+    1 where all features lie on a line, at most min(N - 1, d); 0 where they are all the same, NaN where one is
+    not finite.
     """
+    if not features.isfinite().all():
+        return math.nan
     values = torch.linalg.svdvals(features.cpu() - features.cpu().mean(0))
     if values[0] <= 1e-6 * features.norm().cpu():
         return 0.0
@@ -233,9 +256,11 @@ def what_to_watch(crops, args):
 
 def watch(encoder, handful, probe_sets, args, step, steps, per_epoch):
     """(the features' rank on a handful of crops, probe's result) after a step; None for what is not due."""
-    rank = effective_rank(represent(encoder, handful)) if step % per_epoch == 0 else None
+    if rank():
+        return None, None  # of several processes the first watches
+    of_features = effective_rank(represent(encoder, handful)) if step % per_epoch == 0 else None
     due = step == steps or step % (per_epoch * args.probe_epochs) == 0
-    return rank, probe(encoder, *probe_sets) if probe_sets and due else None
+    return of_features, probe(encoder, *probe_sets) if probe_sets and due else None
 
 
 # ---------------------------------------------------------------- training
@@ -257,8 +282,9 @@ def loader_of(crops, args, start, steps):
     """Batches of crops with their cells, from step start to the last, or for --max-steps."""
     last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     cuda = torch.device(args.device).type == "cuda"
-    return DataLoader(crops, batch_sampler=batches(len(crops), args.batch, start, last, args.seed),
-                      collate_fn=collate, num_workers=args.workers if cuda else 0, pin_memory=cuda)
+    mine = batches(len(crops), args.batch, start, last, args.seed, (rank(), processes()))
+    return DataLoader(crops, batch_sampler=mine, collate_fn=collate,
+                      num_workers=args.workers if cuda else 0, pin_memory=cuda)
 
 
 def train(args):
@@ -277,32 +303,32 @@ def train(args):
               student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
     step = start = run.resume()
     announce(args, run, found, steps, start, teacher.encoder, crops)
+    model = DistributedDataParallel(student) if processes() > 1 else student
 
-    with run, Log(args, student, start, steps, per_epoch) as log, stop_signals() as stop:
+    with run, Log(args, run, student, start, steps, per_epoch) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):
             # Schedules: learning rate, weight decay, the teacher's momentum and temperature.
-            schedule = set_schedules(optimizer, args, step, steps, per_epoch)
-            _, momentum, temperature = schedule
-
-            # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
-            views, priors = views_of_step(images, cells, args, step)
-
-            # Only the global views, views[0], pass through the teacher; all pass through the student.
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                with torch.no_grad():
-                    target = teacher(views[:1], priors[:1])
-                output = student(views, priors)
-
-            # Eq. 9 over all pairs of views, in fp32 from here on.
-            loss, each = loss_fn(output, target, temperature)
+            _, momentum, temperature = schedule = set_schedules(optimizer, args, step, steps, per_epoch)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
 
-            # Every parameter's gradient is clipped on its own; one that is not finite ends the run.
-            if not (clip_gradients(list(student.parameters()), args.clip) and loss.isfinite()):
-                raise FloatingPointError(run.diverged(step, loss.item()))
+            # The batch in parts that fit into memory: one, unless --accumulate says otherwise.
+            for k, (images, cells, part) in enumerate(parts_of(images, cells, args), 1):
+                # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
+                views, priors = views_of_step(images, cells, args, step, part)
 
-            # The heads' last layers are frozen in the first epoch.
+                # Only the global views, views[0], pass through the teacher; all pass through the student.
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+                    with torch.no_grad():
+                        target = teacher(views[:1], priors[:1])
+                    output = model(views, priors)
+
+                # Eq. 9 over all pairs of views, in fp32 from here on; the centres move once a step.
+                loss, each = loss_fn(output, target, temperature, move_center=k == args.accumulate)
+                (loss / args.accumulate).backward()
+                log.add(loss, each, loss_fn, priors)
+
+            # Every parameter's gradient is clipped on its own; the last layers are frozen in the first epoch.
+            finite = clip_gradients(list(student.parameters()), args.clip)
             if step < args.freeze_last_layer * per_epoch:
                 freeze_last_layers(student)
             optimizer.step()
@@ -313,13 +339,12 @@ def train(args):
             # The log, at an epoch's end the features' rank and the probe, and now and then a checkpoint.
             step += 1
             seen = watch(teacher.encoder, *watched, args, step, steps, per_epoch)
-            entropies = {name: head.entropy for name, head in loss_fn.losses.items()}
-            log.write(step - 1, loss.detach(), each, entropies, schedule, priors, *seen)
-            run.save_if_due(step, per_epoch)
-            if stop:
+            log.write(step - 1, finite, schedule, *seen)
+            run.save_if_due(step, per_epoch, log)
+            if any_of(stop, run.device):
                 break
         if step > start:
-            run.save(step)
+            run.save(step, log)
     return finish(args, run, log, step, steps, failed, stop)
 
 
@@ -386,13 +411,19 @@ def benchmark(args):
 
 
 def run_command(args):
-    return plot_runs(args.plot) if args.plot else benchmark(args) if args.benchmark else train(args)
+    if args.plot:
+        return plot_runs(args.plot)
+    join(args)
+    return benchmark(args) if args.benchmark else train(args)
 
 
 def main(argv=None):
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
-    return run_script("train.py", lambda: run_command(arguments(argv)), "--batch or --local-crops",
-                      "finished slides stay, run it again to go on")
+    try:
+        return run_script("train.py", lambda: run_command(arguments(argv)), "--batch or --local-crops",
+                          "finished slides stay, run it again to go on")
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

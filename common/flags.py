@@ -61,6 +61,8 @@ def arguments(argv):
     add("--epochs", type=int,
         help="default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=int, default=256, help="crops per step; lower it if memory runs out")
+    add("--accumulate", type=int, default=1,
+        help="parts in which a batch goes through the network, one after the other; more if memory runs out")
     add("--local-crops", type=int, default=8, help="local views of a crop; 0 is the two-view setting, faster")
     add("--global-scale", type=float, nargs=2, default=(0.4, 1.0),
         help="area of the global views, share of the crop; 0.14 1 with --local-crops 0")
@@ -133,7 +135,8 @@ def complete(args):
         args.warmup_epochs = min(1 if args.data == "demo" else 10, args.epochs // 3)
     args.run, args.pixels = args.run or default_run(args), (MEAN, STD)
     check_ranges(args, fraction=(1e-9, 1), tissue=(0, 1), epochs=(1, 1e6), batch=(1, 1e6),
-                 local_crops=(0, 100), out_dim=(2, 1e7), disentangled_dim=(2, 1e7), drop_path=(0, 0.99),
+                 accumulate=(1, args.batch), local_crops=(0, 100), out_dim=(2, 1e7),
+                 disentangled_dim=(2, 1e7), drop_path=(0, 0.99),
                  momentum=(0, 1), lr=(0, 10), workers=(0, 1024), clip=(0, 1e9), probe_epochs=(1, 1e6),
                  probe_images=(20, 1e6), weight_decay=(0, 10), weight_decay_end=(0, 10), min_lr=(0, 10),
                  lambda_1=(0, 100), lambda_2=(0, 100), warmup_epochs=(0, args.epochs - 1),

@@ -3,20 +3,25 @@ import csv
 import fcntl
 import json
 import math
+import os
 import re
 import time
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import dirl
 from common.encoders import save_encoder, use_bf16
 from common.errors import InputError, one_line
 from common.files import atomic_write, load_tensors, read_json, save_tensors, stamp_of, write_json
+from common.processes import rank
 
 RESUMABLE = (  # flags that may change when a run is resumed
-    "run", "plot", "benchmark", "workers", "save_minutes", "save_every", "max_steps", "device", "probe",
-    "probe_epochs", "probe_images", "split_seed", "max_seconds", "max_gigapixels")
+    "run", "plot", "benchmark", "accumulate", "workers", "save_minutes", "save_every", "max_steps", "device",
+    "probe", "probe_epochs", "probe_images", "split_seed", "max_seconds", "max_gigapixels")
+READ_EVERY = 10  # steps
 UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond which a head learns nothing
 MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs; where the ratio printed at "
                  "the start is below 1, weaken the colour augmentation (--jitter).")
@@ -70,14 +75,16 @@ class Run:
             "crops": crops, "images": f"{len(seen['images'])} (stamp {stamp_of(seen)})"}
 
     def resume(self):
-        """Locks the folder, loads a checkpoint that is there into the parts; gives the step to go on at."""
-        self.lock = lock_folder(self.folder)
-        try:
+        """Locks the folder, loads a checkpoint that is there into the parts; gives the step to go on at.
+
+        Of several processes each loads, and the first alone locks and writes.
+        """
+        with ExitStack() as until_loaded:
+            self.lock = until_loaded.enter_context(nullcontext() if rank() else lock_folder(self.folder))
             step = self.load() if (self.folder / "checkpoint.pt").is_file() else 0
-            write_json(self.folder / "config.json", self.config)
-        except InputError:
-            self.lock.close()
-            raise
+            if not rank():
+                write_json(self.folder / "config.json", self.config)
+            until_loaded.pop_all()
         return step
 
     def load(self):
@@ -99,9 +106,13 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
 
-    def save(self, step):
+    def save(self, step, log):
+        log.read()  # ends the run if it diverged: what is saved is good
+        if rank():
+            return
         self.save_encoder("encoder.pt", step)
         state = {name: part.state_dict() for name, part in self.parts.items()}
         save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
@@ -118,54 +129,81 @@ class Run:
         return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {kept}. Try a lower "
                 "--lr, a longer --warmup-epochs or --precision fp32, with a new --run")
 
-    def save_if_due(self, step, per_epoch):
+    def save_if_due(self, step, per_epoch, log):
         """Saves when --save-minutes have passed, at an epoch's end when one minute has; and --save-every."""
-        if self.every and step % (self.every * per_epoch) == 0:
+        if self.every and step % (self.every * per_epoch) == 0 and not rank():
             self.save_encoder(f"encoder_{step // per_epoch}.pt", step)
         minutes = min(1, self.minutes) if step % per_epoch == 0 else self.minutes
         if time.monotonic() - self.saved > 60 * minutes:
-            self.save(step)
+            self.save(step, log)
 
 
 class Log:
     """log.csv and the progress bar of a run that starts or resumes at step start.
 
-    Entropies and divergences are shares of ln K, with K outputs of each of the model's heads.
+    Entropies and divergences are shares of ln K, with K outputs of each of the model's heads. On a GPU the
+    values of READ_EVERY steps are read at once, for each reading makes it wait.
     """
 
-    def __init__(self, args, model, start, steps, per_epoch):
-        self.args, self.start, self.began, self.per_epoch = args, start, time.monotonic(), per_epoch
+    def __init__(self, args, run, model, start, steps, per_epoch):
+        self.args, self.run, self.start, self.per_epoch = args, run, start, per_epoch
+        self.began, self.every = time.monotonic(), READ_EVERY if run.device.type == "cuda" else 1
         self.ln_k = {name: math.log(head.last_layer.out_features) for name, head in model.heads.items()}
-        self.told, self.seen = set(), []
-        path = Path(args.run) / "log.csv"
+        self.told, self.seen, self.parts, self.waiting = set(), [], [], []
+        self.file = open(os.devnull, "w") if rank() else self.open(Path(args.run) / "log.csv")
+        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1, disable=rank() > 0)
+
+    def open(self, path):
+        """The file, with the rows of the steps before the first kept."""
         names = ["step", "epoch", "loss", *(f"{value}_{head}" for value in ("loss", "entropy", "kl")
                                             for head in self.ln_k), "lr", "momentum", "teacher_temp",
                  "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
-        kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < start]
+        kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < self.start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
-        self.file = open(path, "a", newline="")
-        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1)
+        return open(path, "a", newline="")
 
-    def write(self, step, loss, each, entropies, schedule, priors, rank, probed):
-        """Adds the row of a step.
-
-        each, entropies: {head: tensor}; schedule: learning rate, momentum, teacher's temperature; priors: P_c
-        of the views; rank: the features' effective rank, probed: probe's result, both None if not due.
-        """
+    def add(self, loss, each, loss_fn, priors):
+        """What a part of a step's batch gave: the loss, {head: its loss}, the entropies, the views' P_c."""
         has_both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
         both, cells = torch.cat(has_both).float().mean(), priors[0].mean()
-        values = torch.stack([loss, *each.values(), *entropies.values(), both, cells]).tolist()  # one read
-        (loss, *values), heads = values, len(each)
-        losses, ln_k = values[:heads], self.ln_k.values()
+        entropies = [head.entropy for head in loss_fn.losses.values()]
+        self.parts.append(torch.stack([loss.detach(), *each.values(), *entropies, both, cells]))
+
+    def write(self, step, finite, schedule, effective_rank, probed):
+        """Adds the row of a step, the mean of its parts and processes.
+
+        finite: a tensor, are the gradients? schedule: learning rate, momentum, teacher's temperature; the
+        features' effective rank and the probe's result, both None if not due.
+        """
+        values = torch.cat([torch.stack(self.parts).mean(0), finite.float()[None]])
+        self.waiting.append((step, dirl.process_mean(values), schedule, effective_rank, probed))
+        self.parts = []
+        if len(self.waiting) == self.every or (step + 1) % self.per_epoch == 0:
+            self.read()
+
+    def read(self):
+        """Writes the rows that wait; FloatingPointError if a loss or a gradient in them is not finite."""
+        if not self.waiting:
+            return
+        steps, values, *others = zip(*self.waiting)
+        self.waiting = []
+        for step, row, *other in zip(steps, torch.stack(values).tolist(), *others):
+            if not (math.isfinite(row[0]) and row[-1] == 1):
+                raise FloatingPointError(self.run.diverged(step, row[0]))
+            self.write_row(step, row, *other)
+        self.file.flush()
+
+    def write_row(self, step, values, schedule, effective_rank, probed):
+        (loss, *values), heads, ln_k = values, len(self.ln_k), self.ln_k.values()
+        losses, (both, cells) = values[:heads], values[2 * heads: 2 * heads + 2]
         entropy = [value / k for value, k in zip(values[heads: 2 * heads], ln_k)]
         kl = [value / k - h for value, k, h in zip(losses, ln_k, entropy)]
         csv.writer(self.file).writerow([
             step, step // self.per_epoch, *(f"{value:.6g}" for value in (loss, *losses, *entropy, *kl)),
-            f"{schedule[0]:.6g}", f"{schedule[1]:.8g}", f"{schedule[2]:.6g}", f"{values[-2]:.4g}",
-            f"{values[-1]:.4g}", f"{math.log(self.args.out_dim):.6g}", "" if rank is None else f"{rank:.4g}",
+            f"{schedule[0]:.6g}", f"{schedule[1]:.8g}", f"{schedule[2]:.6g}", f"{both:.4g}", f"{cells:.4g}",
+            f"{math.log(self.args.out_dim):.6g}", "" if effective_rank is None else f"{effective_rank:.4g}",
             *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
-        self.file.flush()
         self.bar.update()
         shares = {name: " ".join(f"{v:.2f}" for v in row) for name, row in (("H", entropy), ("KL", kl))}
         self.bar.set_postfix(loss=f"{loss:.3f}", **shares, lr=f"{schedule[0]:.0e}",

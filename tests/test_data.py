@@ -16,6 +16,7 @@ from common.errors import InputError
 from common.files import read_csv
 from data import Crops, find_data
 from prior import bin_centroids, segment_nuclei
+from wsi import folders
 from wsi import prepare as prepare_py
 from wsi.cells import read_cells
 from wsi.prepare import describe_cells, prepare, tile_info
@@ -172,22 +173,22 @@ def test_a_split_in_labels_csv_counts_and_only_validation_is_drawn(place):
 def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
     tcga(place / "s", range(20))
     found = find_data("s")
-    seen = data.what_was_seen(found, found.split("train", "val"))
+    seen = folders.what_was_seen(found, found.split("train", "val"))
     test = found.split("test")
-    data.check_unseen(found, test, seen, "encoder.pt")
-    leaking = data.what_was_seen(found, found.split("train") + test[:1])
+    folders.check_unseen(found, test, seen, "encoder.pt")
+    leaking = folders.what_was_seen(found, found.split("train") + test[:1])
     with pytest.raises(InputError, match=f"encoder.pt: was trained on 2 of these 8 test .*{test[0]}"):
-        data.check_unseen(found, test, leaking, "encoder.pt")  # the slide, and the other one of its patient
+        folders.check_unseen(found, test, leaking, "encoder.pt")  # the slide, and its patient's other one
     elsewhere = leaking | {"data": "another"}  # TCGA's patients are the same everywhere
     with pytest.raises(InputError, match="2 of these 8"):
-        data.check_unseen(found, test, elsewhere, "encoder.pt")
+        folders.check_unseen(found, test, elsewhere, "encoder.pt")
     for row in found.labels.values():
         row["patient"] = row["patient"].replace("TCGA", "P")
     one = {"data": "another", "images": {test[0]: 1}, "patients": [found.labels[test[0]]["patient"]]}
     with pytest.raises(InputError, match="1 of these 8"):
-        data.check_unseen(found, test, one, "encoder.pt")  # the same name and size
+        folders.check_unseen(found, test, one, "encoder.pt")  # the same name and size
     other = one | {"images": {test[0]: 2}}  # the same name, another file
-    data.check_unseen(found, test, other, "encoder.pt")
+    folders.check_unseen(found, test, other, "encoder.pt")
 
 
 # ---------------------------------------------------------------- tiles and cells

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
 from common.errors import InputError, check_mpp, printable
 from common.files import read_csv
-from wsi.slides import SLIDE_TYPES, find_slides
+from wsi.slides import SLIDE_TYPES, file_identity, find_slides
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -272,3 +272,31 @@ def note(names, text):
     """Prints the text and the first of the names, if there are any."""
     if names:
         print(f"note: {text}: {printable(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''}")
+
+
+# ---------------------------------------------------------------- what an encoder has seen
+
+def what_was_seen(found, names):
+    """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
+    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
+    patients = {found.labels[name]["patient"] if name in found.labels else patient_of(name) for name in names}
+    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
+
+
+def check_unseen(found, names, seen, path):
+    """InputError if the encoder at path was trained on one of these images or on one of their patients.
+
+    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
+    name counts within one data set, and everywhere for TCGA's.
+    """
+    leaks = []
+    for name in names:
+        patient = found.labels[name]["patient"]
+        comparable = seen["data"] == found.name or patient.startswith("TCGA-")
+        same_image = seen["images"].get(name) == file_identity(found.images[name])["file_bytes"]
+        if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
+            leaks.append(name)
+    if leaks:
+        shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
+        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
+                         f"patients ({shown}); use another encoder, or pre-train again with this split")

@@ -1,0 +1,80 @@
+"""A batch that two processes share, or that is taken in parts, against the same batch at once."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import refused, rows_of
+
+import data
+import dirl
+import train
+from common.files import load_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
+         "--device", "cpu", "--arch", "vit_t4", "--batch", "2", "--epochs", "7", "--warmup-epochs", "1",
+         "--out-dim", "32", "--disentangled-dim", "16", "--local-crops", "1", "--global-size", "96",
+         "--local-size", "32", "--drop-path", "0", "--precision", "fp32"]
+
+
+def same_run(one, other):
+    """Losses and weights of two runs to 1e-5."""
+    for a, b in zip(rows_of(one / "log.csv"), rows_of(other / "log.csv"), strict=True):
+        for name in a:
+            if name.startswith(("loss", "both", "cell")):
+                assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-5), (a["step"], name)
+    a, b = (load_tensors(run / "checkpoint.pt") for run in (one, other))
+    for part in ("student", "teacher", "loss"):
+        for name, tensor in a[part].items():
+            torch.testing.assert_close(b[part][name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on(place, folder):
+    """21 steps: twelve of two processes with a half of each batch, the rest of one that resumes."""
+    assert train.main([*FLAGS, "--run", "runs/one"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--",
+               str(ROOT / "train.py"), *FLAGS, "--run", "runs/two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([*command, "--max-steps", "12"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert ended.stdout.count("Stopped at step 12 of 21") == 1  # the first process speaks
+    assert train.main([*FLAGS, "--run", "runs/two"]) == 0
+    same_run(place / "runs" / "one", place / "runs" / "two")
+
+
+def test_a_batch_in_parts_is_the_batch(place, folder, capsys):
+    """For the baseline the same; regions are averaged part by part where the parts have other counts."""
+    argv = [*FLAGS, "--method", "baseline", "--epochs", "2"]
+    assert train.main([*argv, "--run", "runs/one"]) == 0
+    assert train.main([*argv, "--run", "runs/parts", "--accumulate", "2"]) == 0
+    same_run(place / "runs" / "one", place / "runs" / "parts")
+    refused(capsys, train.main, [*argv, "--accumulate", "3"], "--accumulate")
+
+
+def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
+    crops, cells = torch.randint(0, 256, (4, 3, 64, 64)).byte(), torch.rand(4, 5, 2) * 64
+
+    def views(crops, cells, part):
+        generator = data.PartOfBatch().manual_seed(5)
+        generator.part = part
+        (x, *_), (prior, *_) = data.make_views(crops, cells, generator, 1, global_size=32, local_size=16)
+        return x, prior
+    whole, halves = views(crops, cells, (0, 1)), [views(crops[k: k + 2], cells[k: k + 2], (k // 2, 2))
+                                                  for k in (0, 2)]
+    for got, want in zip(zip(*halves), whole):
+        torch.testing.assert_close(torch.cat(got, 1), want)
+
+
+def test_the_centre_of_parts_is_the_centre_of_the_batch():
+    teacher, student = torch.randn(2, 6, 5), torch.randn(3, 6, 5)
+    there = torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(3, 6)
+    whole, parts = dirl.DINOLoss(5), dirl.DINOLoss(5)
+    whole(student, teacher, 0.04, there, there[:2])
+    for k in (0, 2, 4):
+        some = slice(k, k + 2)
+        parts(student[:, some], teacher[:, some], 0.04, there[:, some], there[:2, some], move_center=k == 4)
+        assert k == 4 or not parts.center.any()
+    torch.testing.assert_close(parts.center, whole.center)
