@@ -29,7 +29,8 @@ def check_config(path, config):
     old, changed = read_json(path), []
     if not old:
         raise InputError(f"{path}: cannot be read; use another folder for a new run")
-    for name, value in json.loads(json.dumps(config)).items():
+    new = {"ssl": None} | json.loads(json.dumps(config))  # train.py does not go on with another --ssl
+    for name, value in new.items():
         if old.get(name) != value:
             flag = name if name in ("crops", "images", "labels", "pixels") else f"--{name.replace('_', '-')}"
             changed.append(f"{flag} {old.get(name)} (now {value})")
@@ -108,7 +109,8 @@ class Run:
         self.saved = time.monotonic()
 
     def save_encoder(self, name, step):
-        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
+        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp", "depth")
+                 if name in self.config}
         save_encoder(self.folder / name, self.parts["teacher"].encoder, **about, step=step,
                      trained_on=self.seen)
 
@@ -130,17 +132,19 @@ class Run:
 class Log:
     """log.csv and the progress bar of a run that starts or resumes at step start.
 
-    Entropies and divergences are shares of ln K, with K outputs of each of the model's heads.
+    Entropies and divergences are shares of ln K, with K outputs of the heads whose loss has a centre: losses
+    is {name: the module of L_name}.
     """
 
-    def __init__(self, args, model, start, steps, per_epoch):
+    def __init__(self, args, losses, start, steps, per_epoch):
         self.args, self.start, self.began, self.per_epoch = args, start, time.monotonic(), per_epoch
-        self.ln_k = {name: math.log(head.last_layer.out_features) for name, head in model.heads.items()}
+        self.ln_k = {name: math.log(len(cross_entropy.center)) for name, cross_entropy in losses.items()
+                     if hasattr(cross_entropy, "center")}
         self.told, self.seen = set(), []
         path = Path(args.run) / "log.csv"
-        names = ["step", "epoch", "loss", *(f"{value}_{head}" for value in ("loss", "entropy", "kl")
-                                            for head in self.ln_k), "lr", "momentum", "teacher_temp",
-                 "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
+        names = ["step", "epoch", "loss", *(f"loss_{name}" for name in losses),
+                 *(f"{value}_{head}" for value in ("entropy", "kl") for head in self.ln_k), "lr", "momentum",
+                 "teacher_temp", "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
         kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
@@ -150,18 +154,19 @@ class Log:
     def write(self, step, loss, each, entropies, schedule, priors, rank, probed):
         """Adds the row of a step.
 
-        each, entropies: {head: tensor}; schedule: learning rate, momentum, teacher's temperature; priors: P_c
-        of the views; rank: the features' effective rank, probed: probe's result, both None if not due.
+        each: {name: L_name}, entropies: {head: tensor}; schedule: learning rate, momentum, teacher's
+        temperature; priors: P_c of the views; rank: the features' effective rank, probed: probe's result,
+        both None if not due.
         """
         has_both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
-        both, cells = torch.cat(has_both).float().mean(), priors[0].mean()
+        both, cells = torch.cat(has_both).float().mean(), (priors[0] > 0).float().mean()
         values = torch.stack([loss, *each.values(), *entropies.values(), both, cells]).tolist()  # one read
-        (loss, *values), heads = values, len(each)
-        losses, ln_k = values[:heads], self.ln_k.values()
-        entropy = [value / k for value, k in zip(values[heads: 2 * heads], ln_k)]
-        kl = [value / k - h for value, k, h in zip(losses, ln_k, entropy)]
+        (loss, *values), losses = values, dict(zip(each, values[1:]))
+        entropy = [value / k for value, k in zip(values[len(each):], self.ln_k.values())]
+        kl = [losses[name] / k - h for (name, k), h in zip(self.ln_k.items(), entropy)]
         csv.writer(self.file).writerow([
-            step, step // self.per_epoch, *(f"{value:.6g}" for value in (loss, *losses, *entropy, *kl)),
+            step, step // self.per_epoch,
+            *(f"{value:.6g}" for value in (loss, *losses.values(), *entropy, *kl)),
             f"{schedule[0]:.6g}", f"{schedule[1]:.8g}", f"{schedule[2]:.6g}", f"{values[-2]:.4g}",
             f"{values[-1]:.4g}", f"{math.log(self.args.out_dim):.6g}", "" if rank is None else f"{rank:.4g}",
             *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
