@@ -109,7 +109,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save_encoder(self, name, step):
-        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp", "depth")
+        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp", "depth", "ssl")
                  if name in self.config}
         save_encoder(self.folder / name, self.parts["teacher"].encoder, **about, step=step,
                      trained_on=self.seen)

@@ -52,7 +52,7 @@ def nt_xent_loss(z, present, temperature=TEMPERATURE):
     return (F.softplus(against - positive) * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-class RegionLoss(nn.Module):
+class Eq9Loss(nn.Module):
     """Eq. 9 over losses of BYOL or SimCLR; takes what two RegionProjections give.
 
     student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR. Gives (loss,
@@ -61,7 +61,7 @@ class RegionLoss(nn.Module):
 
     def __init__(self, names, lambda_1=0.5, lambda_2=0.1 / 4):
         super().__init__()
-        self.losses = nn.ModuleDict({name: nn.Module() for name in names})  # neither has a centre
+        self.losses = nn.ModuleDict(dict.fromkeys(names))  # neither has a centre
         self.weight = {name: 1.0 if name == "f" else lambda_1 if name in dirl.REGIONS else lambda_2
                        for name in names}
 
@@ -141,4 +141,4 @@ def build(encoder, args):
     student = RegionProjections(encoder, args.method, args.ssl).to(args.device)
     teacher = dirl.make_teacher(student) if args.ssl == "byol" else no_teacher(student)
     teacher.predicts = False  # the predictors' copies in it are not called
-    return student, teacher, RegionLoss(student.heads, args.lambda_1, args.lambda_2)
+    return student, teacher, Eq9Loss(student.heads, args.lambda_1, args.lambda_2)
