@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
+from experiments.tokens import through, tokens_of
 
 
 def count_loss(predicted, counts):
-    """L_sup, the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i), one a size."""
+    """L_sup: the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i), by size."""
     predicted, counts = (torch.cat([x.float().flatten() for x in sizes]) for sizes in (predicted, counts))
     return F.mse_loss(predicted, counts)
 
@@ -32,9 +33,9 @@ class CellCounter(nn.Module):
 
         Gives logits of f (V, B, K), and by size the predicted and the true counts.
         """
-        tokens = [self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
+        tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
-        return self.heads["f"](f), [self.counter(t).squeeze(-1) for t in tokens], counts
+        return through(self.heads["f"], f), [self.counter(t).squeeze(-1) for t in tokens], counts
 
 
 class AuxiliaryLoss(nn.Module):

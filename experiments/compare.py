@@ -65,8 +65,8 @@ def check(own, args):
     if own.heads:
         depth = own.depth or len(make_encoder(args.arch).blocks)
         if own.ssl != "dino" or not all(1 <= block <= depth for block in own.heads):
-            raise InputError(f"--heads {' '.join(map(str, own.heads))}: needs --ssl dino and blocks between 1 "
-                             f"and {depth}, which this encoder has")
+            raise InputError(f"--heads {' '.join(map(str, own.heads))}: needs --ssl dino and blocks between "
+                             f"1 and {depth}, which this encoder has")
     if args.method != "baseline" and (own.heads or own.ssl in BASELINES):
         what = "--heads" if own.heads else f"--ssl {own.ssl}"
         raise InputError(f"--method {args.method}: {what} is for --method baseline")

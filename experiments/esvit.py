@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dirl
+from experiments.tokens import through, tokens_of
 
 
 def match_tokens(student, teacher):
-    """For each token of student (B, n, d) the most similar of teacher (B, m, d), by cosine: indices (B, n)."""
+    """Indices (B, n): the token of teacher (B, m, d) most similar to each of student (B, n, d), by cosine."""
     return (F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).transpose(1, 2)).argmax(-1)
 
 
@@ -71,9 +72,9 @@ class EsViT(nn.Module):
 
         Gives logits of f (V, B, K), and by size those of the tokens (V_i, B, n_i, K) and the tokens.
         """
-        tokens = [self.encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
+        tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
-        return self.heads["f"](f), [self.heads["region"](t) for t in tokens], tokens
+        return through(self.heads["f"], f), [through(self.heads["region"], t) for t in tokens], tokens
 
 
 class EsViTLoss(nn.Module):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
+from experiments.tokens import through, tokens_of
 
 NEIGHBOURS = 4  # of 8
 WEIGHT = 0.1  # of L_patch
@@ -102,16 +103,16 @@ class SelfPatch(nn.Module):
     def forward(self, views, priors=None):
         """views: one (V_i, B, 3, H, W) per size, to logits of f (V, B, K) and, by size, (V_i, B, n_i, K)."""
         f, patches = [], []
-        for x in views:
-            tokens = self.encoder(x.flatten(0, 1))  # (V_i B, n, d)
-            f.append(self.aggregation(tokens).unflatten(0, x.shape[:2]))
+        for tokens in tokens_of(self.encoder, views):  # (V_i, B, n_i, d)
+            flat = tokens.flatten(0, 1)
+            f.append(self.aggregation(flat).unflatten(0, tokens.shape[:2]))
             if self.neighbours:
-                shape = tokens.shape
-                tokens = self.aggregation(similar_neighbours(tokens).flatten(0, 1)).view(shape)
+                around = similar_neighbours(flat)  # (V_i B, n_i, 4, d)
+                patch = self.aggregation(around.flatten(0, 1)).view_as(tokens)
             else:
-                tokens = self.aggregation.norm(tokens)
-            patches.append(self.heads["patch"](tokens).unflatten(0, x.shape[:2]))
-        return self.heads["f"](torch.cat(f)), patches
+                patch = self.aggregation.norm(tokens)
+            patches.append(through(self.heads["patch"], patch))
+        return through(self.heads["f"], torch.cat(f)), patches
 
 
 class SelfPatchLoss(nn.Module):
