@@ -264,7 +264,7 @@ def solarize(images):
     return torch.where(images >= 0.5, 1 - images, images)
 
 
-def make_view(images, cells, kind, size, scale, generator):
+def make_view(images, cells, kind, size, scale, generator, counts=False):
     """One view of every image (B, 3, S, S) in 0 to 1: (B, 3, size, size) normalised, and its P_c (B, n).
 
     kind: probabilities of blur and of solarising, random_jitter's factors, mean and std of the pixels.
@@ -276,17 +276,17 @@ def make_view(images, cells, kind, size, scale, generator):
     sigma, chance = uniform((B,), *BLUR_SIGMA, generator), uniform((B,), 0, 1, generator)
     x = apply_where(chance < kind["blur"], blur, x, sigma)
     x = apply_where(uniform((B,), 0, 1, generator) < kind["solarize"], solarize, x)
-    return normalize(x, kind["stats"]), view_prior(cells, boxes, flip, size)
+    return normalize(x, kind["stats"]), view_prior(cells, boxes, flip, size, counts=counts)
 
 
 def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
                global_size=224, local_size=96, jitter=1.0, greyscale=1.0, solarize=1.0, blur=1.0,
-               stats=(MEAN, STD)):
+               stats=(MEAN, STD), counts=False):
     """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
     Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
     device of the generator, which all random numbers come from. scale: share of the crop's area; size: px.
-    jitter (its strengths, too), greyscale, solarize, blur multiply DINO's probabilities.
+    jitter (its strengths, too), greyscale, solarize, blur multiply DINO's probabilities; counts: view_prior.
     """
     def scaled(kind):
         return dict(jitter=jitter, greyscale=greyscale, solarize=kind["solarize"] * solarize,
@@ -296,7 +296,7 @@ def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), 
               [(scaled(LOCAL), local_size, local_scale)] * local_crops]
     views, priors = [], []
     for group in groups:
-        made = [make_view(images, cells, kind, size, scale, generator) for kind, size, scale in group]
+        made = [make_view(images, cells, kind, size, scale, generator, counts) for kind, size, scale in group]
         if made:
             views.append(torch.stack([x for x, _ in made]))
             priors.append(torch.stack([p for _, p in made]))

@@ -44,20 +44,25 @@ def bin_centroids(centroids, size, patch_size=16):
     return prior
 
 
-def view_prior(cells, boxes, flip, size, patch_size=16):
+def view_prior(cells, boxes, flip, size, patch_size=16, counts=False):
     """P_c (B, n) of views of size x size px: the cells go through the same crop and flip as the pixels.
 
     cells (B, K, 2) in px of the crop, NaN where a crop has fewer; boxes (B, 4) as left, top, width, height in
     px of the crop; flip (B,) bool, left to right. Cells are binned before the flip and the patches are
-    mirrored, as a mirrored px lies in the mirrored patch.
+    mirrored, as a mirrored px lies in the mirrored patch. counts: how many cells lie in each patch instead,
+    P_c = counts > 0.
     """
     grid = size // patch_size
     xy = (cells - boxes[:, None, :2]) / boxes[:, None, 2:] * size  # px of the view
     inside = ((xy >= 0) & (xy < size)).all(-1)  # false for NaN
     xy = (torch.where(inside.unsqueeze(-1), xy, 0) // patch_size).long()
     patch = torch.where(inside, xy[..., 1] * grid + xy[..., 0], grid * grid)  # one more bin for those outside
-    prior = torch.zeros(len(cells), grid * grid + 1, device=cells.device).scatter_(1, patch, 1.0)[:, :-1]
-    prior = prior.view(-1, grid, grid)
+    prior = torch.zeros(len(cells), grid * grid + 1, device=cells.device)
+    if counts:
+        prior.scatter_add_(1, patch, torch.ones_like(patch, dtype=prior.dtype))
+    else:
+        prior.scatter_(1, patch, 1.0)
+    prior = prior[:, :-1].view(-1, grid, grid)
     return torch.where(flip[:, None, None], prior.flip(-1), prior).flatten(1)
 
 

@@ -21,7 +21,7 @@ from common.benchmark import WARM_UP, Parts
 from common.classify import nearest
 from common.curves import plot_runs
 from common.datasets import run_name
-from common.encoders import attention_of, in_batches, init_encoder, represent, stats_of_crops, use_bf16
+from common.encoders import attention_of, in_batches, represent, start_encoder, stats_of_crops, use_bf16
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
@@ -99,11 +99,7 @@ def training_crops(args):
 
 def build_models(args):
     """Student, teacher and the loss of every head, on the device; seeded."""
-    torch.manual_seed(args.seed)
-    encoder = dirl.ARCHS[args.arch](drop_path=args.drop_path)
-    if args.init:
-        init_encoder(encoder, args.init)
-    encoder.stats = args.pixels
+    encoder = start_encoder(args)
     student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim, args.norm_last_layer)
     student = student.to(args.device)
     loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
@@ -167,7 +163,8 @@ def draw_views(images, cells, generator, args, local_crops):
     """make_views with the flags of a run."""
     return make_views(
         images, cells, generator, local_crops, args.global_scale, args.local_scale, args.global_size,
-        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, args.pixels)
+        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, args.pixels,
+        counts=getattr(args, "counts", False))  # L_sup of experiments alone asks for them
 
 
 CONTRAST_CROPS = 64
@@ -287,7 +284,15 @@ def loader_of(crops, args, start, steps):
                       num_workers=args.workers if cuda else 0, pin_memory=cuda)
 
 
-def train(args):
+def teach(teacher, views, priors):
+    """The targets: only the global views, views[0], pass through the teacher (SelfPatch's sees all)."""
+    sizes = getattr(teacher, "sizes", 1)
+    with torch.no_grad():
+        return teacher(views[:sizes], priors[:sizes])
+
+
+def train(args, build=build_models):
+    """Trains what build(args) gives (student, teacher, loss), as build_models does; gives the exit code."""
     # Data: crops with their cells, of the training and validation parts only.
     found, crops, failed, trained_on = training_crops(args)
     per_epoch = len(crops) // args.batch
@@ -295,7 +300,7 @@ def train(args):
     watched = what_to_watch(crops, args)
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
-    student, teacher, loss_fn = build_models(args)
+    student, teacher, loss_fn = build(args)
     optimizer = build_optimizer(student)
 
     # Files: a stopped run is resumed, if its settings are the same.
@@ -305,7 +310,7 @@ def train(args):
     announce(args, run, found, steps, start, teacher.encoder, crops)
     model = DistributedDataParallel(student) if processes() > 1 else student
 
-    with run, Log(args, run, student, start, steps, per_epoch) as log, stop_signals() as stop:
+    with run, Log(args, run, loss_fn.losses, start, steps, per_epoch) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):
             # Schedules: learning rate, weight decay, the teacher's momentum and temperature.
             _, momentum, temperature = schedule = set_schedules(optimizer, args, step, steps, per_epoch)
@@ -318,14 +323,13 @@ def train(args):
 
                 # Only the global views, views[0], pass through the teacher; all pass through the student.
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                    with torch.no_grad():
-                        target = teacher(views[:1], priors[:1])
+                    target = teach(teacher, views, priors)
                     output = model(views, priors)
 
                 # Eq. 9 over all pairs of views, in fp32 from here on; the centres move once a step.
                 loss, each = loss_fn(output, target, temperature, move_center=k == args.accumulate)
                 (loss / args.accumulate).backward()
-                log.add(loss, each, loss_fn, priors)
+                log.add(loss, each, priors)
 
             # Every parameter's gradient is clipped on its own; the last layers are frozen in the first epoch.
             finite = clip_gradients(list(student.parameters()), args.clip)
@@ -374,10 +378,10 @@ def finish(args, run, log, step, steps, failed, stop):
 
 # ---------------------------------------------------------------- benchmark
 
-def benchmark(args):
+def benchmark(args, build=build_models):
     """--benchmark STEPS: prints what each part of a step takes with the flags given; gives 0."""
     _, crops, _, _ = training_crops(args)
-    student, teacher, loss_fn = build_models(args)
+    student, teacher, loss_fn = build(args)
     optimizer, parts = build_optimizer(student), Parts(args.device)
     bf16, args.max_steps = use_bf16(args.precision, args.device), WARM_UP + args.benchmark
     for head in student.heads.values():
@@ -389,8 +393,8 @@ def benchmark(args):
         with parts.part("views and priors"):
             views, priors = views_of_step(images, cells, args, step)
         with torch.autocast(parts.device.type, torch.bfloat16, enabled=bf16):
-            with parts.part("teacher"), torch.no_grad():
-                target = teacher(views[:1], priors[:1])
+            with parts.part("teacher"):
+                target = teach(teacher, views, priors)
             with parts.part("student's encoder and block"):
                 output = student(views, priors)
         with parts.part("loss"):
@@ -410,18 +414,18 @@ def benchmark(args):
     return 0
 
 
-def run_command(args):
+def run_command(args, build):
     if args.plot:
         return plot_runs(args.plot)
     join(args)
-    return benchmark(args) if args.benchmark else train(args)
+    return benchmark(args, build) if args.benchmark else train(args, build)
 
 
 def main(argv=None):
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
     try:
-        return run_script("train.py", lambda: run_command(arguments(argv)), "--batch or --local-crops",
-                          "finished slides stay, run it again to go on")
+        return run_script("train.py", lambda: run_command(arguments(argv), build_models),
+                          "--batch or --local-crops", "finished slides stay, run it again to go on")
     finally:
         leave()
 

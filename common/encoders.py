@@ -9,6 +9,7 @@ from common.errors import InputError, one_line
 from common.files import load_tensors, save_tensors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+MAX_DEPTH = 100  # blocks of an encoder
 
 
 # ---------------------------------------------------------------- devices
@@ -36,6 +37,26 @@ def use_bf16(precision, device):
     return any(test() for test in tests if test)
 
 
+# ---------------------------------------------------------------- encoders before training
+
+def make_encoder(arch, depth=None, drop_path=0.0):
+    """The encoder of an --arch, with another number of blocks if depth is given (Table 6: 13)."""
+    encoder = dirl.ARCHS[arch](drop_path=drop_path)
+    if depth is None:
+        return encoder
+    return dirl.VisionTransformer(encoder.embed_dim, depth, encoder.num_heads, drop_path=drop_path)
+
+
+def start_encoder(args):
+    """The encoder that a run's flags ask for, as training starts with it; seeded."""
+    torch.manual_seed(args.seed)
+    encoder = make_encoder(args.arch, getattr(args, "depth", None), args.drop_path)
+    if args.init:
+        init_encoder(encoder, args.init)
+    encoder.stats = args.pixels
+    return encoder
+
+
 # ---------------------------------------------------------------- encoder.pt
 
 def find_encoder(checkpoint, name=""):
@@ -60,7 +81,10 @@ def load_encoder(path):
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again")
-    encoder = dirl.ARCHS[about["arch"]]()
+    depth = about.get("depth")  # only where it is not the --arch's own
+    if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
+        raise InputError(f"{path}: its depth is damaged; pre-train again")
+    encoder = make_encoder(about["arch"], depth)
     try:
         encoder.load_state_dict(about.pop("encoder"))
     except (RuntimeError, TypeError, AttributeError) as error:

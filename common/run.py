@@ -34,7 +34,8 @@ def check_config(path, config):
     old, changed = read_json(path), []
     if not old:
         raise InputError(f"{path}: cannot be read; use another folder for a new run")
-    for name, value in json.loads(json.dumps(config)).items():
+    new = {"ssl": None} | json.loads(json.dumps(config))  # train.py does not go on with another --ssl
+    for name, value in new.items():
         if old.get(name) != value:
             flag = name if name in ("crops", "images", "labels", "pixels") else f"--{name.replace('_', '-')}"
             changed.append(f"{flag} {old.get(name)} (now {value})")
@@ -119,7 +120,8 @@ class Run:
         self.saved = time.monotonic()
 
     def save_encoder(self, name, step):
-        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp")}
+        about = {name: self.config[name] for name in ("arch", "method", "data", "mpp", "depth", "ssl")
+                 if name in self.config}
         save_encoder(self.folder / name, self.parts["teacher"].encoder, **about, step=step,
                      trained_on=self.seen)
 
@@ -141,33 +143,35 @@ class Run:
 class Log:
     """log.csv and the progress bar of a run that starts or resumes at step start.
 
-    Entropies and divergences are shares of ln K, with K outputs of each of the model's heads. On a GPU the
-    values of READ_EVERY steps are read at once, for each reading makes it wait.
+    Entropies and divergences are shares of ln K, with K outputs of the heads whose loss has a centre: losses
+    is {name: the module of L_name}. On a GPU the values of READ_EVERY steps are read at once, for each
+    reading makes it wait.
     """
 
-    def __init__(self, args, run, model, start, steps, per_epoch):
-        self.args, self.run, self.start, self.per_epoch = args, run, start, per_epoch
+    def __init__(self, args, run, losses, start, steps, per_epoch):
+        self.args, self.run, self.losses, self.start, self.per_epoch = args, run, losses, start, per_epoch
         self.began, self.every = time.monotonic(), READ_EVERY if run.device.type == "cuda" else 1
-        self.ln_k = {name: math.log(head.last_layer.out_features) for name, head in model.heads.items()}
+        self.ln_k = {name: math.log(len(cross_entropy.center)) for name, cross_entropy in losses.items()
+                     if hasattr(cross_entropy, "center")}
         self.told, self.seen, self.parts, self.waiting = set(), [], [], []
         self.file = open(os.devnull, "w") if rank() else self.open(Path(args.run) / "log.csv")
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1, disable=rank() > 0)
 
     def open(self, path):
         """The file, with the rows of the steps before the first kept."""
-        names = ["step", "epoch", "loss", *(f"{value}_{head}" for value in ("loss", "entropy", "kl")
-                                            for head in self.ln_k), "lr", "momentum", "teacher_temp",
-                 "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
+        names = ["step", "epoch", "loss", *(f"loss_{name}" for name in self.losses),
+                 *(f"{value}_{head}" for value in ("entropy", "kl") for head in self.ln_k), "lr", "momentum",
+                 "teacher_temp", "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
         kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < self.start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
             csv.writer(file).writerows([names, *kept])
         return open(path, "a", newline="")
 
-    def add(self, loss, each, loss_fn, priors):
-        """What a part of a step's batch gave: the loss, {head: its loss}, the entropies, the views' P_c."""
+    def add(self, loss, each, priors):
+        """What a part of a step's batch gave: the loss, {name: L_name}, the views' P_c."""
         has_both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
-        both, cells = torch.cat(has_both).float().mean(), priors[0].mean()
-        entropies = [head.entropy for head in loss_fn.losses.values()]
+        both, cells = torch.cat(has_both).float().mean(), (priors[0] > 0).float().mean()
+        entropies = [self.losses[name].entropy for name in self.ln_k]
         self.parts.append(torch.stack([loss.detach(), *each.values(), *entropies, both, cells]))
 
     def write(self, step, finite, schedule, effective_rank, probed):
@@ -195,12 +199,13 @@ class Log:
         self.file.flush()
 
     def write_row(self, step, values, schedule, effective_rank, probed):
-        (loss, *values), heads, ln_k = values, len(self.ln_k), self.ln_k.values()
-        losses, (both, cells) = values[:heads], values[2 * heads: 2 * heads + 2]
-        entropy = [value / k for value, k in zip(values[heads: 2 * heads], ln_k)]
-        kl = [value / k - h for value, k, h in zip(losses, ln_k, entropy)]
+        (loss, *values), names = values[:-1], list(self.losses)
+        losses, (both, cells) = dict(zip(names, values)), values[-2:]
+        entropy = [value / k for value, k in zip(values[len(names):], self.ln_k.values())]
+        kl = [losses[name] / k - h for (name, k), h in zip(self.ln_k.items(), entropy)]
         csv.writer(self.file).writerow([
-            step, step // self.per_epoch, *(f"{value:.6g}" for value in (loss, *losses, *entropy, *kl)),
+            step, step // self.per_epoch,
+            *(f"{value:.6g}" for value in (loss, *losses.values(), *entropy, *kl)),
             f"{schedule[0]:.6g}", f"{schedule[1]:.8g}", f"{schedule[2]:.6g}", f"{both:.4g}", f"{cells:.4g}",
             f"{math.log(self.args.out_dim):.6g}", "" if effective_rank is None else f"{effective_rank:.4g}",
             *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])

@@ -21,11 +21,11 @@ FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.
 
 
 def same_run(one, other):
-    """Losses and weights of two runs to 1e-5."""
+    """Losses (log.csv has six digits) and weights of two runs are the same."""
     for a, b in zip(rows_of(one / "log.csv"), rows_of(other / "log.csv"), strict=True):
         for name in a:
             if name.startswith(("loss", "both", "cell")):
-                assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-5), (a["step"], name)
+                assert float(a[name]) == pytest.approx(float(b[name]), abs=2e-5), (a["step"], name)
     a, b = (load_tensors(run / "checkpoint.pt") for run in (one, other))
     for part in ("student", "teacher", "loss"):
         for name, tensor in a[part].items():
@@ -35,10 +35,11 @@ def same_run(one, other):
 def test_two_processes_train_as_one_does_and_one_goes_on(place, folder):
     """21 steps: twelve of two processes with a half of each batch, the rest of one that resumes."""
     assert train.main([*FLAGS, "--run", "runs/one"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
                str(ROOT / "train.py"), *FLAGS, "--run", "runs/two"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([*command, "--max-steps", "12"], env=environment, capture_output=True, text=True)
+    ended = subprocess.run([*command, "--max-steps", "12"], env=environment, capture_output=True, text=True,
+                           timeout=150)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("Stopped at step 12 of 21") == 1  # the first process speaks
     assert train.main([*FLAGS, "--run", "runs/two"]) == 0

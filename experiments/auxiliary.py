@@ -1,0 +1,60 @@
+"""L_sup (A.3, Fig. 9): DINO, and a linear layer that predicts from each token the cells in its p x p patch.
+
+The paper gives neither the form of L_sup nor its weight. Here it is the mean squared error over all tokens of
+all the student's views, with the weight of --sup-weight (1). A view's counts come from prior.view_prior: the
+cells go through its crop and flip, and P_c = counts > 0.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dirl
+from experiments.tokens import through, tokens_of
+
+
+def count_loss(predicted, counts):
+    """L_sup: the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i), by size."""
+    predicted, counts = (torch.cat([x.float().flatten() for x in sizes]) for sizes in (predicted, counts))
+    return F.mse_loss(predicted, counts)
+
+
+class CellCounter(nn.Module):
+    """The encoder with DINO's head on f and a linear layer on every token."""
+
+    def __init__(self, encoder, out_dim=65536, norm_last_layer=True):
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({
+            "f": dirl.DINOHead(encoder.embed_dim, out_dim, norm_last_layer=norm_last_layer)})
+        self.counter = nn.Linear(encoder.embed_dim, 1)
+
+    def forward(self, views, counts):
+        """views: one (V_i, B, 3, H, W) per size, counts: the cells of their patches (V_i, B, n_i).
+
+        Gives logits of f (V, B, K), and by size the predicted and the true counts.
+        """
+        tokens = tokens_of(self.encoder, views)
+        f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
+        return through(self.heads["f"], f), [self.counter(t).squeeze(-1) for t in tokens], counts
+
+
+class AuxiliaryLoss(nn.Module):
+    """L_f + weight L_sup of what student and teacher give: (loss, {"f": L_f, "sup": L_sup})."""
+
+    def __init__(self, out_dim, weight=1.0, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.weight = weight
+        self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
+                                     "sup": None})  # has no centre
+
+    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
+        (f_s, predicted, counts), (f_t, _, _) = student, teacher
+        each = {"f": self.losses["f"](f_s, f_t, teacher_temp), "sup": count_loss(predicted, counts)}
+        return each["f"] + self.weight * each["sup"], {name: loss.detach() for name, loss in each.items()}
+
+
+def build(encoder, args):
+    """Student, teacher and loss of --ssl lsup, on the device."""
+    student = CellCounter(encoder, args.out_dim, args.norm_last_layer).to(args.device)
+    loss = AuxiliaryLoss(args.out_dim, args.sup_weight, args.student_temp, args.center_momentum)
+    return student, dirl.make_teacher(student), loss.to(args.device)

@@ -1,0 +1,41 @@
+"""The baseline with DINO heads after chosen blocks (A.3, Table 6), to tell the method from its size.
+
+--depth 13: Baseline-13, a block more, as DiRL has with its disentangle block. --depth 13 --heads 12 13:
+Baseline-13*. Ours: --heads 12 12, two heads on f, tells the number of heads from the regions.
+"""
+import torch
+from torch import nn
+
+import dirl
+
+
+class HeadsAfterBlocks(dirl.DiRL):
+    """DINO with a head on the mean token after each of some blocks (1 is the first; one may be there twice).
+
+    Every mean is of tokens through the encoder's closing LayerNorm, as f is.
+    """
+
+    def __init__(self, encoder, after, out_dim=65536, norm_last_layer=True):
+        super().__init__(encoder, "baseline", out_dim=2)
+        self.after = {f"f{number}_block{block}": block for number, block in enumerate(after, 1)}
+        self.heads = nn.ModuleDict({
+            name: dirl.DINOHead(encoder.embed_dim, out_dim, norm_last_layer=norm_last_layer)
+            for name in self.after})
+
+    def represent(self, images, prior):
+        x, means = self.encoder.embed(images), {}
+        for number, block in enumerate(self.encoder.blocks, 1):
+            x = block(x)
+            if number in self.after.values():
+                means[number] = self.encoder.norm(x).mean(1)  # (B, d)
+        everywhere = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        return ({name: means[block] for name, block in self.after.items()},
+                dict.fromkeys(self.after, everywhere))
+
+
+def build(encoder, args):
+    """Student, teacher and loss of --heads, on the device: the mean of the heads' losses."""
+    student = HeadsAfterBlocks(encoder, args.heads, args.out_dim, args.norm_last_layer).to(args.device)
+    loss = dirl.DiRLLoss(student, student_temp=args.student_temp, center_momentum=args.center_momentum)
+    loss.weight = dict.fromkeys(student.heads, 1 / len(student.heads))
+    return student, dirl.make_teacher(student), loss.to(args.device)

@@ -1,0 +1,144 @@
+"""DiRL in BYOL and in SimCLR (A.3, Table 8): their losses region by region, in place of DINO's.
+
+Each representation of a method (f; f_c, f_b; all six) has a projector of its own, and eq. 9 adds up the
+losses. A region that is absent from a view is left out of it: of batch norm's statistics, of the positives
+and of the negatives. Shapes as in dirl.py: V views of B crops, U = 2 global ones; present is (V, B).
+
+BYOL: Grill et al. 2020, google-deepmind/deepmind-research/byol; SimCLR: Chen et al. 2020, as the paper in the
+implementation of Li et al. 2021, binli123/dsmil-wsi/simclr. Their optimisers (LARS; Adam) are not taken over:
+train.py's is the same for all that is compared.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dirl
+
+HIDDEN, PROJECTION = 4096, 256  # BYOL's projector and predictor; SimCLR's output is 256 as well
+TEMPERATURE = 0.5  # of SimCLR
+
+
+# ---------------------------------------------------------------- losses
+
+def byol_loss(prediction, target, present_s, present_t):
+    """BYOL, eq. 2: the mean of 2 - 2 cos(prediction, target) over pairs of views; the target has no gradient.
+
+    prediction (V, B, K) of all views, the U global ones first; target (U, B, K), projections of the global
+    views. Pairs are DINO's: every view with every other global one, where the region is present in both
+    (present_s (V, B), present_t (U, B)); 0 if there are none. BYOL adds up its two pairs; this is their mean.
+    """
+    p, z = F.normalize(prediction.float(), dim=-1), F.normalize(target.detach().float(), dim=-1)
+    other = ~torch.eye(len(z), len(p), dtype=torch.bool, device=p.device)  # no view with itself
+    pairs = other.unsqueeze(-1) & present_t.unsqueeze(1) & present_s.unsqueeze(0)  # (U, V, B)
+    distance = 2 - 2 * torch.einsum("ubk,vbk->uvb", z, p)
+    return (distance * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def nt_xent_loss(z, present, temperature=TEMPERATURE):
+    """SimCLR, eq. 1 (NT-Xent): the mean of -log(e^(s+/t) / (e^(s+/t) + sum of e^(s-/t))) over pairs of views.
+
+    z (V, B, K), present (V, B). s is the cosine; a pair (+) is two different views of one crop, in both
+    orders; its negatives (-) are all views of all other crops. Views without the region are in neither; the
+    loss is 0 where there is no pair. With two views this is SimCLR's sum over all k but the anchor.
+    """
+    V, B = present.shape
+    z = F.normalize(z.float(), dim=-1).flatten(0, 1)  # (V B, K)
+    s = z @ z.t() / temperature
+    crop = torch.arange(B, device=z.device).repeat(V)
+    negative = (crop.unsqueeze(1) != crop) & present.flatten()
+    against = s.masked_fill(~negative, -1e9).logsumexp(-1).view(V, 1, B)  # no infinity: its gradient is NaN
+    positive = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)  # (V, V, B)
+    pairs = present.unsqueeze(1) & present & ~torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(-1)
+    return (F.softplus(against - positive) * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+class Eq9Loss(nn.Module):
+    """Eq. 9 over losses of BYOL or SimCLR; takes what two RegionProjections give.
+
+    student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR. Gives (loss,
+    {name: L_name without gradient}).
+    """
+
+    def __init__(self, names, lambda_1=0.5, lambda_2=0.1 / 4):
+        super().__init__()
+        self.losses = nn.ModuleDict(dict.fromkeys(names))  # neither has a centre
+        self.weight = {name: 1.0 if name == "f" else lambda_1 if name in dirl.REGIONS else lambda_2
+                       for name in names}
+
+    def forward(self, student, teacher, _temperature=None, move_center=True):
+        each = {}
+        for name, (z, present) in student.items():
+            if teacher is None:
+                each[name] = nt_xent_loss(z, present)
+            else:
+                target, present_t = teacher[name]
+                each[name] = byol_loss(z, target, present, present_t)
+        total = sum(self.weight[name] * loss for name, loss in each.items())
+        return total, {name: loss.detach() for name, loss in each.items()}
+
+
+# ---------------------------------------------------------------- models
+
+def byol_mlp(in_dim):
+    """BYOL's projector and predictor: linear, batch norm, ReLU, linear; (N, in_dim) to (N, 256).
+
+    Online and target normalise by the batch's own statistics, as in BYOL; all views are one batch here.
+    """
+    return nn.Sequential(nn.Linear(in_dim, HIDDEN), nn.BatchNorm1d(HIDDEN, track_running_stats=False),
+                         nn.ReLU(), nn.Linear(HIDDEN, PROJECTION))
+
+
+def simclr_mlp(in_dim):
+    """SimCLR's projector as Li et al.: linear, ReLU, linear; (N, in_dim) to (N, 256)."""
+    return nn.Sequential(nn.Linear(in_dim, in_dim), nn.ReLU(), nn.Linear(in_dim, PROJECTION))
+
+
+class RegionProjections(dirl.DiRL):
+    """DiRL's representations, each through a projector, and for BYOL a predictor, instead of DINO's head."""
+
+    def __init__(self, encoder, method, ssl):
+        super().__init__(encoder, method, out_dim=2, disentangled_dim=2)
+        mlp = byol_mlp if ssl == "byol" else simclr_mlp
+        self.predictors = nn.ModuleDict({name: byol_mlp(PROJECTION) for name in self.heads if ssl == "byol"})
+        self.heads = nn.ModuleDict({name: mlp(encoder.embed_dim) for name in self.heads})
+        self.predicts = ssl == "byol"
+
+    def forward(self, views, priors):
+        """views (V_i, B, 3, H, W) and priors per size to {name: (z (V, B, 256), present (V, B))}.
+
+        Only rows whose region is present go through the layers; of a single one there are no statistics, and
+        it counts as absent.
+        """
+        out, B = {}, views[0].shape[1]
+        of_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        for name, project in self.heads.items():
+            f = torch.cat([f[name] for f, _ in of_size])  # (V B, d)
+            there = torch.cat([present[name] for _, present in of_size])  # (V B,)
+            there = there & (there.sum() > 1)
+            z = f.new_zeros(len(f), PROJECTION)
+            if there.any():
+                rows = project(f[there])
+                rows = self.predictors[name](rows) if self.predicts else rows
+                z = z.to(rows.dtype).index_put((there,), rows)
+            out[name] = z.unflatten(0, (-1, B)), there.unflatten(0, (-1, B))
+        return out
+
+
+def no_teacher(student):
+    """What stands in the teacher's place for SimCLR: the student's own weights in eval mode, without output.
+
+    Its encoder is the one that is trained, and the one that is saved.
+    """
+    twin = dirl.make_teacher(student)
+    for shared, own in zip(twin.parameters(), student.parameters()):
+        shared.data = own.data  # moving towards themselves leaves them as they are
+    twin.forward = lambda views, priors: None
+    return twin
+
+
+def build(encoder, args):
+    """Student, teacher (BYOL's target) and loss of --ssl byol and simclr, on the device."""
+    student = RegionProjections(encoder, args.method, args.ssl).to(args.device)
+    teacher = dirl.make_teacher(student) if args.ssl == "byol" else no_teacher(student)
+    teacher.predicts = False  # the predictors' copies in it are not called
+    return student, teacher, Eq9Loss(student.heads, args.lambda_1, args.lambda_2)

@@ -1,0 +1,80 @@
+"""i-mix in DINO (A.3, Table 9, Fig. 8): the student sees mixed crops and predicts the mixed targets.
+
+Lee et al. 2021, kibok90/imix: x_i becomes l x_i + (1 - l) x_j, j a permutation of the batch, l from
+Beta(1, 1) and at least a half, one for each crop; the loss is l L(i) + (1 - l) L(j). How the paper puts that
+into DINO it does not say. Here: all views of a crop share j and l, the teacher sees unmixed views, and what
+is mixed is its distribution q, as the cross-entropy is linear in it.
+"""
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dirl
+
+ALPHA = 1.0  # of Beta(alpha, alpha)
+
+
+def draw_mix(count, device, alpha=ALPHA):
+    """(l (count,) at least a half, j (count,) a permutation), by torch's random numbers."""
+    share = torch.distributions.Beta(alpha, alpha).sample((count,))
+    return torch.maximum(share, 1 - share).to(device), torch.randperm(count).to(device)
+
+
+def mix(x, share, partner):
+    """l x_i + (1 - l) x_j over the second dimension of x (V, B, ...)."""
+    share = share.view(-1, *[1] * (x.dim() - 2))
+    return share * x + (1 - share) * x[:, partner]
+
+
+class MixLoss(dirl.DINOLoss):
+    """DINO's loss against mixed targets: the mean over pairs of views of -<l q_i + (1 - l) q_j, log p_i>.
+
+    student (V, B, K) of mixed views, the U global ones first; teacher (U, B, K) of unmixed ones. Pairs and
+    centre are DINO's; entropy is that of the mixed q.
+    """
+
+    def forward(self, student, teacher, share, partner, teacher_temp=0.04):
+        U, V, B = len(teacher), len(student), student.shape[1]
+        q = mix(((teacher.float() - self.center) / teacher_temp).softmax(-1), share, partner)  # (U, B, K)
+        self.entropy = torch.special.entr(q).sum(-1).mean()
+        other = (1 - torch.eye(U, V, device=q.device)).unsqueeze(-1).expand(-1, -1, B)  # (U, V, B)
+        loss = sum(checkpoint(dirl.view_cross_entropy, x, q, other[:, v], self.student_temp,
+                              use_reentrant=False, preserve_rng_state=False)  # as in dirl.py
+                   for v, x in enumerate(student.unbind())) / other.sum()
+        self.update_center(teacher, torch.ones(U, B, device=q.device))
+        return loss
+
+
+class Imix(dirl.DiRL):
+    """DINO on f whose views are mixed, as mixes says; (logits (V, B, K), l, j), the last two None if not."""
+
+    mixes = True
+
+    def forward(self, views, priors):
+        share = partner = None
+        if self.mixes:
+            share, partner = draw_mix(views[0].shape[1], views[0].device)
+            views = [mix(x, share, partner) for x in views]
+        logits, _ = super().forward(views, priors)["f"]
+        return logits, share, partner
+
+
+class ImixLoss(nn.Module):
+    """MixLoss of what two Imix models give: (loss, {"f": loss without gradient})."""
+
+    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.losses = nn.ModuleDict({"f": MixLoss(out_dim, student_temp, center_momentum)})
+
+    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
+        (logits, share, partner), (target, _, _) = student, teacher
+        loss = self.losses["f"](logits, target, share, partner, teacher_temp)
+        return loss, {"f": loss.detach()}
+
+
+def build(encoder, args):
+    """Student, teacher and loss of --ssl imix, on the device."""
+    student = Imix(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer).to(args.device)
+    teacher = dirl.make_teacher(student)
+    teacher.mixes = False
+    return student, teacher, ImixLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)

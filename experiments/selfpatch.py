@@ -1,0 +1,141 @@
+"""SelfPatch (4.1, Table 3): DINO, and each patch against what its most similar neighbours have in common.
+
+Yun et al. 2022, alinlab/SelfPatch. The teacher aggregates, for every patch of every view, the 4 most similar
+of its 8 neighbours (cosine; the grid is closed to a torus, so that a border patch has 8 too) by two blocks of
+class attention; the student's own patch in the same view has to predict that. Weight 0.1 beside DINO's loss,
+whose f is the same aggregation of all patches; 4096 outputs for patches (--disentangled-dim here).
+
+Evaluation averages the tokens, as of every encoder in this project, not what the aggregation gives.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dirl
+from experiments.tokens import through, tokens_of
+
+NEIGHBOURS = 4  # of 8
+WEIGHT = 0.1  # of L_patch
+
+
+def neighbours_of(grid, device=None):
+    """Indices (grid^2, 8) of the neighbours of each patch of a square grid, row by row, closed to a torus.
+
+    Of a grid with less than 3 patches a side some are there twice, or the patch itself.
+    """
+    index = torch.arange(grid * grid, device=device).view(grid, grid)
+    around = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
+    return torch.stack([index.roll(shift, (0, 1)).flatten() for shift in around], 1)
+
+
+def similar_neighbours(tokens, count=NEIGHBOURS):
+    """tokens (B, n, d) to the count neighbours (B, n, count, d) whose cosine with the token is highest."""
+    around = tokens[:, neighbours_of(int(tokens.shape[1] ** 0.5), tokens.device)]  # (B, n, 8, d)
+    best = F.cosine_similarity(around, tokens.unsqueeze(2), dim=-1).topk(count, -1).indices
+    return around.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
+
+
+class ClassAttention(dirl.Block):
+    """A block in which one token alone asks (CaiT): it attends to itself and to the others.
+
+    tokens (N, m, d) and the asking x (N, 1, d) to the new x (N, 1, d).
+    """
+
+    def forward(self, tokens, x):
+        q, k, v = self.attn.project(self.norm1(torch.cat([x, tokens], 1)))
+        attention = self.attn.logits(q[:, :, :1], k).softmax(-1)  # (N, heads, 1, 1 + m)
+        x = x + self.attn.merge(attention.to(v.dtype) @ v)
+        return x + self.mlp(self.norm2(x))
+
+
+class Aggregation(nn.Module):
+    """Tokens (N, m, d) to one (N, d): a learned token asks them in two blocks of class attention."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList([ClassAttention(dim, num_heads) for _ in range(2)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(dirl.init_weights)
+        nn.init.trunc_normal_(self.token, std=0.02)
+
+    def forward(self, tokens):
+        x = self.token.expand(len(tokens), -1, -1)
+        for block in self.blocks:
+            x = block(tokens, x)
+        return self.norm(x).squeeze(1)
+
+
+class PatchLoss(dirl.DINOLoss):
+    """L_patch: the mean of -<q, log p> over views, crops and patches, a view with itself.
+
+    student, teacher: a size of views each, logits (V_i, B, n_i, K) of the patches and of their neighbours.
+    The centre is that of all patches. After a call, entropy is the mean H(q).
+    """
+
+    def forward(self, student, teacher, teacher_temp=0.04):
+        views, loss, self.entropy = sum(map(len, student)), 0, 0
+        for s, t in zip(student, teacher):
+            q = ((t.float() - self.center) / teacher_temp).softmax(-1)
+            log_p = (s.float() / self.student_temp).log_softmax(-1)
+            loss = loss - (q * log_p).sum(-1).mean() * len(s) / views
+            self.entropy = self.entropy + torch.special.entr(q).sum(-1).mean() * len(s) / views
+        rows = torch.cat([t.flatten(0, 2) for t in teacher]).unsqueeze(0)  # (1, all patches, K)
+        self.update_center(rows, torch.ones(rows.shape[:2], device=rows.device))
+        return loss
+
+
+class SelfPatch(nn.Module):
+    """The encoder, the aggregation, a head on its f and one on the patches.
+
+    neighbours, of the teacher: the aggregation of each patch's neighbours stands for the patch.
+    """
+    sizes = None  # of views that pass through the teacher: all
+
+    def __init__(self, encoder, out_dim=65536, patch_dim=4096, norm_last_layer=True):
+        super().__init__()
+        self.encoder, self.neighbours = encoder, False
+        self.aggregation = Aggregation(encoder.embed_dim, encoder.num_heads)
+        self.heads = nn.ModuleDict({
+            name: dirl.DINOHead(encoder.embed_dim, dim, norm_last_layer=norm_last_layer)
+            for name, dim in (("f", out_dim), ("patch", patch_dim))})
+
+    def forward(self, views, priors=None):
+        """views: one (V_i, B, 3, H, W) per size, to logits of f (V, B, K) and, by size, (V_i, B, n_i, K)."""
+        f, patches = [], []
+        for tokens in tokens_of(self.encoder, views):  # (V_i, B, n_i, d)
+            flat = tokens.flatten(0, 1)
+            f.append(self.aggregation(flat).unflatten(0, tokens.shape[:2]))
+            if self.neighbours:
+                around = similar_neighbours(flat)  # (V_i B, n_i, 4, d)
+                patch = self.aggregation(around.flatten(0, 1)).view_as(tokens)
+            else:
+                patch = self.aggregation.norm(tokens)
+            patches.append(through(self.heads["patch"], patch))
+        return through(self.heads["f"], torch.cat(f)), patches
+
+
+class SelfPatchLoss(nn.Module):
+    """L_f + 0.1 L_patch of what student and teacher give; (loss, {name: L_name without gradient})."""
+
+    def __init__(self, out_dim, patch_dim, student_temp=0.1, center_momentum=0.9):
+        super().__init__()
+        self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
+                                     "patch": PatchLoss(patch_dim, student_temp, center_momentum)})
+
+    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
+        (f_s, patches_s), (f_t, patches_t) = student, teacher
+        f_t = f_t[: len(patches_t[0])]  # the global views
+        each = {"f": self.losses["f"](f_s, f_t, teacher_temp),
+                "patch": self.losses["patch"](patches_s, patches_t, teacher_temp)}
+        total = each["f"] + WEIGHT * each["patch"]
+        return total, {name: loss.detach() for name, loss in each.items()}
+
+
+def build(encoder, args):
+    """Student, teacher and loss of --ssl selfpatch, on the device."""
+    student = SelfPatch(encoder, args.out_dim, args.disentangled_dim, args.norm_last_layer).to(args.device)
+    teacher = dirl.make_teacher(student)
+    teacher.neighbours = True
+    loss = SelfPatchLoss(args.out_dim, args.disentangled_dim, args.student_temp, args.center_momentum)
+    return student, teacher, loss.to(args.device)
