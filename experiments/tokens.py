@@ -133,6 +133,7 @@ def draw(axis, points, fitted, title):
             axis.add_patch(Ellipse(mean, *(2 * sd * np.sqrt(values[::-1])), angle=angle, fill=False, ls=style,
                                    lw=1.8, edgecolor=KINDS[kind], label=f"{kind}, {sd} sd"))
     axis.set_title(title, fontsize=9)
+    axis.set_aspect("equal", "datalim")
     axis.set_xticks([])
     axis.set_yticks([])
 
