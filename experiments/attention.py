@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 import dirl
 from common.encoders import attention_of, in_batches, inputs_of
-from common.errors import InputError, check_mpp, check_ranges, run_script
+from common.errors import InputError, run_script
 from common.figures import HEAT, draw_distribution, spread
 from experiments import inputs
 from wsi.slides import CROP
@@ -28,8 +28,7 @@ BRIGHTEST = 3  # times an even share of the attention: the end of the colours, a
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.attention",
-                                     description="Aggregated attention of encoders, side by side.")
+    parser, _ = inputs.parser_of("attention", "Aggregated attention of encoders, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     style = argparse.ArgumentDefaultsHelpFormatter
     about = {"distribution": "Fig. 4, 7 to 9, 11: the distribution over all tokens, and its three bins",
@@ -52,9 +51,7 @@ def arguments(argv):
                              help="points in px of the crop (0 to 224) whose tokens ask; one number k: a "
                                   "grid of k x k")
     args = parser.parse_args(argv)
-    inputs.check_data(args)
-    check_mpp(args.mpp, "--mpp")
-    check_ranges(args, crops=(1, 1e9))
+    inputs.check_flags(args, crops=(1, 1e9))
     return args
 
 
@@ -120,7 +117,7 @@ def distribution(encoders, found, names, args):
     rows = [("network", "crops", "tokens", *BINS, *(f"quantile {q:g}" for q in QUANTILES))]
     for name, values in aggregated.items():
         numbers = (*dirl.attention_bins(values), *np.quantile(values.numpy(), QUANTILES))
-        rows.append((name, len(images), values.numel(), *(f"{v:.4f}" for v in numbers)))
+        rows.append((name, len(images), values.numel(), *numbers))
         print(f"{name}: " + ", ".join(f"{v:.1%} of the tokens {b}" for v, b in zip(numbers, BINS)))
     inputs.save_both(figure, rows, args.out)
 
@@ -165,8 +162,7 @@ def overlay(encoders, found, names, args):
         for axis, values in zip(line[2:], aggregated.values()):
             shown = show_heat(axis, image, values[k])
         draw_bars(line[-1], {name: values[k] for name, values in aggregated.items()})
-        rows += [(crop, name, *(f"{v:.4f}" for v in dirl.attention_bins(values[k])))
-                 for name, values in aggregated.items()]
+        rows += [(crop, name, *dirl.attention_bins(values[k])) for name, values in aggregated.items()]
     titles = ["crop", "P_c: a cell (bright)", *aggregated, "tokens in the bins, %"]
     for axis, title, color in zip(axes[0], titles, [BLACK, BLACK, *inputs.COLORS[:len(encoders)], BLACK]):
         axis.set_title(title, fontsize=9, color=color)
@@ -204,15 +200,14 @@ def query(encoders, found, names, args):
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(f"token at {x},{y} px", fontsize=8)
-            rows += [(crop, name, x, y, *corner[t], f"{v:.4f}") for t, v in enumerate(values.tolist())]
+            rows += [(crop, name, x, y, *corner[t], v) for t, v in enumerate(values.tolist())]
         line[0].set_ylabel(name if len(chosen) == 1 else f"{name}\n{crop}", fontsize=8)
     add_bar(figure, shown, axes[:, -1], "attention to a token (even: 1)")
     inputs.save_both(figure, rows, args.out, dpi=110)
 
 
 def run(args):
-    encoders, about = inputs.load_networks(args)
-    found, names = inputs.find_slides_of(args, about)
+    encoders, _, found, names = inputs.open_all(args)
     {"distribution": distribution, "overlay": overlay, "query": query}[args.command](
         encoders, found, names, args)
     return 0

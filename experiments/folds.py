@@ -17,7 +17,6 @@ nearly all of them (HIPT's own has seen all of TCGA). Without that leak each fol
 for every fold, and then --checkpoint "DiRL-H=runs/hipt_{fold}". One encoder for all is refused where it has
 seen test slides, unless --allow-seen is given; the table then says how many.
 """
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -41,10 +40,7 @@ PARTS, SEEN = ("train", "val", "test"), "test slides seen in pre-training"
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.folds",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="DSMIL on the features of runs, by folds from split files.")
-    add = parser.add_argument
+    parser, add = inputs.parser_of("folds", "DSMIL on the features of runs, by folds from split files.")
     add("--data", required=True, help="a data set's name or folder, as in train.py")
     add("--splits", required=True, help="folder with splits_0.csv, splits_1.csv, ... (train,val,test)")
     add("--checkpoint", nargs="+", metavar="[NAME=]RUN", help="runs with features/; {fold} in it stands for "
@@ -122,9 +118,7 @@ def measure_fold(found, fold, path, args):
     if lacking:
         raise InputError(f"{path.parent}/features: {len(lacking)} slides are not in it ({lacking[0]}, ..); "
                          f"python eval.py --data {args.data} --checkpoint {path.parent}, or take them out")
-    sets = {part: [(torch.from_numpy(bags[name]["features"]).to(args.device),
-                    found.classes.index(found.labels[name]["label"])) for name in fold[part]]
-            for part in PARTS}
+    sets = {part: inputs.labelled(bags, fold[part], found, args.device) for part in PARTS}
     model = mil.train_dsmil(sets["train"], sets["val"], len(found.classes), args.epochs, seed=args.seed,
                             weight_decay=args.mil_weight_decay)
     scores = torch.stack([mil.dsmil_predict(model, x) for x, _ in sets["test"]]).cpu().numpy()

@@ -6,7 +6,6 @@ Writes a picture, a CSV with a line per tile, and for each network a .geojson th
 the open slide): tiles as annotations with their measurements, tokens of the two sparse bins as detections.
 DSMIL is trained here, on the training slides' features that eval.py wrote; without them it is left out.
 """
-import argparse
 import json
 import re
 import sys
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 import mil
 from common.encoders import attention_of, in_batches
-from common.errors import InputError, check_mpp, check_ranges, run_script
+from common.errors import InputError, run_script
 from common.figures import HEAT
 from common.files import atomic_write
 from experiments import inputs
@@ -31,10 +30,7 @@ SPARSE = {"attention 0 to 0.5": (68, 1, 84), "attention over 2": (253, 231, 37)}
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.heatmap",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Heat maps of attention over a slide, and for QuPath.")
-    add = parser.add_argument
+    parser, add = inputs.parser_of("heatmap", "Heat maps of attention over a slide, and for QuPath.")
     inputs.add_networks(add)
     add("--slide", help="its name; default: the first of --part")
     add("--pixels", type=int, default=900, help="longer side of the picture of the slide; more for print")
@@ -44,9 +40,8 @@ def arguments(argv):
         help="of DSMIL, as in eval.py; lower for few slides, whose attention it makes all the same")
     add("--out", help="the picture; default: runs/heatmap_<slide>.png")
     args = parser.parse_args(argv)
-    inputs.check_data(args)
-    check_mpp(args.mpp, "--mpp")
-    check_ranges(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6), mil_weight_decay=(0, 10))
+    inputs.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
+                       mil_weight_decay=(0, 10))
     return args
 
 
@@ -118,9 +113,7 @@ def dsmil_attention(found, path, name, corners, args):
     if name not in bags or not np.array_equal(bags[name]["coords"], corners):
         raise InputError(f"{path.parent}/features/{name}.npz: is of other tiles or not there; "
                          f"python eval.py --checkpoint {path.parent}")
-    train, val = ([(torch.from_numpy(bags[slide]["features"]).to(args.device),
-                    found.classes.index(found.labels[slide]["label"]))
-                   for slide in found.split(part) if slide in bags] for part in ("train", "val"))
+    train, val = (inputs.labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
     if not train or not val:
         raise InputError(f"{path.parent}/features: no training or no validation slide; python eval.py "
                          f"--checkpoint {path.parent}")
@@ -157,12 +150,11 @@ def draw(picture, maps, title):
 
 
 def run(args):
-    encoders, about = inputs.load_networks(args)
-    found, names = inputs.find_slides_of(args, about)
+    encoders, paths, found, names = inputs.open_all(args)
     name = args.slide or names[0]
     if found.kind != "slides" or name not in found.images:
         raise InputError(f"--slide {name}: {found.source} has no slide of that name")
-    if name not in names and found.labels.get(name, {}).get("split") != args.part:
+    if name not in names:
         raise InputError(f"--slide {name}: is not of --part {args.part}; name its part")
     crops = inputs.crops_of(found, [name], args, with_cells=False)
     info = tile_info(found, name)
@@ -177,14 +169,14 @@ def run(args):
         low, high = (attention < 0.5).mean(1), (attention > 2).mean(1)
         of_tile = {"tokens 0 to 0.5": low, "tokens 0.5 to 2": 1 - low - high, "tokens over 2": high}
         maps[network] = {"aggregated attention": stitch(attention, crops.corners, side, unit, shape)}
-        instances = dsmil_attention(found, about[network][0], name, crops.corners, args)
+        instances = dsmil_attention(found, paths[network], name, crops.corners, args)
         if instances is not None:
             of_tile["DSMIL"] = instances
             maps[network]["DSMIL's attention"] = stitch(
                 instances[:, None] * len(instances), crops.corners, side, unit, shape)
         path = out.with_name(f"{out.stem}_{re.sub(r'[^A-Za-z0-9.-]+', '_', network)}.geojson")
         for_qupath[path] = attention, of_tile
-        rows += [(network, *corner, *(f"{v:.6f}" for v in values))
+        rows += [(network, *corner, *values)
                  for corner, values in zip(crops.corners.tolist(), zip(*of_tile.values()))]
     label = found.labels.get(name, {}).get("label", "no label")
     inputs.save_both(draw(picture, maps, f"{name}, {label}, {args.part} part"), rows, out)

@@ -1,4 +1,5 @@
 """What the analyses share: named checkpoints, the crops that they are shown, pictures with their numbers."""
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,13 @@ COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 
 
 # ---------------------------------------------------------------- flags
+
+def parser_of(script, description, **more):
+    """The parser of python -m experiments.<script>, and its add_argument."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{script}", description=description,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+    return parser, parser.add_argument
+
 
 def add_data(add):
     """The flags of a script that looks at a data set's crops."""
@@ -40,10 +48,11 @@ def add_networks(add):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
 
-def check_data(args):
-    """InputError for a flag of add_data or add_networks out of its range."""
+def check_flags(args, **limits):
+    """InputError for a flag of add_data or add_networks, or one of limits, out of its range."""
+    check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, tissue=(0, 1), workers=(1, 1024))
+    check_ranges(args, tissue=(0, 1), workers=(1, 1024), **limits)
     if "device" in args:
         check_device(args.device)
 
@@ -68,29 +77,29 @@ def named(texts, flag):
 
 
 def load_networks(args):
-    """{name: encoder on --device} and {name: (encoder.pt, its other values)} of --checkpoint."""
-    encoders, about = {}, {}
+    """{name: (encoder on --device, its encoder.pt, the file's other values)} of --checkpoint."""
+    out = {}
     for name, run in named(args.checkpoint, "--checkpoint").items():
         path = find_encoder(run)
-        encoder, values = load_encoder(path)
-        encoders[name], about[name] = encoder.to(args.device), (path, values)
-    return encoders, about
+        encoder, about = load_encoder(path)
+        out[name] = encoder.to(args.device), path, about
+    return out
 
 
-def find_slides_of(args, about):
-    """The data set of --data at --mpp and the names of --part in it (all, without labels).
+def open_all(args):
+    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part; all without labels).
 
     InputError if an encoder saw one of the test part.
     """
-    first = next(iter(about.values()))[1]["mpp"]
-    mpp = args.mpp or (None if args.data in DATASETS else first)
-    found = find_data(args.data, mpp, args.prior, slide_mpp=args.slide_mpp)
+    networks = load_networks(args)
+    mpp = None if args.data in DATASETS else next(iter(networks.values()))[2]["mpp"]
+    found = find_data(args.data, args.mpp or mpp, args.prior, slide_mpp=args.slide_mpp)
     names = found.split(args.part if found.labels else "train")
     if not names:
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
-    for path, values in about.values() if found.labels and args.part == "test" else ():
-        check_unseen(found, names, values["trained_on"], path)
-    return found, names
+    for _, path, about in networks.values() if found.labels and args.part == "test" else ():
+        check_unseen(found, names, about["trained_on"], path)
+    return *({name: network[k] for name, network in networks.items()} for k in (0, 1)), found, names
 
 
 def crops_of(found, names, args, with_cells=True):
@@ -139,13 +148,20 @@ def read_bags(run, names, encoder_path):
     return out
 
 
+def labelled(bags, names, found, device):
+    """[(features (N, d) on the device, class), ...] of those of names that have a bag (read_bags)."""
+    return [(torch.from_numpy(bags[name]["features"]).to(device),
+             found.classes.index(found.labels[name]["label"])) for name in names if name in bags]
+
+
 # ---------------------------------------------------------------- what is written
 
 def save_both(figure, rows, path, dpi=130):
-    """Writes a figure to path (.png) and its numbers to the .csv beside it; prints where."""
+    """Writes a figure to path (.png) and its numbers to the .csv beside it, in six digits; prints where."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise InputError(f"--out {path}: the name of a .png is expected; the numbers go beside it, as .csv")
     save_figure(figure, path, dpi)
-    write_csv(path.with_suffix(".csv"), rows)
+    write_csv(path.with_suffix(".csv"), [
+        [f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for v in row] for row in rows])
     print(f"Wrote {path} and {path.with_suffix('.csv').name} beside it")

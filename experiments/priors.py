@@ -6,7 +6,6 @@ A segmenter is a --prior of train.py or a folder with a file of cells for each s
 agreement of each pair as CSV: F1 of the nuclei within 3 um, and share and kappa of the patches' P_c. What the
 priors are worth for training (Table 7): python -m experiments.sweep prior.
 """
-import argparse
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +20,7 @@ from sklearn.metrics import cohen_kappa_score
 from tqdm import tqdm
 
 from common.datasets import DATASETS, PRIORS
-from common.errors import InputError, check_mpp, check_ranges, run_script
+from common.errors import InputError, run_script
 from common.figures import spread
 from common.files import print_table
 from data import find_data
@@ -36,10 +35,7 @@ NEAR = 3.0  # um: two centroids nearer than this may be the same nucleus
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.priors",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Cells of several segmenters on the same crops.")
-    add = parser.add_argument
+    parser, add = inputs.parser_of("priors", "Cells of several segmenters on the same crops.")
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
     inputs.add_data(add)
@@ -48,9 +44,7 @@ def arguments(argv):
     add("--show", type=int, default=3, help="crops that are drawn")
     add("--out", default="runs/priors.png", help="the picture")
     args = parser.parse_args(argv)
-    inputs.check_data(args)
-    check_mpp(args.mpp, "--mpp")
-    check_ranges(args, crops=(1, 1e9), show=(1, 20))
+    inputs.check_flags(args, crops=(1, 1e9), show=(1, 20))
     if len(args.prior) < 2:
         raise InputError("--prior: two segmenters are needed to compare them")
     if args.mpp is None and args.data not in DATASETS:

@@ -7,7 +7,6 @@ Pre-trains every method with every value by train.py and measures it by eval.py,
 below --out. Stop it whenever you like: the same command goes on, and what is finished is kept. Writes
 sweep.csv and sweep.png after each run.
 """
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +29,9 @@ SHOWN = {"accuracy": "accuracy", "auc": "AUC"}
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.sweep", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False, description="Pre-trains and measures methods over the values of a flag.",
+    parser, add = inputs.parser_of(
+        "sweep", "Pre-trains and measures methods over the values of a flag.", allow_abbrev=False,
         epilog="All other flags are train.py's, the same for every run: --data, --epochs, --arch, ...")
-    add = parser.add_argument
     add("what", choices=list(VALUES), help="fraction: Fig. 6; prior: Table 7 (the baseline has none, and "
         "runs once)")
     add("--values", nargs="+", help=f"of the flag; default: {'; '.join(map(' '.join, VALUES.values()))}")
@@ -143,8 +140,7 @@ def report(out, jobs, args):
         return
     rows = [(args.what, "method", "measure", "mean", "sd", "repeats")]
     for (method, value), measures in found.items():
-        rows += [(value, method, measure, f"{np.mean(v):.4f}", sd_of(v), len(v))
-                 for measure, v in measures.items()]
+        rows += [(value, method, measure, np.mean(v), sd_of(v), len(v)) for measure, v in measures.items()]
     inputs.save_both(draw(args.values, found, args), rows, out / "sweep.png")
 
 

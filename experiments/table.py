@@ -6,7 +6,6 @@ Reads slides.csv, patches.csv and results.csv of every run below a folder, as ev
 are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; runs with other settings
 have rows of their own, which name what differs.
 """
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from common.errors import InputError, run_script
 from common.files import atomic_write, read_json, write_csv
 from common.flags import arguments as train_arguments
 from common.run import RESUMABLE
+from experiments import inputs
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
@@ -26,10 +26,7 @@ NO_SETTING = {*RESUMABLE, "seed", "method", "arch", "data", "mpp", "crops", "ima
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.table",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="The paper's table from the runs below a folder.")
-    add = parser.add_argument
+    parser, add = inputs.parser_of("table", "The paper's table from the runs below a folder.")
     add("folder", nargs="?", default="runs", help="every run in it and below counts")
     add("--format", default="markdown", choices=["markdown", "latex"], help="latex needs booktabs")
     add("--measures", nargs="+", default=["accuracy", "auc"], choices=list(MEASURES),
@@ -84,11 +81,12 @@ def labels_of(runs):
 
     Only what is not train.py's default is named, so that the runs with the paper's settings have no addition.
     """
-    keys = [(config["data"], config["arch"], config["method"]) for _, config, _ in runs]
+    def key_of(config):
+        return [config[name] for name in ("data", "arch", "method")]
     out = []
-    for key, (_, config, _) in zip(keys, runs):
-        data, arch, method = key
-        others = [other for other_key, (_, other, _) in zip(keys, runs) if other_key == key]
+    for _, config, _ in runs:
+        data, arch, method = key_of(config)
+        others = [other for _, other, _ in runs if key_of(other) == key_of(config)]
         default = vars(train_arguments(["--data", data, "--arch", arch, "--method", method]))
         differs = [name for name, value in config.items() if name not in NO_SETTING
                    and any(other.get(name) != value for other in others)
@@ -161,11 +159,9 @@ def latex(table, columns):
     sets = list(dict.fromkeys(data for data, _ in columns))
     spans = [sum(data == one for data, _ in columns) for one in sets]
     above = "".join(rf" & \multicolumn{{{n}}}{{c}}{{{escape(one)}}}" for one, n in zip(sets, spans))
-    ends = np.cumsum(spans) + 1
-    rules = " ".join(rf"\cmidrule(lr){{{end - n + 1}-{end}}}" for end, n in zip(ends, spans))
     measures = "".join(f" & {escape(MEASURES[measure])}" for _, measure in columns)
     body = [" & ".join([escape(row[0]), *row[1:]]) + r" \\" for row in rows]
-    return "\n".join([rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", above + r" \\", rules,
+    return "\n".join([rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", above + r" \\",
                       measures + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 

@@ -5,28 +5,25 @@
 Tokens of T_L, N with a cell and N without, drawn from crops of the test part, go through t-SNE; a Gaussian is
 fitted to either kind of points, and the two are compared: Jensen-Shannon divergence, Bhattacharyya distance.
 """
-import argparse
 import sys
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
+from scipy.stats import multivariate_normal
 from sklearn.manifold import TSNE
 from tqdm import tqdm
 
 from common.encoders import inputs_of
-from common.errors import InputError, check_mpp, check_ranges, run_script
+from common.errors import InputError, run_script
 from experiments import inputs
 
 KINDS = {"cell": "#D55E00", "background": "#0072B2"}
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m experiments.tokens",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="t-SNE of cell and background tokens, and their distance.")
-    add = parser.add_argument
+    parser, add = inputs.parser_of("tokens", "t-SNE of cell and background tokens, and their distance.")
     inputs.add_networks(add)
     add("--tokens", type=int, default=30_000,
         help="of either kind, the paper's; 30,000 take t-SNE some half an hour a network, 3,000 minutes")
@@ -35,10 +32,8 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="of the drawing and of t-SNE; another says what is luck")
     add("--out", default="runs/tokens.png", help="the picture")
     args = parser.parse_args(argv)
-    inputs.check_data(args)
-    check_mpp(args.mpp, "--mpp")
-    check_ranges(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
-                 perplexity=(1, (2 * args.tokens - 1) / 3))
+    inputs.check_flags(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
+                       perplexity=(1, (2 * args.tokens - 1) / 3))
     return args
 
 
@@ -50,13 +45,6 @@ def fit_gaussian(points):
     if not np.linalg.det(cov) > 1e-12 * np.trace(cov) ** 2:
         raise ValueError("the points lie on a line, and have no 2-D Gaussian")
     return mean, cov
-
-
-def log_density(x, mean, cov):
-    """ln of a 2-D Gaussian's density at x (.., 2)."""
-    d = x - mean
-    squared = (d * (d @ np.linalg.inv(cov))).sum(-1)  # d^T cov^-1 d
-    return -0.5 * (squared + np.linalg.slogdet(cov)[1]) - np.log(2 * np.pi)
 
 
 def jensen_shannon(p, q, steps=601, reach=8):
@@ -72,7 +60,7 @@ def jensen_shannon(p, q, steps=601, reach=8):
 
     def mean_log(own, other):
         x = own[0] + grid @ np.linalg.cholesky(own[1]).T
-        a, b = log_density(x, *own), log_density(x, *other)
+        a, b = (multivariate_normal(*gaussian).logpdf(x) for gaussian in (own, other))
         return (weight * (np.log(2) + a - np.logaddexp(a, b))).sum() / np.log(2)
     return float((mean_log(p, q) + mean_log(q, p)) / 2)
 
@@ -139,8 +127,7 @@ def draw(axis, points, fitted, title):
 
 
 def run(args):
-    encoders, about = inputs.load_networks(args)
-    found, names = inputs.find_slides_of(args, about)
+    encoders, _, found, names = inputs.open_all(args)
     crops = inputs.crops_of(found, names, args)
     order = np.random.default_rng(args.seed).permutation(len(crops))[: args.crops]
     places = draw_places(crops.priors()[order], args.tokens, args.seed)
@@ -156,7 +143,7 @@ def run(args):
         except ValueError as error:
             raise InputError(f"--checkpoint {name}: {error}; its tokens may be all the same") from None
         js, bd = jensen_shannon(*fitted.values()), bhattacharyya(*fitted.values())
-        rows.append((name, args.tokens, f"{js:.4f}", f"{bd:.4f}"))
+        rows.append((name, args.tokens, js, bd))
         draw(axis, points, fitted, f"{name}\nJS {js:.3f}, BD {bd:.3f}")
         print(f"{name}: Jensen-Shannon {js:.4f}, Bhattacharyya {bd:.4f}")
     handles, labels = axes[0].get_legend_handles_labels()

@@ -5,9 +5,7 @@
 In a view of one region alone, tokens have nothing to attend to across regions (M_cross, eq. 4). Writes the
 shares as a plot and as CSV; under the plot, views as the network sees them, patches with a cell outlined.
 """
-import argparse
 import sys
-from types import SimpleNamespace
 
 import torch
 from matplotlib.figure import Figure
@@ -28,11 +26,9 @@ LOCALS = 4  # local views that are drawn, at most
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.views", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False, description="Share of views that have cells and background, over crop scales.",
+    parser, add = inputs.parser_of(
+        "views", "Share of views that have cells and background, over crop scales.", allow_abbrev=False,
         epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
-    add = parser.add_argument
     add("--mpp", type=float, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
     add("--crops", type=int, default=2000, help="most crops of the training part; more is steadier")
     add("--show", type=int, default=2, help="crops of each um/px whose views are drawn")
@@ -54,12 +50,6 @@ def region_shares(cells, scale, size, generator):
     flip = torch.zeros(len(cells), dtype=torch.bool)
     has_cell, has_back = regions_present(view_prior(cells, boxes, flip, size))
     return [share.float().mean().item() for share in (has_cell & has_back, ~has_back, ~has_cell)]
-
-
-def padded_cells(crops, indices):
-    """Cells (B, K, 2) of these crops, padded with NaN."""
-    xy = [torch.from_numpy(crops.cells(i)) for i in indices]
-    return torch.nn.utils.rnn.pad_sequence(xy, True, float("nan"))
 
 
 def views_of(crops, chosen, train):
@@ -106,10 +96,9 @@ def run(args):
         found = find_data(train.data, mpp, train.prior, slide_mpp=train.slide_mpp)
         if found.kind != "slides":
             raise InputError(f"--data {train.data}: ready-cut crops have one um/px; slides are needed")
-        here = SimpleNamespace(data=train.data, tissue=train.tissue, workers=max(1, train.workers),
-                               max_seconds=train.max_seconds, max_gigapixels=train.max_gigapixels)
-        crops = inputs.crops_of(found, found.split("train", "val"), here)
-        cells = padded_cells(crops, spread(len(crops), args.crops))
+        crops = inputs.crops_of(found, found.split("train", "val"), train)
+        cells = [torch.from_numpy(crops.cells(i)) for i in spread(len(crops), args.crops)]
+        cells = torch.nn.utils.rnn.pad_sequence(cells, True, float("nan"))  # (B, K, 2)
         generator = torch.Generator().manual_seed(train.seed)
         sizes = {"global": train.global_size} | ({"local": train.local_size} if train.local_crops else {})
         for kind, size in sizes.items():
@@ -133,7 +122,6 @@ def run(args):
             for k, (axis, (view, prior)) in enumerate(zip(line[1:], views)):
                 draw_view(axis, view, prior, f"{'local' if k > 1 else 'global'}, {prior.mean():.0%} cells")
     header = ("um/px", "view", "px", "scale", "both regions", "cells alone", "background alone")
-    rows = [(*row[:4], *(f"{v:.4f}" for v in row[4:])) for row in rows]
     inputs.save_both(figure, [header, *rows], args.out)
     return 0
 
