@@ -1,6 +1,5 @@
 """The paper's figures and tables: mathematics, heat where it belongs, each script at a tiny size."""
 import json
-import os
 import shutil
 from itertools import permutations
 from pathlib import Path
@@ -13,7 +12,7 @@ from synthetic import arrays_of, refused, rows_of, saved, write, write_table
 
 import eval as eval_py
 import train
-from common.encoders import random_encoder, save_encoder
+from common.encoders import inputs_of, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import file_stamp
 from data import find_data, random_boxes
@@ -22,7 +21,8 @@ from prior import STAINS, bin_centroids
 
 WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
 ON = [*WHERE, "--device", "cpu"]
-TWO = ["--checkpoint", "First=runs/one", "Second=runs/two"]
+ONE, OTHER = (f"runs/sweep_fraction_tiny/baseline_{value}_seed0" for value in ("0.5", "1"))
+TWO = ["--checkpoint", f"First={ONE}", f"Second={OTHER}"]
 RUN = {"data": "tiny", "arch": "vit_t4", "method": "dirl", "seed": 0, "fraction": 1.0}
 
 
@@ -34,24 +34,28 @@ def make_run(folder, seed, seen=()):
     write(folder / "config.json", RUN)
 
 
+SWEEP = ["fraction", "--values", "0.5", "1", "--methods", "baseline", "--repeats", "2", "--mil-epochs", "2", *ON,
+         "--arch", "vit_t4", "--batch", "2", "--epochs", "1", "--out-dim", "8", "--global-size", "32",
+         "--local-crops", "0"]
+
+
 @pytest.fixture(scope="module")
 def made(rendered, tmp_path_factory):
-    """"tiny": ten slides of two tiles, prepared; a run that eval.py has measured, another with features."""
-    here = tmp_path_factory.mktemp("analyses")
-    before = Path.cwd()
-    os.chdir(here)
-    rows = []
+    """"tiny": ten slides of two tiles; two runs by a sweep, within this process for time; its steps."""
+    here, rows, steps = tmp_path_factory.mktemp("analyses"), [], []
     for label, (image, _) in rendered.items():
         for i, split in enumerate(("train", "train", "val", "test", "test")):
             crop = image[600: 1048, 300 + 300 * i: 1196 + 300 * i]
             saved(here / f"tiny/slides/{label}_{i}.png", array=crop)
             rows.append(f"{label}_{i},{label},{label}{i},{split}")
     write_table(here / "tiny/labels.csv", "slide,label,patient,split", rows)
-    make_run(here / "runs/one", 0)
-    assert eval_py.main([*ON, "--checkpoint", "runs/one", "--repeats", "1", "--epochs", "1"]) == 0
-    make_run(here / "runs/two", 1)
-    take_features("runs/one", here / "runs/two")
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(sweep, "pre_train", lambda flags, folder: steps.append("train") or train.main(flags))
+        patch.setattr(sweep.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
+            returncode=eval_py.main(command[2:])))
+        assert sweep.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
+        assert sweep.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
     return here
 
 
@@ -95,21 +99,18 @@ def test_distances_by_hand():
     assert tokens.bhattacharyya(one, apart) == pytest.approx(4 / 8)
     wide = gaussian([0, 0], 4 * np.eye(2))  # mean of the covariances: 2.5 I
     assert tokens.bhattacharyya(one, wide) == pytest.approx(np.log(2.5 ** 2 / (1 * 16) ** 0.5) / 2)
-    mean, cov = tokens.fit_gaussian(np.array([[0., 0], [2, 0], [0, 2], [2, 2]]))
-    np.testing.assert_allclose((mean, *cov), ([1, 1], [4 / 3, 0], [0, 4 / 3]))
     with pytest.raises(ValueError, match="line"):
         tokens.fit_gaussian(np.outer(np.arange(9.), [1, 2]))
 
 
 def test_drawn_tokens_are_of_their_kind_and_those_of_the_encoder():
-    encoder, images = random_encoder("vit_t4", 0), torch.randint(0, 256, (3, 3, 224, 224), dtype=torch.uint8)
+    encoder, images = random_encoder("vit_t4", 0), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     p_c = (torch.rand(3, 196) < 0.3).float()
     places = tokens.draw_places(p_c, 50, seed=1)
     assert p_c.flatten()[places["cell"]].all() and not p_c.flatten()[places["background"]].any()
     assert all(len(set(where)) == 50 for where in places.values())
     got = tokens.tokens_of(encoder, images, places["cell"], batch=2)
-    with torch.no_grad():
-        want = encoder(tokens.inputs_of(encoder, images)).flatten(0, 1)[places["cell"]]
+    want = encoder(inputs_of(encoder, images)).flatten(0, 1)[places["cell"]].detach()
     np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(InputError, match="--tokens 590"):
         tokens.draw_places(p_c, 590, seed=1)
@@ -209,8 +210,6 @@ def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
     assert heat.shape == dark.shape == (448, 672) and dark.sum() == 64 * 48
     assert np.array_equal(heat > 2, dark) and not np.isnan(heat).any()
     features = json.loads(Path("h_it.geojson").read_text())["features"]
-    kinds = [feature["properties"]["objectType"] for feature in features]
-    assert kinds.count("annotation") == 6
     hot = [np.array(f["geometry"]["coordinates"][0]) for f in features
            if f["properties"].get("classification", {}).get("name") == "attention over 2"]
     assert len(hot) == 12 and all(np.ptp(ring, 0).tolist() == [32, 32] for ring in hot)
@@ -218,6 +217,7 @@ def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
     assert ring.min(0).tolist() == [384, 416] and ring.max(0).tolist() == [512, 512]
     tiles = {tuple(f["geometry"]["coordinates"][0][0]): f["properties"]["measurements"] for f in features
              if f["properties"]["objectType"] == "annotation"}
+    assert len(tiles) == 6
     assert tiles[896, 448]["tokens 0.5 to 2"] == 1
     assert tiles[0, 0]["tokens over 2"] == pytest.approx(2 / 196, rel=1e-3)
 
@@ -242,16 +242,14 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     write_table(tmp_path / "b/patches.csv", "data,encoder,training,fold,accuracy,auc", [
         "mhist,b,fine-tuned,1,0.8,0.9", "mhist,b,fine-tuned,2,0.7,0.9", "mhist,random,fine-tuned,1,1,1"])
     assert table.main([str(tmp_path)]) == 0
-    lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0] == ("|  | tiny accuracy | tiny AUC | mhist accuracy | mhist AUC | other_set accuracy | "
-                        "other_set AUC |")
-    assert lines[2] == "| Baseline-T4 | **0.850** ± 0.071 | **0.900** ± 0.071 |  |  |  |  |"
-    assert lines[3] == ("| DiRL-T4 | 0.800 ± 0.141 | 0.850 ± 0.141 | **0.750** ± 0.071 | **0.900** ± 0.000 |  "
-                        "|  |")
+    lines = (tmp_path / "table.md").read_text().replace("*", "!").splitlines()
+    assert lines[0].startswith("|  | tiny accuracy | tiny AUC | mhist accuracy | mhist AUC | other_set accu")
+    assert lines[2] == "| Baseline-T4 | !!0.850!! ± 0.071 | !!0.900!! ± 0.071 |  |  |  |  |"
+    assert lines[3].startswith("| DiRL-T4 | 0.800 ± 0.141 | 0.850 ± 0.141 | !!0.750!! ± 0.071 | !!0.900!! ±")
     assert lines[4].startswith("| DiRL-T4, fraction 0.2 | 0.500 | 0.550 |")
-    assert lines[5] == "| DiRL-S |  |  |  |  | **0.875** | **0.925** |"
-    assert list(rows_of(tmp_path / "table.csv")[0].values()) == [
-        "Baseline-T4", "tiny", "accuracy", "0.8500", "0.0707", "2"]
+    assert lines[5] == "| DiRL-S |  |  |  |  | !!0.875!! | !!0.925!! |"
+    row = rows_of(tmp_path / "table.csv")[0]
+    assert list(row.values()) == ["Baseline-T4", "tiny", "accuracy", "0.8500", "0.0707", "2"]
     assert table.main([str(tmp_path), "--format", "latex", "--measures", "accuracy", "middle"]) == 0
     text = (tmp_path / "table.tex").read_text()
     assert r"Baseline-T4 & \textbf{0.850} $\pm$ 0.071 & 0.600" in text
@@ -264,10 +262,9 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
 def write_splits(folder, count=2):
     for k in range(count):
         parts = {"train": [0, 1 + k], "val": [2 - k], "test": [3]}
-        columns = [[f"{label}_{i}.svs" for label in ("glands", "nests") for i in numbers]
+        columns = [[f"{label}_{i}.svs" for label in ("glands", "nests") for i in numbers] + [""] * 2
                    for numbers in parts.values()]
-        rows = [f"{i}," + ",".join(column[i] if i < len(column) else "" for column in columns)
-                for i in range(4)]
+        rows = [f"{i}," + ",".join(column[i] for column in columns) for i in range(4)]
         write_table(folder / f"splits_{k}.csv", ",train,val,test", rows + ["4,TCGA-elsewhere,,"])
     write_table(folder / "splits_0_bool.csv", "x", ["y"])
 
@@ -282,35 +279,29 @@ def test_folds_by_published_split_files(here, capsys):
     assert [(row["network"], row["fold"], row["train"], row["test"]) for row in rows] == [
         (name, fold, "4", "2") for name in ("First", "Second") for fold in "01"]
     for k in (0, 1):
-        shutil.copytree(here / "runs/one", here / f"runs/fold_{k}", dirs_exist_ok=True)
-    assert folds.main([*argv, "--checkpoint", "own=runs/fold_{fold}"]) == 0
-    shutil.rmtree(here / "runs/fold_1")
-    refused(capsys, folds.main, [*argv, "--checkpoint", "own=runs/fold_{fold}"], "runs/fold_1")
-    shutil.rmtree(here / "runs/fold_0")
+        shutil.copytree(here / ONE, here / f"elsewhere/fold_{k}")
+    assert folds.main([*argv, "--checkpoint", "own=elsewhere/fold_{fold}"]) == 0
+    shutil.rmtree(here / "elsewhere/fold_1")
+    refused(capsys, folds.main, [*argv, "--checkpoint", "own=elsewhere/fold_{fold}"], "elsewhere/fold_1")
     refused(capsys, folds.main, [*argv, "--write-split", "0"], "labels.csv", "column split")
-    write_table(here / "splits/splits_0.csv", "train,val,test", ["nests_0,nests_0,nests_1"])
-    refused(capsys, folds.main, [*argv, *TWO], "nests_0 stands there twice")
-
-
-def test_an_encoder_that_saw_test_slides_is_refused_or_said(here, capsys):
-    write_splits(here / "splits")
-    run = here / "elsewhere" / "seen"
-    make_run(run, 0, seen=["nests_3"])
-    take_features("runs/one", run)
-    argv = ["--data", "tiny", "--splits", "splits", "--epochs", "1", "--device", "cpu", "--checkpoint",
-            str(run)]
+    make_run(here / "elsewhere/seen", 0, seen=["nests_3"])
+    take_features(ONE, here / "elsewhere/seen")
+    argv += ["--checkpoint", "elsewhere/seen"]
     refused(capsys, folds.main, argv, "1 of the 2 test slides", "--allow-seen")
     assert folds.main([*argv, "--allow-seen"]) == 0 and "2 of 4" in capsys.readouterr().out
+    write_table(here / "splits/splits_0.csv", "train,val,test", ["nests_0,nests_0,nests_1"])
+    refused(capsys, folds.main, argv, "nests_0 stands there twice")
 
 
-def test_a_fold_becomes_the_split_that_training_reads(here, capsys):
+def test_a_fold_becomes_the_split_that_training_reads(here):
     shutil.copytree(here / "tiny", here / "open", dirs_exist_ok=True)
     rows = [f"{row['slide']},{row['label']}" for row in rows_of(here / "tiny/labels.csv")]
     write_table(here / "open/labels.csv", "slide,label", rows)
     write_splits(here / "splits")
     assert folds.main(["--data", "open", "--splits", "splits", "--write-split", "1", "--device", "cpu"]) == 0
     found = find_data("open")
-    assert found.split("val") == ["glands_1", "nests_1"] and {"glands_3", "nests_3"} <= set(found.split("test"))
+    assert found.split("val") == ["glands_1", "nests_1"]
+    assert {"glands_3", "nests_3"} <= set(found.split("test"))
 
 
 # ---------------------------------------------------------------- each script at a tiny size
@@ -333,12 +324,13 @@ def test_attention_scripts(here, capsys):
     assert attention.main(["query", *ON, *TWO, *shown, "--query", "0,0", "100,60"]) == 0
     wrote(here / "q.png", 2 * 2 * 196)
     refused(capsys, attention.main, ["query", *ON, *TWO, "--show", "0_0"], "--show 0_0", "one is needed")
-    refused(capsys, attention.main, ["overlay", *ON, "--checkpoint", "x=runs/one", "x=runs/two"], "NAME=")
+    overlay = ["overlay", *ON, "--checkpoint"]
+    refused(capsys, attention.main, [*overlay, f"x={ONE}", f"x={OTHER}"], "NAME=")
     make_run(here / "elsewhere/saw", 0, seen=["nests_3"])
-    refused(capsys, attention.main, ["overlay", *ON, "--checkpoint", "elsewhere/saw"], "was trained on 1 of")
+    refused(capsys, attention.main, [*overlay, "elsewhere/saw"], "was trained on 1 of")
 
 
-def test_heatmap_script_with_dsmil(here, capsys):
+def test_heatmap_tokens_and_views_scripts(here, capsys):
     argv = [*ON, *TWO, "--slide", "nests_4", "--repeats", "1", "--epochs", "2", "--out", "h.png"]
     assert heatmap.main(argv) == 0
     wrote(here / "h.png", 4)  # two tiles, two networks
@@ -346,18 +338,12 @@ def test_heatmap_script_with_dsmil(here, capsys):
     assert sum(float(row["DSMIL"]) for row in rows[:2]) == pytest.approx(1, abs=1e-4)
     assert {path.name for path in here.glob("h_*.geojson")} == {"h_First.geojson", "h_Second.geojson"}
     refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "not of --part test")
-
-
-def test_tokens_script(here):
     argv = [*ON, *TWO, "--tokens", "60", "--perplexity", "10", "--out", "t.png"]
     assert tokens.main(argv) == 0
     wrote(here / "t.png", 2)
     assert all(0 <= float(row["Jensen-Shannon"]) <= 1 for row in rows_of(here / "t.csv"))
-
-
-def test_views_script(here):
-    flags = ["--data", "tiny", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1", "--device", "cpu"]
-    assert views.main([*flags, "--mpp", "2", "1", "--local-crops", "2", "--show", "1", "--out", "v.png"]) == 0
+    argv = [*ON[:2], *ON[4:], "--local-crops", "2", "--show", "1", "--out", "v.png"]  # without --mpp: two
+    assert views.main(argv) == 0
     wrote(here / "v.png", 2 * 2 * len(views.SCALES))
     for row in rows_of(here / "v.csv"):
         shares = [float(row[name]) for name in ("both regions", "cells alone", "background alone")]
@@ -374,24 +360,13 @@ def test_priors_script(here, capsys):
     refused(capsys, priors.main, [*WHERE, "--prior", "builtin", "gone"], "--prior gone")
 
 
-def test_sweep_script_keeps_what_is_finished(here, monkeypatch, capsys):
-    """train.py and eval.py run within this process, for time."""
-    calls = []
-    monkeypatch.setattr(sweep, "pre_train", lambda flags, folder: calls.append("train") or train.main(flags))
-    monkeypatch.setattr(sweep.subprocess, "run", lambda command: calls.append("eval") or SimpleNamespace(
-        returncode=eval_py.main(command[2:])))
-    argv = ["fraction", "--values", "0.5", "1", "--methods", "baseline", "--repeats", "2",
-            "--mil-epochs", "2", *ON, "--arch", "vit_t4", "--batch", "2", "--epochs", "1", "--global-size", "32", "--local-crops", "0",
-            "--out-dim", "8"]
-    assert sweep.main(argv) == 0 and calls == ["train", "eval"] * 2
-    out = here / "runs/sweep_fraction_tiny"
-    rows = rows_of(out / "sweep.csv")
+def test_sweep_script(here, capsys):
+    rows = rows_of(here / "runs/sweep_fraction_tiny/sweep.csv")
     assert {(row["fraction"], row["measure"], row["repeats"]) for row in rows} >= {
         ("0.5", "accuracy", "2"), ("1", "auc", "2"), ("1", "middle", "1")}
-    assert (out / "sweep.png").stat().st_size > 10_000
-    assert sweep.main(argv) == 0 and calls[4:] == ["train", "train"]  # which are finished and end at once
-    refused(capsys, sweep.main, [*argv, "--seed", "1"], "--seed: the sweep sets it")
-    jobs = sweep.jobs_of(sweep.arguments(["prior", *ON, "--batch", "2"]))[1]
-    assert [folder.name for _, _, folder, _ in jobs] == ["baseline_seed0"] + [
-        f"{method}_{value}_seed0" for method in ("cellback", "dirl")
-        for value in ("histomicstk", "cellpose", "hovernet")]
+    assert (here / "runs/sweep_fraction_tiny/sweep.png").stat().st_size > 10_000
+    refused(capsys, sweep.main, [*SWEEP, "--seed", "1"], "--seed: the sweep sets it")
+    jobs = sweep.jobs_of(sweep.arguments(["prior", *ON, "--values", "cellpose", "hovernet"]))[1]
+    assert [folder.name for _, _, folder, _ in jobs] == [
+        "baseline_seed0", "cellback_cellpose_seed0", "cellback_hovernet_seed0", "dirl_cellpose_seed0",
+        "dirl_hovernet_seed0"]
