@@ -100,8 +100,8 @@ def write_geojson(path, attention, corners, side, of_tile):
 def dsmil_attention(found, path, name, corners, args):
     """DSMIL's instance attention (N,) for a slide's class, of its N tiles; mean of --repeats trainings.
 
-    Trained on the training part, validated on the validation part; of a slide without label the predicted
-    class counts. None, with a note, without features or labels.
+    Trained on the training part, validated on the validation part. None, with a note, without features;
+    InputError if they are of other tiles than corners (N, 2).
     """
     if not args.repeats or not found.labels:
         return None
@@ -117,12 +117,10 @@ def dsmil_attention(found, path, name, corners, args):
     if not train or not val:
         raise InputError(f"{path.parent}/features: no training or no validation slide; python eval.py "
                          f"--checkpoint {path.parent}")
-    x, out = torch.from_numpy(bags[name]["features"]).to(args.device), []
+    (x, label), out = *inputs.labelled(bags, [name], found, args.device), []
     for seed in tqdm(range(args.repeats), "DSMIL", leave=False):
         model = mil.train_dsmil(train, val, len(found.classes), args.epochs, seed=seed,
                                 weight_decay=args.mil_weight_decay)
-        said = found.labels.get(name)
-        label = found.classes.index(said["label"]) if said else mil.dsmil_predict(model, x).argmax().item()
         with torch.no_grad():
             out.append(model(x)[2][:, label].cpu().numpy())
     return np.mean(out, 0)

@@ -53,8 +53,15 @@ def check_flags(args, **limits):
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
     check_ranges(args, tissue=(0, 1), workers=(1, 1024), **limits)
+    check_out(args.out)
     if "device" in args:
         check_device(args.device)
+
+
+def check_out(path):
+    """InputError if --out is no .png."""
+    if path and Path(path).suffix.lower() != ".png":
+        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go beside it, as .csv")
 
 
 # ---------------------------------------------------------------- networks and crops
@@ -99,7 +106,8 @@ def open_all(args):
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
     for _, path, about in networks.values() if found.labels and args.part == "test" else ():
         check_unseen(found, names, about["trained_on"], path)
-    return *({name: network[k] for name, network in networks.items()} for k in (0, 1)), found, names
+    encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
+    return encoders, {name: path for name, (_, path, _) in networks.items()}, found, names
 
 
 def crops_of(found, names, args, with_cells=True):
@@ -159,8 +167,6 @@ def labelled(bags, names, found, device):
 def save_both(figure, rows, path, dpi=130):
     """Writes a figure to path (.png) and its numbers to the .csv beside it, in six digits; prints where."""
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go beside it, as .csv")
     save_figure(figure, path, dpi)
     write_csv(path.with_suffix(".csv"), [
         [f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for v in row] for row in rows])

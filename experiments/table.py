@@ -69,7 +69,7 @@ def read_runs(folder):
     """[(folder, config, values), ...] of the measured runs below a folder; InputError if there are none."""
     runs = [(path.parent, read_json(path), read_values(path.parent))
             for path in sorted(Path(folder).rglob("config.json"))]
-    runs = [run for run in runs if run[1].get("method") and run[2]]
+    runs = [run for run in runs if {"data", "arch", "method"} <= run[1].keys() and run[2]]
     if not runs:
         raise InputError(f"{folder}: no run in it that eval.py has measured; first: python train.py, "
                          "python eval.py")
@@ -87,7 +87,7 @@ def labels_of(runs):
     for _, config, _ in runs:
         data, arch, method = key_of(config)
         others = [other for _, other, _ in runs if key_of(other) == key_of(config)]
-        default = vars(train_arguments(["--data", data, "--arch", arch, "--method", method]))
+        default = vars(train_arguments(["--data", data]))
         differs = [name for name, value in config.items() if name not in NO_SETTING
                    and any(other.get(name) != value for other in others)
                    and plain(default.get(name)) != value]

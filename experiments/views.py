@@ -38,6 +38,7 @@ def arguments(argv):
     for mpp in args.mpp:
         check_mpp(mpp, "--mpp")
     check_ranges(args, crops=(1, 1e9), show=(1, 20))
+    inputs.check_out(args.out)
     return args
 
 

@@ -26,16 +26,8 @@ TWO = ["--checkpoint", f"First={ONE}", f"Second={OTHER}"]
 RUN = {"data": "tiny", "arch": "vit_t4", "method": "dirl", "seed": 0, "fraction": 1.0}
 
 
-def make_run(folder, seed, seen=()):
-    """A run with an untrained encoder that "saw" these slides."""
-    seen = {"data": "tiny", "images": dict.fromkeys(seen, 1), "patients": []}
-    save_encoder(folder / "encoder.pt", random_encoder("vit_t4", seed), arch="vit_t4", method="dirl",
-                 data="tiny", mpp=2.0, step=0, trained_on=seen)
-    write(folder / "config.json", RUN)
-
-
-SWEEP = ["fraction", "--values", "0.5", "1", "--methods", "baseline", "--repeats", "2", "--mil-epochs", "2", *ON,
-         "--arch", "vit_t4", "--batch", "2", "--epochs", "1", "--out-dim", "8", "--global-size", "32",
+SWEEP = ["fraction", "--values", "0.5", "1", "--methods", "baseline", "--repeats", "2", "--mil-epochs", "2",
+         *ON, "--arch", "vit_t4", "--batch", "2", "--epochs", "1", "--out-dim", "8", "--global-size", "32",
          "--local-crops", "0"]
 
 
@@ -59,24 +51,28 @@ def made(rendered, tmp_path_factory):
     return here
 
 
-def take_features(run, other):
-    """A run's features as if the other's encoder had made them."""
-    for path in Path(run, "features").glob("*.npz"):
-        values = arrays_of(path) | {"encoder": np.array(file_stamp(other / "encoder.pt"))}
-        (other / "features").mkdir(exist_ok=True)
-        np.savez(other / "features" / path.name, **values)
-
-
 @pytest.fixture
 def here(made, monkeypatch):
     monkeypatch.chdir(made)
     return made
 
 
+def make_seen(here, slide):
+    """elsewhere/seen: a run whose encoder "saw" a slide, with features as if it had made them."""
+    run, seen = here / "elsewhere/seen", {"data": "tiny", "images": {slide: 1}, "patients": []}
+    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0), arch="vit_t4", method="dirl", data="tiny",
+                 mpp=2.0, step=0, trained_on=seen)
+    (run / "features").mkdir(exist_ok=True)
+    for path in (here / ONE / "features").glob("*.npz"):
+        values = arrays_of(path) | {"encoder": np.array(file_stamp(run / "encoder.pt"))}
+        np.savez(run / "features" / path.name, **values)
+    return "elsewhere/seen"
+
+
 # ---------------------------------------------------------------- tokens (Fig. 10, Table 10)
 
-def gaussian(mean, cov):
-    return np.array(mean, float), np.array(cov, float)
+def gaussian(*mean_and_cov):
+    return tuple(np.array(values, float) for values in mean_and_cov)
 
 
 @pytest.mark.parametrize("q", [gaussian([1, 0.5], [[2, 0.6], [0.6, 1]]),
@@ -93,10 +89,10 @@ def test_jensen_shannon_is_monte_carlos(q):
 
 
 def test_distances_by_hand():
-    one, apart = gaussian([0, 0], np.eye(2)), gaussian([2, 0], np.eye(2))
+    one = gaussian([0, 0], np.eye(2))
     assert tokens.jensen_shannon(one, one) == pytest.approx(0, abs=1e-9)
     assert tokens.jensen_shannon(one, gaussian([100, 0], np.eye(2))) == pytest.approx(1, abs=1e-9)
-    assert tokens.bhattacharyya(one, apart) == pytest.approx(4 / 8)
+    assert tokens.bhattacharyya(one, gaussian([2, 0], np.eye(2))) == pytest.approx(4 / 8)
     wide = gaussian([0, 0], 4 * np.eye(2))  # mean of the covariances: 2.5 I
     assert tokens.bhattacharyya(one, wide) == pytest.approx(np.log(2.5 ** 2 / (1 * 16) ** 0.5) / 2)
     with pytest.raises(ValueError, match="line"):
@@ -148,7 +144,6 @@ def test_shares_of_regions_are_brute_force(rng=np.random.default_rng(0)):
               for xy, box in zip(cells.numpy(), boxes)]
     want = [np.mean([0 < c < 1 for c in covers]), np.mean(np.equal(covers, 1)), np.mean(np.equal(covers, 0))]
     np.testing.assert_allclose(got, want)
-    assert 0 < want[0] < 1
 
 
 def test_a_query_is_a_row_of_the_attention():
@@ -217,8 +212,7 @@ def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
     assert ring.min(0).tolist() == [384, 416] and ring.max(0).tolist() == [512, 512]
     tiles = {tuple(f["geometry"]["coordinates"][0][0]): f["properties"]["measurements"] for f in features
              if f["properties"]["objectType"] == "annotation"}
-    assert len(tiles) == 6
-    assert tiles[896, 448]["tokens 0.5 to 2"] == 1
+    assert len(tiles) == 6 and tiles[896, 448]["tokens 0.5 to 2"] == 1
     assert tiles[0, 0]["tokens over 2"] == pytest.approx(2 / 196, rel=1e-3)
 
 
@@ -248,12 +242,10 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     assert lines[3].startswith("| DiRL-T4 | 0.800 ± 0.141 | 0.850 ± 0.141 | !!0.750!! ± 0.071 | !!0.900!! ±")
     assert lines[4].startswith("| DiRL-T4, fraction 0.2 | 0.500 | 0.550 |")
     assert lines[5] == "| DiRL-S |  |  |  |  | !!0.875!! | !!0.925!! |"
-    row = rows_of(tmp_path / "table.csv")[0]
-    assert list(row.values()) == ["Baseline-T4", "tiny", "accuracy", "0.8500", "0.0707", "2"]
+    assert "Baseline-T4,tiny,accuracy,0.8500,0.0707,2" in (tmp_path / "table.csv").read_text()
     assert table.main([str(tmp_path), "--format", "latex", "--measures", "accuracy", "middle"]) == 0
     text = (tmp_path / "table.tex").read_text()
-    assert r"Baseline-T4 & \textbf{0.850} $\pm$ 0.071 & 0.600" in text
-    assert r"\multicolumn{1}{c}{other\_set}" in text
+    assert r"Baseline-T4 & \textbf{0.850} $\pm$ 0.071 & 0.600" in text and r"{c}{other\_set}" in text
     refused(capsys, table.main, [str(tmp_path / "nothing")], "nothing", "eval.py")
 
 
@@ -273,20 +265,17 @@ def test_folds_by_published_split_files(here, capsys):
     write_splits(here / "splits")
     argv = ["--data", "tiny", "--splits", "splits", "--epochs", "2", "--device", "cpu"]
     assert folds.main([*argv, *TWO]) == 0
-    out = capsys.readouterr().out
+    out, rows = capsys.readouterr().out, rows_of(here / "runs/folds.csv")
     assert "1 of 9 slides are not in tiny" in out and "0 of 4" in out
-    rows = rows_of(here / "runs/folds.csv")
-    assert [(row["network"], row["fold"], row["train"], row["test"]) for row in rows] == [
-        (name, fold, "4", "2") for name in ("First", "Second") for fold in "01"]
+    assert [(row["network"], row["fold"], row["test"]) for row in rows] == [
+        (name, fold, "2") for name in ("First", "Second") for fold in "01"]
     for k in (0, 1):
         shutil.copytree(here / ONE, here / f"elsewhere/fold_{k}")
     assert folds.main([*argv, "--checkpoint", "own=elsewhere/fold_{fold}"]) == 0
     shutil.rmtree(here / "elsewhere/fold_1")
     refused(capsys, folds.main, [*argv, "--checkpoint", "own=elsewhere/fold_{fold}"], "elsewhere/fold_1")
     refused(capsys, folds.main, [*argv, "--write-split", "0"], "labels.csv", "column split")
-    make_run(here / "elsewhere/seen", 0, seen=["nests_3"])
-    take_features(ONE, here / "elsewhere/seen")
-    argv += ["--checkpoint", "elsewhere/seen"]
+    argv += ["--checkpoint", make_seen(here, "nests_3")]
     refused(capsys, folds.main, argv, "1 of the 2 test slides", "--allow-seen")
     assert folds.main([*argv, "--allow-seen"]) == 0 and "2 of 4" in capsys.readouterr().out
     write_table(here / "splits/splits_0.csv", "train,val,test", ["nests_0,nests_0,nests_1"])
@@ -300,23 +289,20 @@ def test_a_fold_becomes_the_split_that_training_reads(here):
     write_splits(here / "splits")
     assert folds.main(["--data", "open", "--splits", "splits", "--write-split", "1", "--device", "cpu"]) == 0
     found = find_data("open")
-    assert found.split("val") == ["glands_1", "nests_1"]
-    assert {"glands_3", "nests_3"} <= set(found.split("test"))
+    assert found.split("val") == ["glands_1", "nests_1"] and "nests_3" in found.split("test")
 
 
 # ---------------------------------------------------------------- each script at a tiny size
 
 def wrote(path, rows):
     """The picture is there, and so many rows beside it."""
-    assert path.stat().st_size > 10_000
-    assert len(rows_of(path.with_suffix(".csv"))) == rows
+    assert path.stat().st_size > 10_000 and len(rows_of(path.with_suffix(".csv"))) == rows
 
 
 def test_attention_scripts(here, capsys):
     assert attention.main(["distribution", *ON, *TWO]) == 0
     wrote(here / "runs/attention_distribution.png", 2)
     row = rows_of(here / "runs/attention_distribution.csv")[0]
-    assert row["network"] == "First"
     assert sum(float(row[bin]) for bin in attention.BINS) == pytest.approx(1, abs=1e-5)
     assert attention.main(["overlay", *ON, *TWO, "--crops", "2", "--out", "o.png"]) == 0
     wrote(here / "o.png", 4)
@@ -324,37 +310,32 @@ def test_attention_scripts(here, capsys):
     assert attention.main(["query", *ON, *TWO, *shown, "--query", "0,0", "100,60"]) == 0
     wrote(here / "q.png", 2 * 2 * 196)
     refused(capsys, attention.main, ["query", *ON, *TWO, "--show", "0_0"], "--show 0_0", "one is needed")
+    refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out q.csv", ".png")
     overlay = ["overlay", *ON, "--checkpoint"]
     refused(capsys, attention.main, [*overlay, f"x={ONE}", f"x={OTHER}"], "NAME=")
-    make_run(here / "elsewhere/saw", 0, seen=["nests_3"])
-    refused(capsys, attention.main, [*overlay, "elsewhere/saw"], "was trained on 1 of")
+    refused(capsys, attention.main, [*overlay, make_seen(here, "nests_3")], "was trained on 1 of")
 
 
 def test_heatmap_tokens_and_views_scripts(here, capsys):
     argv = [*ON, *TWO, "--slide", "nests_4", "--repeats", "1", "--epochs", "2", "--out", "h.png"]
     assert heatmap.main(argv) == 0
     wrote(here / "h.png", 4)  # two tiles, two networks
-    rows = rows_of(here / "h.csv")
-    assert sum(float(row["DSMIL"]) for row in rows[:2]) == pytest.approx(1, abs=1e-4)
+    assert sum(float(row["DSMIL"]) for row in rows_of(here / "h.csv")[:2]) == pytest.approx(1, abs=1e-4)
     assert {path.name for path in here.glob("h_*.geojson")} == {"h_First.geojson", "h_Second.geojson"}
     refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "not of --part test")
-    argv = [*ON, *TWO, "--tokens", "60", "--perplexity", "10", "--out", "t.png"]
-    assert tokens.main(argv) == 0
+    assert tokens.main([*ON, *TWO, "--tokens", "60", "--perplexity", "10", "--out", "t.png"]) == 0
     wrote(here / "t.png", 2)
     assert all(0 <= float(row["Jensen-Shannon"]) <= 1 for row in rows_of(here / "t.csv"))
-    argv = [*ON[:2], *ON[4:], "--local-crops", "2", "--show", "1", "--out", "v.png"]  # without --mpp: two
-    assert views.main(argv) == 0
+    assert views.main([*ON[:2], *ON[4:], "--local-crops", "2", "--show", "1", "--out", "v.png"]) == 0
     wrote(here / "v.png", 2 * 2 * len(views.SCALES))
     for row in rows_of(here / "v.csv"):
-        shares = [float(row[name]) for name in ("both regions", "cells alone", "background alone")]
-        assert sum(shares) == pytest.approx(1, abs=1e-5)
+        assert sum(float(value) for value in list(row.values())[4:]) == pytest.approx(1, abs=1e-5)
 
 
 def test_priors_script(here, capsys):
     for file in (here / "tiny/slides").glob("*.png"):
         write_table(here / f"mine/{file.stem}.csv", "x,y", ["100,100", "300,200"])
-    argv = [*WHERE, "--prior", "builtin", "mine=mine", "--show", "1", "--out", "p.png"]
-    assert priors.main(argv) == 0
+    assert priors.main([*WHERE, "--prior", "builtin", "mine=mine", "--show", "1", "--out", "p.png"]) == 0
     wrote(here / "p.png", 1)
     assert float(rows_of(here / "p.csv")[0]["F1 within 3 um"]) < 0.1
     refused(capsys, priors.main, [*WHERE, "--prior", "builtin", "gone"], "--prior gone")
@@ -367,6 +348,5 @@ def test_sweep_script(here, capsys):
     assert (here / "runs/sweep_fraction_tiny/sweep.png").stat().st_size > 10_000
     refused(capsys, sweep.main, [*SWEEP, "--seed", "1"], "--seed: the sweep sets it")
     jobs = sweep.jobs_of(sweep.arguments(["prior", *ON, "--values", "cellpose", "hovernet"]))[1]
-    assert [folder.name for _, _, folder, _ in jobs] == [
-        "baseline_seed0", "cellback_cellpose_seed0", "cellback_hovernet_seed0", "dirl_cellpose_seed0",
-        "dirl_hovernet_seed0"]
+    assert " ".join(folder.name.removesuffix("_seed0") for _, _, folder, _ in jobs) == (
+        "baseline cellback_cellpose cellback_hovernet dirl_cellpose dirl_hovernet")
