@@ -110,13 +110,10 @@ def dsmil_attention(found, path, name, corners, args):
     except InputError as error:
         print(f"note: DSMIL is left out: {error}")
         return None
-    if name not in bags or not np.array_equal(bags[name]["coords"], corners):
-        raise InputError(f"{path.parent}/features/{name}.npz: is of other tiles or not there; "
-                         f"python eval.py --checkpoint {path.parent}")
     train, val = (inputs.labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
-    if not train or not val:
-        raise InputError(f"{path.parent}/features: no training or no validation slide; python eval.py "
-                         f"--checkpoint {path.parent}")
+    if name not in bags or not np.array_equal(bags[name]["coords"], corners) or not train or not val:
+        raise InputError(f"{path.parent}/features: {name} is of other tiles or not there, or no training or "
+                         f"validation slide is; python eval.py --checkpoint {path.parent}")
     (x, label), out = *inputs.labelled(bags, [name], found, args.device), []
     for seed in tqdm(range(args.repeats), "DSMIL", leave=False):
         model = mil.train_dsmil(train, val, len(found.classes), args.epochs, seed=seed,
@@ -150,10 +147,8 @@ def draw(picture, maps, title):
 def run(args):
     encoders, paths, found, names = inputs.open_all(args)
     name = args.slide or names[0]
-    if found.kind != "slides" or name not in found.images:
-        raise InputError(f"--slide {name}: {found.source} has no slide of that name")
-    if name not in names:
-        raise InputError(f"--slide {name}: is not of --part {args.part}; name its part")
+    if found.kind != "slides" or name not in names:
+        raise InputError(f"--slide {name}: is no slide in the {args.part} part of {found.source}; see --part")
     crops = inputs.crops_of(found, [name], args, with_cells=False)
     info = tile_info(found, name)
     side, slide = tile_side(info), Slide(found.images[name], said_mpp=info["slide_mpp"])

@@ -88,7 +88,7 @@ def evaluate(folder, flags):
     if read_json(folder / "evaluated.json") == done and read_values(folder):
         return 0
     code = subprocess.run([sys.executable, TRAIN.with_name("eval.py"), *flags]).returncode
-    if code in (0, 1):  # 1: some images were skipped
+    if code in (0, 1) and read_values(folder):  # 1: some images were skipped
         write_json(folder / "evaluated.json", done)
         return 0
     return code

@@ -322,7 +322,7 @@ def test_heatmap_tokens_and_views_scripts(here, capsys):
     wrote(here / "h.png", 4)  # two tiles, two networks
     assert sum(float(row["DSMIL"]) for row in rows_of(here / "h.csv")[:2]) == pytest.approx(1, abs=1e-4)
     assert {path.name for path in here.glob("h_*.geojson")} == {"h_First.geojson", "h_Second.geojson"}
-    refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "not of --part test")
+    refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "is no slide in the test part")
     assert tokens.main([*ON, *TWO, "--tokens", "60", "--perplexity", "10", "--out", "t.png"]) == 0
     wrote(here / "t.png", 2)
     assert all(0 <= float(row["Jensen-Shannon"]) <= 1 for row in rows_of(here / "t.csv"))
