@@ -257,7 +257,7 @@ class Cosines(torch.autograd.Function):
 
 
 class DINOHead(nn.Module):
-    """DINO's projection head: (.., in_dim) to (.., out_dim) through 2048, 2048 and an L2-normalised 256.
+    """DINO's projection head: (N, in_dim) to (N, out_dim) through 2048, 2048 and an L2-normalised 256.
 
     The last layer is weight-normalised with its norm fixed at 1: logits are cosines with out_dim prototypes.
     norm_last_layer=False: each prototype learns its norm, as in DINO; it starts at 1.

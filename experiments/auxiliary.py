@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.tokens import through, tokens_of
+from experiments.dense import through, tokens_of
 
 
 def count_loss(predicted, counts):

@@ -60,7 +60,7 @@ def arguments(argv):
 def check(own, args):
     """InputError for flags out of their range, or that do not go together."""
     if args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--accumulate and torchrun: are for train.py alone; comparisons take a batch at once")
+        raise InputError("--accumulate and torchrun: are for train.py; a comparison takes a batch at once")
     if own.depth is not None and not 1 <= own.depth <= MAX_DEPTH:
         raise InputError(f"--depth {own.depth}: has to lie between 1 and {MAX_DEPTH}")
     if (own.depth or own.heads) and args.arch == "vit_h":

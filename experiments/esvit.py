@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dirl
-from experiments.tokens import through, tokens_of
+from experiments.dense import through, tokens_of
 
 
 def match_tokens(student, teacher):

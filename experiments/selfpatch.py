@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.tokens import through, tokens_of
+from experiments.dense import through, tokens_of
 
 NEIGHBOURS = 4  # of 8
 WEIGHT = 0.1  # of L_patch

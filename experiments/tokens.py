@@ -1,11 +1,160 @@
-"""What EsViT, SelfPatch and L_sup need of an encoder and of a head: every token, not only their mean."""
+"""Do tokens tell cells from background (A.4)? Fig. 10 and Table 10.
+
+    python -m experiments.tokens --checkpoint Baseline=RUN Cellback=RUN DiRL=RUN [--data demo] [--tokens N]
+
+Tokens of T_L, N with a cell and N without, drawn from crops of the test part, go through t-SNE; a Gaussian is
+fitted to either kind of points, and the two are compared: Jensen-Shannon divergence, Bhattacharyya distance.
+"""
+import sys
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
+from scipy.stats import multivariate_normal
+from sklearn.manifold import TSNE
+from tqdm import tqdm
+
+from common.encoders import inputs_of
+from common.errors import InputError, run_script
+from experiments import inputs
+
+KINDS = {"cell": "#D55E00", "background": "#0072B2"}
 
 
-def tokens_of(encoder, views):
-    """views: one (V_i, B, 3, H, W) per size, to T_L of each size, (V_i, B, n_i, d)."""
-    return [encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
+def arguments(argv):
+    parser, add = inputs.parser_of("tokens", "t-SNE of cell and background tokens, and their distance.")
+    inputs.add_networks(add)
+    add("--tokens", type=int, default=30_000,
+        help="of either kind, the paper's; 30,000 take t-SNE some half an hour a network, 3,000 minutes")
+    add("--crops", type=int, default=2000, help="most crops that they are drawn from")
+    add("--perplexity", type=float, default=30, help="of t-SNE; below a third of all tokens")
+    add("--seed", type=int, default=0, help="of the drawing and of t-SNE; another says what is luck")
+    add("--out", default="runs/tokens.png", help="the picture")
+    args = parser.parse_args(argv)
+    inputs.check_flags(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
+                       perplexity=(1, (2 * args.tokens - 1) / 3))
+    return args
 
 
-def through(head, x):
-    """A head of rows (N, d) over x (.., d) to (.., K)."""
-    return head(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+# ---------------------------------------------------------------- two Gaussians
+
+def fit_gaussian(points):
+    """(mean (2,), covariance (2, 2)) of points (N, 2); ValueError if they lie on a line."""
+    mean, cov = points.mean(0), np.cov(points.T)
+    if not np.linalg.det(cov) > 1e-12 * np.trace(cov) ** 2:
+        raise ValueError("the points lie on a line, and have no 2-D Gaussian")
+    return mean, cov
+
+
+def jensen_shannon(p, q, steps=601, reach=8):
+    """Jensen-Shannon divergence of two Gaussians (mean, cov) to base 2, from 0 (equal) to 1 (disjoint).
+
+    (E_p log2(p / m) + E_q log2(q / m)) / 2 with m = (p + q) / 2 (Lin 1991). Each mean is a sum over a grid
+    of steps x steps points within reach standard deviations of its own Gaussian, along its own axes.
+    """
+    z = np.linspace(-reach, reach, steps)
+    weight = np.exp(-0.5 * z ** 2)
+    weight = np.outer(weight, weight) / weight.sum() ** 2
+    grid = np.stack(np.meshgrid(z, z, indexing="ij"), -1)
+
+    def mean_log(own, other):
+        x = own[0] + grid @ np.linalg.cholesky(own[1]).T
+        a, b = (multivariate_normal(*gaussian).logpdf(x) for gaussian in (own, other))
+        return (weight * (np.log(2) + a - np.logaddexp(a, b))).sum() / np.log(2)
+    return float((mean_log(p, q) + mean_log(q, p)) / 2)
+
+
+def bhattacharyya(p, q):
+    """Bhattacharyya distance of two Gaussians (mean, cov), from 0 up; with C the mean of the covariances,
+
+    d^T C^-1 d / 8 + ln(det C / sqrt(det C_p det C_q)) / 2, d the difference of the means.
+    """
+    d, cov = p[0] - q[0], (p[1] + q[1]) / 2
+    logdet = [np.linalg.slogdet(c)[1] for c in (cov, p[1], q[1])]
+    return float(d @ np.linalg.solve(cov, d) / 8 + (logdet[0] - (logdet[1] + logdet[2]) / 2) / 2)
+
+
+# ---------------------------------------------------------------- tokens
+
+def draw_places(priors, count, seed):
+    """{kind: flat indices (count,) into P_c (N, n)}, none drawn twice; InputError if it has fewer."""
+    rng, flat = np.random.default_rng(seed), priors.flatten().numpy()
+    out = {}
+    for kind, value in zip(KINDS, (1, 0)):
+        there = np.flatnonzero(flat == value)
+        if len(there) < count:
+            raise InputError(f"--tokens {count}: these crops have {len(there)} {kind} tokens; lower it, or "
+                             "raise --crops")
+        out[kind] = np.sort(rng.choice(there, count, replace=False))
+    return out
+
+
+@torch.no_grad()
+def tokens_of(encoder, images, places, batch=64):
+    """The tokens of T_L at flat places (M,) over images (N, 3, H, H), ascending: (M, d) float32."""
+    out = []
+    for start in tqdm(range(0, len(images), batch), "tokens", leave=False):
+        tokens = encoder(inputs_of(encoder, images[start: start + batch]))  # (B, n, d)
+        n, tokens = tokens.shape[1], tokens.float().cpu().flatten(0, 1)
+        mine = places[(places >= start * n) & (places < start * n + len(tokens))]
+        out.append(tokens[mine - start * n])
+    return torch.cat(out).numpy()
+
+
+def embed(encoder, images, places, args):
+    """{kind: (N, 2)}: the tokens of both kinds, in one t-SNE, which prints how far it is."""
+    x = np.concatenate([tokens_of(encoder, images, where) for where in places.values()])
+    tsne = TSNE(2, perplexity=args.perplexity, init="pca", random_state=args.seed, verbose=2)
+    points = tsne.fit_transform(x).astype(np.float64)
+    return dict(zip(KINDS, np.split(points, 2)))
+
+
+def draw(axis, points, fitted, title):
+    """Fig. 10: the points of both kinds and the ellipses of one and two standard deviations."""
+    for kind, xy in points.items():
+        axis.plot(*xy.T, ".", ms=max(1.2, 120 / len(xy) ** 0.5), alpha=0.4, mew=0, color=KINDS[kind])
+    for kind, (mean, cov) in fitted.items():
+        values, vectors = np.linalg.eigh(cov)
+        angle = np.degrees(np.arctan2(*vectors[::-1, 1]))
+        for sd, style in ((1, "-"), (2, "--")):
+            axis.add_patch(Ellipse(mean, *(2 * sd * np.sqrt(values[::-1])), angle=angle, fill=False, ls=style,
+                                   lw=1.8, edgecolor=KINDS[kind], label=f"{kind}, {sd} sd"))
+    axis.set_title(title, fontsize=9)
+    axis.set_aspect("equal", "datalim")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def run(args):
+    encoders, _, found, names = inputs.open_all(args)
+    crops = inputs.crops_of(found, names, args)
+    order = np.random.default_rng(args.seed).permutation(len(crops))[: args.crops]
+    places = draw_places(crops.priors()[order], args.tokens, args.seed)
+    images = inputs.images_of(crops, order)
+    figure = Figure(figsize=(3.6 * len(encoders), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(encoders), squeeze=False)[0]
+    rows = [("network", "tokens of each kind", "Jensen-Shannon", "Bhattacharyya")]
+    for axis, (name, encoder) in zip(axes, encoders.items()):
+        print(f"{name}: t-SNE of {2 * args.tokens} tokens", flush=True)
+        points = embed(encoder, images, places, args)
+        try:
+            fitted = {kind: fit_gaussian(xy) for kind, xy in points.items()}
+        except ValueError as error:
+            raise InputError(f"--checkpoint {name}: {error}; its tokens may be all the same") from None
+        js, bd = jensen_shannon(*fitted.values()), bhattacharyya(*fitted.values())
+        rows.append((name, args.tokens, js, bd))
+        draw(axis, points, fitted, f"{name}\nJS {js:.3f}, BD {bd:.3f}")
+        print(f"{name}: Jensen-Shannon {js:.4f}, Bhattacharyya {bd:.4f}")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(2, len(encoders)), fontsize=8)
+    inputs.save_both(figure, rows, args.out)
+    return 0
+
+
+def main(argv=None):
+    return run_script("tokens", lambda: run(arguments(argv)), "--tokens")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

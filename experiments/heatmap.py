@@ -1,0 +1,187 @@
+"""Attention over whole slides: of the encoder's tokens (4.2) and of DSMIL's instances (3.6).
+
+    python -m experiments.heatmap --checkpoint Baseline=RUN DiRL=RUN [--data demo] [--slide NAME]
+
+Writes a picture, a CSV with a line per tile, and for each network a .geojson that QuPath opens (drag it onto
+the open slide): tiles as annotations with their measurements, tokens of the two sparse bins as detections.
+DSMIL is trained here, on the training slides' features that eval.py wrote; without them it is left out.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import mil
+from common.encoders import attention_of, in_batches
+from common.errors import InputError, run_script
+from common.figures import HEAT
+from common.files import atomic_write
+from experiments import inputs
+from experiments.attention import BRIGHTEST
+from wsi.prepare import tile_info, tile_side
+from wsi.slides import Slide
+
+SPARSE = {"attention 0 to 0.5": (68, 1, 84), "attention over 2": (253, 231, 37)}  # the ends of viridis
+
+
+def arguments(argv):
+    parser, add = inputs.parser_of("heatmap", "Heat maps of attention over a slide, and for QuPath.")
+    inputs.add_networks(add)
+    add("--slide", help="its name; default: the first of --part")
+    add("--pixels", type=int, default=900, help="longer side of the picture of the slide; more for print")
+    add("--repeats", type=int, default=3, help="trainings of DSMIL, whose attention is averaged; 0: none")
+    add("--epochs", type=int, default=200, help="of DSMIL, as in eval.py")
+    add("--mil-weight-decay", type=float, default=5e-2,
+        help="of DSMIL, as in eval.py; lower for few slides, whose attention it makes all the same")
+    add("--out", help="the picture; default: runs/heatmap_<slide>.png")
+    args = parser.parse_args(argv)
+    inputs.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
+                       mil_weight_decay=(0, 10))
+    return args
+
+
+# ---------------------------------------------------------------- from tiles to a picture
+
+def stitch(values, corners, side, unit, shape):
+    """values (N, n) of the n = g x g tokens of N tiles, on the px of a picture: (h, w), NaN outside of tiles.
+
+    corners (N, 2) as x, y and side: the tiles in level-0 px; unit: level-0 px that a px of the picture spans.
+    A px takes the value of the token that its middle lies in. n = 1: one value a tile.
+    """
+    out = np.full(shape, np.nan, np.float32)
+    grid = int(values.shape[1] ** 0.5)
+    for tile, corner in zip(np.reshape(values, (-1, grid, grid)), corners):
+        places = []
+        for low, size in zip(corner, shape[::-1]):  # x, then y
+            first, end = (int(np.ceil(edge / unit - 0.5)) for edge in (low, low + side))
+            px = np.arange(max(0, first), min(size, end))
+            places.append((px, np.clip((((px + 0.5) * unit - low) / side * grid).astype(int), 0, grid - 1)))
+        (x, column), (y, row) = places
+        out[np.ix_(y, x)] = tile[np.ix_(row, column)]
+    return out
+
+
+def feature(kind, corner, side, properties):
+    """A square of QuPath's GeoJSON, in level-0 px."""
+    (x, y), s = corner, side
+    ring = [[round(float(a), 2), round(float(b), 2)] for a, b in
+            ((x, y), (x + s, y), (x + s, y + s), (x, y + s), (x, y))]
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {"objectType": kind, **properties}}
+
+
+def write_geojson(path, attention, corners, side, of_tile):
+    """A slide's attention for QuPath: tiles are annotations, tokens of a sparse bin are detections.
+
+    attention (N, n); of_tile: {measurement: (N,)}. QuPath (0.4 and later) reads measurements as an object.
+    """
+    grid, features = int(attention.shape[1] ** 0.5), []
+    for k, corner in enumerate(corners):
+        measured = {name: round(float(values[k]), 6) for name, values in of_tile.items()}
+        features.append(feature("annotation", corner, side, {
+            "name": f"tile {corner[0]},{corner[1]}", "measurements": measured}))
+        for name, sparse in zip(SPARSE, (attention[k] < 0.5, attention[k] > 2)):
+            for token in np.flatnonzero(sparse):
+                at = corner + np.array([token % grid, token // grid]) * side / grid
+                features.append(feature("detection", at, side / grid, {
+                    "classification": {"name": name, "color": SPARSE[name]},
+                    "measurements": {"aggregated attention": round(float(attention[k, token]), 4)}}))
+    with atomic_write(path) as temp:
+        temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- DSMIL
+
+def dsmil_attention(found, path, name, corners, args):
+    """DSMIL's instance attention (N,) for a slide's class, of its N tiles; mean of --repeats trainings.
+
+    Trained on the training part, validated on the validation part. None, with a note, without features;
+    InputError if they are of other tiles than corners (N, 2).
+    """
+    if not args.repeats or not found.labels:
+        return None
+    try:
+        bags = inputs.read_bags(path.parent, dict.fromkeys([*found.split("train", "val"), name]), path)
+    except InputError as error:
+        print(f"note: DSMIL is left out: {error}")
+        return None
+    train, val = (inputs.labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
+    if name not in bags or not np.array_equal(bags[name]["coords"], corners) or not train or not val:
+        raise InputError(f"{path.parent}/features: {name} is of other tiles or not there, or no training or "
+                         f"validation slide is; python eval.py --checkpoint {path.parent}")
+    (x, label), out = *inputs.labelled(bags, [name], found, args.device), []
+    for seed in tqdm(range(args.repeats), "DSMIL", leave=False):
+        model = mil.train_dsmil(train, val, len(found.classes), args.epochs, seed=seed,
+                                weight_decay=args.mil_weight_decay)
+        with torch.no_grad():
+            out.append(model(x)[2][:, label].cpu().numpy())
+    return np.mean(out, 0)
+
+
+# ---------------------------------------------------------------- the picture
+
+def draw(picture, maps, title):
+    """The slide beside each network's maps over it: {network: {what: (h, w), 1 being an even share}}."""
+    columns = 1 + max(map(len, maps.values()))
+    height = 4 * picture.shape[0] / picture.shape[1]
+    figure = Figure(figsize=(4 * columns, (height + 0.35) * len(maps) + 0.8), layout="constrained")
+    axes = figure.subplots(len(maps), columns, squeeze=False)
+    for line, (network, of_network) in zip(axes, maps.items()):
+        for axis in line:
+            axis.imshow(picture)
+            axis.set_axis_off()
+        line[0].set_title(title, fontsize=9)
+        for axis, (what, values) in zip(line[1:], of_network.items()):
+            shown = axis.imshow(values, HEAT, alpha=0.65, vmin=0, vmax=BRIGHTEST, interpolation="nearest")
+            axis.set_title(f"{network}: {what}", fontsize=9)
+    bar = figure.colorbar(shown, ax=axes, location="bottom", shrink=0.4, aspect=30, extend="max")
+    bar.set_label("attention / an even share of it", fontsize=9)
+    return figure
+
+
+def run(args):
+    encoders, paths, found, names = inputs.open_all(args)
+    name = args.slide or names[0]
+    if found.kind != "slides" or name not in names:
+        raise InputError(f"--slide {name}: is no slide in the {args.part} part of {found.source}; see --part")
+    crops = inputs.crops_of(found, [name], args, with_cells=False)
+    info = tile_info(found, name)
+    side, slide = tile_side(info), Slide(found.images[name], said_mpp=info["slide_mpp"])
+    picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / args.pixels)
+    out = Path(args.out or f"runs/heatmap_{name}.png")
+    images, shape = inputs.images_of(crops, range(len(crops))), picture.shape[:2]
+    maps, for_qupath = {}, {}
+    rows = [("network", "x", "y", "tokens 0 to 0.5", "tokens 0.5 to 2", "tokens over 2", "DSMIL")]
+    for network, encoder in encoders.items():
+        attention = in_batches(lambda x: attention_of(encoder, x), images, 64, network).numpy()
+        low, high = (attention < 0.5).mean(1), (attention > 2).mean(1)
+        of_tile = {"tokens 0 to 0.5": low, "tokens 0.5 to 2": 1 - low - high, "tokens over 2": high}
+        maps[network] = {"aggregated attention": stitch(attention, crops.corners, side, unit, shape)}
+        instances = dsmil_attention(found, paths[network], name, crops.corners, args)
+        if instances is not None:
+            of_tile["DSMIL"] = instances
+            maps[network]["DSMIL's attention"] = stitch(
+                instances[:, None] * len(instances), crops.corners, side, unit, shape)
+        path = out.with_name(f"{out.stem}_{re.sub(r'[^A-Za-z0-9.-]+', '_', network)}.geojson")
+        for_qupath[path] = attention, of_tile
+        rows += [(network, *corner, *values)
+                 for corner, values in zip(crops.corners.tolist(), zip(*of_tile.values()))]
+    label = found.labels.get(name, {}).get("label", "no label")
+    inputs.save_both(draw(picture, maps, f"{name}, {label}, {args.part} part"), rows, out)
+    for path, (attention, of_tile) in for_qupath.items():
+        write_geojson(path, attention, crops.corners, side, of_tile)
+    print(f"For QuPath, beside it: {', '.join(path.name for path in for_qupath)}")
+    return 0
+
+
+def main(argv=None):
+    return run_script("heatmap", lambda: run(arguments(argv)), "--pixels")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""What the analyses share: named checkpoints, the crops that they are shown, pictures with their numbers."""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.datasets import DATASETS, PRIORS
+from common.encoders import check_device, find_encoder, load_encoder
+from common.errors import InputError, check_mpp, check_ranges, print_skipped
+from common.figures import save_figure
+from common.files import file_stamp, read_npz, write_csv
+from common.parallel import add_limits, limits_of
+from data import Crops, check_unseen, find_data
+from wsi.prepare import prepare, prepare_tiles
+
+COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+
+
+# ---------------------------------------------------------------- flags
+
+def parser_of(script, description, **more):
+    """The parser of python -m experiments.<script>, and its add_argument."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{script}", description=description,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+    return parser, parser.add_argument
+
+
+def add_data(add):
+    """The flags of a script that looks at a data set's crops."""
+    add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder, as in train.py")
+    add("--slide-mpp", type=float, help="um/px of slides that record none, as in train.py")
+    add("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
+    add("--workers", type=int, default=2, help="processes that cut tiles which are not there yet")
+    add_limits(add)
+
+
+def add_networks(add):
+    """The flags of a script that compares checkpoints on the crops of a data set."""
+    add("--checkpoint", nargs="+", required=True, metavar="[NAME=]RUN",
+        help="runs, or their encoder.pt; several stand in one figure under their names (the run's folder)")
+    add_data(add)
+    add("--mpp", type=float, help="um/px of the crops; default: what the first encoder was trained at")
+    add("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")
+    add("--part", default="test", choices=["test", "val", "train"],
+        help="which slides; an encoder that saw one of the test part is refused")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
+
+
+def check_flags(args, **limits):
+    """InputError for a flag of add_data or add_networks, or one of limits, out of its range."""
+    check_mpp(args.mpp, "--mpp")
+    check_mpp(args.slide_mpp, "--slide-mpp")
+    check_ranges(args, tissue=(0, 1), workers=(1, 1024), **limits)
+    check_out(args.out)
+    if "device" in args:
+        check_device(args.device)
+
+
+def check_out(path):
+    """InputError if --out is no .png."""
+    if path and Path(path).suffix.lower() != ".png":
+        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go beside it, as .csv")
+
+
+# ---------------------------------------------------------------- networks and crops
+
+def named(texts, flag):
+    """{name: value} of [NAME=]VALUE texts, the name being the value's last part without one."""
+    out = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        value = value if equals else text
+        name = name if equals else Path(value).resolve().name
+        if name == "encoder.pt" and not equals:
+            name = Path(value).resolve().parent.name
+        if not name or name in out:
+            raise InputError(f"{flag} {text}: the name {name!r} is empty or taken; write NAME={value}")
+        out[name] = value
+    if len(out) > len(COLORS):
+        raise InputError(f"{flag}: at most {len(COLORS)} can be told apart in one figure")
+    return out
+
+
+def load_networks(args):
+    """{name: (encoder on --device, its encoder.pt, the file's other values)} of --checkpoint."""
+    out = {}
+    for name, run in named(args.checkpoint, "--checkpoint").items():
+        path = find_encoder(run)
+        encoder, about = load_encoder(path)
+        out[name] = encoder.to(args.device), path, about
+    return out
+
+
+def open_all(args):
+    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part; all without labels).
+
+    InputError if an encoder saw one of the test part.
+    """
+    networks = load_networks(args)
+    mpp = None if args.data in DATASETS else next(iter(networks.values()))[2]["mpp"]
+    found = find_data(args.data, args.mpp or mpp, args.prior, slide_mpp=args.slide_mpp)
+    names = found.split(args.part if found.labels else "train")
+    if not names:
+        raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
+    for _, path, about in networks.values() if found.labels and args.part == "test" else ():
+        check_unseen(found, names, about["trained_on"], path)
+    encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
+    return encoders, {name: path for name, (_, path, _) in networks.items()}, found, names
+
+
+def crops_of(found, names, args, with_cells=True):
+    """Crops of these slides, cut now if they are not there yet, with their cells or without."""
+    limits = limits_of(args)
+    if with_cells:
+        print_skipped(prepare(found, args.tissue, args.workers, limits))
+    elif found.kind == "slides":
+        print_skipped(prepare_tiles(found, args.tissue, args.workers, limits))
+    crops = Crops(found, names, with_cells)
+    if not len(crops):
+        raise InputError(f"{found.source}: no crop of these {found.kind}; python data.py check --data "
+                         f"{args.data} says what is missing")
+    return crops
+
+
+def images_of(crops, indices):
+    """uint8 (N, 3, 224, 224) of these crops."""
+    bar = tqdm(indices, "crops", leave=False, disable=len(indices) < 200)
+    return torch.stack([crops[int(i)][0] for i in bar])
+
+
+def with_both_regions(priors):
+    """Indices of the crops whose P_c (N, n) has 20 to 80 % of cells; all if there are none."""
+    covered = np.asarray(priors.mean(1))
+    mixed = np.flatnonzero((covered > 0.2) & (covered < 0.8))
+    return mixed if len(mixed) else np.arange(len(priors))
+
+
+def read_bags(run, names, encoder_path):
+    """{slide: {"features" (N, d), "coords" (N, 2)}} of a run's features/ that eval.py made; some may lack.
+
+    InputError if there is none, or one was made from another encoder than encoder_path.
+    """
+    out, stamp = {}, file_stamp(encoder_path)
+    for name in names:
+        path = Path(run) / "features" / f"{name}.npz"
+        kept = read_npz(path, "features", "coords", "encoder")
+        if kept and not str(kept["encoder"]).startswith(stamp):
+            raise InputError(f"{path}: was made from another encoder; python eval.py --checkpoint {run}")
+        if kept:
+            out[name] = kept
+    if not out:
+        raise InputError(f"{run}/features: no features of these slides; first: "
+                         f"python eval.py --checkpoint {run}")
+    return out
+
+
+def labelled(bags, names, found, device):
+    """[(features (N, d) on the device, class), ...] of those of names that have a bag (read_bags)."""
+    return [(torch.from_numpy(bags[name]["features"]).to(device),
+             found.classes.index(found.labels[name]["label"])) for name in names if name in bags]
+
+
+# ---------------------------------------------------------------- what is written
+
+def save_both(figure, rows, path, dpi=130):
+    """Writes a figure to path (.png) and its numbers to the .csv beside it, in six digits; prints where."""
+    path = Path(path)
+    save_figure(figure, path, dpi)
+    write_csv(path.with_suffix(".csv"), [
+        [f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for v in row] for row in rows])
+    print(f"Wrote {path} and {path.with_suffix('.csv').name} beside it")

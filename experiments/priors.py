@@ -1,0 +1,168 @@
+"""The cells of several segmenters on the same crops, and how far they agree (Table 7, Fig. 15 and 16).
+
+    python -m experiments.priors --data demo --prior builtin truth=datasets/demo/truth
+
+A segmenter is a --prior of train.py or a folder with a file of cells for each slide. Writes a picture and the
+agreement of each pair as CSV: F1 of the nuclei within 3 um, and share and kappa of the patches' P_c. What the
+priors are worth for training (Table 7): python -m experiments.sweep prior.
+"""
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from scipy.spatial import cKDTree
+from sklearn.metrics import cohen_kappa_score
+from tqdm import tqdm
+
+from common.datasets import DATASETS, PRIORS
+from common.errors import InputError, run_script
+from common.figures import spread
+from common.files import print_table
+from data import find_data
+from experiments import inputs
+from prior import bin_centroids
+from wsi.cells import read_cells
+from wsi.look import draw_tile
+from wsi.prepare import CELL_ENDINGS, describe_cells, tile_info, tile_side
+from wsi.slides import CROP
+
+NEAR = 3.0  # um: two centroids nearer than this may be the same nucleus
+
+
+def arguments(argv):
+    parser, add = inputs.parser_of("priors", "Cells of several segmenters on the same crops.")
+    add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
+        help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
+    inputs.add_data(add)
+    add("--mpp", type=float, help="um/px of the crops (2.0 is 5x); default: the data set's")
+    add("--crops", type=int, default=500, help="most crops whose cells are compared")
+    add("--show", type=int, default=3, help="crops that are drawn")
+    add("--out", default="runs/priors.png", help="the picture")
+    args = parser.parse_args(argv)
+    inputs.check_flags(args, crops=(1, 1e9), show=(1, 20))
+    if len(args.prior) < 2:
+        raise InputError("--prior: two segmenters are needed to compare them")
+    if args.mpp is None and args.data not in DATASETS:
+        raise InputError("--mpp: a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
+    return args
+
+
+# ---------------------------------------------------------------- agreement
+
+def matched(a, b, near):
+    """How many of the points a (K, 2) have one of b (L, 2) within near px, one to one, at most."""
+    if not len(a) or not len(b):
+        return 0
+    pairs = cKDTree(a).sparse_distance_matrix(cKDTree(b), near, output_type="coo_matrix")
+    graph = coo_matrix((np.ones(pairs.nnz), (pairs.row, pairs.col)), pairs.shape).tocsr()
+    return int((maximum_bipartite_matching(graph) >= 0).sum())
+
+
+def agreement(a, b, mpp):
+    """F1 of the nuclei, share of patches with the same P_c, Cohen's kappa of these, over the same crops.
+
+    a, b: lists of cells (K, 2) in px of each crop. F1 = 2 hits / (all of a + all of b), 1 without any cell;
+    kappa is what the share exceeds chance by (1: all the same, 0: chance, NaN where P_c is all one region).
+    """
+    hits = sum(matched(x, y, NEAR / mpp) for x, y in zip(a, b))
+    total = sum(map(len, a)) + sum(map(len, b))
+    p, q = (torch.cat([bin_centroids(xy, CROP) for xy in cells]).numpy() for cells in (a, b))
+    kappa = cohen_kappa_score(p, q) if len(np.unique([p, q])) > 1 else float("nan")
+    return 2 * hits / total if total else 1.0, float((p == q).mean()), float(kappa)
+
+
+# ---------------------------------------------------------------- cells
+
+def cells_from_folder(folder, found, name):
+    """Cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None if there is no file."""
+    files = [path for path in (folder / (name + ending) for ending in CELL_ENDINGS) if path.is_file()]
+    info = tile_info(found, name)
+    if not files or info is None:
+        return None
+    return read_cells(files[0], info["slide_mpp"], (info["width"], info["height"]))
+
+
+def cells_of(value, crops, found, args):
+    """{(slide, x, y): cells (K, 2) in px of the crop} by one segmenter, where it has cells."""
+    if value in PRIORS:
+        own = find_data(args.data, args.mpp, value, slide_mpp=args.slide_mpp)
+        mine = inputs.crops_of(own, sorted(set(crops.owner)), args)
+        return {key: mine.cells(i) for i, key in enumerate(keys_of(mine))}
+    if not Path(value).is_dir():
+        raise InputError(f"--prior {value}: neither a folder nor one of {', '.join(PRIORS)}")
+    out = {}
+    for name in tqdm(sorted(set(crops.owner)), "cells, slides", leave=False):
+        xy, info = cells_from_folder(Path(value), found, name), tile_info(found, name)
+        for key in keys_of(crops) if xy is not None else ():
+            if key[0] == name:
+                inside = ((xy >= key[1:]) & (xy < np.add(key[1:], tile_side(info)))).all(1)
+                out[key] = (xy[inside] - key[1:]) * (CROP / tile_side(info))
+    return out
+
+
+def keys_of(crops):
+    """(slide, x, y) of each crop, its corner in level-0 px."""
+    return [(name, *corner) for name, corner in zip(crops.owner, crops.corners.tolist())]
+
+
+# ---------------------------------------------------------------- script
+
+def draw(images, cells, mpp):
+    """Fig. 15 and 16: a line for each crop, a column for each segmenter; cells as crosses, P_c in green."""
+    figure = Figure(figsize=(2.7 * (1 + len(cells)), 2.85 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), 1 + len(cells))
+    for k, (line, image) in enumerate(zip(np.atleast_2d(axes), images.permute(0, 2, 3, 1).numpy())):
+        line[0].imshow(image)
+        line[0].set_title("crop", fontsize=10)
+        for axis, (name, of_crops) in zip(line[1:], cells.items()):
+            draw_tile(axis, image, of_crops[k], bin_centroids(of_crops[k], CROP), mpp)
+            axis.set_title(f"{name}: {len(of_crops[k])} cells", fontsize=10)
+        for axis in line:
+            axis.set(xlim=(-0.5, CROP - 0.5), ylim=(CROP - 0.5, -0.5))
+            axis.set_axis_off()
+    return figure
+
+
+def run(args):
+    segmenters = inputs.named(args.prior, "--prior")
+    found = find_data(args.data, args.mpp, slide_mpp=args.slide_mpp)
+    if found.kind != "slides":
+        raise InputError(f"--data {args.data}: holds crops; slides are compared here")
+    crops = inputs.crops_of(found, sorted(found.images), args, with_cells=False)
+    of = {name: cells_of(value, crops, found, args) for name, value in segmenters.items()}
+    shared = [i for i, key in enumerate(keys_of(crops)) if all(key in cells for cells in of.values())]
+    if not shared:
+        counts = ", ".join(f"{name} of {len(cells)}" for name, cells in of.items())
+        raise InputError(f"--prior: no crop has the cells of all ({counts} crops); docs/data.md says where "
+                         "cells go")
+    chosen = [shared[i] for i in spread(len(shared), args.crops)]
+    keys = keys_of(crops)
+    cells = {name: [mine[keys[i]] for i in chosen] for name, mine in of.items()}
+    rows = [("segmenter", "other", "F1 within 3 um", "P_c the same", "kappa of P_c", "crops")]
+    for name, of_crops in cells.items():
+        priors = torch.stack([bin_centroids(xy, CROP) for xy in of_crops])
+        total, share = sum(map(len, of_crops)), priors.mean().item()
+        print(f"{name}:", describe_cells(total, len(chosen), share, found.mpp))
+    for a, b in combinations(cells, 2):
+        values = agreement(cells[a], cells[b], found.mpp)
+        rows.append((a, b, *(f"{v:.4f}" for v in values), str(len(chosen))))
+    print_table(rows)
+    mixed = inputs.with_both_regions(priors)
+    drawn = mixed[spread(len(mixed), args.show)].tolist()
+    inputs.save_both(draw(inputs.images_of(crops, [chosen[i] for i in drawn]),
+                   {name: [of_crops[i] for i in drawn] for name, of_crops in cells.items()}, found.mpp),
+              rows, args.out)
+    return 0
+
+
+def main(argv=None):
+    return run_script("priors", lambda: run(arguments(argv)), "--crops")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

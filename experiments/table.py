@@ -1,0 +1,190 @@
+"""The paper's tables from runs (Table 1, 2, 5): a row a network, accuracy and AUC a data set.
+
+    python -m experiments.table runs [--format latex] [--measures accuracy auc macro_f1 middle]
+
+Reads slides.csv, patches.csv and results.csv of every run below a folder, as eval.py writes them. Repeats
+are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; runs with other settings
+have rows of their own, which name what differs.
+"""
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError, run_script
+from common.files import atomic_write, read_json, write_csv
+from common.flags import arguments as train_arguments
+from common.run import RESUMABLE
+from experiments import inputs
+
+METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
+SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
+MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
+MIDDLE = "tokens with attention 0.5 to 2"  # of results.csv
+NO_SETTING = {*RESUMABLE, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision"}
+
+
+def arguments(argv):
+    parser, add = inputs.parser_of("table", "The paper's table from the runs below a folder.")
+    add("folder", nargs="?", default="runs", help="every run in it and below counts")
+    add("--format", default="markdown", choices=["markdown", "latex"], help="latex needs booktabs")
+    add("--measures", nargs="+", default=["accuracy", "auc"], choices=list(MEASURES),
+        help="macro_f1 is BRIGHT's (Table 5); middle is the share of tokens with attention 0.5 to 2")
+    add("--out", help="default: table.md or table.tex in the folder; the numbers go beside it, as .csv")
+    return parser.parse_args(argv)
+
+
+def read_rows(path):
+    """The rows of a CSV as lists, the header first; [] if it is not there."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))  # results.csv has two columns "sd"
+
+
+def read_values(folder):
+    """{(data set, measure): [value of each repeat]} of a run that eval.py has measured; {} if none."""
+    config, out = read_json(folder / "config.json"), {}
+    data = config.get("data", "")
+    try:
+        header, *rows = read_rows(folder / "slides.csv") or [()]
+        for name in header[1:]:
+            out[data, name] = [float(row[header.index(name)]) for row in rows]
+        header, *rows = read_rows(folder / "patches.csv") or [()]
+        for row in (dict(zip(header, row)) for row in rows):
+            if row["encoder"] == folder.resolve().name:
+                kind = row["data"] + (", linear" if row["training"] == "linear" else "")
+                for name in ("accuracy", "auc"):
+                    out.setdefault((kind, name), []).append(float(row[name]))
+        for row in read_rows(folder / "results.csv"):
+            if row[0] == MIDDLE:
+                out[data, "middle"] = [float(row[1])]
+    except (ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{folder}: its tables cannot be read ({error}); run eval.py again") from None
+    return out
+
+
+def read_runs(folder):
+    """[(folder, config, values), ...] of the measured runs below a folder; InputError if there are none."""
+    runs = [(path.parent, read_json(path), read_values(path.parent))
+            for path in sorted(Path(folder).rglob("config.json"))]
+    runs = [run for run in runs if {"data", "arch", "method"} <= run[1].keys() and run[2]]
+    if not runs:
+        raise InputError(f"{folder}: no run in it that eval.py has measured; first: python train.py, "
+                         "python eval.py")
+    return runs
+
+
+def labels_of(runs):
+    """[label, ...] of runs: "DiRL-T", and what differs from other runs of the same network and data set.
+
+    Only what is not train.py's default is named, so that the runs with the paper's settings have no addition.
+    """
+    def key_of(config):
+        return [config[name] for name in ("data", "arch", "method")]
+    out = []
+    for _, config, _ in runs:
+        data, arch, method = key_of(config)
+        others = [other for _, other, _ in runs if key_of(other) == key_of(config)]
+        default = vars(train_arguments(["--data", data]))
+        differs = [name for name, value in config.items() if name not in NO_SETTING
+                   and any(other.get(name) != value for other in others)
+                   and plain(default.get(name)) != value]
+        additions = [f"{name.replace('_', ' ')} {config[name]}" for name in differs]
+        out.append(", ".join([f"{METHODS.get(method, method)}-{SIZES.get(arch, arch)}", *additions]))
+    return out
+
+
+def plain(value):
+    """A flag's value as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def order_of(label):
+    """Sorts rows as the paper does: by size, then by method, then by what was added."""
+    network, *additions = label.split(", ")
+    method, _, size = network.rpartition("-")
+    sizes, methods = list(SIZES.values()), list(METHODS.values())
+    return (sizes.index(size) if size in sizes else 9, methods.index(method) if method in methods else 9,
+            method, additions)
+
+
+def collect(runs, measures):
+    """{label: {(data set, measure): values of all repeats}} in the paper's order, and the columns."""
+    table, columns = {}, {}
+    for label, (_, _, values) in zip(labels_of(runs), runs):
+        for (data, measure), repeats in values.items():
+            if measure in measures:
+                table.setdefault(label, {}).setdefault((data, measure), []).extend(repeats)
+                columns[data] = None
+    columns = [(data, measure) for data in columns for measure in measures
+               if any((data, measure) in row for row in table.values())]
+    return {label: table[label] for label in sorted(table, key=order_of)}, columns
+
+
+def sd_of(values, digits=4):
+    """The standard deviation of repeats as text; "" of a single one."""
+    return f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+
+
+def cells_of(table, columns, bold, plus_minus):
+    """Rows of texts: mean and sd of each cell, the best mean of a column (as printed) through bold."""
+    shown = {(label, column): f"{np.mean(row[column]):.3f}" for label, row in table.items()
+             for column in columns if column in row}
+    best = {column: max(text for (_, c), text in shown.items() if c == column) for column in columns}
+    rows = []
+    for label, row in table.items():
+        cells = [label]
+        for column in columns:
+            text = shown.get((label, column), "")
+            sd = sd_of(row[column], 3) if text else ""
+            cells.append((bold(text) if text and text == best[column] else text) + (sd and plus_minus(sd)))
+        rows.append(cells)
+    return rows
+
+
+def markdown(table, columns):
+    """The table in Markdown."""
+    rows = cells_of(table, columns, lambda text: f"**{text}**", lambda sd: f" ± {sd}")
+    head = ["", *(f"{data} {MEASURES[measure]}" for data, measure in columns)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def latex(table, columns):
+    """The table in LaTeX with booktabs: data sets over their measures."""
+    def escape(text):
+        return text.replace("_", r"\_").replace("%", r"\%")
+    rows = cells_of(table, columns, lambda text: rf"\textbf{{{text}}}", lambda sd: rf" $\pm$ {sd}")
+    sets = list(dict.fromkeys(data for data, _ in columns))
+    spans = [sum(data == one for data, _ in columns) for one in sets]
+    above = "".join(rf" & \multicolumn{{{n}}}{{c}}{{{escape(one)}}}" for one, n in zip(sets, spans))
+    measures = "".join(f" & {escape(MEASURES[measure])}" for _, measure in columns)
+    body = [" & ".join([escape(row[0]), *row[1:]]) + r" \\" for row in rows]
+    return "\n".join([rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", above + r" \\",
+                      measures + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def run(args):
+    runs = read_runs(args.folder)
+    table, columns = collect(runs, args.measures)
+    if not columns:
+        raise InputError(f"{args.folder}: no run has {', '.join(args.measures)}; python eval.py measures it")
+    text = (latex if args.format == "latex" else markdown)(table, columns)
+    out = Path(args.out or Path(args.folder) / ("table.tex" if args.format == "latex" else "table.md"))
+    with atomic_write(out) as temp:
+        temp.write_text(text, encoding="utf-8")
+    write_csv(out.with_suffix(".csv"), [("network", "data", "measure", "mean", "sd", "repeats")] + [
+        (label, *column, f"{np.mean(row[column]):.4f}", sd_of(row[column]), len(row[column]))
+        for label, row in table.items() for column in columns if column in row])
+    print(text)
+    print(f"Mean and sd over repeats of {len(runs)} runs. Wrote {out} and {out.stem}.csv beside it")
+    return 0
+
+
+def main(argv=None):
+    return run_script("table", lambda: run(arguments(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

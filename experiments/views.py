@@ -1,0 +1,135 @@
+"""How often views have both regions (A.5, Fig. 14): over crop scales, at 5x and 10x.
+
+    python -m experiments.views --data demo [--mpp 2.0 1.0] [flags of train.py]
+
+In a view of one region alone, tokens have nothing to attend to across regions (M_cross, eq. 4). Writes the
+shares as a plot and as CSV; under the plot, views as the network sees them, patches with a cell outlined.
+"""
+import sys
+
+import torch
+from matplotlib.figure import Figure
+
+from common.encoders import MEAN, STD
+from common.errors import InputError, check_mpp, check_ranges, run_script
+from common.figures import spread
+from common.flags import arguments as train_arguments
+from data import collate, find_data, make_views, random_boxes
+from dirl import regions_present
+from experiments import inputs
+from prior import view_prior
+from wsi.look import squares
+from wsi.slides import CROP
+
+SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+LOCALS = 4  # local views that are drawn, at most
+
+
+def arguments(argv):
+    parser, add = inputs.parser_of(
+        "views", "Share of views that have cells and background, over crop scales.", allow_abbrev=False,
+        epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
+    add("--mpp", type=float, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
+    add("--crops", type=int, default=2000, help="most crops of the training part; more is steadier")
+    add("--show", type=int, default=2, help="crops of each um/px whose views are drawn")
+    add("--out", default="runs/views.png", help="the picture")
+    args, rest = parser.parse_known_args(argv)
+    args.train = train_arguments(rest)
+    for mpp in args.mpp:
+        check_mpp(mpp, "--mpp")
+    check_ranges(args, crops=(1, 1e9), show=(1, 20))
+    inputs.check_out(args.out)
+    return args
+
+
+def region_shares(cells, scale, size, generator):
+    """Shares of views of that scale, of size px, with both regions, with cells alone, background alone.
+
+    cells (B, K, 2) in px of B crops, NaN where a crop has fewer; one view of each crop.
+    """
+    boxes = random_boxes(len(cells), CROP, (scale, scale), generator)
+    flip = torch.zeros(len(cells), dtype=torch.bool)
+    has_cell, has_back = regions_present(view_prior(cells, boxes, flip, size))
+    return [share.float().mean().item() for share in (has_cell & has_back, ~has_back, ~has_cell)]
+
+
+def views_of(crops, chosen, train):
+    """[(crop (3, H, H), [(view (3, h, h) of 0 to 1, P_c), ...]), ...] of these crops, by train.py's flags."""
+    images, cells = collate([crops[i] for i in chosen])
+    views, priors = make_views(
+        images, cells, torch.Generator().manual_seed(train.seed), min(train.local_crops, LOCALS),
+        train.global_scale, train.local_scale, train.global_size, train.local_size, train.jitter,
+        train.greyscale, train.solarize, train.blur)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    pairs = [(x * std + mean, p) for group, of in zip(views, priors) for x, p in zip(group, of)]
+    return [(image / 255, [(x[i].clamp(0, 1), p[i]) for x, p in pairs]) for i, image in enumerate(images)]
+
+
+def draw_view(axis, image, prior, title):
+    """An image (3, h, h) with its patches that have a cell outlined."""
+    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    if prior is not None:
+        grid, side = int(len(prior) ** 0.5), image.shape[-1]
+        axis.add_collection(squares(
+            [(i % grid * 16 - 0.5, i // grid * 16 - 0.5) for i in prior.nonzero().flatten().tolist()], 16,
+            facecolor=(0.94, 0.89, 0.26, 0.22), edgecolor="#F0E442", linewidth=60 / side))
+    axis.set_title(title, fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def draw_shares(axis, rows, train):
+    """Share of views with both regions over their scale: a colour for each um/px, a line for each size."""
+    for color, mpp in zip(inputs.COLORS[1:], dict.fromkeys(row[0] for row in rows)):
+        for style, kind in zip(("-", "--"), dict.fromkeys(row[1] for row in rows)):
+            mine = [row for row in rows if row[:2] == (mpp, kind)]
+            axis.plot([row[3] for row in mine], [100 * row[4] for row in mine], style, marker=".",
+                      color=color, label=f"{mpp:g} um/px ({10 / mpp:g}x), {kind} views, {mine[0][2]} px")
+    axis.axvspan(*train.global_scale, color="grey", alpha=0.12, lw=0)
+    axis.set(xlabel="area of the view, share of the crop (grey: the global views')",
+             ylabel="views with both regions, %", ylim=(0, 103))
+    axis.legend(fontsize=8, loc="lower right")
+
+
+def run(args):
+    rows, shown, train = [], {}, args.train
+    for mpp in dict.fromkeys(args.mpp):
+        found = find_data(train.data, mpp, train.prior, slide_mpp=train.slide_mpp)
+        if found.kind != "slides":
+            raise InputError(f"--data {train.data}: ready-cut crops have one um/px; slides are needed")
+        crops = inputs.crops_of(found, found.split("train", "val"), train)
+        cells = [torch.from_numpy(crops.cells(i)) for i in spread(len(crops), args.crops)]
+        cells = torch.nn.utils.rnn.pad_sequence(cells, True, float("nan"))  # (B, K, 2)
+        generator = torch.Generator().manual_seed(train.seed)
+        sizes = {"global": train.global_size} | ({"local": train.local_size} if train.local_crops else {})
+        for kind, size in sizes.items():
+            for scale in SCALES:
+                rows.append((mpp, kind, size, scale, *region_shares(cells, scale, size, generator)))
+        mixed = inputs.with_both_regions(crops.priors())
+        shown[mpp] = views_of(crops, mixed[spread(len(mixed), args.show)].tolist(), train)
+        whole = regions_present(crops.priors())
+        print(f"{mpp:g} um/px: {(whole[0] & whole[1]).float().mean():.1%} of {len(crops)} crops have both "
+              f"regions, a cell in {crops.priors().mean():.1%} of the patches")
+    columns = 1 + len(next(iter(shown.values()))[0][1])
+    lines = args.show * len(shown)
+    width = max(6.5, 1.5 * columns)
+    figure = Figure(figsize=(width, 3.4 + 1.75 * lines), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(3.4, 1.75 * lines))
+    draw_shares(above.subplots(), rows, train)
+    axes = iter(below.subplots(lines, columns, squeeze=False))
+    for mpp, of_crops in shown.items():
+        for (image, views), line in zip(of_crops, axes):
+            draw_view(line[0], image, None, f"crop, {mpp:g} um/px")
+            for k, (axis, (view, prior)) in enumerate(zip(line[1:], views)):
+                draw_view(axis, view, prior, f"{'local' if k > 1 else 'global'}, {prior.mean():.0%} cells")
+    header = ("um/px", "view", "px", "scale", "both regions", "cells alone", "background alone")
+    inputs.save_both(figure, [header, *rows], args.out)
+    return 0
+
+
+def main(argv=None):
+    return run_script("views", lambda: run(arguments(argv)), "--crops")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

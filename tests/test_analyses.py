@@ -1,0 +1,352 @@
+"""The paper's figures and tables: mathematics, heat where it belongs, each script at a tiny size."""
+import json
+import shutil
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from synthetic import arrays_of, refused, rows_of, saved, write, write_table
+
+import eval as eval_py
+import train
+from common.encoders import inputs_of, random_encoder, save_encoder
+from common.errors import InputError
+from common.files import file_stamp
+from data import find_data, random_boxes
+from experiments import attention, folds, heatmap, inputs, priors, sweep, table, tokens, views
+from prior import STAINS, bin_centroids
+
+WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
+ON = [*WHERE, "--device", "cpu"]
+ONE, OTHER = (f"runs/sweep_fraction_tiny/baseline_{value}_seed0" for value in ("0.5", "1"))
+TWO = ["--checkpoint", f"First={ONE}", f"Second={OTHER}"]
+RUN = {"data": "tiny", "arch": "vit_t4", "method": "dirl", "seed": 0, "fraction": 1.0}
+
+
+SWEEP = ["fraction", "--values", "0.5", "1", "--methods", "baseline", "--repeats", "2", "--mil-epochs", "2",
+         *ON, "--arch", "vit_t4", "--batch", "2", "--epochs", "1", "--out-dim", "8", "--global-size", "32",
+         "--local-crops", "0"]
+
+
+@pytest.fixture(scope="module")
+def made(rendered, tmp_path_factory):
+    """"tiny": ten slides of two tiles; two runs by a sweep, within this process for time; its steps."""
+    here, rows, steps = tmp_path_factory.mktemp("analyses"), [], []
+    for label, (image, _) in rendered.items():
+        for i, split in enumerate(("train", "train", "val", "test", "test")):
+            crop = image[600: 1048, 300 + 300 * i: 1196 + 300 * i]
+            saved(here / f"tiny/slides/{label}_{i}.png", array=crop)
+            rows.append(f"{label}_{i},{label},{label}{i},{split}")
+    write_table(here / "tiny/labels.csv", "slide,label,patient,split", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(sweep, "pre_train", lambda flags, folder: steps.append("train") or train.main(flags))
+        patch.setattr(sweep.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
+            returncode=eval_py.main(command[2:])))
+        assert sweep.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
+        assert sweep.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
+    return here
+
+
+@pytest.fixture
+def here(made, monkeypatch):
+    monkeypatch.chdir(made)
+    return made
+
+
+def make_seen(here, slide):
+    """elsewhere/seen: a run whose encoder "saw" a slide, with features as if it had made them."""
+    run, seen = here / "elsewhere/seen", {"data": "tiny", "images": {slide: 1}, "patients": []}
+    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0), arch="vit_t4", method="dirl", data="tiny",
+                 mpp=2.0, step=0, trained_on=seen)
+    (run / "features").mkdir(exist_ok=True)
+    for path in (here / ONE / "features").glob("*.npz"):
+        values = arrays_of(path) | {"encoder": np.array(file_stamp(run / "encoder.pt"))}
+        np.savez(run / "features" / path.name, **values)
+    return "elsewhere/seen"
+
+
+# ---------------------------------------------------------------- tokens (Fig. 10, Table 10)
+
+def gaussian(*mean_and_cov):
+    return tuple(np.array(values, float) for values in mean_and_cov)
+
+
+@pytest.mark.parametrize("q", [gaussian([1, 0.5], [[2, 0.6], [0.6, 1]]),
+                               gaussian([0, 0], [[0.01, 0], [0, 4]]), gaussian([3, 3], np.eye(2))])
+def test_jensen_shannon_is_monte_carlos(q):
+    p, rng, terms = gaussian([0, 0], [[1, 0.3], [0.3, 1.5]]), np.random.default_rng(0), []
+    for own, other in ((p, q), (q, p)):
+        x = rng.multivariate_normal(*own, 200_000)
+        a, b = (np.exp(-0.5 * np.einsum("ni,ij,nj->n", x - m, np.linalg.inv(c), x - m))
+                / (2 * np.pi * np.linalg.det(c) ** 0.5) for m, c in (own, other))
+        terms.append(np.log2(a / ((a + b) / 2)).mean())
+    assert tokens.jensen_shannon(p, q) == pytest.approx(np.mean(terms), abs=0.005)
+    assert tokens.jensen_shannon(p, q) == pytest.approx(tokens.jensen_shannon(q, p), abs=1e-9)
+
+
+def test_distances_by_hand():
+    one = gaussian([0, 0], np.eye(2))
+    assert tokens.jensen_shannon(one, one) == pytest.approx(0, abs=1e-9)
+    assert tokens.jensen_shannon(one, gaussian([100, 0], np.eye(2))) == pytest.approx(1, abs=1e-9)
+    assert tokens.bhattacharyya(one, gaussian([2, 0], np.eye(2))) == pytest.approx(4 / 8)
+    wide = gaussian([0, 0], 4 * np.eye(2))  # mean of the covariances: 2.5 I
+    assert tokens.bhattacharyya(one, wide) == pytest.approx(np.log(2.5 ** 2 / (1 * 16) ** 0.5) / 2)
+    with pytest.raises(ValueError, match="line"):
+        tokens.fit_gaussian(np.outer(np.arange(9.), [1, 2]))
+
+
+def test_drawn_tokens_are_of_their_kind_and_those_of_the_encoder():
+    encoder, images = random_encoder("vit_t4", 0), torch.randint(0, 256, (3, 3, 224, 224)).byte()
+    p_c = (torch.rand(3, 196) < 0.3).float()
+    places = tokens.draw_places(p_c, 50, seed=1)
+    assert p_c.flatten()[places["cell"]].all() and not p_c.flatten()[places["background"]].any()
+    assert all(len(set(where)) == 50 for where in places.values())
+    got = tokens.tokens_of(encoder, images, places["cell"], batch=2)
+    want = encoder(inputs_of(encoder, images)).flatten(0, 1)[places["cell"]].detach()
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(InputError, match="--tokens 590"):
+        tokens.draw_places(p_c, 590, seed=1)
+
+
+# ---------------------------------------------------------------- priors (Fig. 15, 16)
+
+def test_matching_is_brute_force(rng=np.random.default_rng(0)):
+    for _ in range(20):
+        a, b = rng.uniform(0, 6, (4, 2)), rng.uniform(0, 6, (5, 2))
+        near = np.hypot(*(a[:, None] - b).transpose(2, 0, 1)) <= 2
+        best = max(sum(near[i, j] for i, j in enumerate(order)) for order in permutations(range(5), 4))
+        assert priors.matched(a, b, 2) == best
+    assert priors.matched(a, b[:0], 2) == 0
+
+
+def test_agreement_by_hand():
+    a = [np.array([[8., 8], [100, 100]]), np.zeros((0, 2))]
+    b = [np.array([[9., 8], [120, 100], [100, 101.6]]), np.array([[8., 8]])]  # 1 px, none, 1.6 px, none
+    f1, same, kappa = priors.agreement(a, b, 2.0)  # 3 um are 1.5 px
+    assert f1 == pytest.approx(2 * 1 / (2 + 4)) and same == pytest.approx(390 / 392)
+    chance = (2 * 4 + 390 * 388) / 392 ** 2
+    assert kappa == pytest.approx((same - chance) / (1 - chance))
+    assert priors.agreement(a[1:], a[1:], 2.0)[:2] == (1, 1)
+
+
+# ---------------------------------------------------------------- views (Fig. 14), queries (Fig. 13)
+
+def test_shares_of_regions_are_brute_force(rng=np.random.default_rng(0)):
+    cells = torch.tensor(rng.uniform(0, 224, (40, 9, 2)) * [1, 0.5], dtype=torch.float32)
+    cells[::2, 3:] = float("nan")
+    got = views.region_shares(cells, 0.1, 96, torch.Generator().manual_seed(5))
+    boxes = random_boxes(40, 224, (0.1, 0.1), torch.Generator().manual_seed(5)).numpy()
+    covers = [bin_centroids((xy[~np.isnan(xy[:, 0])] - box[:2]) / box[2:] * 96, 96).mean().item()
+              for xy, box in zip(cells.numpy(), boxes)]
+    want = [np.mean([0 < c < 1 for c in covers]), np.mean(np.equal(covers, 1)), np.mean(np.equal(covers, 0))]
+    np.testing.assert_allclose(got, want)
+
+
+def test_a_query_is_a_row_of_the_attention():
+    rows = torch.rand(3, 196, 196).softmax(-1)
+    got = attention.query_rows(rows, [5, 17])
+    torch.testing.assert_close(got[1], 196 * (rows[0, 17] + rows[1, 17] + rows[2, 17]) / 3)
+    torch.testing.assert_close(got.sum(-1), torch.tensor([196., 196]))
+    assert attention.tokens_at(["0,0", "223.9,15", "17,32"], 14) == [0, 13, 29]
+    assert attention.tokens_at(["2"], 14) == [3 * 14 + 3, 3 * 14 + 10, 10 * 14 + 3, 10 * 14 + 10]
+    for wrong in (["224,0"], ["a"], ["1,2,3"], ["0"]):
+        with pytest.raises(InputError, match="--query"):
+            attention.tokens_at(wrong, 14)
+
+
+# ---------------------------------------------------------------- heat maps
+
+def test_stitching_is_brute_force():
+    corners, side, unit = np.array([[0, 0], [101, 33], [0, 101]]), 100.8, 7.3
+    values = np.random.default_rng(0).random((3, 16))
+    got = heatmap.stitch(values, corners, side, unit, (30, 26))
+    for y in range(30):
+        for x in range(26):
+            at, want = np.array([x + 0.5, y + 0.5]) * unit, np.nan
+            for corner, of_tile in zip(corners, values):
+                column, row = np.floor((at - corner) / side * 4).astype(int)
+                if 0 <= column < 4 and 0 <= row < 4:
+                    want = of_tile[4 * row + column]
+            np.testing.assert_allclose(got[y, x], want, rtol=1e-6)
+
+
+class Dark(torch.nn.Module):
+    """An "encoder" whose tokens all attend to the dark patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.anything = torch.nn.Parameter(torch.zeros(1))
+
+    def last_attention(self, images):
+        grey = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 16).flatten(1)  # (B, n)
+        return (50.0 * (grey < -1)).softmax(-1)[:, None, None].expand(-1, 1, grey.shape[1], -1)
+
+
+def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
+    """It lies across four tiles, 128 x 96 px at 384,416 of level 0: 4 x 3 tokens of 32 px."""
+    monkeypatch.chdir(tmp_path)
+    image = np.empty((896, 1344, 3), np.uint8)
+    image[:] = 245 * np.exp(-0.4 * STAINS[1])
+    image[416: 512, 384: 512] = (60, 20, 70)
+    saved(tmp_path / "in/slides/s.png", array=image)
+    about = {"it": (Dark(), tmp_path / "encoder.pt", {"mpp": 2.0})}
+    monkeypatch.setattr(inputs, "load_networks", lambda args: about)
+    drawn, draw = [], heatmap.draw
+    monkeypatch.setattr(heatmap, "draw", lambda *what: drawn.extend(what) or draw(*what))
+    argv = ["--checkpoint", "it", "--data", "in", "--mpp", "2", "--slide-mpp", "1", "--part", "train",
+            "--workers", "1", "--pixels", "672", "--out", "h.png"]
+    assert heatmap.main(argv) == 0
+    picture, maps, _ = drawn
+    heat, dark = maps["it"]["aggregated attention"], picture.mean(2) < 100
+    assert heat.shape == dark.shape == (448, 672) and dark.sum() == 64 * 48
+    assert np.array_equal(heat > 2, dark) and not np.isnan(heat).any()
+    features = json.loads(Path("h_it.geojson").read_text())["features"]
+    hot = [np.array(f["geometry"]["coordinates"][0]) for f in features
+           if f["properties"].get("classification", {}).get("name") == "attention over 2"]
+    assert len(hot) == 12 and all(np.ptp(ring, 0).tolist() == [32, 32] for ring in hot)
+    ring = np.concatenate(hot)
+    assert ring.min(0).tolist() == [384, 416] and ring.max(0).tolist() == [512, 512]
+    tiles = {tuple(f["geometry"]["coordinates"][0][0]): f["properties"]["measurements"] for f in features
+             if f["properties"]["objectType"] == "annotation"}
+    assert len(tiles) == 6 and tiles[896, 448]["tokens 0.5 to 2"] == 1
+    assert tiles[0, 0]["tokens over 2"] == pytest.approx(2 / 196, rel=1e-3)
+
+
+# ---------------------------------------------------------------- the paper's table
+
+def result(folder, accuracies, bins=None, **config):
+    write(folder / "config.json", RUN | config)
+    write_table(folder / "slides.csv", "seed,accuracy,auc,macro_f1",
+                [f"{i},{a},{a + 0.05},0.5" for i, a in enumerate(accuracies)])
+    if bins:
+        write_table(folder / "results.csv", "measure,trained,sd,random start,sd,over",
+                    [f"tokens with attention 0.5 to 2,{bins},,1.0,,9 crops"])
+
+
+def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path, capsys):
+    result(tmp_path / "a", [0.8, 0.9], method="baseline", bins=0.6)
+    result(tmp_path / "b", [0.9], bins=0.95)
+    result(tmp_path / "deep" / "c", [0.7], seed=1)
+    result(tmp_path / "d", [0.5], fraction=0.2)
+    result(tmp_path / "e", [0.875], arch="vit_s", data="other_set")
+    write_table(tmp_path / "b/patches.csv", "data,encoder,training,fold,accuracy,auc", [
+        "mhist,b,fine-tuned,1,0.8,0.9", "mhist,b,fine-tuned,2,0.7,0.9", "mhist,random,fine-tuned,1,1,1"])
+    assert table.main([str(tmp_path)]) == 0
+    lines = (tmp_path / "table.md").read_text().replace("*", "!").splitlines()
+    assert lines[0].startswith("|  | tiny accuracy | tiny AUC | mhist accuracy | mhist AUC | other_set accu")
+    assert lines[2] == "| Baseline-T4 | !!0.850!! ± 0.071 | !!0.900!! ± 0.071 |  |  |  |  |"
+    assert lines[3].startswith("| DiRL-T4 | 0.800 ± 0.141 | 0.850 ± 0.141 | !!0.750!! ± 0.071 | !!0.900!! ±")
+    assert lines[4].startswith("| DiRL-T4, fraction 0.2 | 0.500 | 0.550 |")
+    assert lines[5] == "| DiRL-S |  |  |  |  | !!0.875!! | !!0.925!! |"
+    assert "Baseline-T4,tiny,accuracy,0.8500,0.0707,2" in (tmp_path / "table.csv").read_text()
+    assert table.main([str(tmp_path), "--format", "latex", "--measures", "accuracy", "middle"]) == 0
+    text = (tmp_path / "table.tex").read_text()
+    assert r"Baseline-T4 & \textbf{0.850} $\pm$ 0.071 & 0.600" in text and r"{c}{other\_set}" in text
+    refused(capsys, table.main, [str(tmp_path / "nothing")], "nothing", "eval.py")
+
+
+# ---------------------------------------------------------------- folds (Table 4)
+
+def write_splits(folder, count=2):
+    for k in range(count):
+        parts = {"train": [0, 1 + k], "val": [2 - k], "test": [3]}
+        columns = [[f"{label}_{i}.svs" for label in ("glands", "nests") for i in numbers] + [""] * 2
+                   for numbers in parts.values()]
+        rows = [f"{i}," + ",".join(column[i] for column in columns) for i in range(4)]
+        write_table(folder / f"splits_{k}.csv", ",train,val,test", rows + ["4,TCGA-elsewhere,,"])
+    write_table(folder / "splits_0_bool.csv", "x", ["y"])
+
+
+def test_folds_by_published_split_files(here, capsys):
+    write_splits(here / "splits")
+    argv = ["--data", "tiny", "--splits", "splits", "--epochs", "2", "--device", "cpu"]
+    assert folds.main([*argv, *TWO]) == 0
+    out, rows = capsys.readouterr().out, rows_of(here / "runs/folds.csv")
+    assert "1 of 9 slides are not in tiny" in out and "0 of 4" in out
+    assert [(row["network"], row["fold"], row["test"]) for row in rows] == [
+        (name, fold, "2") for name in ("First", "Second") for fold in "01"]
+    for k in (0, 1):
+        shutil.copytree(here / ONE, here / f"elsewhere/fold_{k}")
+    assert folds.main([*argv, "--checkpoint", "own=elsewhere/fold_{fold}"]) == 0
+    shutil.rmtree(here / "elsewhere/fold_1")
+    refused(capsys, folds.main, [*argv, "--checkpoint", "own=elsewhere/fold_{fold}"], "elsewhere/fold_1")
+    refused(capsys, folds.main, [*argv, "--write-split", "0"], "labels.csv", "column split")
+    argv += ["--checkpoint", make_seen(here, "nests_3")]
+    refused(capsys, folds.main, argv, "1 of the 2 test slides", "--allow-seen")
+    assert folds.main([*argv, "--allow-seen"]) == 0 and "2 of 4" in capsys.readouterr().out
+    write_table(here / "splits/splits_0.csv", "train,val,test", ["nests_0,nests_0,nests_1"])
+    refused(capsys, folds.main, argv, "nests_0 stands there twice")
+
+
+def test_a_fold_becomes_the_split_that_training_reads(here):
+    shutil.copytree(here / "tiny", here / "open", dirs_exist_ok=True)
+    rows = [f"{row['slide']},{row['label']}" for row in rows_of(here / "tiny/labels.csv")]
+    write_table(here / "open/labels.csv", "slide,label", rows)
+    write_splits(here / "splits")
+    assert folds.main(["--data", "open", "--splits", "splits", "--write-split", "1", "--device", "cpu"]) == 0
+    found = find_data("open")
+    assert found.split("val") == ["glands_1", "nests_1"] and "nests_3" in found.split("test")
+
+
+# ---------------------------------------------------------------- each script at a tiny size
+
+def wrote(path, rows):
+    """The picture is there, and so many rows beside it."""
+    assert path.stat().st_size > 10_000 and len(rows_of(path.with_suffix(".csv"))) == rows
+
+
+def test_attention_scripts(here, capsys):
+    assert attention.main(["distribution", *ON, *TWO]) == 0
+    wrote(here / "runs/attention_distribution.png", 2)
+    row = rows_of(here / "runs/attention_distribution.csv")[0]
+    assert sum(float(row[bin]) for bin in attention.BINS) == pytest.approx(1, abs=1e-5)
+    assert attention.main(["overlay", *ON, *TWO, "--crops", "2", "--out", "o.png"]) == 0
+    wrote(here / "o.png", 4)
+    shown = ["--show", "nests_3/0_0", "--out", "q.png"]
+    assert attention.main(["query", *ON, *TWO, *shown, "--query", "0,0", "100,60"]) == 0
+    wrote(here / "q.png", 2 * 2 * 196)
+    refused(capsys, attention.main, ["query", *ON, *TWO, "--show", "0_0"], "--show 0_0", "one is needed")
+    refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out q.csv", ".png")
+    overlay = ["overlay", *ON, "--checkpoint"]
+    refused(capsys, attention.main, [*overlay, f"x={ONE}", f"x={OTHER}"], "NAME=")
+    refused(capsys, attention.main, [*overlay, make_seen(here, "nests_3")], "was trained on 1 of")
+
+
+def test_heatmap_tokens_and_views_scripts(here, capsys):
+    argv = [*ON, *TWO, "--slide", "nests_4", "--repeats", "1", "--epochs", "2", "--out", "h.png"]
+    assert heatmap.main(argv) == 0
+    wrote(here / "h.png", 4)  # two tiles, two networks
+    assert sum(float(row["DSMIL"]) for row in rows_of(here / "h.csv")[:2]) == pytest.approx(1, abs=1e-4)
+    assert {path.name for path in here.glob("h_*.geojson")} == {"h_First.geojson", "h_Second.geojson"}
+    refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "is no slide in the test part")
+    assert tokens.main([*ON, *TWO, "--tokens", "60", "--perplexity", "10", "--out", "t.png"]) == 0
+    wrote(here / "t.png", 2)
+    assert all(0 <= float(row["Jensen-Shannon"]) <= 1 for row in rows_of(here / "t.csv"))
+    assert views.main([*ON[:2], *ON[4:], "--local-crops", "2", "--show", "1", "--out", "v.png"]) == 0
+    wrote(here / "v.png", 2 * 2 * len(views.SCALES))
+    for row in rows_of(here / "v.csv"):
+        assert sum(float(value) for value in list(row.values())[4:]) == pytest.approx(1, abs=1e-5)
+
+
+def test_priors_script(here, capsys):
+    for file in (here / "tiny/slides").glob("*.png"):
+        write_table(here / f"mine/{file.stem}.csv", "x,y", ["100,100", "300,200"])
+    assert priors.main([*WHERE, "--prior", "builtin", "mine=mine", "--show", "1", "--out", "p.png"]) == 0
+    wrote(here / "p.png", 1)
+    assert float(rows_of(here / "p.csv")[0]["F1 within 3 um"]) < 0.1
+    refused(capsys, priors.main, [*WHERE, "--prior", "builtin", "gone"], "--prior gone")
+
+
+def test_sweep_script(here, capsys):
+    rows = rows_of(here / "runs/sweep_fraction_tiny/sweep.csv")
+    assert {(row["fraction"], row["measure"], row["repeats"]) for row in rows} >= {
+        ("0.5", "accuracy", "2"), ("1", "auc", "2"), ("1", "middle", "1")}
+    assert (here / "runs/sweep_fraction_tiny/sweep.png").stat().st_size > 10_000
+    refused(capsys, sweep.main, [*SWEEP, "--seed", "1"], "--seed: the sweep sets it")
+    jobs = sweep.jobs_of(sweep.arguments(["prior", *ON, "--values", "cellpose", "hovernet"]))[1]
+    assert " ".join(folder.name.removesuffix("_seed0") for _, _, folder, _ in jobs) == (
+        "baseline cellback_cellpose cellback_hovernet dirl_cellpose dirl_hovernet")
