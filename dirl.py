@@ -326,18 +326,18 @@ class DINOLoss(nn.Module):
         again = partial(checkpoint, view_cross_entropy, use_reentrant=False, preserve_rng_state=False)
         loss = sum(again(x, target, weight[:, v], self.student_temp)  # again in the backward pass, for memory
                    for v, x in enumerate(student)) / pairs
-        total = torch.einsum("ub,ubk->k", t, teacher.float())
-        self.waiting = self.waiting + torch.cat([total, t.sum()[None]])
-        if move_center:
-            self.update_center()
+        self.update_center(teacher, t, move_center)
         return loss
 
     @torch.no_grad()
-    def update_center(self):
-        """centre = m * centre + (1 - m) * mean of the teacher's rows that count; unchanged if none do."""
-        total, rows = process_mean(self.waiting).split((len(self.center), 1))
-        self.center.lerp_(total / rows.clamp(min=1e-6), (1 - self.center_momentum) * (rows > 0).float())
-        self.waiting = 0
+    def update_center(self, teacher, present, move=True):
+        """centre = m * centre + (1 - m) * mean of the teacher's rows that count; move=False: they wait."""
+        total = torch.einsum("ub,ubk->k", present, teacher.float())
+        self.waiting = self.waiting + torch.cat([total, present.sum()[None]])
+        if move:
+            total, rows = process_mean(self.waiting).split((len(self.center), 1))
+            self.center.lerp_(total / rows.clamp(min=1e-6), (1 - self.center_momentum) * (rows > 0).float())
+            self.waiting = 0
 
 
 # ---------------------------------------------------------------- DiRL

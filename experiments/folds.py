@@ -31,10 +31,10 @@ from common.errors import InputError, check_ranges, run_script
 from common.files import print_table, read_csv, write_csv
 from common.measures import measures_of
 from common.parallel import call
-from data import check_unseen, find_data
+from data import find_data
 from experiments import inputs
 from experiments.table import sd_of
-from wsi.folders import find_folder, slide_of
+from wsi.folders import check_unseen, find_folder, slide_of
 
 PARTS, SEEN = ("train", "val", "test"), "test slides seen in pre-training"
 

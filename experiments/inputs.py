@@ -12,7 +12,8 @@ from common.errors import InputError, check_mpp, check_ranges, print_skipped
 from common.figures import save_figure
 from common.files import file_stamp, read_npz, write_csv
 from common.parallel import add_limits, limits_of
-from data import Crops, check_unseen, find_data
+from data import Crops, find_data
+from wsi.folders import check_unseen
 from wsi.prepare import prepare, prepare_tiles
 
 COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
