@@ -8,6 +8,7 @@ measures each on the test part of FOLDER/labels.csv (claim.npz: each test image'
 it whenever you like: the same command resumes. show prints the table and draws.
 """
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -28,11 +29,13 @@ from common.files import atomic_write, file_stamp, stamp_of, write_json
 from common.flags import arguments as train_arguments
 from common.run import RESUMABLE, check_config, is_finished
 from data import find_data, resample
-from experiments.claim_table import ABOUT, ARMS, BAGS, read_measures, show
+from experiments import compare
+from experiments.claim_table import ABOUT, ARMS, BAGS, COMPARED, read_measures, show
 from wsi.prepare import load_crops
 from wsi.slides import CROP
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = ROOT / "train.py"
 DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
 
 
@@ -58,7 +61,8 @@ def arguments(argv):
         help="folder of patches with labels.csv: image,label,split[,patient or source_tile]")
     add("--arms", nargs="+", default=["random", "baseline", "cellback", "dirl", "shuffled"],
         choices=list(ARMS), metavar="ARM",
-        help=f"{', '.join(ARMS)}; those from shuffled on are controls, and set their own flags")
+        help=f"{', '.join(ARMS)}; those from shuffled on are controls and comparisons (experiments.compare), "
+             "and set their own flags")
     add("--seeds", type=int, nargs="+", default=[0],
         help="several tell an effect from luck; the first runs first")
     add("--folds", type=int, default=5, help="of the training part, for logistic regression and fine-tuning")
@@ -95,7 +99,8 @@ def run(args):
     jobs = [(arm, seed, Path(args.out) / f"{arm}_seed{seed}") for seed in args.seeds for arm in args.arms]
     flags = {folder: [*common, "--run", str(folder), "--seed", str(seed), *(ARMS[arm] or [])]
              for arm, seed, folder in jobs}
-    settings = {folder: train_arguments(flags[folder]) for folder in flags}
+    settings = {folder: compare.arguments(flags[folder]) if is_compared(flags[folder]) else
+                train_arguments(flags[folder]) for folder in flags}
 
     # Whatever is wrong with flags or labels is reported now, not after hours.
     shared, found = train_arguments(common), find_patches(args)
@@ -136,11 +141,17 @@ def keep_settings(path, settings, labels):
     write_json(path, new)
 
 
+def is_compared(flags):
+    """Is an arm of these flags trained by experiments.compare?"""
+    return bool({*COMPARED} & {*flags})
+
+
 def pre_train(flags, folder):
-    """Runs train.py: 0 when the run is finished, 130 if it was stopped, else train.py's exit code."""
+    """Runs train.py or experiments.compare: 0 if the run is finished, 130 if stopped, else its exit code."""
     if is_finished(folder) and (folder / "encoder.pt").is_file() and not (folder / "checkpoint.pt").is_file():
         return 0  # the checkpoint is large, and may be deleted when a run is done
-    process = subprocess.Popen([sys.executable, TRAIN, *flags])
+    script = ["-m", "experiments.compare"] if is_compared(flags) else [TRAIN]
+    process = subprocess.Popen([sys.executable, *script, *flags], env=os.environ | {"PYTHONPATH": str(ROOT)})
     forward = {number: signal.signal(number, lambda number, _: process.send_signal(number))
                for number in (signal.SIGINT, signal.SIGTERM)}  # train.py saves, and then ends
     try:

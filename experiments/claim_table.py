@@ -1,6 +1,7 @@
 """The table and the pictures of experiments.claim, from the arms' claim.npz and log.csv, with intervals."""
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 
@@ -16,8 +17,8 @@ from prior import bin_centroids
 from wsi.prepare import prepare
 from wsi.slides import CROP
 
-# What is compared: flags of train.py. "random" is an untrained encoder; "shuffled" and those after it are
-# controls.
+# What is compared: flags of train.py, or of experiments.compare. "random" is an untrained encoder; "shuffled"
+# and those after it are controls and comparisons.
 ARMS = {
     "random": None,
     "baseline": ["--method", "baseline"],
@@ -28,10 +29,18 @@ ARMS = {
     "two_views": ["--method", "dirl", "--local-crops", "0", "--global-scale", "0.14", "1"],
     "baseline_two_views": ["--method", "baseline", "--local-crops", "0", "--global-scale", "0.14", "1"],
     "zeros": ["--method", "dirl", "--empty-regions", "zeros"],
+    "two_heads": ["--heads", "12", "12"],  # the number of heads without regions
+    "13_blocks": ["--depth", "13"], "13_blocks*": ["--depth", "13", "--heads", "12", "13"],  # Table 6
+    "4_blocks": ["--depth", "4"], "4_blocks_dirl": ["--depth", "4", "--method", "dirl"],
 }
+for ssl in ("byol", "simclr"):  # Table 8
+    ARMS |= {ssl + end: ["--ssl", ssl, "--method", method] for end, method in (
+        ("", "baseline"), ("_cellback", "cellback"), ("_dirl", "dirl"))}
+ARMS |= {ssl: ["--ssl", ssl] for ssl in ("esvit", "selfpatch", "imix", "lsup")}  # Tables 3 and 9, Fig. 9
+COMPARED = ("--ssl", "--depth", "--heads")  # flags of experiments.compare, which trains these arms
 BASELINE_OF = {"two_views": "baseline_two_views"}  # the others: "baseline"
 COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a",
-                         "#7fc97f", "#a65628")))
+                         "#7fc97f", "#a65628", *matplotlib.colormaps["tab20"].colors)))
 BINS = ("tokens with attention 0 to 0.5", "tokens with attention 0.5 to 2", "tokens with attention over 2")
 SPREAD = "sd of the aggregated attention within an image"
 ABOUT = ("stamp", "classes", "labels", "groups")  # of claim.npz; the rest are measures

@@ -37,7 +37,7 @@ def arguments(argv):
         description="Pre-trains what the paper compares with; the same command again resumes.",
         epilog="All other flags are train.py's.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--ssl", required=True, choices=list(BUILD),
+    add("--ssl", default="dino", choices=list(BUILD),
         help="how it is trained; byol, simclr and dino take every --method, the others are baselines")
     add("--depth", type=int, help="blocks of the encoder instead of the --arch's own (Table 6: 13)")
     add("--heads", type=int, nargs="+", metavar="BLOCK",

@@ -17,7 +17,7 @@ from common.files import file_stamp, read_json
 from common.flags import arguments as train_arguments
 from common.run import is_finished
 from data import find_data
-from experiments import claim, claim_table, lc25000
+from experiments import claim, claim_table, compare, lc25000
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
         "--global-size", "32", "--local-size", "16", "--local-crops", "1", "--probe-images", "24",
@@ -244,7 +244,8 @@ def test_a_failing_arm_is_named_and_the_others_go_on(here, capsys, monkeypatch):
 
 def test_arms_are_flags_that_train_takes(here):
     for arm, flags in claim_table.ARMS.items():
-        args = train_arguments(["--data", "c", *TINY, *(flags or [])])
+        parse = compare.arguments if claim.is_compared(flags or []) else train_arguments
+        args = parse(["--data", "c", *TINY, *(flags or [])])
         assert args.method in dirl.METHODS, arm
 
 
