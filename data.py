@@ -24,11 +24,11 @@ from common.datasets import DATASETS, PRIORS
 from common.encoders import MEAN, STD, normalize
 from common.errors import InputError, run_script
 from common.files import read_csv, write_csv
-from common.parallel import add_limits, call
+from common.parallel import add_limits, add_shard, call
 from prior import view_prior
 from wsi import check, gdc, look
 from wsi.folders import SPLITS, find_folder
-from wsi.prepare import read_crop, read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
+from wsi.prepare import read_crop, read_crop_cells, ready_cells, run_shard, tile_info, tile_side, tiles_folder
 from wsi.slides import CROP
 
 # ---------------------------------------------------------------- crops with their cells
@@ -398,26 +398,29 @@ def arguments(argv):
     manifest.add_argument("--data", required=True, choices=list(gdc.PROJECTS), help="which TCGA data set")
     gdc.add_arguments(manifest)
     checked = commands.add_parser("check", help="what is there, what is missing, where to get it")
-    checked.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
     checked.add_argument("--md5", action="store_true",
                          help="compares with the manifest's md5 sums; reads every byte")
-    checked.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells to look for")
-    looked = commands.add_parser("look",
-                                 help="a picture of a slide: thumbnail, tissue mask, tile grid, cells")
+    prepared = commands.add_parser("prepare", help="cuts tiles and finds cells, as train.py does before it "
+                                   "trains; for a machine without a GPU, or many machines")
+    add_shard(prepared.add_argument)
+    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue, tile grid, cells")
     looked.add_argument("slide", help="a slide or an image")
-    looked.add_argument("--tissue", type=float, default=0.5,
-                        help="least share of tissue in a tile, as in train.py")
     looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
     looked.add_argument("--tile", nargs="+", metavar="X,Y",
                         help="shows the tiles that hold these points in level-0 px; default: three of them")
     looked.add_argument("--out", help="the picture (look_<slide>.png)")
-    add_limits(looked.add_argument)
-    add_limits(checked.add_argument)
-    for sub in (checked, looked):
+    for sub in (checked, prepared):
+        sub.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
+        sub.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")
+    for sub in (looked, prepared):
+        sub.add_argument("--tissue", type=float, default=0.5,
+                         help="least share of tissue in a tile, as in train.py")
+    for sub in (checked, looked, prepared):
         sub.add_argument("--mpp", type=float, help="um/px of the crops (2.0 is the paper's 5x)")
         sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")
         sub.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-    for sub in (manifest, checked):
+        add_limits(sub.add_argument)
+    for sub in (manifest, checked, prepared):
         sub.add_argument("--root", default="datasets", help="folder of the data sets")
         sub.add_argument("--split-seed", type=int, default=0, help="seed of the split, when it is first made")
     return parser.parse_args(argv)
@@ -431,9 +434,10 @@ def run(args):
             args.data, args.root, args.limit, args.server, args.timeout, args.force)}
         complete_split(labels, "slides", Path(args.root, args.data, "split.csv"), args.split_seed)
         return 0
-    found, error = call(find_data, (args.data, args.mpp, args.prior, args.split_seed, args.root,
-                                    args.slide_mpp))
-    return check.check(args, found, error)
+    how = args.data, args.mpp, args.prior, args.split_seed, args.root, args.slide_mpp
+    if args.command == "prepare":
+        return run_shard(find_data(*how), args)
+    return check.check(args, *call(find_data, how))
 
 
 def main(argv=None):

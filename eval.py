@@ -30,18 +30,18 @@ from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, represent
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
-from common.figures import plot_distribution, plot_overlays, plot_slide, spread
+from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
 from common.measures import measures_of
-from common.parallel import add_limits, limits_of
+from common.parallel import add_limits, add_shard, limits_of, shard_of
 from common.patches import PATCH_KEYS, fold_results, report_folds
 from common.results import last_losses, row_of, write_results
 from data import Crops, collate, find_data
 from prior import bin_centroids
 from wsi.folders import check_unseen
 from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info, tile_side
-from wsi.slides import CROP, Slide
-from wsi.truth import check_with_truth, read_truth
+from wsi.slides import CROP
+from wsi.truth import check_with_truth, draw_slide
 
 MEASURES = ("accuracy", "AUC", "macro F1")
 
@@ -88,6 +88,7 @@ def slides_arguments(argv):
         help="test crops whose attention is counted; more is steadier and slower")
     add("--overlays", type=int, default=4, help="crops in the attention picture")
     add_limits(add)
+    add_shard(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
         parser.set_defaults(compare="random", mil_weight_decay=5e-3, repeats=3)
@@ -176,6 +177,19 @@ def extract(encoder, found, folder, encoder_stamp, args):
         with atomic_write(folder / f"{name}.npz") as temp, open(temp, "wb") as file:
             np.savez(file, features=features, coords=crops.corners, encoder=np.array(stamps[name]))
     return list(stamps)
+
+
+def extract_shard(encoder, found, path, args):
+    """Tiles and the trained network's features of the slides of --shard; gives the exit code."""
+    if found.kind != "slides":
+        raise InputError(f"--shard: {found.source} holds crops and no slides; leave the flag out")
+    found.images = {name: found.images[name] for name in shard_of(found.images, args.shard)}
+    failed = prepare_tiles(found, args.tissue, args.workers, limits_of(args)) if found.images else []
+    print_skipped(failed)
+    names = extract(encoder, found, path.parent / "features", file_stamp(path), args)
+    print(f"Wrote {path.parent}/features/ of the {len(names)} slides of --shard {args.shard}. "
+          "Next, when all shards are done: the same without --shard")
+    return exit_code_of(failed)
 
 
 # ---------------------------------------------------------------- slides
@@ -271,27 +285,6 @@ def count_attention(networks, title, found, run, args):
     return tables, share if len(celled) else []
 
 
-def draw_slide(found, folder, attention, path):
-    """A test slide with DSMIL's attention over it, of each network, and the truth where it is known.
-
-    attention: {network: {test slide: (repeats, N)}}. The slide is the first that has telling tiles, else the
-    first of the last class.
-    """
-    names = list(next(iter(attention.values())))
-    truth = {name: read_truth(found.source, name) for name in names}
-    told = [name for name in names if any(telling for _, telling in truth[name].values())]
-    last = [name for name in names if found.labels[name]["label"] == found.classes[-1]]
-    name = (told or last)[0]
-    info = tile_info(found, name)
-    slide = Slide(found.images[name], said_mpp=info["slide_mpp"])
-    picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
-    corners = read_npz(folder / "features" / f"{name}.npz", "coords")["coords"]
-    kinds = [truth[name][tuple(corner)] for corner in corners.tolist()] if truth[name] else None
-    plot_slide(picture, corners / unit, tile_side(info) / unit,
-               {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
-               f"{name}, {found.labels[name]['label']}", path)
-
-
 def export(found, names, run, kinds):
     """Writes what --export asks for of the slides that have features."""
     infos = {name: tile_info(found, name) for name in names}
@@ -318,6 +311,8 @@ def evaluate_slides(args):
     if "csv" in args.export and not found.labels:
         raise InputError(f"--export csv: DSMIL's bags have labels; write {found.source}/labels.csv "
                          "(slide,label) or use --export clam")
+    if args.shard:
+        return extract_shard(encoder, found, path, args)
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)

@@ -25,6 +25,7 @@ from common.encoders import attention_of, in_batches, represent, start_encoder, 
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
+from common.pack import Packed
 from common.parallel import limits_of
 from common.processes import any_of, first_before_others, join, leave, processes, rank
 from common.run import Log, Run
@@ -86,6 +87,9 @@ def training_crops(args):
                          f"{found.source}: no crop in it to train on; see python data.py check")
     print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
     owners = crops.owner
+    if args.pack:
+        with first_before_others():
+            crops = Packed(crops, found.work / f"packed_{found.mpp:g}um.npy")
     if args.fraction < 1:
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
         kept = sorted(order[: max(1, round(args.fraction * len(crops)))])
@@ -309,6 +313,7 @@ def train(args, build=build_models):
     step = start = run.resume()
     announce(args, run, found, steps, start, teacher.encoder, crops)
     model = DistributedDataParallel(student) if processes() > 1 else student
+    model = torch.compile(model) if args.compile else model
 
     with run, Log(args, run, loss_fn.losses, start, steps, per_epoch) as log, stop_signals() as stop:
         for images, cells in loader_of(crops, args, start, steps):

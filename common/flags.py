@@ -111,6 +111,10 @@ def arguments(argv):
              "better, but less stable")
     add("--center-momentum", type=float, default=0.9, help="of each head's centre")
     add("--freeze-last-layer", type=int, default=1, help="epochs in which the heads' last layers are frozen")
+    add("--pack", action="store_true",
+        help="first writes all crops into one uncompressed file (150 KB a crop) and reads them from there; "
+             "if decoding JPEG cannot keep up with the GPU, as --benchmark shows")
+    add("--compile", action="store_true", help="torch.compile; minutes at the start, for long runs on a GPU")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
         help="auto: bf16 if the device has it")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")

@@ -1,4 +1,5 @@
 """Work on many files in processes, each within limits; a failure costs only its own file."""
+import re
 import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -34,6 +35,20 @@ def limits_of(args):
     """The Limits of add_limits' flags; InputError for a flag out of its range."""
     check_ranges(args, max_seconds=(0.1, 1e9), max_gigapixels=(1e-6, 1e6))
     return Limits(args.max_seconds, args.max_gigapixels)
+
+
+def add_shard(add):
+    """The flag of a script whose work several machines share, for shard_of."""
+    add("--shard", metavar="I/N",
+        help="does the part I (0 to N - 1) of N of the slides and no more; for an array job on a cluster")
+
+
+def shard_of(names, shard):
+    """The names that a shard "i/n" does, every n-th; all for None. InputError for another text."""
+    part = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", shard or "0/1")
+    if not part or int(part[1]) >= int(part[2]):
+        raise InputError(f"--shard {shard}: two numbers are expected, 0/8 to 7/8 for eight parts")
+    return sorted(names)[int(part[1])::int(part[2])]
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from common.files import atomic_write, load_tensors, read_json, save_tensors, st
 from common.processes import rank
 
 RESUMABLE = (  # flags that may change when a run is resumed
-    "run", "plot", "benchmark", "accumulate", "workers", "save_minutes", "save_every", "max_steps", "device",
-    "probe", "probe_epochs", "probe_images", "split_seed", "max_seconds", "max_gigapixels")
+    "run", "plot", "benchmark", "accumulate", "pack", "compile", "workers", "save_minutes", "save_every",
+    "max_steps", "device", "probe", "probe_epochs", "probe_images", "split_seed", "max_seconds",
+    "max_gigapixels")
 READ_EVERY = 10  # steps
 UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond which a head learns nothing
 MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs; where the ratio printed at "

@@ -1,4 +1,4 @@
-"""A batch that two processes share, or that is taken in parts, against the same batch at once."""
+"""Work that is divided: a batch among processes or in parts, slides among machines, against all at once."""
 import os
 import subprocess
 import sys
@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import refused, rows_of
+from synthetic import prepared, refused, rows_of, saved, times, tissue
 
 import data
 import dirl
+import eval as eval_py
 import train
+from common.encoders import random_encoder, save_encoder
 from common.files import load_tensors
+from common.pack import Packed
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
@@ -55,6 +58,20 @@ def test_a_batch_in_parts_is_the_batch(place, folder, capsys):
     refused(capsys, train.main, [*argv, "--accumulate", "3"], "--accumulate")
 
 
+def test_packed_crops_are_the_crops_and_are_packed_again_where_they_changed(place, folder):
+    found, _ = prepared("tiny set", mpp=2.0)
+    crops, path = data.Crops(found, found.split("train")), place / "packed.npy"
+    packed = Packed(crops, path)
+    assert len(packed) == 4
+    for i, (image, cells) in enumerate(packed):
+        assert torch.equal(image, crops[i][0]) and torch.equal(cells, crops[i][1])
+    before = path.stat().st_mtime_ns
+    Packed(crops, path)
+    assert path.stat().st_mtime_ns == before
+    saved(crops.files[0], array=tissue(224))
+    assert torch.equal(Packed(crops, path)[0][0], crops[0][0]) and path.stat().st_mtime_ns > before
+
+
 def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
     crops, cells = torch.randint(0, 256, (4, 3, 64, 64)).byte(), torch.rand(4, 5, 2) * 64
 
@@ -79,3 +96,24 @@ def test_the_centre_of_parts_is_the_centre_of_the_batch():
         parts(student[:, some], teacher[:, some], 0.04, there[:, some], there[:2, some], move_center=k == 4)
         assert k == 4 or not parts.center.any()
     torch.testing.assert_close(parts.center, whole.center)
+
+
+def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder, capsys):
+    common = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
+    before = {}
+    for shard in ("0/2", "1/2"):
+        assert data.main(["prepare", *common, "--shard", shard]) == 0
+        now = times(place / "datasets" / "tiny_set", "c*/**/*")
+        assert before.items() <= now.items() and len(now) == len(before) + 4 * 3  # tile, its origin, cells
+        before = now
+    seen = {"data": "tiny_set", "images": {}, "patients": []}
+    run = place / "runs" / "tiny_set_vit_t4_dirl"
+    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0), arch="vit_t4", method="dirl",
+                 data="tiny_set", mpp=2.0, step=1, trained_on=seen)
+    test = [*common, "--device", "cpu", "--repeats", "1", "--epochs", "1"]
+    assert eval_py.main([*test, "--shard", "0/2"]) == 0 and len(times(run / "features")) == 4
+    assert eval_py.main([*test, "--shard", "1/2"]) == 0
+    made = times(run / "features")
+    assert len(made) == 8 and eval_py.main(test) == 0 and times(run / "features") == made
+    for shard in ("2/2", "half", "-1/2"):
+        refused(capsys, eval_py.main, [*test, f"--shard={shard}"], "--shard")

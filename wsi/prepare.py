@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import InputError, printable
+from common.errors import InputError, exit_code_of, print_skipped, printable
 from common.files import atomic_write, read_json, read_npz
-from common.parallel import LIMITS, call, in_processes
+from common.parallel import LIMITS, call, in_processes, limits_of, shard_of
 from prior import segment_nuclei
 from wsi.cells import cell_format, read_cells
 from wsi.plausible import what_is_odd
@@ -30,6 +30,18 @@ def prepare(data, tissue=0.5, workers=2, limits=LIMITS):
     if data.kind == "crops":
         return prepare_crop_cells(data, workers, limits)
     return prepare_tiles(data, tissue, workers, limits) + prepare_cells(data, workers, limits)
+
+
+def run_shard(data, args):
+    """data.py prepare: prepare() of all images, or of a shard of the slides; gives the exit code."""
+    if args.shard and data.kind != "slides":
+        raise InputError(f"--shard: {data.source} holds crops and no slides; leave the flag out")
+    data.images = {name: data.images[name] for name in shard_of(data.images, args.shard)}
+    failed = prepare(data, args.tissue, args.workers, limits_of(args)) if data.images else []
+    print_skipped(failed)
+    print(f"Prepared {len(data.images) - len(failed)} {data.kind} in {data.work}/. "
+          f"Next: python train.py --data {args.data}")
+    return exit_code_of(failed)
 
 
 def need_mpp(data):

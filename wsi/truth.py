@@ -1,10 +1,13 @@
-"""What stands in the tiles of slides where that is known, as in the demo, and what features make of it."""
+"""What stands in the tiles of slides where that is known, as in the demo, and what a network makes of it."""
 import numpy as np
 
 from common.classify import nearest
+from common.figures import plot_slide
 from common.files import read_csv, read_npz
 from common.measures import area_under
 from common.results import row_of
+from wsi.prepare import tile_info, tile_side
+from wsi.slides import Slide
 
 
 def read_truth(folder, name):
@@ -44,3 +47,24 @@ def check_with_truth(found, run, names, attention):
         rows.append(row_of("telling tiles by DSMIL's attention, AUC", areas,
                            f"{len(mixed)} positive test slides, {len(areas)} seeds"))
     return rows
+
+
+def draw_slide(found, folder, attention, path):
+    """A test slide with DSMIL's attention over it, of each network, and the truth where it is known.
+
+    attention: {network: {test slide: (repeats, N)}}. The slide is the first that has telling tiles, else the
+    first of the last class.
+    """
+    names = list(next(iter(attention.values())))
+    truth = {name: read_truth(found.source, name) for name in names}
+    told = [name for name in names if any(telling for _, telling in truth[name].values())]
+    last = [name for name in names if found.labels[name]["label"] == found.classes[-1]]
+    name = (told or last)[0]
+    info = tile_info(found, name)
+    slide = Slide(found.images[name], said_mpp=info["slide_mpp"])
+    picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
+    corners = read_npz(folder / "features" / f"{name}.npz", "coords")["coords"]
+    kinds = [truth[name][tuple(corner)] for corner in corners.tolist()] if truth[name] else None
+    plot_slide(picture, corners / unit, tile_side(info) / unit,
+               {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
+               f"{name}, {found.labels[name]['label']}", path)
