@@ -79,6 +79,9 @@ def slides_arguments(argv):
     add("--epochs", type=int, default=200, help="of DSMIL; fewer if there are thousands of slides")
     add("--mil-weight-decay", type=float, default=5e-2,
         help="of DSMIL, the paper's; lower for few slides, whose instance attention it makes all the same")
+    add("--standardize", action=argparse.BooleanOptionalAction, default=False,
+        help="takes each feature's mean off and divides by its sd, both over the training slides, before "
+             "DSMIL; for few slides, and features with a large mean, which hide from it what differs")
     add("--class-weights", action="store_true",
         help="weights slides inversely to their class's count in training; if a class is rare")
     add("--export", nargs="+", default=(), choices=["clam", "csv", "geojson"],
@@ -91,7 +94,7 @@ def slides_arguments(argv):
     add_shard(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random", mil_weight_decay=5e-3, repeats=3)
+        parser.set_defaults(compare="random", mil_weight_decay=5e-3, standardize=True, repeats=3)
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
@@ -239,6 +242,8 @@ def classify_slides(found, run, names, args):
     bags = {part: [(read_features(run / "features" / f"{name}.npz").to(args.device),
                     found.classes.index(found.labels[name]["label"]))
                    for name in members[part]] for part in members}
+    if args.standardize:
+        bags = classify.standardize(bags)
     rows, scores, attention = train_and_score(bags, len(found.classes), args)
     write_csv(run / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
     write_csv(run / "predictions.csv", [("slide", "label", *found.classes)] + [

@@ -62,6 +62,17 @@ def pixel_statistics(images):
     return np.stack(out).astype(np.float32)
 
 
+def standardize(bags):
+    """{"train": [(features (N, d), label), ...], ...} with each feature's mean 0 and its sd 1.
+
+    Both over all tiles of the training slides.
+    """
+    tiles = torch.cat([features for features, _ in bags["train"]])
+    mean, sd = tiles.mean(0), tiles.std(0).clamp(min=1e-6)
+    return {part: [((features - mean) / sd, label) for features, label in of_part]
+            for part, of_part in bags.items()}
+
+
 def nearest(train, labels, test, classes, k=20):
     """Class shares (T, classes) among the k nearest of train (N, d) to each of test (T, d), by cosine."""
     model = KNeighborsClassifier(min(k, len(train)), metric="cosine").fit(train, labels)

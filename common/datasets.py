@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 DATASETS = {  # name: um/px of the crops (A.1: 5x, BRIGHT 10x), epochs of pre-training (A.1.2)
-    "demo": (2.0, 10), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
+    "demo": (2.0, 16), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
     "bright3": (1.0, 50), "bright6": (1.0, 50),
     "mhist": (None, None), "chaoyang": (None, None)}  # images as they are, for fine-tuning only
 FOLDERS = {"bright3": "bright", "bright6": "bright"}  # both sub-tasks are on the same slides, with six labels

@@ -16,7 +16,7 @@ from common.parallel import add_limits, limits_of
 # hence a fast and sharp teacher and a centre that follows at once; the last layers stay as they are, so that
 # the outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
 DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,
-            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, momentum=0.96, teacher_temp=0.02,
+            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, momentum=0.99, teacher_temp=0.02,
             center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
             solarize=0.0, blur=0.3)
 

@@ -3,7 +3,7 @@
 A slide is a patchwork of regions: glands small and large, fat, stroma loose and dense, lymphocytes, necrosis,
 with glass around. A positive slide has solid nests as well, in 15 to 40 % of its tiles; a negative one has
 none. So one label stands for a bag of tiles (3.6), and the truth of each tile is written beside the slide.
-Every slide has its own shares of the kinds and its own stain, as if it came from a laboratory of its own.
+Every slide has its own shares of the kinds, and its stain differs a little from the others'.
 Colours follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E).
 """
 import numpy as np
@@ -20,7 +20,7 @@ MPP = 1.0  # um/px of the slides, 10x
 WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles
 TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
 CLASSES = ("negative", "positive")
-PATIENTS = {"train": 13, "val": 4, "test": 5}  # of each class; every other patient has a second slide
+PATIENTS = {"train": 10, "val": 3, "test": 5}  # of each class; every other patient has a second slide
 KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosis", "small glands",
          "large glands", "nests")
 TELLING = "nests"
@@ -37,6 +37,7 @@ NUCLEI = {  # spacing, half axes from and to (px), roundness from and to, densit
     "units": (9.0, 2.8, 3.7, 0.75, 1.0, 0.85), "lymphocytes": (9.5, 2.4, 2.9, 0.85, 1.0, 1.15),
     "necrosis": (26, 1.4, 2.6, 0.6, 1.0, 1.0),
     "loose stroma": (95, 5.0, 7.0, 0.28, 0.36, 0.8), "dense stroma": (85, 5.0, 7.0, 0.28, 0.36, 0.8)}
+STRENGTH, SPREAD = (0.97, 1.04), 0.006  # of a slide's stains: of their amount and of their vectors
 SCALE = 4  # what varies slowly is drawn at a quarter of the size
 
 
@@ -175,8 +176,8 @@ def draw_nuclei(rng, field, mask, kind, along):
 
 def stain(rng, haematoxylin, eosin):
     """Beer-Lambert: densities (h, w) to uint8 RGB (h, w, 3); each slide has stains of its own."""
-    strength = rng.uniform(0.9, 1.12, 2)
-    vectors = [np.clip(v + rng.normal(0, 0.02, 3), 0.02, None) for v in STAINS[:2]]
+    strength = rng.uniform(*STRENGTH, 2)
+    vectors = [np.clip(v + rng.normal(0, SPREAD, 3), 0.02, None) for v in STAINS[:2]]
     vectors = [v / np.linalg.norm(v) for v in vectors]
     densities = (haematoxylin * np.float32(1.3 * strength[0]),
                  np.clip(eosin, 0, None) * np.float32(strength[1]))
@@ -237,7 +238,7 @@ def write_slide(folder, name, label, seed):
                          photometric="rgb", metadata=None, description=about)
 
 
-def make_demo(folder, seed=0, workers=2, patients=PATIENTS):
+def make_demo(folder, seed=1, workers=2, patients=PATIENTS):
     """Writes the demo data set to a folder, once: slides/, truth/ and labels.csv with patients and split."""
     rows, number = [], 0
     for split, count in patients.items():
@@ -248,7 +249,7 @@ def make_demo(folder, seed=0, workers=2, patients=PATIENTS):
                     rows.append((f"demo_{number:03d}_{slide}", label, f"{split}_{label}_{patient}", split))
     rows = [("slide", "label", "patient", "split"), *rows]
     if (folder / "labels.csv").is_file():
-        check_made(folder)
+        check_made(folder, {name for name, *_ in rows[1:]})
         return
     print(f"The demo data is synthetic: {len(rows) - 1} slides are drawn into {folder} (once).")
     for sub in ("slides", "truth"):
@@ -261,9 +262,10 @@ def make_demo(folder, seed=0, workers=2, patients=PATIENTS):
     write_csv(folder / "labels.csv", rows)
 
 
-def check_made(folder):
-    """InputError if the demo in this folder was drawn by another version of the project."""
+def check_made(folder, names):
+    """InputError if the demo in this folder, of slides of these names, was drawn by another version."""
     _, rows = read_csv(folder / "labels.csv")
-    if any(row.get("label") not in CLASSES or not (folder / "truth" / f"{row['slide']}_tiles.csv").is_file()
-           for _, row in rows):
+    if {row.get("slide") for _, row in rows} != names or any(
+            row.get("label") not in CLASSES or not (folder / "truth" / f"{row['slide']}_tiles.csv").is_file()
+            for _, row in rows):
         raise InputError(f"{folder}: is the demo of another version; delete the folder and run again")
