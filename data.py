@@ -61,7 +61,7 @@ class Crops(torch.utils.data.Dataset):
                      for i, xy in enumerate(cells)]
         self.corners = np.array(corners, np.int64).reshape(-1, 2)
         self.start = np.cumsum([0] + [len(c) for c in cells])  # flat arrays: workers share them uncopied
-        self.xy = np.concatenate(cells).astype(np.float32) if cells else np.zeros((0, 2), np.float32)
+        self.xy = np.concatenate([*cells, np.zeros((0, 2))], dtype=np.float32)
 
     def __len__(self):
         return len(self.files)
@@ -89,15 +89,15 @@ def slide_crops(data, name, with_cells):
     info, xy = tile_info(data, name), ready_cells(data, name) if with_cells else np.zeros((0, 2))
     if info is None or xy is None:
         return []
-    side, scale = tile_side(info), info["slide_mpp"] / info["mpp"]
+    side, scale, folder = tile_side(info), info["slide_mpp"] / info["mpp"], str(tiles_folder(data) / name)
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    files = [file for file in files if re.fullmatch(r"\d+_\d+\.jpg", file)]  # not what somebody put there
+    corners = np.array([file[:-4].split("_") for file in files]).astype(np.int64).reshape(-1, 2)
+    first, last = (np.searchsorted(xy[:, 1], corners[:, 1] + height) for height in (0, side))
     out = []
-    for path in sorted((tiles_folder(data) / name).glob("*.jpg")):
-        if not re.fullmatch(r"\d+_\d+", path.stem):
-            continue  # somebody put it there
-        x, y = (int(v) for v in path.stem.split("_"))
-        row = xy[np.searchsorted(xy[:, 1], y): np.searchsorted(xy[:, 1], y + side)]
-        row = row[(row[:, 0] >= x) & (row[:, 0] < x + side)]
-        out.append((path, (x, y), (row - [x, y]) * scale))
+    for file, (x, y), i, j in zip(files, corners.tolist(), first, last):
+        inside = (xy[i:j, 0] >= x) & (xy[i:j, 0] < x + side)
+        out.append((f"{folder}/{file}", (x, y), ((xy[i:j][inside] - (x, y)) * scale).astype(np.float32)))
     return out
 
 

@@ -196,8 +196,8 @@ def describe_contrast(ratio):
     """The ratio of contrast_of_views in a line, with a warning below 1."""
     line = f"at the start f varies {ratio:.2f} times as much between crops as between two views of one"
     if ratio < 1:
-        line += (". Warning: the augmentation drowns what tells crops apart, and the loss may stay at "
-                 "ln(out_dim); lower --jitter, --greyscale, --solarize, --blur")
+        line += (". Warning: the augmentation hides much of what tells crops apart; if the loss stays at "
+                 "ln(out_dim), lower --jitter, --greyscale, --solarize, --blur")
     return line
 
 

@@ -1,4 +1,6 @@
 """All crops of a data set in one memory-mapped file, so that training decodes no JPEG."""
+import os
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -13,7 +15,8 @@ class Packed(torch.utils.data.Dataset):
     """
 
     def __init__(self, crops, path):
-        files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in crops.files]
+        about = [(str(file), os.stat(file)) for file in crops.files]
+        files = [(file, status.st_size, status.st_mtime_ns) for file, status in about]
         self.crops, source = crops, stamp_of(files)
         if not path.is_file() or read_json(path.with_suffix(".json")).get("source") != source:
             self.write(path)

@@ -53,7 +53,7 @@ def test_the_truth_is_read_as_it_was_written(tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "labels.csv")
     assert [row["label"] for row in rows] == ["negative", "positive"]
     for i, row in enumerate(rows):
-        image, nuclei, regions = demo.render(row["label"], [0, i])
+        image, nuclei, regions = demo.render(row["label"], [1, i])
         tiles = truth.read_truth(tmp_path, row["slide"])
         assert tiles == {(x, y): (kind, kind == "nests") for x, y, kind in demo.kinds_of_tiles(regions)}
         column, line = nuclei.astype(int).T

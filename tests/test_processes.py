@@ -68,7 +68,7 @@ def test_packed_crops_are_the_crops_and_are_packed_again_where_they_changed(plac
     before = path.stat().st_mtime_ns
     Packed(crops, path)
     assert path.stat().st_mtime_ns == before
-    saved(crops.files[0], array=tissue(224))
+    saved(Path(crops.files[0]), array=tissue(224))
     assert torch.equal(Packed(crops, path)[0][0], crops[0][0]) and path.stat().st_mtime_ns > before
 
 
