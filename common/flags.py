@@ -1,6 +1,7 @@
 """The flags of train.py, which the experiments also pass on to it."""
 import argparse
 import os
+import sys
 
 import torch
 
@@ -126,6 +127,9 @@ def arguments(argv):
     add("--max-steps", type=int,
         help="stop after this many steps in this call; the next call resumes")
     add("--seed", type=int, default=0, help="of everything but the split; the same seed gives the same run")
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.endswith("=--"):  # argparse gives an empty list for it
+            raise InputError(f"{word}: a value is expected")
     if parser.parse_known_args(argv)[0].data == "demo":
         parser.set_defaults(**DEMO)
     return complete(parser.parse_args(argv))

@@ -8,6 +8,7 @@ Each writes a picture and its numbers as CSV beside it. Whole slides: experiment
 """
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,8 +90,8 @@ def choose(crops, args):
         return mixed[spread(len(mixed), args.crops)].tolist()
     chosen = []
     for name in args.show:
-        ends = [i for i, file in enumerate(crops.files) if str(file.with_suffix("")).endswith(name)
-                or str(file).endswith(name)]
+        ends = [i for i, file in enumerate(crops.files) if file.removesuffix(".jpg").endswith(name)
+                or file.endswith(name)]
         if len(ends) != 1:
             raise InputError(f"--show {name}: {len(ends)} crops of --part {args.part} end so; one is needed")
         chosen += ends
@@ -99,7 +100,7 @@ def choose(crops, args):
 
 def name_of(crops, i):
     """A crop as --show names it."""
-    return f"{crops.owner[i]}/{crops.files[i].stem}"
+    return f"{crops.owner[i]}/{Path(crops.files[i]).stem}"
 
 
 # ---------------------------------------------------------------- pictures
