@@ -22,7 +22,7 @@ from experiments import claim, claim_table, compare, lc25000
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
         "--global-size", "32", "--local-size", "16", "--local-crops", "1", "--probe-images", "24",
         "--workers", "1", "--device", "cpu"]
-RUN = ["run", "--data", "c", *TINY]
+RUN = ["run", "--data", "c", "--arch", "vit_t4", *TINY]
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_a_failing_arm_is_named_and_the_others_go_on(here, capsys, monkeypatch):
     assert (here / "runs/claim/random_seed3/claim.npz").is_file()
     encoder, about = load_encoder(here / "runs/claim/random_seed3/encoder.pt")
     torch.manual_seed(3)
-    want = dirl.vit_t().state_dict()  # as it starts
+    want = dirl.vit_t(4).state_dict()  # as it starts
     assert about["step"] == 0 and all(torch.equal(v, want[k]) for k, v in encoder.state_dict().items())
 
 
