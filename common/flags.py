@@ -63,7 +63,8 @@ def arguments(argv):
         help="default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=int, default=256, help="crops per step; lower it if memory runs out")
     add("--accumulate", type=int, default=1,
-        help="parts in which a batch goes through the network, one after the other; more if memory runs out")
+        help="parts in which a batch goes through the network, one after the other; more if memory runs out. "
+             "The same for the baseline; a part without a pair of views of a region adds nothing to its loss")
     add("--local-crops", type=int, default=8, help="local views of a crop; 0 is the two-view setting, faster")
     add("--global-scale", type=float, nargs=2, default=(0.4, 1.0),
         help="area of the global views, share of the crop; 0.14 1 with --local-crops 0")
@@ -88,7 +89,7 @@ def arguments(argv):
     add("--lambda-2", type=float, default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
     add("--empty-regions", default="skip", choices=["skip", "zeros"],
         help="views without a cell, or with nothing else: skip leaves them out of that region's loss; zeros "
-             "counts them, as a control")
+             "counts them, as a control; what is pooled to zeros has very large gradients at the start")
     add("--lr", type=float, default=5e-4,
         help="learning rate for a batch of 256; it is scaled by batch / 256")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end")

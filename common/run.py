@@ -19,7 +19,7 @@ from common.files import atomic_write, load_tensors, read_json, save_tensors, st
 from common.processes import rank
 
 RESUMABLE = (  # flags that may change when a run is resumed
-    "run", "plot", "benchmark", "accumulate", "pack", "compile", "workers", "save_minutes", "save_every",
+    "run", "plot", "benchmark", "pack", "compile", "workers", "save_minutes", "save_every",
     "max_steps", "device", "probe", "probe_epochs", "probe_images", "split_seed", "max_seconds",
     "max_gigapixels")
 READ_EVERY = 10  # steps
@@ -113,6 +113,7 @@ class Run:
 
     def save(self, step, log):
         log.read()  # ends the run if it diverged: what is saved is good
+        self.saved = time.monotonic()
         if rank():
             return
         self.save_encoder("encoder.pt", step)
@@ -194,7 +195,7 @@ class Log:
         steps, values, *others = zip(*self.waiting)
         self.waiting = []
         for step, row, *other in zip(steps, torch.stack(values).tolist(), *others):
-            if not (math.isfinite(row[0]) and row[-1] == 1):
+            if not (math.isfinite(row[0]) and row[-1] > 0.999):  # a mean over processes, which rounds
                 raise FloatingPointError(self.run.diverged(step, row[0]))
             self.write_row(step, row, *other)
         self.file.flush()
