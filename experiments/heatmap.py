@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import mil
+from common import classify
 from common.encoders import attention_of, in_batches
 from common.errors import InputError, run_script
 from common.figures import HEAT
@@ -38,6 +39,7 @@ def arguments(argv):
     add("--epochs", type=int, default=200, help="of DSMIL, as in eval.py")
     add("--mil-weight-decay", type=float, default=5e-2,
         help="of DSMIL, as in eval.py; lower for few slides, whose attention it makes all the same")
+    add("--standardize", action="store_true", help="features before DSMIL, as eval.py on the demo")
     add("--out", help="the picture; default: runs/heatmap_<slide>.png")
     args = parser.parse_args(argv)
     inputs.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
@@ -114,7 +116,9 @@ def dsmil_attention(found, path, name, corners, args):
     if name not in bags or not np.array_equal(bags[name]["coords"], corners) or not train or not val:
         raise InputError(f"{path.parent}/features: {name} is of other tiles or not there, or no training or "
                          f"validation slide is; python eval.py --checkpoint {path.parent}")
-    (x, label), out = *inputs.labelled(bags, [name], found, args.device), []
+    of = {"train": train, "val": val, "slide": inputs.labelled(bags, [name], found, args.device)}
+    train, val, ((x, label),) = (classify.standardize(of) if args.standardize else of).values()
+    out = []
     for seed in tqdm(range(args.repeats), "DSMIL", leave=False):
         model = mil.train_dsmil(train, val, len(found.classes), args.epochs, seed=seed,
                                 weight_decay=args.mil_weight_decay)
