@@ -33,13 +33,13 @@ from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
 from common.measures import measures_of
-from common.parallel import add_limits, add_shard, limits_of, shard_of
+from common.parallel import add_limits, add_shard, limits_of
 from common.patches import PATCH_KEYS, fold_results, report_folds
 from common.results import last_losses, row_of, write_results
 from data import Crops, collate, find_data
 from prior import bin_centroids
 from wsi.folders import check_unseen
-from wsi.prepare import load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.prepare import keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.slides import CROP
 from wsi.truth import check_with_truth, draw_slide
 
@@ -184,9 +184,7 @@ def extract(encoder, found, folder, encoder_stamp, args):
 
 def extract_shard(encoder, found, path, args):
     """Tiles and the trained network's features of the slides of --shard; gives the exit code."""
-    if found.kind != "slides":
-        raise InputError(f"--shard: {found.source} holds crops and no slides; leave the flag out")
-    found.images = {name: found.images[name] for name in shard_of(found.images, args.shard)}
+    keep_shard(found, args.shard)
     failed = prepare_tiles(found, args.tissue, args.workers, limits_of(args)) if found.images else []
     print_skipped(failed)
     names = extract(encoder, found, path.parent / "features", file_stamp(path), args)

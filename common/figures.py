@@ -10,6 +10,7 @@ import dirl
 from common.files import atomic_write
 
 HEAT, BLUE, ORANGE = "viridis", "#0072B2", "#D55E00"
+BRIGHTEST = 3  # times an even share of the attention: the end of the colours
 KIND_COLOURS = ("#FFFFFF", "#F0E442", "#E69F00", "#BBBBBB", "#0072B2", "#CC79A7", "#56B4E9", "#009E73",
                 "#D55E00")  # Okabe and Ito's
 
@@ -74,7 +75,7 @@ def plot_overlays(crops, attention, priors, path):
             green[..., 1], green[..., 3] = 0.8, 0.35 * enlarge(priors[row], side)
             axes[row, 1].imshow(green)
         for axis, heat in zip(axes[row, -len(attention):], attention.values()):
-            shown = axis.imshow(enlarge(heat[row], side), cmap=HEAT, alpha=0.6, vmin=0, vmax=3)
+            shown = axis.imshow(enlarge(heat[row], side), cmap=HEAT, alpha=0.6, vmin=0, vmax=BRIGHTEST)
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     bar = figure.colorbar(shown, ax=axes[:, -1], shrink=0.8)

@@ -113,12 +113,10 @@ class Run:
 
     def save(self, step, log):
         log.read()  # ends the run if it diverged: what is saved is good
-        self.saved = time.monotonic()
-        if rank():
-            return
-        self.save_encoder("encoder.pt", step)
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
+        if not rank():
+            self.save_encoder("encoder.pt", step)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
         self.saved = time.monotonic()
 
     def save_encoder(self, name, step):

@@ -18,14 +18,13 @@ from matplotlib.patches import Rectangle
 import dirl
 from common.encoders import attention_of, in_batches, inputs_of
 from common.errors import InputError, run_script
-from common.figures import HEAT, draw_distribution, spread
+from common.figures import BRIGHTEST, HEAT, draw_distribution, spread
 from experiments import inputs
 from wsi.slides import CROP
 
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BLACK = inputs.COLORS[0]
-BRIGHTEST = 3  # times an even share of the attention: the end of the colours, as in common/figures.py
 
 
 def arguments(argv):

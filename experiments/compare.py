@@ -14,6 +14,7 @@ import argparse
 import os
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,8 +25,6 @@ from common.flags import arguments as train_arguments
 from common.flags import default_run
 from experiments import auxiliary, blocks, byol_simclr, esvit, imix, selfpatch
 
-# train.py is a script, and nothing imports it: it is run from its file, up to its last line.
-TRAIN = runpy.run_path(str(Path(__file__).resolve().parents[1] / "train.py"))
 BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": auxiliary.build}
 BUILD = {"dino": None, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
 
@@ -79,18 +78,24 @@ def check(own, args):
         raise InputError(f"--sup-weight {own.sup_weight}: has to lie between 0 and 1e6")
 
 
+@cache
+def train_py():
+    """What train.py defines, by name: it is a script that nothing imports, and is run up to its last line."""
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "train.py"))
+
+
 def build(args):
     """Student, teacher and loss of a comparison, as train.py's build_models gives them; seeded."""
     if args.heads:
         return blocks.build(start_encoder(args), args)
     if args.ssl == "dino":
-        return TRAIN["build_models"](args)
+        return train_py()["build_models"](args)
     return BUILD[args.ssl](start_encoder(args), args)
 
 
 def main(argv=None):
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
-    return run_script("compare", lambda: TRAIN["run_command"](arguments(argv), build),
+    return run_script("compare", lambda: train_py()["run_command"](arguments(argv), build),
                       "--batch or --local-crops", "run it again to go on")
 
 

@@ -20,10 +20,9 @@ import mil
 from common import classify
 from common.encoders import attention_of, in_batches
 from common.errors import InputError, run_script
-from common.figures import HEAT
+from common.figures import BRIGHTEST, HEAT
 from common.files import atomic_write
 from experiments import inputs
-from experiments.attention import BRIGHTEST
 from wsi.prepare import tile_info, tile_side
 from wsi.slides import Slide
 

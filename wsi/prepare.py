@@ -32,11 +32,16 @@ def prepare(data, tissue=0.5, workers=2, limits=LIMITS):
     return prepare_tiles(data, tissue, workers, limits) + prepare_cells(data, workers, limits)
 
 
+def keep_shard(data, shard):
+    """Leaves only the slides of a --shard in a data set, all for None; InputError if it holds crops."""
+    if shard and data.kind != "slides":
+        raise InputError(f"--shard: {data.source} holds crops and no slides; leave the flag out")
+    data.images = {name: data.images[name] for name in shard_of(data.images, shard)}
+
+
 def run_shard(data, args):
     """data.py prepare: prepare() of all images, or of a shard of the slides; gives the exit code."""
-    if args.shard and data.kind != "slides":
-        raise InputError(f"--shard: {data.source} holds crops and no slides; leave the flag out")
-    data.images = {name: data.images[name] for name in shard_of(data.images, args.shard)}
+    keep_shard(data, args.shard)
     failed = prepare(data, args.tissue, args.workers, limits_of(args)) if data.images else []
     print_skipped(failed)
     print(f"Prepared {len(data.images) - len(failed)} {data.kind} in {data.work}/. "
