@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -37,31 +38,30 @@ class Crops(torch.utils.data.Dataset):
     """The crops of some slides, or ready-cut ones: item i is (uint8 (3, 224, 224), cells (K, 2) in px of it).
 
     files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is. What could not be
-    prepared is left out; with_cells=False needs no cells and has none. shuffle_seed moves each crop's cells
-    to other places (shuffle_places), as a control without biology.
+    prepared is left out; with_cells=False needs no cells. shuffle_seed: for shuffle_places, as a control.
     """
 
     def __init__(self, data, names, with_cells=True, shuffle_seed=None):
-        self.files, self.owner, corners, cells = [], [], [], []
-        ready_cut = read_crop_cells(data) if data.kind == "crops" and with_cells else {}
+        self.files, self.owner, corners, counts, cells = [], [], array("q"), [], array("f")
+        ready_cut = dict.fromkeys(names, np.zeros((0, 2)))
+        if data.kind == "crops" and with_cells:
+            ready_cut = read_crop_cells(data)
         for name in names:
             if data.kind == "slides":
                 found = slide_crops(data, name, with_cells)
-            elif with_cells:
-                found = [(data.images[name], (0, 0), ready_cut[name])] if name in ready_cut else []
             else:
-                found = [(data.images[name], (0, 0), np.zeros((0, 2)))]
+                found = [(data.images[name], (0, 0), ready_cut[name])] if name in ready_cut else []
             for path, corner, xy in found:
+                if shuffle_seed is not None:
+                    xy = shuffle_places(xy, np.random.default_rng([shuffle_seed, len(self.files)]))
                 self.files.append(path)
                 self.owner.append(name)
-                corners.append(corner)
-                cells.append(xy)
-        if shuffle_seed is not None:
-            cells = [shuffle_places(xy, np.random.default_rng([shuffle_seed, i]))
-                     for i, xy in enumerate(cells)]
-        self.corners = np.array(corners, np.int64).reshape(-1, 2)
-        self.start = np.cumsum([0] + [len(c) for c in cells])  # flat arrays: workers share them uncopied
-        self.xy = np.concatenate([*cells, np.zeros((0, 2))], dtype=np.float32)
+                corners.extend(corner)
+                counts.append(len(xy))
+                cells.frombytes(xy.astype(np.float32).tobytes())
+        self.corners = np.frombuffer(corners, np.int64).reshape(-1, 2)
+        self.start = np.cumsum([0] + counts)  # flat arrays: workers share them uncopied
+        self.xy = np.frombuffer(cells, np.float32).reshape(-1, 2)
 
     def __len__(self):
         return len(self.files)
@@ -93,12 +93,14 @@ def slide_crops(data, name, with_cells):
     files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     files = [file for file in files if re.fullmatch(r"\d+_\d+\.jpg", file)]  # not what somebody put there
     corners = np.array([file[:-4].split("_") for file in files]).astype(np.int64).reshape(-1, 2)
-    first, last = (np.searchsorted(xy[:, 1], corners[:, 1] + height) for height in (0, side))
-    out = []
-    for file, (x, y), i, j in zip(files, corners.tolist(), first, last):
-        inside = (xy[i:j, 0] >= x) & (xy[i:j, 0] < x + side)
-        out.append((f"{folder}/{file}", (x, y), ((xy[i:j][inside] - (x, y)) * scale).astype(np.float32)))
-    return out
+    cells = [None] * len(files)
+    for y in np.unique(corners[:, 1]):
+        row = np.flatnonzero(corners[:, 1] == y)
+        band = xy[slice(*np.searchsorted(xy[:, 1], (y, y + side)))]
+        band = band[band[:, 0].argsort()]
+        for k, ends in zip(row, np.searchsorted(band[:, 0], corners[row, :1] + (0, side))):
+            cells[k] = ((band[slice(*ends)] - corners[k]) * scale).astype(np.float32)
+    return [(f"{folder}/{file}", *rest) for file, *rest in zip(files, corners.tolist(), cells)]
 
 
 def shuffle_places(xy, rng, patch_size=16):

@@ -19,7 +19,7 @@ from prior import bin_centroids, segment_nuclei
 from wsi import folders
 from wsi import prepare as prepare_py
 from wsi.cells import read_cells
-from wsi.prepare import describe_cells, prepare, tile_info
+from wsi.prepare import describe_cells, prepare, ready_cells, tile_info
 
 
 def slides_named(folder, names):
@@ -199,7 +199,7 @@ def test_cells_reach_their_crops(place, folder):
     xy = read_cells(place / "datasets" / "tiny_set" / "cells" / "builtin" / "glands_0.npz")
     crops = Crops(found, ["glands_0"])
     assert crops.corners.tolist() == [[0, 0]] and len(crops) == 1
-    np.testing.assert_allclose(crops.cells(0), xy / 2, atol=1e-3)
+    np.testing.assert_allclose(crops.cells(0), (xy / 2)[xy[:, 0].argsort()], atol=1e-3)
     image, cells = crops[0]
     assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and len(cells) > 50
     assert torch.equal(crops.priors()[0], bin_centroids(xy / 2, 224))
@@ -229,7 +229,12 @@ def test_um_per_px_of_slide_and_crop_are_compared_and_several_stand_side_by_side
     fine, _ = prepared()
     made = times(place / "datasets")
     coarse, failed = prepared(mpp=2.0)
-    assert failed == [] and len(Crops(fine, ["good"])) == 4 and len(Crops(coarse, ["good"])) == 1
+    assert failed == [] and len(crops := Crops(fine, ["good"])) == 4 and len(Crops(coarse, ["good"])) == 1
+    xy = ready_cells(fine, "good")
+    for i, corner in enumerate(crops.corners):  # against asking every cell
+        inside = ((xy >= corner) & (xy < corner + 224)).all(1)
+        own = (xy[inside] - corner).astype(np.float32)
+        assert len(own) > 2 and sorted(crops.cells(i).tolist()) == sorted(own.tolist())
     assert made.items() <= times(place / "datasets").items()  # 10x beside 5x, the cells of both are the same
     other, failed = prepared(slide_mpp=2.0, mpp=2.0)  # the slide is said to be at another um/px than before
     assert failed == [] and tile_info(other, "good")["slide_mpp"] == 2.0 and len(Crops(other, ["good"])) == 4
