@@ -37,7 +37,7 @@ class DSMIL(nn.Module):
     def forward(self, features):
         scores = self.instance(features)  # (N, C)
         q = self.query(features)  # (N, 128)
-        critical = q[scores.argmax(0)]  # (C, 128)
+        critical = self.query(features[scores.argmax(0)])  # (C, 128), rows of q; its gradient needs no N rows
         attention = (q @ critical.T / math.sqrt(q.shape[1])).softmax(0)  # (N, C), columns sum to 1
         embedding = attention.T @ features  # (C, d)
         return scores, self.bag(embedding.unsqueeze(0)).view(-1), attention
