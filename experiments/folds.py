@@ -7,8 +7,9 @@ splits_<k>.csv for each fold, with the columns train,val,test of slides' names. 
 features that eval.py wrote for all slides of a run.
 
 The paper is "consistent with their data split for prior-guided pretraining and MIL training"; whether with an
-encoder for each fold, it leaves open. Ten folds test every slide once, so one encoder has seen test slides of
-nearly all of them (HIPT's own has seen all of TCGA). Without that leak each fold has an encoder of its own:
+encoder for each fold, it leaves open. The folds overlap (lung: 93 of 1,033 slides are tested ten times, 618
+of them at all), and what one fold tests, others train on: an encoder for all has seen test slides of nearly
+every fold (HIPT's own has seen all of TCGA). Without that leak each fold has an encoder of its own:
 
     python -m experiments.folds --data lung --splits FOLDER --write-split 0
     python train.py --data lung --arch vit_h --run runs/hipt_0
