@@ -82,18 +82,31 @@ def export_csv(found, folder, names, out):
     write_csv(out / found.name / f"{found.name}.csv", index)
 
 
+# ---------------------------------------------------------------- QuPath
+
+def square(corner, side):
+    """The outline of a tile as GeoJSON's polygon: corner (2,) and side in level-0 px."""
+    return [np.round(corner + side * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]), 2).tolist()]
+
+
+def feature(kind, shape, coordinates, **properties):
+    """An object of QuPath's GeoJSON, in level-0 px; kind: annotation or detection."""
+    return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
+            "properties": {"objectType": kind, **properties}}
+
+
+def write_features(path, features):
+    with atomic_write(path) as temp:
+        temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+
+
 def export_geojson(path, corners, info, cells):
     """Tiles and cells of a slide for QuPath (drag the file onto the open slide), all in level-0 px.
 
     corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections.
     """
-    def feature(kind, name, shape, coordinates):
-        return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
-                "properties": {"objectType": kind, "name": name}}
-    side, unit = info["side"], np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
-    features = [feature("annotation", f"tile {corner[0]},{corner[1]}", "Polygon",
-                        [(corner + unit * side).tolist()]) for corner in np.asarray(corners)]
-    features += [feature("detection", "cell", "Point", point)
+    features = [feature("annotation", "Polygon", square((x, y), info["side"]), name=f"tile {x},{y}")
+                for x, y in np.asarray(corners)]
+    features += [feature("detection", "Point", point, name="cell")
                  for point in (np.round(cells, 2).tolist() if cells is not None else [])]
-    with atomic_write(path) as temp:
-        temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+    write_features(path, features)

@@ -6,7 +6,6 @@ Writes a picture, a CSV with a line per tile, and for each network a .geojson th
 the open slide): tiles as annotations with their measurements, tokens of the two sparse bins as detections.
 DSMIL is trained here, on the training slides' features that eval.py wrote; without them it is left out.
 """
-import json
 import re
 import sys
 from pathlib import Path
@@ -20,8 +19,8 @@ import mil
 from common import classify
 from common.encoders import attention_of, in_batches
 from common.errors import InputError, run_script
+from common.export import feature, square, write_features
 from common.figures import BRIGHTEST, HEAT
-from common.files import atomic_write
 from experiments import inputs
 from wsi.prepare import tile_info, tile_side
 from wsi.slides import Slide
@@ -67,15 +66,6 @@ def stitch(values, corners, side, unit, shape):
     return out
 
 
-def feature(kind, corner, side, properties):
-    """A square of QuPath's GeoJSON, in level-0 px."""
-    (x, y), s = corner, side
-    ring = [[round(float(a), 2), round(float(b), 2)] for a, b in
-            ((x, y), (x + s, y), (x + s, y + s), (x, y + s), (x, y))]
-    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]},
-            "properties": {"objectType": kind, **properties}}
-
-
 def write_geojson(path, attention, corners, side, of_tile):
     """A slide's attention for QuPath: tiles are annotations, tokens of a sparse bin are detections.
 
@@ -84,16 +74,16 @@ def write_geojson(path, attention, corners, side, of_tile):
     grid, features = int(attention.shape[1] ** 0.5), []
     for k, corner in enumerate(corners):
         measured = {name: round(float(values[k]), 6) for name, values in of_tile.items()}
-        features.append(feature("annotation", corner, side, {
-            "name": f"tile {corner[0]},{corner[1]}", "measurements": measured}))
+        features.append(feature("annotation", "Polygon", square(corner, side),
+                                name=f"tile {corner[0]},{corner[1]}", measurements=measured))
         for name, sparse in zip(SPARSE, (attention[k] < 0.5, attention[k] > 2)):
             for token in np.flatnonzero(sparse):
                 at = corner + np.array([token % grid, token // grid]) * side / grid
-                features.append(feature("detection", at, side / grid, {
-                    "classification": {"name": name, "color": SPARSE[name]},
-                    "measurements": {"aggregated attention": round(float(attention[k, token]), 4)}}))
-    with atomic_write(path) as temp:
-        temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+                features.append(feature(
+                    "detection", "Polygon", square(at, side / grid),
+                    classification={"name": name, "color": SPARSE[name]},
+                    measurements={"aggregated attention": round(float(attention[k, token]), 4)}))
+    write_features(path, features)
 
 
 # ---------------------------------------------------------------- DSMIL
