@@ -159,6 +159,9 @@ def complete(args):
         value = getattr(args, name)
         if value is not None and not low <= value <= 1e9:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least {low:g} is needed")
+    if args.benchmark and (args.compile or args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        raise InputError("--benchmark: times the parts of one process's whole step; leave out --compile, "
+                         "--accumulate and torchrun, and read crops a second from the run itself")
     for name in ("global_size", "local_size"):
         if getattr(args, name) % 16:
             flag = name.replace("_", "-")

@@ -327,3 +327,5 @@ def test_benchmark_times_the_parts_of_a_step_and_touches_no_run(place, capsys):
     assert len(rows) == 9 and all(float(row[-2]) > 0 for row in rows)
     assert sum(float(row[-1].rstrip("%")) for row in rows) == pytest.approx(100, abs=25)  # medians
     assert "images a second, peak memory" in out and not (place / "runs").exists()
+    for flag in (["--compile"], ["--accumulate", "2"]):  # which it would not time
+        refused(capsys, train.main, [*SMALL, "--batch", "2", "--benchmark", "2", *flag], "leave out --compile")
