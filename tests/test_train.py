@@ -328,4 +328,5 @@ def test_benchmark_times_the_parts_of_a_step_and_touches_no_run(place, capsys):
     assert sum(float(row[-1].rstrip("%")) for row in rows) == pytest.approx(100, abs=25)  # medians
     assert "images a second, peak memory" in out and not (place / "runs").exists()
     for flag in (["--compile"], ["--accumulate", "2"]):  # which it would not time
-        refused(capsys, train.main, [*SMALL, "--batch", "2", "--benchmark", "2", *flag], "leave out --compile")
+        argv = [*SMALL, "--batch", "2", "--benchmark", "2", *flag]
+        refused(capsys, train.main, argv, "leave out --compile")
