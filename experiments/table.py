@@ -14,11 +14,12 @@ import numpy as np
 
 from common.errors import InputError, run_script
 from common.files import atomic_write, read_json, write_csv
-from common.flags import arguments as train_arguments
 from common.run import RESUMABLE
-from experiments import inputs
+from experiments import compare, inputs
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
+SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfPatch", "imix": "i-mix",
+       "lsup": "L_sup"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 MIDDLE = "tokens with attention 0.5 to 2"  # of results.csv
@@ -77,21 +78,22 @@ def read_runs(folder):
 
 
 def labels_of(runs):
-    """[label, ...] of runs: "DiRL-T", and what differs from other runs of the same network and data set.
+    """[label, ...] of runs: "DiRL-T, BYOL", and what differs from other runs of the same network and data.
 
-    Only what is not train.py's default is named, so that the runs with the paper's settings have no addition.
+    Only what is not the flags' default is named, so that runs with the paper's settings have no addition.
     """
     def key_of(config):
-        return [config[name] for name in ("data", "arch", "method")]
+        return [config["data"], config["arch"], config["method"], config.get("ssl", "dino")]
     out = []
     for _, config, _ in runs:
-        data, arch, method = key_of(config)
+        data, arch, method, ssl = key_of(config)
         others = [other for _, other, _ in runs if key_of(other) == key_of(config)]
-        default = vars(train_arguments(["--data", data]))
+        default = vars(compare.arguments(["--data", data, "--ssl", ssl]))
         differs = [name for name, value in config.items() if name not in NO_SETTING
-                   and any(other.get(name) != value for other in others)
+                   and any(other.get(name, plain(default.get(name))) != value for other in others)
                    and plain(default.get(name)) != value]
-        additions = [f"{name.replace('_', ' ')} {config[name]}" for name in differs]
+        additions = [SSL[ssl]] if ssl in SSL else []
+        additions += [f"{name.replace('_', ' ')} {config[name]}" for name in differs]
         out.append(", ".join([f"{METHODS.get(method, method)}-{SIZES.get(arch, arch)}", *additions]))
     return out
 

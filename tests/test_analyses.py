@@ -233,6 +233,9 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     result(tmp_path / "deep" / "c", [0.7], seed=1)
     result(tmp_path / "d", [0.5], fraction=0.2)
     result(tmp_path / "e", [0.875], arch="vit_s", data="other_set")
+    byol = {"ssl": "byol", "depth": None, "counts": False, "sup_weight": 1.0}  # compare.py's
+    result(tmp_path / "f", [0.6], freeze_last_layer=0, **byol)
+    result(tmp_path / "g", [0.65], freeze_last_layer=0, **byol | {"depth": 3})
     write_table(tmp_path / "b/patches.csv", "data,encoder,training,fold,accuracy,auc", [
         "mhist,b,fine-tuned,1,0.8,0.9", "mhist,b,fine-tuned,2,0.7,0.9", "mhist,random,fine-tuned,1,1,1"])
     assert table.main([str(tmp_path)]) == 0
@@ -240,8 +243,10 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     assert lines[0].startswith("|  | tiny accuracy | tiny AUC | mhist accuracy | mhist AUC | other_set accu")
     assert lines[2] == "| Baseline-T4 | !!0.850!! ± 0.071 | !!0.900!! ± 0.071 |  |  |  |  |"
     assert lines[3].startswith("| DiRL-T4 | 0.800 ± 0.141 | 0.850 ± 0.141 | !!0.750!! ± 0.071 | !!0.900!! ±")
-    assert lines[4].startswith("| DiRL-T4, fraction 0.2 | 0.500 | 0.550 |")
-    assert lines[5] == "| DiRL-S |  |  |  |  | !!0.875!! | !!0.925!! |"
+    assert [line.split("|")[1].strip() for line in lines[4:7]] == [
+        "DiRL-T4, BYOL", "DiRL-T4, BYOL, depth 3", "DiRL-T4, fraction 0.2"]
+    assert lines[6].startswith("| DiRL-T4, fraction 0.2 | 0.500 | 0.550 |")
+    assert lines[7] == "| DiRL-S |  |  |  |  | !!0.875!! | !!0.925!! |"
     assert "Baseline-T4,tiny,accuracy,0.8500,0.0707,2" in (tmp_path / "table.csv").read_text()
     assert table.main([str(tmp_path), "--format", "latex", "--measures", "accuracy", "middle"]) == 0
     text = (tmp_path / "table.tex").read_text()
