@@ -30,8 +30,10 @@ ARMS = {
     "baseline_two_views": ["--method", "baseline", "--local-crops", "0", "--global-scale", "0.14", "1"],
     "zeros": ["--method", "dirl", "--empty-regions", "zeros"],
     "two_heads": ["--heads", "12", "12"],  # the number of heads without regions
-    "13_blocks": ["--depth", "13"], "13_blocks*": ["--depth", "13", "--heads", "12", "13"],  # Table 6
-    "4_blocks": ["--depth", "4"], "4_blocks_dirl": ["--depth", "4", "--method", "dirl"],
+    "13_blocks": ["--depth", "13", "--method", "baseline"],  # Table 6
+    "13_blocks*": ["--depth", "13", "--heads", "12", "13"],
+    "4_blocks": ["--depth", "4", "--method", "baseline"],
+    "4_blocks_dirl": ["--depth", "4", "--method", "dirl"],
 }
 for ssl in ("byol", "simclr"):  # Table 8
     ARMS |= {ssl + end: ["--ssl", ssl, "--method", method] for end, method in (

@@ -4,7 +4,7 @@ Trains by train.py's own loop and writes the same files to runs/<data>_<arch>_<m
 its encoder.pt as any other. The same command resumes.
 
     Table 3     --ssl esvit, --ssl selfpatch
-    Table 6     --ssl dino --arch vit_s --depth 13 [--heads 12 13]
+    Table 6     --ssl dino --method baseline --arch vit_s --depth 13 [--heads 12 13]
     Table 8     --ssl byol, --ssl simclr (the paper: --batch 512), each --method baseline, cellback, dirl
     Table 9     --ssl imix
     Fig. 9      --ssl lsup
