@@ -129,7 +129,7 @@ def draw(values, found, args):
             axis.set_xticks(range(len(values)), values)
             axis.set_xlim(-0.5, len(values) - 0.5)
         axis.set_ylabel(f"{title} (bars: sd over repeats)", fontsize=9)
-        axis.legend(fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
