@@ -142,10 +142,10 @@ def draw(found):
         x, *measured = np.transpose(points)
         for axis, y, label in zip(rows[:, k], measured, ("seconds", "peak memory, GiB")):
             axis.plot(x, y, "o-", color=inputs.COLORS[1], ms=4)
-            if what == "crops":
+            if what == "crops" and min(y) > 0:
                 axis.set(xscale="log", yscale="log")
             else:
-                axis.set_ylim(0, 1.15 * max(y))
+                axis.set_ylim(0, 1.15 * max(y) or 1)
             axis.set_ylabel(label if k == 0 else "")
         rows[1, k].set_xlabel(AXES[what][0])
     return figure
