@@ -66,11 +66,11 @@ def test_own_modules_are_imported_at_the_top():
         assert not inside, (file, inside)
 
 
-def test_functions_fit_a_screen():
+def test_functions_fit_a_screen_and_a_half():
     for file, tree in CODE.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and "arguments" not in node.name:
-                assert node.end_lineno - node.lineno < 60, (file, node.name)
+                assert node.end_lineno - node.lineno < 80, (file, node.name)
 
 
 def test_top_level_is_what_the_readme_shows():
