@@ -1,12 +1,11 @@
 """DiRL: the method of "Attention De-sparsification Matters" (sections 3.1, 3.3, 3.4, 3.5).
 
-torch and the standard library alone, so that every function can be copied out as it stands.
+Imports torch and the standard library only, so that every function can be copied out unchanged.
 Shapes: B crops, n tokens of a crop, d features, K outputs of a head, V views, U = 2 global views.
 A prior is P_c (B, n): 1 for a patch with a cell, 0 for background.
 """
 import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,28 +41,26 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def project(self, x):
-        """x (B, n, d) to q, k, v, each (B, heads, n, d_head)."""
+        """x (B, n, d) -> q, k, v, each (B, heads, n, d_head)."""
         B, n, d = x.shape
         qkv = self.qkv(x).view(B, n, 3, self.num_heads, d // self.num_heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def merge(self, heads):
-        """(B, heads, n, d_head) to (B, n, d), through the output layer."""
+        """Joins the heads through the output layer: (B, heads, n, d_head) -> (B, n, d)."""
         return self.proj(heads.transpose(1, 2).flatten(2))
 
     def logits(self, q, k):
-        """q k^T / sqrt(d_head), (B, heads, n, n): before any mask and softmax."""
+        """q k^T / sqrt(d_head), (B, heads, n, n), before any mask and softmax."""
         return q @ k.transpose(-2, -1) * self.scale
 
     def forward(self, x):
         q, k, v = self.project(x)
-        if v.dtype == torch.bfloat16 and not v.is_cuda:  # on a CPU torch's own is slow in bf16
-            return self.merge(self.logits(q, k).softmax(-1).to(v.dtype) @ v)
-        return self.merge(F.scaled_dot_product_attention(q, k, v))
+        return self.merge(attend(q, k, v))  # softmax(q k^T / sqrt(d_head)) v
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear; four times as wide inside."""
+    """Linear, GELU, linear; the hidden layer is four times as wide."""
 
     def __init__(self, dim):
         super().__init__()
@@ -75,7 +72,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Eq. 2: T' = T + MSA(LN(T)); T = T' + MLP(LN(T')). (B, n, d) to (B, n, d)."""
+    """Eq. 2: T' = T + MSA(LN(T)); T = T' + MLP(LN(T')). (B, n, d) -> (B, n, d)."""
 
     def __init__(self, dim, num_heads, drop_path=0.0):
         super().__init__()
@@ -91,14 +88,14 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """Linear layers: normal with std 0.02 truncated at 2, biases 0, as ViT and DINO start."""
+    """Initialises a linear layer as ViT and DINO do: truncated normal of std 0.02, biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Eq. 1: the filters E, d of them of p x p pixels. (B, 3, H, W) to (B, n, d), row by row."""
+    """Eq. 1: d filters E of p x p pixels. (B, 3, H, W) -> (B, n, d), patches row by row."""
 
     def __init__(self, dim, patch_size):
         super().__init__()
@@ -109,17 +106,23 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder: images (B, 3, H, W) to T_L (B, n, d); no class token, and f is T_L.mean(1).
+    """The encoder: images (B, 3, H, W) -> T_L (B, n, d); it has no class token, and f is T_L.mean(1).
 
-    T_L comes out of a closing LayerNorm as ViT's and DINO's tokens do; eq. 2 has none. H and W are multiples
-    of patch_size (ValueError if not); other sizes than img_size interpolate the position embedding. State
-    dict in timm's names (but for vit_h, which timm has not).
+    T_L comes out of a closing LayerNorm, as ViT's and DINO's tokens do; eq. 2 has none. H and W are multiples
+    of patch_size (ValueError if not); other sizes than img_size interpolate the position embedding. Images
+    are RGB of 0 to 1, less mean, divided by std (default: ImageNet's, as DINO). The state dict has timm's
+    names (timm has no vit_h).
     """
 
-    def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0):
+    def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0,
+                 mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
         super().__init__()
-        self.embed_dim, self.num_heads, self.patch_size = embed_dim, num_heads, patch_size
-        self.grid = img_size // patch_size
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.grid = img_size // patch_size  # patches a side
         self.patch_embed = PatchEmbed(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # later blocks are dropped more often
@@ -130,9 +133,10 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images):
         """T_0 (B, n, d): patches through E, plus the position embedding at this view's size."""
-        (H, W), p = images.shape[-2:], self.patch_size
+        H, W = images.shape[-2:]
+        p = self.patch_size
         if H % p or W % p:
-            raise ValueError(f"an image of {H} x {W} px is not made of {p} x {p} px patches")
+            raise ValueError(f"an image of {H} x {W} px does not divide into patches of {p} x {p} px")
         pos = self.pos_embed
         if (H // p, W // p) != (self.grid, self.grid):
             pos = pos.view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
@@ -146,7 +150,8 @@ class VisionTransformer(nn.Module):
     def last_attention(self, images):
         """softmax(q k^T / sqrt(d_head)) of the last block, (B, heads, n, n); every row sums to 1."""
         last = self.blocks[-1]
-        q, k, _ = last.attn.project(last.norm1(self.blocks[:-1](self.embed(images))))
+        tokens = self.blocks[:-1](self.embed(images))
+        q, k, _ = last.attn.project(last.norm1(tokens))
         return last.attn.logits(q, k).softmax(-1)
 
 
@@ -155,43 +160,61 @@ def vit_t(depth=12, **kw):
     return VisionTransformer(192, depth, 3, **kw)
 
 
-def vit_s(**kw):
+def vit_s(depth=12, **kw):
     """ViT-Small: d = 384, 12 blocks, 6 heads; 22 M parameters (section 4)."""
-    return VisionTransformer(384, 12, 6, **kw)
+    return VisionTransformer(384, depth, 6, **kw)
 
 
-def vit_h(drop_path=0.0, **kw):
-    """ViT-H (Table 4): 8 blocks of ViT-S, 4 of ViT-T, trained together; the linear layer between is ours."""
-    model = VisionTransformer(384, 8, 6, **kw)
-    tail = nn.Sequential(nn.Linear(384, 192), *(Block(192, 3) for _ in range(4))).apply(init_weights)
-    model.blocks.extend(tail)
-    model.norm = nn.LayerNorm(192, eps=1e-6)
-    model.embed_dim, model.num_heads = 192, 3
-    blocks = [b for b in model.blocks if isinstance(b, Block)]
-    for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
-        block.drop_path.p = rate
-    return model
+class ViTH(VisionTransformer):
+    """ViT-H (Table 4): 8 blocks of ViT-S, then 4 of ViT-T, trained together.
+
+    The paper does not say what joins the two widths; here it is a linear layer.
+    """
+
+    def __init__(self, drop_path=0.0, **kw):
+        super().__init__(384, depth=0, num_heads=6, **kw)
+        rates = torch.linspace(0, drop_path, 12).tolist()
+        small = [Block(384, 6, rate) for rate in rates[:8]]
+        tiny = [Block(192, 3, rate) for rate in rates[8:]]
+        self.blocks = nn.Sequential(*small, nn.Linear(384, 192), *tiny)
+        self.norm = nn.LayerNorm(192, eps=1e-6)
+        self.embed_dim = 192
+        self.num_heads = 3
+        self.blocks.apply(init_weights)
 
 
-ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": partial(vit_t, 4)}  # ours
+def vit_h(**kw):
+    """ViT-H (Table 4): 16 M parameters."""
+    return ViTH(**kw)
+
+
+def vit_t4(depth=4, **kw):
+    """Ours, for runs of minutes: ViT-Tiny with 4 blocks."""
+    return vit_t(depth, **kw)
+
+
+ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": vit_t4}
 
 
 # ---------------------------------------------------------------- 3.3 cell-back pooling
 
 def regions_present(prior):
-    """P_c (B, n) to two bools (B,): is |P_c| > 0, is |1 - P_c| > 0? Eq. 3 and 8 divide by these."""
-    return (prior > 0).any(-1), (prior < 1).any(-1)
+    """P_c (B, n) -> two bools (B,): |P_c| > 0 and |1 - P_c| > 0, which eq. 3 and 8 divide by."""
+    has_cell = (prior > 0).any(-1)
+    has_background = (prior < 1).any(-1)
+    return has_cell, has_background
 
 
 def region_mean(tokens, region):
-    """region^T T / |region|: tokens (B, n, d), region (B, n) of 0 and 1, to (B, d); 0 where it is empty."""
+    """region^T T / |region|: tokens (B, n, d), region (B, n) of 0 and 1 -> (B, d); 0 where it is empty."""
     return (region.unsqueeze(-1) * tokens).sum(1) / region.sum(-1, keepdim=True).clamp(min=1)
 
 
 def cell_back_pool(tokens, prior):
     """Eq. 3: f_c = P_c^T T_L / |P_c| and f_b = (1 - P_c)^T T_L / |1 - P_c|.
 
-    tokens (B, n, d), prior (B, n), to f_c, f_b (B, d). An empty region gives zeros and takes no gradient.
+    Each region gets a feature of its own to match, so that neither can win all of the attention.
+    tokens (B, n, d), prior (B, n) -> f_c, f_b (B, d). An empty region gives zeros and takes no gradient.
     """
     prior = prior.to(tokens.dtype)
     return region_mean(tokens, prior), region_mean(tokens, 1 - prior)
@@ -200,8 +223,9 @@ def cell_back_pool(tokens, prior):
 # ---------------------------------------------------------------- 3.4 disentangle block
 
 def disentangle_masks(prior):
-    """Eq. 4: P_c (B, n) to M_self and M_cross, (B, n, n) of exact 0 and -inf, to add to the logits.
+    """Eq. 4: P_c (B, n) -> M_self and M_cross, (B, n, n) of exact 0 and -inf, to add to the logits.
 
+    They part what tokens say to their own region from what they say to the other one.
     M_self(i, j) = 0 where P_c(i) = P_c(j); M_cross(i, j) = 0 where P_c(i) != P_c(j) or i = j.
     The diagonal is open in both, so no row is all -inf: with one region only, M_cross attends to itself.
     """
@@ -214,53 +238,35 @@ def disentangle_masks(prior):
 
 
 class DisentangleBlock(Block):
-    """Eq. 5 to 7: T_L (B, n, d) and P_c (B, n) to T_self and T_cross, each (B, n, d).
+    """Eq. 5 to 7: T_L (B, n, d) and P_c (B, n) -> T_self and T_cross, each (B, n, d).
 
-    The layers of a Block, used twice with the same weights, under M_self and under M_cross; LN, q, k, v and
-    the logits are the same for both and computed once. No stochastic depth.
+    One Block runs under M_self and under M_cross with the same weights, so that the two outputs differ by the
+    masks alone. LN, q, k, v and the logits are shared and computed once. No stochastic depth.
     """
 
     def forward(self, tokens, prior):
         q, k, v = self.attn.project(self.norm1(tokens))
         logits = self.attn.logits(q, k)  # (B, heads, n, n)
-
-        def under(mask):
-            attention = (logits + mask.unsqueeze(1)).softmax(-1)  # eq. 5
-            x = tokens + self.attn.merge(attention.to(v.dtype) @ v)  # T'
-            return x + self.mlp(self.norm2(x))
         m_self, m_cross = disentangle_masks(prior)
-        return under(m_self), under(m_cross)  # eq. 6, eq. 7
+        t_self = self.under_mask(tokens, logits, v, m_self)  # eq. 6
+        t_cross = self.under_mask(tokens, logits, v, m_cross)  # eq. 7
+        return t_self, t_cross
+
+    def under_mask(self, tokens, logits, v, mask):
+        """Eq. 5 with a mask (B, n, n), then eq. 2's two residual sums."""
+        attention = (logits + mask.unsqueeze(1)).softmax(-1)
+        x = tokens + self.attn.merge(attention.to(v.dtype) @ v)  # T'
+        return x + self.mlp(self.norm2(x))
 
 
 # ---------------------------------------------------------------- 3.5 heads and loss
 
-class Cosines(torch.autograd.Function):
-    """<z, w_k / ||w_k||> of z (N, d) and every row w_k of weight (K, d): F.linear(z, F.normalize(weight)).
-
-    The norms divide the logits instead of the weights, which would be read and written some twenty times.
-    """
-
-    @staticmethod
-    def forward(ctx, z, weight):
-        w, norm = weight.to(z.dtype), weight.norm(dim=-1).to(z.dtype)
-        cosine = F.linear(z, w).div_(norm)
-        ctx.save_for_backward(z, weight, w, norm, cosine)
-        return cosine
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, weight, w, norm, cosine = ctx.saved_tensors
-        along = z.new_ones(1, len(z)) @ (grad * cosine) / norm ** 2  # a product with ones is a fast sum
-        grad = grad / norm
-        d_weight = (grad.t() @ z).to(weight.dtype)  # (z - cosine_k w_k / ||w_k||) / ||w_k||, summed over z
-        return grad @ w, d_weight.addcmul_(weight, along.t().to(weight.dtype), value=-1)
-
-
 class DINOHead(nn.Module):
-    """DINO's projection head: (N, in_dim) to (N, out_dim) through 2048, 2048 and an L2-normalised 256.
+    """DINO's projection head: f (N, in_dim) -> logits (N, out_dim), by 2048, 2048 and a unit vector of 256.
 
     The last layer is weight-normalised with its norm fixed at 1: logits are cosines with out_dim prototypes.
-    norm_last_layer=False: each prototype learns its norm, as in DINO; it starts at 1.
+    They are computed in fp32 whatever the autocast: at the teacher's temperature of 0.04 rounding to bf16
+    would move a logit by up to 0.13. norm_last_layer=False: each prototype learns its norm, starting at 1.
     """
 
     def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True):
@@ -274,70 +280,88 @@ class DINOHead(nn.Module):
         self.last_norm = None if norm_last_layer else nn.Parameter(torch.ones(out_dim, 1))
 
     def forward(self, f):
-        z = self.mlp(f)
-        logits = Cosines.apply(F.normalize(z, dim=-1).to(z.dtype), self.last_layer.weight)
+        z = self.mlp(f)  # (N, 256)
+        with torch.autocast(z.device.type, enabled=False):
+            prototypes = F.normalize(self.last_layer.weight, dim=-1)  # (K, 256)
+            logits = F.linear(F.normalize(z.to(prototypes.dtype), dim=-1), prototypes)
         return logits if self.last_norm is None else logits * self.last_norm.squeeze(1)
 
 
 def process_mean(x):
-    """x, averaged in place over all processes where torch.distributed runs several."""
+    """Averages x in place over all processes where torch.distributed runs several, and returns it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x.div_(torch.distributed.get_world_size()))
     return x
 
 
-def view_cross_entropy(student, target, weight, temp):
-    """One student view against the teacher's: the sum over u, b of -weight[u, b] <target[u, b], log p[b]>.
+def row_mask(present, outputs):
+    """present (V, B) as float; ones for all rows of outputs (V, B, K) where it is None."""
+    if present is None:
+        return torch.ones(outputs.shape[:2], device=outputs.device)
+    return present.float()
 
-    student (B, K) logits, target (U, B, K), weight (U, B); p = softmax(student / temp).
+
+def view_cross_entropy(student, q, pairs, temp):
+    """One student view against the teacher's: the sum over u, b of -pairs[u, b] <q[u, b], log p[b]>.
+
+    student (B, K) logits, q (U, B, K), pairs (U, B); p = softmax(student / temp).
     """
-    q = torch.einsum("ub,ubk->bk", weight, target)  # all targets meet the same log p
-    return -(q * (student.float() / temp).log_softmax(-1)).sum()
+    target = torch.einsum("ub,ubk->bk", pairs, q)  # all q[u, b] meet the same log p[b]
+    return -(target * (student.float() / temp).log_softmax(-1)).sum()
 
 
 class DINOLoss(nn.Module):
-    """L_CE of one head (Caron et al. 2021) with its centre: the mean of -<q, log p> over pairs of views.
+    """L_CE of one head (Caron et al. 2021), with its centre: the mean of -<q, log p> over pairs of views.
 
     q = softmax((teacher - centre) / teacher_temp), p = softmax(student / student_temp).
-    student (V, B, K): all views, the U global ones first; teacher (U, B, K). Every student view is compared
-    with every other global view of the teacher. A pair counts if the region is present in both
-    (present_s (V, B), present_t (U, B); None: everywhere). The loss is the mean over the pairs that count,
-    0 if none does; with several processes, the mean of what each gives is. Every call moves the centre, by
-    the teacher's rows whose region is present (move_center=False: they wait for the next call).
-    entropy is the mean of H(q), for the loss is H(q) + KL(q || p): ln K if all outputs are uniform, 0 on one.
+    student (V, B, K): logits of all views, the U global ones first; teacher (U, B, K). Every student view is
+    compared with every other global view of the teacher. A pair counts if the region is present in both
+    (present_s (V, B), present_t (U, B); None: everywhere). Returns the mean over the pairs that count, 0 if
+    none does. Call update_center() once a step, after the loss.
+
+    `entropy` is the mean of H(q) in the last call, ln K where outputs are uniform and 0 where they are on one
+    prototype; the loss is H(q) + KL(q || p).
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
-        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
-        self.waiting = 0
+        # The teacher's rows since the last update_center: their sum and their number.
+        self.register_buffer("step_sum", torch.zeros(out_dim), persistent=False)
+        self.register_buffer("step_rows", torch.zeros(()), persistent=False)
 
-    def forward(self, student, teacher, teacher_temp=0.04, present_s=None, present_t=None, move_center=True):
+    def forward(self, student, teacher, teacher_temp=0.04, present_s=None, present_t=None):
         V, U = len(student), len(teacher)
-        s, t = (torch.ones(x.shape[:2], device=x.device) if present is None else present.float()
-                for x, present in ((student, present_s), (teacher, present_t)))
-        other = 1 - torch.eye(U, V, device=t.device)  # no view is compared with itself
-        weight = other.unsqueeze(-1) * t.unsqueeze(1) * s  # (U, V, B)
+        mask_s = row_mask(present_s, student)  # (V, B)
+        mask_t = row_mask(present_t, teacher)  # (U, B)
+        different = 1 - torch.eye(U, V, device=teacher.device)  # no view is compared with itself
+        pairs = different.unsqueeze(-1) * mask_t.unsqueeze(1) * mask_s  # (U, V, B): 1 for a pair that counts
+        # Under DDP the count is averaged over ranks, so that the mean of their losses is the whole batch's.
+        count = process_mean(pairs.sum()).clamp(min=1e-6)
+
         with torch.no_grad():
-            target = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # q
-            pairs = process_mean(weight.sum()).clamp(min=1e-6)
-            self.entropy = (weight.sum(1) * torch.special.entr(target).sum(-1)).sum() / pairs
-        again = partial(checkpoint, view_cross_entropy, use_reentrant=False, preserve_rng_state=False)
-        loss = sum(again(x, target, weight[:, v], self.student_temp)  # again in the backward pass, for memory
-                   for v, x in enumerate(student)) / pairs
-        self.update_center(teacher, t, move_center)
-        return loss
+            q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, K)
+            self.entropy = (pairs.sum(1) * torch.special.entr(q).sum(-1)).sum() / count
+            self.step_sum += torch.einsum("ub,ubk->k", mask_t, teacher.float())
+            self.step_rows += mask_t.sum()
+
+        total = 0
+        for v in range(V):  # log p of a view is computed again in the backward pass instead of kept
+            total = total + checkpoint(view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
+                                       use_reentrant=False, preserve_rng_state=False)
+        return total / count
 
     @torch.no_grad()
-    def update_center(self, teacher, present, move=True):
-        """centre = m * centre + (1 - m) * mean of the teacher's rows that count; move=False: they wait."""
-        total = torch.einsum("ub,ubk->k", present, teacher.float())
-        self.waiting = self.waiting + torch.cat([total, present.sum()[None]])
-        if move:
-            total, rows = process_mean(self.waiting).split((len(self.center), 1))
-            self.center.lerp_(total / rows.clamp(min=1e-6), (1 - self.center_momentum) * (rows > 0).float())
-            self.waiting = 0
+    def update_center(self):
+        """centre = m centre + (1 - m) mean of the teacher's rows that counted since the last call."""
+        total = process_mean(self.step_sum)
+        rows = process_mean(self.step_rows)
+        share = (1 - self.center_momentum) * (rows > 0).float()  # without a row the centre stays
+        self.center.lerp_(total / rows.clamp(min=1e-6), share)
+        self.step_sum.zero_()
+        self.step_rows.zero_()
 
 
 # ---------------------------------------------------------------- DiRL
@@ -345,6 +369,12 @@ class DINOLoss(nn.Module):
 REGIONS = ("c", "b")  # eq. 3
 DISENTANGLED = ("cc", "bb", "cb", "bc")  # eq. 8
 METHODS = {"baseline": ("f",), "cellback": REGIONS, "dirl": REGIONS + DISENTANGLED}
+
+
+def eq9_weights(names, lambda_1=0.5, lambda_2=0.1 / 4):
+    """{name: its weight in eq. 9}: lambda_1 of c and b, lambda_2 of the disentangled ones, 1 of f."""
+    weight = {"f": 1.0} | dict.fromkeys(REGIONS, lambda_1) | dict.fromkeys(DISENTANGLED, lambda_2)
+    return {name: weight[name] for name in names}
 
 
 class DiRL(nn.Module):
@@ -357,77 +387,84 @@ class DiRL(nn.Module):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"method {method!r} is none of {', '.join(METHODS)}")
-        self.method, self.encoder, d = method, encoder, encoder.embed_dim
+        self.method = method
+        self.encoder = encoder
         if method == "dirl":
-            self.disentangle = DisentangleBlock(d, encoder.num_heads)
+            self.disentangle = DisentangleBlock(encoder.embed_dim, encoder.num_heads)
             self.disentangle.apply(init_weights)
-        self.heads = nn.ModuleDict({
-            name: DINOHead(d, disentangled_dim if name in DISENTANGLED else out_dim,
-                           norm_last_layer=norm_last_layer)
-            for name in METHODS[method]})
+        self.heads = nn.ModuleDict()
+        for name in METHODS[method]:
+            outputs = disentangled_dim if name in DISENTANGLED else out_dim
+            self.heads[name] = DINOHead(encoder.embed_dim, outputs, norm_last_layer=norm_last_layer)
 
     def represent(self, images, prior):
-        """images (B, 3, H, W), P_c (B, n) to {name: f_name (B, d)} and {name: is its region present (B,)}.
+        """images (B, 3, H, W), P_c (B, n) -> {name: f_name (B, d)}, {name: is its region present (B,)}.
 
         f_cb is the cells' mean, and present if cells are, even without background (M_cross is then i = j).
         """
         tokens = self.encoder(images)  # T_L (B, n, d)
-        has_cell, has_back = regions_present(prior)
+        has_cell, has_background = regions_present(prior)
         if self.method == "baseline":
-            return {"f": tokens.mean(1)}, {"f": has_cell | has_back}
+            return {"f": tokens.mean(1)}, {"f": has_cell | has_background}
         f_c, f_b = cell_back_pool(tokens, prior)  # eq. 3
         f = {"c": f_c, "b": f_b}
         if self.method == "dirl":
             t_self, t_cross = self.disentangle(tokens, prior)  # eq. 5 to 7
             f["cc"], f["bb"] = cell_back_pool(t_self, prior)  # eq. 8
             f["cb"], f["bc"] = cell_back_pool(t_cross, prior)
-        return f, {name: has_cell if name[0] == "c" else has_back for name in f}  # whose tokens are pooled
+        pooled = {"c": has_cell, "b": has_background}  # f_cb pools the cells' tokens, f_bc the background's
+        return f, {name: pooled[name[0]] for name in f}
 
     def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per size, the global ones first; priors: (V_i, B, n) to match.
 
-        Gives {name: (logits (V, B, K), present (V, B))} over all V views.
+        Returns {name: (logits (V, B, K), present (V, B))} over all V views.
         """
-        out, B = {}, views[0].shape[1]
-        of_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        B = views[0].shape[1]
+        by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        out = {}
         for name, head in self.heads.items():
-            f_name = torch.cat([f[name] for f, _ in of_size])  # (V B, d)
-            there = torch.cat([present[name] for _, present in of_size])  # (V B,)
-            out[name] = head(f_name).unflatten(0, (-1, B)), there.unflatten(0, (-1, B))
+            f_name = torch.cat([f[name] for f, _ in by_size])  # (V B, d)
+            present = torch.cat([region[name] for _, region in by_size])  # (V B,)
+            out[name] = head(f_name).unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
         return out
 
 
 class DiRLLoss(nn.Module):
     """Eq. 9: lambda_1 (L_c + L_b) + lambda_2 (L_cc + L_bb + L_cb + L_bc); the baseline is L_f alone.
 
-    Takes what two DiRL models give and returns (loss, {name: L_name without gradient}). skip_empty=False:
-    a region that is not in a view counts as well, pooled to zeros.
+    Takes the outputs of two DiRL models and returns (loss, {name: L_name without gradient}). Call
+    update_centers() once a step. skip_empty=False: a region that a view lacks counts too, pooled to zeros.
     """
 
     def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9,
                  skip_empty=True):
         super().__init__()
         self.skip_empty = skip_empty
-        self.weight = {name: 1.0 if name == "f" else lambda_1 if name in REGIONS else lambda_2
-                       for name in model.heads}
+        self.weight = eq9_weights(model.heads, lambda_1, lambda_2)
         self.losses = nn.ModuleDict({
             name: DINOLoss(head.last_layer.out_features, student_temp, center_momentum)
             for name, head in model.heads.items()})
 
-    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
+    def forward(self, student, teacher, teacher_temp=0.04):
         total, each = 0, {}
         for name, cross_entropy in self.losses.items():
-            (s, s_present), (t, t_present) = student[name], teacher[name]
+            logits_s, present_s = student[name]
+            logits_t, present_t = teacher[name]
             if not self.skip_empty:
-                s_present = t_present = None
-            loss = cross_entropy(s, t, teacher_temp, s_present, t_present, move_center)  # L_name
+                present_s = present_t = None
+            loss = cross_entropy(logits_s, logits_t, teacher_temp, present_s, present_t)  # L_name
             total = total + self.weight[name] * loss
             each[name] = loss.detach()
         return total, each
 
+    def update_centers(self):
+        for cross_entropy in self.losses.values():
+            cross_entropy.update_center()
+
 
 def make_teacher(student):
-    """A copy of the student that shares no storage, takes no gradient and drops no path."""
+    """Returns a frozen deep copy of the student in eval mode."""
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
@@ -440,11 +477,25 @@ def update_teacher(student, teacher, momentum):
 # ---------------------------------------------------------------- 4.2 attention
 
 def aggregated_attention(attention):
-    """attention (B, heads, n, n) to (B, n): column sums, averaged over the heads; the n values sum to n."""
+    """attention (B, heads, n, n) -> (B, n): column sums, averaged over the heads; the n values sum to n."""
     return attention.sum(-2).mean(1)
 
 
 def attention_bins(aggregated):
-    """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4), three floats that sum to 1."""
-    bins = aggregated < 0.5, (aggregated >= 0.5) & (aggregated <= 2), aggregated > 2  # NaN is in none
-    return tuple(bin.float().mean().item() for bin in bins)
+    """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4): three floats that sum to 1."""
+    low = aggregated < 0.5
+    middle = (aggregated >= 0.5) & (aggregated <= 2)  # NaN is in none
+    high = aggregated > 2
+    return low.float().mean().item(), middle.float().mean().item(), high.float().mean().item()
+
+
+# ---------------------------------------------------------------- for speed
+
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d_head)) v: q, k, v (B, heads, n, d_head) -> (B, heads, n, d_head).
+
+    torch's fused attention, but for bf16 on a CPU, where the formula as written is faster.
+    """
+    if q.dtype == torch.bfloat16 and not q.is_cuda:
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
