@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from array import array
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -121,59 +122,86 @@ def collate(items):
 
 BLUR_SIGMA = (0.1, 2.0)  # px
 GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's "L"
-GLOBAL_1 = dict(blur=1.0, solarize=0.0)  # probabilities in each kind of view
-GLOBAL_2 = dict(blur=0.1, solarize=0.2)
-LOCAL = dict(blur=0.5, solarize=0.0)
 JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1  # strengths
 
 
-class PartOfBatch(torch.Generator):
-    """A generator for a part of a batch, as a process or an accumulated step has it: part = (index, parts).
+@dataclass(frozen=True)
+class Kind:
+    """Probabilities of blur and of solarising in one kind of view."""
 
-    The numbers of the whole batch are drawn and the part's are kept, so that a crop's views are the same
-    whoever makes them.
+    blur: float
+    solarize: float
+
+
+GLOBAL_1 = Kind(blur=1.0, solarize=0.0)
+GLOBAL_2 = Kind(blur=0.1, solarize=0.2)
+LOCAL = Kind(blur=0.5, solarize=0.0)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How views are drawn; the defaults are DINO's.
+
+    Scales are shares of the crop's area, sizes px. jitter, greyscale, solarize and blur multiply DINO's
+    probabilities (jitter its strengths, too). mean and std (RGB, of 0 to 1) normalise the views: the encoder's.
     """
 
-    part = 0, 1
+    local_crops: int = 8
+    global_scale: tuple = (0.4, 1.0)
+    local_scale: tuple = (0.05, 0.4)
+    global_size: int = 224
+    local_size: int = 96
+    jitter: float = 1.0
+    greyscale: float = 1.0
+    solarize: float = 1.0
+    blur: float = 1.0
+    mean: tuple = MEAN
+    std: tuple = STD
 
 
-def uniform(shape, low, high, generator):
-    """Random numbers of shape (B, ..), on the generator's device."""
-    index, parts = getattr(generator, "part", (0, 1))
-    B = shape[0]
-    whole = torch.empty((parts * B, *shape[1:]), device=generator.device)
-    return whole.uniform_(low, high, generator=generator)[index * B: (index + 1) * B]
+class Random:
+    """Random numbers for a shard of a batch, as a process or an accumulated step has it.
+
+    Draws the whole batch's numbers and keeps the shard's, so that a crop's views do not depend on how the
+    batch is divided. All come from the generator, on its device; shard is (index, count).
+    """
+
+    def __init__(self, generator, shard=(0, 1)):
+        self.generator = generator
+        self.device = generator.device
+        self.index, self.count = shard
+
+    def uniform(self, shape, low, high):
+        """Numbers of shape (B, ..), B the crops of the shard."""
+        B = shape[0]
+        whole = torch.empty((self.count * B, *shape[1:]), device=self.device)
+        whole.uniform_(low, high, generator=self.generator)
+        return whole[self.index * B: (self.index + 1) * B]
 
 
-def apply_where(chosen, function, images, *values):
-    """function(images, *values) where chosen (B,), else the image as it is; values (B,)."""
-    if images.is_cuda:  # of all of them: which are chosen is not asked, for the host would wait
-        return torch.where(chosen[:, None, None, None], function(images, *values), images)
-    rows = chosen.nonzero().squeeze(1)
-    if len(rows):
-        images[rows] = function(images[rows], *(value[rows] for value in values))
-    return images
-
-
-def random_boxes(count, size, scale, generator, ratio=(3 / 4, 4 / 3), tries=10):
+def random_boxes(count, size, scale, random, ratio=(3 / 4, 4 / 3), tries=10):
     """Random resized crops of a size x size image: (count, 4) as left, top, width, height in whole px.
 
     The area is uniform in scale, the log of the aspect ratio uniform; the first of ten tries that fits is
     taken, else the whole image.
     """
-    area = uniform((count, tries), *scale, generator) * size * size
-    aspect = uniform((count, tries), math.log(ratio[0]), math.log(ratio[1]), generator).exp()
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w > 0) & (w <= size) & (h > 0) & (h <= size)
+    area = random.uniform((count, tries), *scale) * size * size
+    aspect = random.uniform((count, tries), math.log(ratio[0]), math.log(ratio[1])).exp()
+    widths = (area * aspect).sqrt().round()
+    heights = (area / aspect).sqrt().round()
+    fits = (widths > 0) & (widths <= size) & (heights > 0) & (heights <= size)
     first = fits.float().argmax(1, keepdim=True)
-    any_fits = fits.any(1, keepdim=True)
-    w, h = (torch.where(any_fits, side.gather(1, first), size).squeeze(1) for side in (w, h))
+    any_fits = fits.any(1)
+    w = torch.where(any_fits, widths.gather(1, first).squeeze(1), size)
+    h = torch.where(any_fits, heights.gather(1, first).squeeze(1), size)
 
     def corner(side):
         room = size - side
-        return ((room + 1) * uniform((count,), 0, 1, generator)).floor().clamp(max=room)
-    return torch.stack([corner(w), corner(h), w, h], 1)
+        return ((room + 1) * random.uniform((count,), 0, 1)).floor().clamp(max=room)
+    left = corner(w)
+    top = corner(h)
+    return torch.stack([left, top, w, h], 1)
 
 
 def resample(images, boxes, flip, size):
@@ -231,19 +259,22 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     return total[:, :3]
 
 
-def random_jitter(images, generator, jitter=1.0, greyscale=1.0):
+def random_jitter(images, random, jitter=1.0, greyscale=1.0):
     """Brightness and contrast 0.4, saturation 0.2, hue 0.1 with probability 0.8; then grey with 0.2.
 
     jitter multiplies the strengths and their probability, greyscale that of grey.
     """
     B = len(images)
-    on = (uniform((B,), 0, 1, generator) < JITTER * jitter).float()
-    brightness, contrast, saturation, hue = (
-        on * uniform((B,), -s * jitter, s * jitter, generator)
-        for s in (BRIGHTNESS, CONTRAST, SATURATION, HUE))
-    brightness, contrast, saturation = 1 + brightness, 1 + contrast, 1 + saturation
-    grey = uniform((B,), 0, 1, generator) < GREYSCALE * greyscale
-    order = uniform((B, 4), 0, 1, generator).argsort(1)
+    on = (random.uniform((B,), 0, 1) < JITTER * jitter).float()
+
+    def change(strength):
+        return on * random.uniform((B,), -strength * jitter, strength * jitter)
+    brightness = 1 + change(BRIGHTNESS)
+    contrast = 1 + change(CONTRAST)
+    saturation = 1 + change(SATURATION)
+    hue = change(HUE)
+    grey = random.uniform((B,), 0, 1) < GREYSCALE * greyscale
+    order = random.uniform((B, 4), 0, 1).argsort(1)
     matrix = jitter_matrix(images.mean((2, 3)), brightness, contrast, saturation, hue, grey, order)
     flat = torch.baddbmm(matrix[:, :, 3:], matrix[:, :, :3], images.flatten(2))
     return flat.clamp_(0, 1).view_as(images)
@@ -266,43 +297,55 @@ def solarize(images):
     return torch.where(images >= 0.5, 1 - images, images)
 
 
-def make_view(images, cells, kind, size, scale, generator, counts=False):
-    """One view of every image (B, 3, S, S) in 0 to 1: (B, 3, size, size) normalised, and its P_c (B, n).
-
-    kind: probabilities of blur and of solarising, random_jitter's factors, mean and std of the pixels.
-    """
+def make_view(images, cells, kind, size, scale, random, augmentation, counts=False):
+    """One view of every image (B, 3, S, S) of 0 to 1: (B, 3, size, size), normalised, and its P_c (B, n)."""
     B = len(images)
-    boxes = random_boxes(B, images.shape[-1], scale, generator)
-    flip = uniform((B,), 0, 1, generator) < FLIP
-    x = random_jitter(resample(images, boxes, flip, size), generator, kind["jitter"], kind["greyscale"])
-    sigma, chance = uniform((B,), *BLUR_SIGMA, generator), uniform((B,), 0, 1, generator)
-    x = apply_where(chance < kind["blur"], blur, x, sigma)
-    x = apply_where(uniform((B,), 0, 1, generator) < kind["solarize"], solarize, x)
-    return normalize(x, kind["stats"]), view_prior(cells, boxes, flip, size, counts=counts)
+    boxes = random_boxes(B, images.shape[-1], scale, random)
+    flip = random.uniform((B,), 0, 1) < FLIP
+    x = resample(images, boxes, flip, size)
+    x = random_jitter(x, random, augmentation.jitter, augmentation.greyscale)
+    sigma = random.uniform((B,), *BLUR_SIGMA)
+    blurred = random.uniform((B,), 0, 1) < kind.blur * augmentation.blur
+    x = apply_where(blurred, blur, x, sigma)
+    solarized = random.uniform((B,), 0, 1) < kind.solarize * augmentation.solarize
+    x = apply_where(solarized, solarize, x)
+    x = normalize(x, augmentation.mean, augmentation.std)
+    return x, view_prior(cells, boxes, flip, size, counts=counts)
 
 
-def make_views(crops, cells, generator, local_crops=8, global_scale=(0.4, 1.0), local_scale=(0.05, 0.4),
-               global_size=224, local_size=96, jitter=1.0, greyscale=1.0, solarize=1.0, blur=1.0,
-               stats=(MEAN, STD), counts=False):
+def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1), counts=False):
     """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
-    Gives views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
-    device of the generator, which all random numbers come from. scale: share of the crop's area; size: px.
-    jitter (its strengths, too), greyscale, solarize, blur multiply DINO's probabilities; counts: view_prior.
+    Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
+    device of the generator, which all random numbers come from. shard: (index, count) of these crops in their
+    batch. counts: cells per patch in the place of P_c (view_prior).
     """
-    def scaled(kind):
-        return dict(jitter=jitter, greyscale=greyscale, solarize=kind["solarize"] * solarize,
-                    blur=kind["blur"] * blur, stats=stats)
-    images, cells = crops.to(generator.device).float() / 255, cells.to(generator.device)
-    groups = [[(scaled(kind), global_size, global_scale) for kind in (GLOBAL_1, GLOBAL_2)],
-              [(scaled(LOCAL), local_size, local_scale)] * local_crops]
+    random = Random(generator, shard)
+    images = crops.to(random.device).float() / 255
+    cells = cells.to(random.device)
+    how = augmentation
+    groups = [([GLOBAL_1, GLOBAL_2], how.global_size, how.global_scale),
+              ([LOCAL] * how.local_crops, how.local_size, how.local_scale)]
     views, priors = [], []
-    for group in groups:
-        made = [make_view(images, cells, kind, size, scale, generator, counts) for kind, size, scale in group]
+    for kinds, size, scale in groups:
+        made = [make_view(images, cells, kind, size, scale, random, how, counts) for kind in kinds]
         if made:
             views.append(torch.stack([x for x, _ in made]))
             priors.append(torch.stack([p for _, p in made]))
     return views, priors
+
+
+def apply_where(chosen, function, images, *values):
+    """function(images, *values) where chosen (B,), the image unchanged elsewhere; values (B,).
+
+    On CUDA all are computed and selected from: boolean indexing would force a sync.
+    """
+    if images.is_cuda:
+        return torch.where(chosen[:, None, None, None], function(images, *values), images)
+    rows = chosen.nonzero().squeeze(1)
+    if len(rows):
+        images[rows] = function(images[rows], *(value[rows] for value in values))
+    return images
 
 
 # ---------------------------------------------------------------- data sets and their split
