@@ -29,7 +29,16 @@ from common.parallel import add_limits, add_shard, call
 from prior import view_prior
 from wsi import check, gdc, look
 from wsi.folders import SPLITS, find_folder
-from wsi.prepare import read_crop, read_crop_cells, ready_cells, run_shard, tile_info, tile_side, tiles_folder
+from wsi.prepare import (
+    load_crops,
+    read_crop,
+    read_crop_cells,
+    ready_cells,
+    run_shard,
+    tile_info,
+    tile_side,
+    tiles_folder,
+)
 from wsi.slides import CROP
 
 # ---------------------------------------------------------------- crops with their cells
@@ -143,7 +152,7 @@ class Augmentation:
     """How views are drawn; the defaults are DINO's.
 
     Scales are shares of the crop's area, sizes px. jitter, greyscale, solarize and blur multiply DINO's
-    probabilities (jitter its strengths, too). mean and std (RGB, of 0 to 1) normalise the views: the encoder's.
+    probabilities (jitter its strengths, too). mean and std (RGB, of 0 to 1) are the encoder's.
     """
 
     local_crops: int = 8
@@ -159,7 +168,7 @@ class Augmentation:
     std: tuple = STD
 
 
-class Random:
+class Draws:
     """Random numbers for a shard of a batch, as a process or an accumulated step has it.
 
     Draws the whole batch's numbers and keeps the shard's, so that a crop's views do not depend on how the
@@ -179,14 +188,14 @@ class Random:
         return whole[self.index * B: (self.index + 1) * B]
 
 
-def random_boxes(count, size, scale, random, ratio=(3 / 4, 4 / 3), tries=10):
+def random_boxes(count, size, scale, draws, ratio=(3 / 4, 4 / 3), tries=10):
     """Random resized crops of a size x size image: (count, 4) as left, top, width, height in whole px.
 
     The area is uniform in scale, the log of the aspect ratio uniform; the first of ten tries that fits is
     taken, else the whole image.
     """
-    area = random.uniform((count, tries), *scale) * size * size
-    aspect = random.uniform((count, tries), math.log(ratio[0]), math.log(ratio[1])).exp()
+    area = draws.uniform((count, tries), *scale) * size * size
+    aspect = draws.uniform((count, tries), math.log(ratio[0]), math.log(ratio[1])).exp()
     widths = (area * aspect).sqrt().round()
     heights = (area / aspect).sqrt().round()
     fits = (widths > 0) & (widths <= size) & (heights > 0) & (heights <= size)
@@ -197,7 +206,7 @@ def random_boxes(count, size, scale, random, ratio=(3 / 4, 4 / 3), tries=10):
 
     def corner(side):
         room = size - side
-        return ((room + 1) * random.uniform((count,), 0, 1)).floor().clamp(max=room)
+        return ((room + 1) * draws.uniform((count,), 0, 1)).floor().clamp(max=room)
     left = corner(w)
     top = corner(h)
     return torch.stack([left, top, w, h], 1)
@@ -258,22 +267,22 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     return total[:, :3]
 
 
-def random_jitter(images, random, jitter=1.0, greyscale=1.0):
+def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
     """Brightness and contrast 0.4, saturation 0.2, hue 0.1 with probability 0.8; then grey with 0.2.
 
     jitter multiplies the strengths and their probability, greyscale that of grey.
     """
     B = len(images)
-    on = (random.uniform((B,), 0, 1) < JITTER * jitter).float()
+    on = (draws.uniform((B,), 0, 1) < JITTER * jitter).float()
 
     def change(strength):
-        return on * random.uniform((B,), -strength * jitter, strength * jitter)
+        return on * draws.uniform((B,), -strength * jitter, strength * jitter)
     brightness = 1 + change(BRIGHTNESS)
     contrast = 1 + change(CONTRAST)
     saturation = 1 + change(SATURATION)
     hue = change(HUE)
-    grey = random.uniform((B,), 0, 1) < GREYSCALE * greyscale
-    order = random.uniform((B, 4), 0, 1).argsort(1)
+    grey = draws.uniform((B,), 0, 1) < GREYSCALE * greyscale
+    order = draws.uniform((B, 4), 0, 1).argsort(1)
     matrix = jitter_matrix(images.mean((2, 3)), brightness, contrast, saturation, hue, grey, order)
     flat = torch.baddbmm(matrix[:, :, 3:], matrix[:, :, :3], images.flatten(2))
     return flat.clamp_(0, 1).view_as(images)
@@ -296,17 +305,17 @@ def solarize(images):
     return torch.where(images >= 0.5, 1 - images, images)
 
 
-def make_view(images, cells, kind, size, scale, random, augmentation, counts=False):
+def make_view(images, cells, kind, size, scale, draws, augmentation, counts=False):
     """One view of every image (B, 3, S, S) of 0 to 1: (B, 3, size, size), normalised, and its P_c (B, n)."""
     B = len(images)
-    boxes = random_boxes(B, images.shape[-1], scale, random)
-    flip = random.uniform((B,), 0, 1) < FLIP
+    boxes = random_boxes(B, images.shape[-1], scale, draws)
+    flip = draws.uniform((B,), 0, 1) < FLIP
     x = resample(images, boxes, flip, size)
-    x = random_jitter(x, random, augmentation.jitter, augmentation.greyscale)
-    sigma = random.uniform((B,), *BLUR_SIGMA)
-    blurred = random.uniform((B,), 0, 1) < kind.blur * augmentation.blur
+    x = random_jitter(x, draws, augmentation.jitter, augmentation.greyscale)
+    sigma = draws.uniform((B,), *BLUR_SIGMA)
+    blurred = draws.uniform((B,), 0, 1) < kind.blur * augmentation.blur
     x = apply_where(blurred, blur, x, sigma)
-    solarized = random.uniform((B,), 0, 1) < kind.solarize * augmentation.solarize
+    solarized = draws.uniform((B,), 0, 1) < kind.solarize * augmentation.solarize
     x = apply_where(solarized, solarize, x)
     x = normalize(x, augmentation.mean, augmentation.std)
     return x, view_prior(cells, boxes, flip, size, counts=counts)
@@ -315,19 +324,19 @@ def make_view(images, cells, kind, size, scale, random, augmentation, counts=Fal
 def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1), counts=False):
     """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
-    Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on the
-    device of the generator, which all random numbers come from. shard: (index, count) of these crops in their
-    batch. counts: cells per patch in the place of P_c (view_prior).
+    Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on
+    the device of the generator, which all random numbers come from. shard: (index, count) of these crops in
+    their batch. counts: cells per patch in the place of P_c (view_prior).
     """
-    random = Random(generator, shard)
-    images = crops.to(random.device).float() / 255
-    cells = cells.to(random.device)
+    draws = Draws(generator, shard)
+    images = crops.to(draws.device).float() / 255
+    cells = cells.to(draws.device)
     how = augmentation
     groups = [([GLOBAL_1, GLOBAL_2], how.global_size, how.global_scale),
               ([LOCAL] * how.local_crops, how.local_size, how.local_scale)]
     views, priors = [], []
     for kinds, size, scale in groups:
-        made = [make_view(images, cells, kind, size, scale, random, how, counts) for kind in kinds]
+        made = [make_view(images, cells, kind, size, scale, draws, how, counts) for kind in kinds]
         if made:
             views.append(torch.stack([x for x, _ in made]))
             priors.append(torch.stack([p for _, p in made]))
@@ -430,6 +439,29 @@ def draw_split(rows, kept, parts, seed):
             left -= wanted
         out |= dict.fromkeys(undecided, "train")
     return out
+
+
+# ---------------------------------------------------------------- the probe
+
+def read_probe(folder, count, seed):
+    """The training and the test split of --probe, each (images, labels) of at most count, and the classes."""
+    found = find_data(folder)
+    if not found.labels or found.kind != "crops":
+        raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
+                         "is expected")
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for splits in (("train", "val"), ("test",)):
+        names = [name for name, row in found.labels.items() if row["split"] in splits]
+        order = torch.randperm(len(names), generator=generator)[:count].tolist()
+        names = [names[i] for i in order]
+        images, good, _ = load_crops([found.images[name] for name in names], 4)
+        if len(good) < 20:
+            raise InputError(f"--probe {folder}: {len(good)} {splits[0]} images can be read; "
+                             "at least 20 are needed")
+        labels = [found.classes.index(found.labels[names[i]]["label"]) for i in good]
+        out.append((images, np.array(labels)))
+    return *out, len(found.classes)
 
 
 # ---------------------------------------------------------------- script

@@ -344,14 +344,18 @@ class DINOLoss(nn.Module):
         with torch.no_grad():
             q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, K)
             self.entropy = (pairs.sum(1) * torch.special.entr(q).sum(-1)).sum() / count
-            self.step_sum += torch.einsum("ub,ubk->k", mask_t, teacher.float())
-            self.step_rows += mask_t.sum()
+            self.add_to_center(teacher, mask_t)
 
         total = 0
         for v in range(V):  # log p of a view is computed again in the backward pass instead of kept
             total = total + checkpoint(view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
                                        use_reentrant=False, preserve_rng_state=False)
         return total / count
+
+    def add_to_center(self, teacher, mask):
+        """Adds the rows of teacher (U, B, K) that count, by mask (U, B), to this step's."""
+        self.step_sum += torch.einsum("ub,ubk->k", mask, teacher.float())
+        self.step_rows += mask.sum()
 
     @torch.no_grad()
     def update_center(self):
@@ -435,13 +439,14 @@ class DiRLLoss(nn.Module):
 
     Takes the outputs of two DiRL models and returns (loss, {name: L_name without gradient}). Call
     update_centers() once a step. skip_empty=False: a region that a view lacks counts too, pooled to zeros.
+    weight: {name: weight of L_name} in the place of eq. 9's.
     """
 
     def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9,
-                 skip_empty=True):
+                 skip_empty=True, weight=None):
         super().__init__()
         self.skip_empty = skip_empty
-        self.weight = eq9_weights(model.heads, lambda_1, lambda_2)
+        self.weight = weight or eq9_weights(model.heads, lambda_1, lambda_2)
         self.losses = nn.ModuleDict({
             name: DINOLoss(head.last_layer.out_features, student_temp, center_momentum)
             for name, head in model.heads.items()})

@@ -28,8 +28,7 @@ import mil
 from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, represent
-from common.errors import (InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped,
-                           run_script)
+from common.errors import InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
@@ -332,9 +331,9 @@ def evaluate_slides(args):
     if args.compare == "random":
         seed = read_json(run / "config.json").get("seed", 0)
         networks["random start"] = encoders.random_encoder(
-            about["arch"], seed, encoder.stats).to(args.device)
+            about["arch"], seed, encoder.mean, encoder.std, about.get("depth")).to(args.device)
         folders["random start"] = run / "random_start"
-        stamps["random start"] = f"{about['arch']} {seed} {encoder.stats}"
+        stamps["random start"] = f"{about['arch']} {seed} {encoder.mean} {encoder.std}"
     made, attention = ["results.csv"], {}
     tables, shared = count_attention(networks, f"{about['data']}, {about['arch']}, {about['method']}",
                                      found, run, args)
@@ -378,16 +377,17 @@ def find_patches(args):
 
 def encoders_of(found, args):
     """{name: encoder, None for pixels} of --encoder, and the run folder that the results go to."""
-    out, arch, run = {}, "vit_t", Path("runs") / "_".join([run_name(args.data), *args.encoder])
+    out, arch, pixels = {}, "vit_t", (encoders.MEAN, encoders.STD)
+    run = Path("runs") / "_".join([run_name(args.data), *args.encoder])
     if "checkpoint" in args.encoder or args.checkpoint:
         path = encoders.find_encoder(args.checkpoint)
         encoder, about = encoders.load_encoder(path)
-        run, arch = path.parent, about["arch"]
+        run, arch, pixels = path.parent, about["arch"], (encoder.mean, encoder.std)
         if "checkpoint" in args.encoder:
             check_unseen(found, found.split("test"), about["trained_on"], path)
             out[run.resolve().name] = encoder
     if "random" in args.encoder:
-        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed)
+        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed, *pixels)
     if "pixels" in args.encoder:
         out["pixels"] = None
     return out, run

@@ -483,7 +483,7 @@ def test_resampling_is_pillows_bilinear_crop(box, mirrored):
 def test_c_drawn_in_the_view_and_max_pooled_is_the_binning_under_every_crop_and_flip(size):
     generator = torch.Generator().manual_seed(3)
     B = 40
-    boxes = data.random_boxes(B, 224, (0.05, 1.0), generator)
+    boxes = data.random_boxes(B, 224, (0.05, 1.0), data.Draws(generator))
     flip = torch.rand(B, generator=generator) < 0.5
     cells = torch.rand(B, 60, 2, generator=generator) * 240 - 8
     cells[:, 50:] = float("nan")
@@ -545,7 +545,7 @@ def test_blur_is_a_gaussian_and_solarize_is_pillows():
 
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 def test_random_boxes_are_distributed_as_torchvisions(scale):
-    boxes = data.random_boxes(4000, 224, scale, torch.Generator().manual_seed(0))
+    boxes = data.random_boxes(4000, 224, scale, data.Draws(torch.Generator().manual_seed(0)))
     rng = random.Random(0)
     want = np.array([random_box(rng, 224, scale) for _ in range(4000)])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 224).all()
@@ -563,7 +563,7 @@ def test_views_have_dinos_shapes_and_repeat_with_their_seed():
     assert [tuple(p.shape) for p in priors] == [(2, 2, 196), (8, 2, 36)]
     assert all(torch.equal(a, b) for a, b in zip(x + priors, sum(make(0), [])))
     assert not torch.equal(x[0], make(1)[0][0])
-    assert len(data.make_views(crops, cells, torch.Generator(), local_crops=0)[0]) == 1
+    assert len(data.make_views(crops, cells, torch.Generator(), data.Augmentation(local_crops=0))[0]) == 1
 
 
 # ---------------------------------------------------------------- schedules, clipping, order of the crops

@@ -3,371 +3,500 @@
 Prepares what is missing (tiles, cells), pre-trains with DINO on the method's representations and writes
 runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder), log.csv, config.json.
 The same command resumes a stopped run; every step draws its random numbers from (seed, step).
-torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one a GPU.
+torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
-import math
-import signal
+import argparse
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import dirl
-from common.benchmark import WARM_UP, Parts
-from common.classify import nearest
-from common.curves import plot_runs
-from common.datasets import run_name
-from common.encoders import attention_of, in_batches, represent, start_encoder, stats_of_crops, use_bf16
-from common.errors import InputError, exit_code_of, print_skipped, run_script
+from common.checkpoint import Run
+from common.datasets import DATASETS, run_name
+from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
+from common.encoders import (
+    MAX_DEPTH,
+    MEAN,
+    STD,
+    check_device,
+    init_encoder,
+    make_encoder,
+    represent,
+    stats_of_crops,
+    use_bf16,
+)
+from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.figures import spread
-from common.flags import arguments, default_run
-from common.pack import Packed
+from common.files import stamp_of
+from common.flags import RUNNING, SEED, SHARE, add_data_flags, between, running_flags, side, whole
+from common.log import Log
+from common.optimization import (
+    Schedules,
+    batches,
+    build_optimizer,
+    clip_gradients,
+    freeze_last_layers,
+    set_rates,
+)
 from common.parallel import limits_of
-from common.processes import any_of, first_before_others, join, leave, processes, rank
-from common.run import Log, Run
-from data import Crops, PartOfBatch, collate, find_data, make_views
+from common.signals import stop_signals
+from common.watch import contrast, effective_rank, probe
+from data import Augmentation, Crops, collate, find_data, make_views, read_probe
 from wsi.demo import make_demo
 from wsi.folders import what_was_seen
-from wsi.prepare import describe_cells, load_crops, prepare
+from wsi.prepare import describe_cells, prepare
 
-# ---------------------------------------------------------------- schedules, gradients, order
+# ---------------------------------------------------------------- flags: the paper's and DINO's values
 
-def cosine(peak, end, step, steps, warmup=0):
-    """The schedule at a step: linear from 0 to peak over warmup steps, then half a cosine to end."""
-    if step < warmup:
-        return peak * step / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    return end + (peak - end) * (1 + math.cos(math.pi * share)) / 2
-
-
-def clip_gradients(parameters, limit):
-    """Clips each parameter's gradient to limit, as DINO does (0: not at all); a tensor: are all finite?"""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
-    if limit:
-        torch._foreach_mul_(grads, list((limit / (norms + 1e-6)).clamp(max=1)))
-    return norms.isfinite().all()
+# The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
+# --stats data is what lets it: with ImageNet's mean all tissue is one pink, and f hardly differs between
+# crops. Views of 64 px at the scale that crops have in eval.py make steps cheap. Some hundred steps are few:
+# hence a fast and sharp teacher and a centre that follows at once; the last layers stay frozen, so that the
+# outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
+DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,
+            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, momentum=0.99, teacher_temp=0.02,
+            center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
+            solarize=0.0, blur=0.3)
 
 
-def batches(count, batch, start, steps, seed, part=(0, 1)):
-    """Crop indices for steps start to steps; each epoch in its own order, without its incomplete batch.
+def make_parser(prog="python train.py"):
+    """The parser of train.py, which experiments add their own flags to."""
+    parser = Parser(
+        prog=prog, allow_abbrev=False, parents=[running_flags()],
+        description="Pre-trains DiRL; the same command again resumes a stopped run.",
+        epilog="--data demo has its own defaults: " + ", ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items()),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.set_defaults(ssl="dino")  # experiments.compare has others
 
-    part: (number, count) of this process, which takes its part of each batch.
+    add = parser.add_argument_group("data").add_argument
+    add_data_flags(add)
+    add("--shuffle-prior", action="store_true",
+        help="a control: moves the cell patches of each crop to random places in it")
+    add("--fraction", type=between(1e-9, 1), default=1.0, help="share of the training crops to use (Fig. 6)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--method", default="dirl", choices=list(dirl.METHODS),
+        help="baseline is DINO; cellback is DiRL without its block")
+    add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="vit_s for 10^5 crops or more")
+    add("--depth", type=whole(1, MAX_DEPTH), help="blocks of the encoder, instead of the --arch's own")
+    add("--init", metavar="FILE",
+        help="starts the encoder from other weights: an encoder.pt, or a state dict in timm's or DINO's "
+             "names (vit_tiny, vit_small, patch 16); better than random weights with some thousand crops")
+    add("--out-dim", type=whole(2, 10 ** 7), default=65536,
+        help="outputs of the heads of f, f_c, f_b; fewer for small data")
+    add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096,
+        help="outputs of the four disentangled heads")
+    add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
+        help="keeps the prototypes' norms at 1; --no-norm-last-layer learns them: for ViT-S DINO found it "
+             "better, but less stable")
+    add("--drop-path", type=between(0, 0.99), default=0.1, help="stochastic depth of the student's encoder")
+
+    add = parser.add_argument_group("views").add_argument
+    add("--local-crops", type=whole(0, 100), default=8,
+        help="local views of a crop; 0 is the two-view setting, which is faster")
+    add("--global-scale", type=SHARE, nargs=2, default=(0.4, 1.0),
+        help="area of the global views, a share of the crop; 0.14 1 with --local-crops 0")
+    add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="area of the local views")
+    add("--global-size", type=side, default=224,
+        help="px of the global views, a multiple of 16; 112 is 4 times faster, and coarser")
+    add("--local-size", type=side, default=96, help="px of the local views, a multiple of 16")
+    add("--stats", default="imagenet", choices=["imagenet", "data"],
+        help="mean and standard deviation that normalise the pixels: ImageNet's, as DINO (for --init with "
+             "ImageNet's weights), or the training crops' own, with which small runs on H&E learn sooner")
+    add("--jitter", type=SHARE, default=1.0,
+        help="multiplies the strengths and the probability of colour jitter: 1 is DINO's, 0 none; lower it "
+             "if the loss stays at ln(out_dim)")
+    add("--greyscale", type=SHARE, default=1.0, help="multiplies the probability of grey (DINO: 1 view in 5)")
+    add("--solarize", type=SHARE, default=1.0,
+        help="multiplies the probability of solarising (DINO: 1 in 5 second views)")
+    add("--blur", type=SHARE, default=1.0,
+        help="multiplies the probability of blur (DINO: every first, 1 in 10 second, half the local views)")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--lambda-1", type=between(0, 100), default=0.5, help="weight of L_c and L_b in eq. 9")
+    add("--lambda-2", type=between(0, 100), default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
+    add("--empty-regions", default="skip", choices=["skip", "zeros"],
+        help="views without cells, or without background: skip leaves them out of that region's loss; zeros "
+             "counts them, as a control (what is pooled to zeros has very large gradients at the start)")
+    temperature = between(1e-4, 100)
+    add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
+    add("--teacher-temp", type=temperature, default=0.04,
+        help="temperature of the teacher; lower it if the loss stays at ln(out_dim)")
+    add("--warmup-teacher-temp", type=temperature, default=0.04,
+        help="temperature of the teacher when its warm-up starts; lower it if the loss does not fall")
+    add("--warmup-teacher-temp-epochs", type=whole(0, 10 ** 6), default=0,
+        help="epochs of warm-up, linear to --teacher-temp; DINO's recipes take 30 of 100 to 800, to 0.07")
+    add("--center-momentum", type=SHARE, default=0.9, help="momentum of each head's centre")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=whole(1, 10 ** 6),
+        help="default: the paper's for the data set, 100 for a folder; more for few crops")
+    add("--batch", type=whole(1, 10 ** 6), default=256, help="crops per step; lower it if memory runs out")
+    add("--accumulate", type=whole(), default=1,
+        help="shards in which a batch goes through the network one by one; more if memory runs out. Exact "
+             "for the baseline; a shard without a pair of views of a region adds nothing to its loss")
+    add("--lr", type=between(0, 10), default=5e-4,
+        help="learning rate for a batch of 256; it scales with --batch")
+    add("--min-lr", type=between(0, 10), default=1e-6, help="learning rate at the end")
+    add("--warmup-epochs", type=whole(0, 10 ** 6),
+        help="epochs of linear warm-up (10, the demo 1, at most a third); more if the loss blows up early")
+    add("--weight-decay", type=between(0, 10), default=0.04, help="at the start; none on biases and norms")
+    add("--weight-decay-end", type=between(0, 10), default=0.4, help="at the end")
+    add("--clip", type=between(0, 1e9), default=3.0, help="largest gradient norm of a parameter; 0 is off")
+    add("--momentum", type=SHARE, default=0.996,
+        help="momentum of the teacher at the start, 1 at the end; higher for small batches")
+    add("--freeze-last-layer", type=whole(0, 10 ** 6), default=1,
+        help="epochs in which the heads' last layers are frozen")
+    add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
+        help="auto: bf16 if the device has it natively")
+    add("--seed", type=SEED, default=0,
+        help="seed of everything but the split; the same seed repeats the run")
+    return parser
+
+
+def parse(parser, argv):
+    """The flags of a command line, with the defaults that depend on others; InputError where two clash."""
+    for word in sys.argv[1:] if argv is None else argv:
+        if word.endswith("=--"):  # argparse gives an empty list for it
+            raise InputError(f"{word}: a value is expected")
+    if parser.parse_known_args(argv)[0].data == "demo":
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args(argv)
+    if args.epochs is None:
+        args.epochs = DATASETS.get(args.data, (None, None))[1] or 100
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(1 if args.data == "demo" else 10, args.epochs // 3)
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup-epochs {args.warmup_epochs}: has to be below --epochs {args.epochs}")
+    for flag, (low, high) in (("--global-scale", args.global_scale), ("--local-scale", args.local_scale)):
+        if not 0 < low <= high:
+            raise InputError(f"{flag}: two shares are expected, 0 < low <= high <= 1")
+    if args.depth and args.arch == "vit_h":
+        raise InputError("--depth: --arch vit_h has blocks of two sizes; take another --arch")
+    if args.batch % (processes() * args.accumulate):
+        raise InputError(f"--batch {args.batch}: has to be a multiple of {processes()} processes times "
+                         f"--accumulate {args.accumulate}")
+    check_device(args.device)
+    args.device = device_of_process(args.device)
+    args.run = args.run or default_run(args)
+    return args
+
+
+def arguments(argv=None):
+    """train.py's flags of a command line."""
+    return parse(make_parser(), argv)
+
+
+def default_run(args):
+    return f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
+
+
+# ---------------------------------------------------------------- models
+
+def teach_global_views(teacher, views, priors):
+    """The teacher's output on the global views, views[0]; all views pass through the student."""
+    return teacher(views[:1], priors[:1])
+
+
+@dataclass
+class Recipe:
+    """What is trained, and how; experiments.compare has other recipes.
+
+    loss: called on (student's output, teacher's output, teacher's temperature), returns (loss, {name: L_name
+    without gradient}); its update_centers() is called once a step. names: of its losses. dino: the
+    dirl.DINOLoss of each head with prototypes, whose entropy is logged. teach: called on (teacher, views,
+    priors), returns the teacher's output. counts: views come with the cells per patch instead of P_c.
     """
-    per_epoch, order, epoch = count // batch, None, None
-    index, size = part[0], batch // part[1]
-    for step in range(start, steps):
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=generator).tolist()
-        k = step % per_epoch
-        first = k * batch + index * size
-        yield order[first: first + size]
+
+    student: nn.Module  # has .encoder
+    teacher: nn.Module  # its encoder is what is kept
+    loss: nn.Module
+    names: tuple
+    dino: dict = field(default_factory=dict)
+    teach: Callable = teach_global_views
+    counts: bool = False
 
 
-# ---------------------------------------------------------------- data, models, optimiser
-
-def training_crops(args):
-    """The data set, its crops that are trained on, what was skipped, and what the encoder will have seen."""
-    with first_before_others():
-        if args.data == "demo":
-            make_demo(Path("datasets/demo"), workers=args.workers)
-        found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
-        failed = prepare(found, args.tissue, args.workers, limits_of(args))
-    print_skipped(failed)
-    names = found.split("train", "val") + found.unlabelled()
-    crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
-    if not len(crops):
-        raise InputError(failed[0] if failed else
-                         f"{found.source}: no crop in it to train on; see python data.py check")
-    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
-    owners = crops.owner
-    if args.pack:
-        with first_before_others():
-            crops = Packed(crops, found.work / f"packed_{found.mpp:g}um.npy")
-    if args.fraction < 1:
-        order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        kept = sorted(order[: max(1, round(args.fraction * len(crops)))])
-        crops, owners = Subset(crops, kept), [owners[i] for i in kept]
-    if args.stats == "data":
-        args.pixels = stats_of_crops(torch.stack([crops[i][0] for i in spread(len(crops), 128)]))
-    if len(crops) < args.batch:
-        raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
-    return found, crops, failed, what_was_seen(found, sorted(set(owners)))
+def start_encoder(args, mean, std):
+    """The encoder that a run's flags ask for, as training starts with it; seeded."""
+    torch.manual_seed(args.seed)
+    encoder = make_encoder(args.arch, mean, std, args.depth, args.drop_path)
+    if args.init:
+        init_encoder(encoder, args.init)
+    return encoder
 
 
-def build_models(args):
-    """Student, teacher and the loss of every head, on the device; seeded."""
-    encoder = start_encoder(args)
+def build_dirl(encoder, args):
+    """DiRL, Cellback or the baseline (--method) with DINO: the Recipe of the paper."""
     student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim, args.norm_last_layer)
     student = student.to(args.device)
-    loss_fn = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
-                            skip_empty=args.empty_regions == "skip").to(args.device)
-    return student, dirl.make_teacher(student), loss_fn
+    loss = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
+                         skip_empty=args.empty_regions == "skip").to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss, tuple(student.heads), dict(loss.losses))
 
 
-def build_optimizer(student):
-    """AdamW with weight decay on everything but biases and norms, as DINO."""
-    parameters = list(student.parameters())
-    decayed = {"params": [p for p in parameters if p.ndim > 1]}
-    biases_and_norms = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([decayed, biases_and_norms], fused=True)
+# ---------------------------------------------------------------- one step
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What every step of a run shares."""
+
+    augmentation: Augmentation
+    schedules: Schedules
+    seed: int
+    device: torch.device
+    bf16: bool
+    clip: float = 3.0
+    accumulate: int = 1
 
 
-def teacher_temperature(args, step, per_epoch):
-    """Of the teacher at a step: linear over the warm-up, where DINO's goes up epoch by epoch."""
-    warmup, start = args.warmup_teacher_temp_epochs * per_epoch, args.warmup_teacher_temp
-    return args.teacher_temp if step >= warmup else start + step / warmup * (args.teacher_temp - start)
+def schedules_of(args, per_epoch):
+    """The Schedules of a run's flags, with per_epoch steps in an epoch."""
+    return Schedules(
+        steps=args.epochs * per_epoch, lr=args.lr * args.batch / 256, min_lr=args.min_lr,
+        warmup_steps=args.warmup_epochs * per_epoch, weight_decay=args.weight_decay,
+        weight_decay_end=args.weight_decay_end, momentum=args.momentum, teacher_temp=args.teacher_temp,
+        warmup_teacher_temp=args.warmup_teacher_temp,
+        warmup_temp_steps=args.warmup_teacher_temp_epochs * per_epoch,
+        frozen_steps=args.freeze_last_layer * per_epoch)
 
 
-def set_schedules(optimizer, args, step, steps, per_epoch):
-    """Sets this step's learning rate and weight decay; gives rate, teacher's momentum and temperature."""
-    rate = cosine(args.lr * args.batch / 256, args.min_lr, step, steps, args.warmup_epochs * per_epoch)
-    decay = cosine(args.weight_decay, args.weight_decay_end, step, steps)
-    optimizer.param_groups[0].update(lr=rate, weight_decay=decay)
-    optimizer.param_groups[1].update(lr=rate)
-    return rate, cosine(args.momentum, 1, step, steps), teacher_temperature(args, step, per_epoch)
+def settings_of(args, per_epoch, mean, std):
+    """The StepSettings of a run's flags."""
+    augmentation = Augmentation(
+        args.local_crops, tuple(args.global_scale), tuple(args.local_scale), args.global_size,
+        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, mean, std)
+    return StepSettings(
+        augmentation, schedules_of(args, per_epoch), args.seed, torch.device(args.device),
+        use_bf16(args.precision, args.device), args.clip, args.accumulate)
 
 
-def freeze_last_layers(student):
-    """Drops the gradient of every head's last layer, so that the optimiser leaves it as it is."""
-    for head in student.heads.values():
-        head.last_layer.weight.grad = None
-        if head.last_norm is not None:
-            head.last_norm.grad = None
+def shards_of(images, cells, accumulate):
+    """This process's crops of a batch in --accumulate shards: (images, cells, (index, count) of shard)."""
+    count = processes() * accumulate
+    first = rank() * accumulate
+    for k, shard in enumerate(zip(images.chunk(accumulate), cells.chunk(accumulate))):
+        yield *shard, (first + k, count)
 
 
-def parts_of(images, cells, args):
-    """This process's crops of a batch in --accumulate parts: (images, cells, (number, count) of the part)."""
-    count, first = processes() * args.accumulate, rank() * args.accumulate
-    chunks = zip(images.chunk(args.accumulate), cells.chunk(args.accumulate))
-    for k, (some, their_cells) in enumerate(chunks):
-        yield some, their_cells, (first + k, count)
-
-
-def views_of_step(images, cells, args, step, part=(0, 1)):
-    """The views of a part of the step's batch, and their priors.
+def views_of_step(images, cells, step, how, shard=(0, 1), counts=False):
+    """The views of a shard of the step's batch, and their priors.
 
     Drop path and views have random streams of their own, seeded by (seed, step), so that a resumed run draws
     what the uninterrupted one does; the primes keep the seeds of different runs apart. A crop's views do not
     depend on how the batch is divided.
     """
-    torch.manual_seed(args.seed * 1_000_003 + step + part[0] * 15_485_863)  # drop path
-    generator = PartOfBatch(args.device).manual_seed(args.seed * 1_000_003 + step + 500_009)
-    generator.part = part
-    return draw_views(images, cells, generator, args, args.local_crops)
+    torch.manual_seed(how.seed * 1_000_003 + step + shard[0] * 15_485_863)  # drop path
+    generator = torch.Generator(how.device).manual_seed(how.seed * 1_000_003 + step + 500_009)
+    return make_views(images, cells, generator, how.augmentation, shard, counts)
 
 
-def draw_views(images, cells, generator, args, local_crops):
-    """make_views with the flags of a run."""
-    return make_views(
-        images, cells, generator, local_crops, args.global_scale, args.local_scale, args.global_size,
-        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, args.pixels,
-        counts=getattr(args, "counts", False))  # L_sup of experiments alone asks for them
+def measured(recipe, loss, each, priors):
+    """What the log keeps of a shard: the loss, each L_name, the entropies, shares of views and of patches."""
+    both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
+    views_with_both = torch.cat(both).float().mean()
+    patches_with_cell = (priors[0] > 0).float().mean()
+    entropies = [cross_entropy.entropy for cross_entropy in recipe.dino.values()]
+    return torch.stack([loss.detach(), *each.values(), *entropies, views_with_both, patches_with_cell])
 
 
-CONTRAST_CROPS = 64
+def training_step(recipe, model, optimizer, images, cells, step, how, section=nullcontext):
+    """One step on uint8 crops (B, 3, S, S) with cells (B, K, 2); returns (Schedule, what was measured).
 
-
-@torch.no_grad()
-def contrast_of_views(encoder, crops, args):
-    """Variance of f between crops over its variance between two global views of a crop.
-
-    Both are sums over the d features, over at most CONTRAST_CROPS crops; a crop counts by the mean of its two
-    views, so that crops which do not differ give 1/2. Says of an encoder at its start whether views of one
-    crop look more alike than two crops do. The views have a random stream of their own, so that training's
-    numbers stay as they are.
+    model: the student, or its wrapper that trains it. section(name): a context around each section of the
+    step, which experiments.benchmark times. What was measured: measured() over shards and processes, and 1 if
+    all gradients were finite.
     """
-    images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    (views,), _ = draw_views(images, cells, generator, args, local_crops=0)  # (2, N, 3, H, W)
-    f = torch.stack([encoder(view).mean(1) for view in views])  # (2, N, d)
-    between = f.mean(0).var(0, correction=1).sum()
-    within = f.var(0, correction=1).mean(0).sum()
-    return (between / within.clamp(min=1e-12)).item()
+    # Learning rate, weight decay, the teacher's momentum and temperature of this step.
+    now = how.schedules.at(step)
+    set_rates(optimizer, now)
+    optimizer.zero_grad(set_to_none=True)
+    shards = []
+
+    # The batch in shards that fit into memory: one, unless --accumulate says otherwise.
+    for images, cells, shard in shards_of(images, cells, how.accumulate):
+        # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
+        with section("views and priors"):
+            views, priors = views_of_step(images, cells, step, how, shard, recipe.counts)
+
+        # Only the global views pass through the teacher; all pass through the student.
+        with torch.autocast(how.device.type, torch.bfloat16, enabled=how.bf16):
+            with section("teacher"), torch.no_grad():
+                target = recipe.teach(recipe.teacher, views, priors)
+            with section("student's encoder and block"):
+                output = model(views, priors)
+
+        # Eq. 9 over all pairs of views, in fp32.
+        with section("loss"):
+            loss, each = recipe.loss(output, target, now.teacher_temp)
+        with section("backward"):
+            (loss / how.accumulate).backward()
+        shards.append(measured(recipe, loss, each, priors))
+
+    # Every parameter's gradient is clipped on its own; the last layers are frozen in the first epoch.
+    with section("clipping and optimiser"):
+        finite = clip_gradients(list(recipe.student.parameters()), how.clip)
+        if step < how.schedules.frozen_steps:
+            freeze_last_layers(recipe.student)
+        optimizer.step()
+
+    # The teacher follows the student: theta_t = m theta_t + (1 - m) theta_s; the centres follow the teacher.
+    with section("teacher's update"):
+        dirl.update_teacher(recipe.student, recipe.teacher, now.momentum)
+        recipe.loss.update_centers()
+    values = torch.cat([torch.stack(shards).mean(0), finite.float()[None]])
+    return now, dirl.process_mean(values)
 
 
-def describe_contrast(ratio):
-    """The ratio of contrast_of_views in a line, with a warning below 1."""
-    line = f"at the start f varies {ratio:.2f} times as much between crops as between two views of one"
-    if ratio < 1:
-        line += (". Warning: the augmentation hides much of what tells crops apart; if the loss stays at "
-                 "ln(out_dim), lower --jitter, --greyscale, --solarize, --blur")
-    return line
+# ---------------------------------------------------------------- data
+
+@dataclass
+class TrainingData:
+    """The crops that are trained on, and what is known of them."""
+
+    found: object  # wsi.folders.Data
+    crops: torch.utils.data.Dataset
+    skipped: list  # a line for each file that could not be used
+    trained_on: dict  # wsi.folders.what_was_seen
+    mean: tuple  # of the pixels (--stats)
+    std: tuple
 
 
-# ---------------------------------------------------------------- the probe
-
-def read_probe(folder, count, seed):
-    """(images, labels) of the training part of --probe and of its test part, at most count each; classes."""
-    found, out = find_data(folder), []
-    if not found.labels or found.kind != "crops":
-        raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
-                         "is expected")
-    generator = torch.Generator().manual_seed(seed)
-    for part in (("train", "val"), ("test",)):
-        names = [name for name, row in found.labels.items() if row["split"] in part]
-        names = [names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()]
-        images, good, _ = load_crops([found.images[name] for name in names], 4)
-        if len(good) < 20:
-            raise InputError(f"--probe {folder}: {len(good)} {part[0]} images can be read; "
-                             "at least 20 are needed")
-        labels = [found.classes.index(found.labels[names[i]]["label"]) for i in good]
-        out.append((images, np.array(labels)))
-    return *out, len(found.classes)
-
-
-def probe(encoder, train_set, test_set, classes):
-    """Shares of the test tokens in the bins of Fig. 4, and the accuracy of 20 nearest neighbours on f."""
-    train, test = (in_batches(lambda x: represent(encoder, x), images, 64).numpy()
-                   for images, _ in (train_set, test_set))
-    aggregated = in_batches(lambda x: attention_of(encoder, x), test_set[0], 64)
-    said = nearest(train, train_set[1], test, classes).argmax(1)
-    return *dirl.attention_bins(aggregated), (said == test_set[1]).mean()
+def training_crops(args):
+    """Prepares the data set and returns its TrainingData; InputError if no or too few crops can be used."""
+    with first_before_others():
+        if args.data == "demo":
+            make_demo(Path("datasets/demo"), workers=args.workers)
+        found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
+        skipped = prepare(found, args.tissue, args.workers, limits_of(args))
+    print_skipped(skipped)
+    names = found.split("train", "val") + found.unlabelled()
+    crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
+    if not len(crops):
+        raise InputError(skipped[0] if skipped else
+                         f"{found.source}: no crop in it to train on; see python data.py check")
+    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
+    owners = crops.owner
+    if args.fraction < 1:
+        order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
+        kept = sorted(order[: max(1, round(args.fraction * len(crops)))])
+        crops, owners = Subset(crops, kept), [owners[i] for i in kept]
+    if len(crops) < args.batch:
+        raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
+    mean, std = MEAN, STD
+    if args.stats == "data":
+        mean, std = stats_of_crops(some_of(crops, 128))
+    return TrainingData(found, crops, skipped, what_was_seen(found, sorted(set(owners))), mean, std)
 
 
-HANDFUL = 32  # crops on which the features' rank is taken
-
-
-@torch.no_grad()
-def effective_rank(features):
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), features (N, d) centred.
-
-    1 where all features lie on a line, at most min(N - 1, d); 0 where they are all the same, NaN where one is
-    not finite.
-    """
-    if not features.isfinite().all():
-        return math.nan
-    values = torch.linalg.svdvals(features.cpu() - features.cpu().mean(0))
-    if values[0] <= 1e-6 * features.norm().cpu():
-        return 0.0
-    return torch.special.entr(values / values.sum()).sum().exp().item()
-
-
-def what_to_watch(crops, args):
-    """HANDFUL of the crops (N, 3, H, W), and read_probe's sets or None."""
-    handful = torch.stack([crops[i][0] for i in spread(len(crops), HANDFUL)])
-    return handful, read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
-
-
-def watch(encoder, handful, probe_sets, args, step, steps, per_epoch):
-    """(the features' rank on a handful of crops, probe's result) after a step; None for what is not due."""
-    if rank():
-        return None, None  # of several processes the first watches
-    of_features = effective_rank(represent(encoder, handful)) if step % per_epoch == 0 else None
-    due = step == steps or step % (per_epoch * args.probe_epochs) == 0
-    return of_features, probe(encoder, *probe_sets) if probe_sets and due else None
-
-
-# ---------------------------------------------------------------- training
-
-@contextmanager
-def stop_signals():
-    """A list that SIGINT, SIGTERM and SIGHUP fill while the block runs, instead of ending the program."""
-    stop = []
-    old = {number: signal.signal(number, lambda *_: stop.append(1))
-           for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def some_of(crops, count):
+    """At most count of the crops, spread evenly: uint8 (N, 3, H, W)."""
+    return torch.stack([crops[i][0] for i in spread(len(crops), count)])
 
 
 def loader_of(crops, args, start, steps):
     """Batches of crops with their cells, from step start to the last, or for --max-steps."""
     last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     cuda = torch.device(args.device).type == "cuda"
-    mine = batches(len(crops), args.batch, start, last, args.seed, (rank(), processes()))
-    return DataLoader(crops, batch_sampler=mine, collate_fn=collate,
+    order = batches(len(crops), args.batch, start, last, args.seed, (rank(), processes()))
+    return DataLoader(crops, batch_sampler=order, collate_fn=collate,
                       num_workers=args.workers if cuda else 0, pin_memory=cuda)
 
 
-def teach(teacher, views, priors):
-    """The targets: only the global views, views[0], pass through the teacher (SelfPatch's sees all)."""
-    sizes = getattr(teacher, "sizes", 1)
-    with torch.no_grad():
-        return teacher(views[:sizes], priors[:sizes])
+# ---------------------------------------------------------------- what is watched
+
+CONTRAST_CROPS = 64
+RANK_CROPS = 32
 
 
-def train(args, build=build_models):
-    """Trains what build(args) gives (student, teacher, loss), as build_models does; gives the exit code."""
-    # Data: crops with their cells, of the training and validation parts only.
-    found, crops, failed, trained_on = training_crops(args)
-    per_epoch = len(crops) // args.batch
-    steps = args.epochs * per_epoch
-    watched = what_to_watch(crops, args)
+def contrast_at_start(encoder, crops, how):
+    """contrast() of an encoder on two global views of some crops.
+
+    The views have a random stream of their own, so that training's numbers stay the same.
+    """
+    images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
+    generator = torch.Generator(how.device).manual_seed(how.seed)
+    views, _ = make_views(images, cells, generator, replace(how.augmentation, local_crops=0))
+    return contrast(encoder, views[0])
+
+
+# ---------------------------------------------------------------- training
+
+def train(args, build=build_dirl):
+    """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
+    # Data: crops with their cells, of the training and validation splits only.
+    data = training_crops(args)
+    per_epoch = len(data.crops) // args.batch
+    how = settings_of(args, per_epoch, data.mean, data.std)
+    steps = how.schedules.steps
+    rank_images = some_of(data.crops, RANK_CROPS)
+    probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
-    student, teacher, loss_fn = build(args)
-    optimizer = build_optimizer(student)
+    recipe = build(start_encoder(args, data.mean, data.std), args)
+    optimizer = build_optimizer(recipe.student)
 
     # Files: a stopped run is resumed, if its settings are the same.
-    run = Run(args, run_name(args.data), found.mpp, len(crops), trained_on,
-              student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
+    run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,
+              student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, optimizer=optimizer)
     step = start = run.resume()
-    announce(args, run, found, steps, start, teacher.encoder, crops)
-    model = DistributedDataParallel(student) if processes() > 1 else student
+    announce(args, run, data, how, start, recipe.teacher.encoder)
+    model = DistributedDataParallel(recipe.student) if processes() > 1 else recipe.student
     model = torch.compile(model) if args.compile else model
 
-    with run, Log(args, run, loss_fn.losses, start, steps, per_epoch) as log, stop_signals() as stop:
-        for images, cells in loader_of(crops, args, start, steps):
-            # Schedules: learning rate, weight decay, the teacher's momentum and temperature.
-            _, momentum, temperature = schedule = set_schedules(optimizer, args, step, steps, per_epoch)
-            optimizer.zero_grad(set_to_none=True)
-
-            # The batch in parts that fit into memory: one, unless --accumulate says otherwise.
-            for k, (images, cells, part) in enumerate(parts_of(images, cells, args), 1):
-                # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
-                views, priors = views_of_step(images, cells, args, step, part)
-
-                # Only the global views, views[0], pass through the teacher; all pass through the student.
-                with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                    target = teach(teacher, views, priors)
-                    output = model(views, priors)
-
-                # Eq. 9 over all pairs of views, in fp32 from here on; the centres move once a step.
-                loss, each = loss_fn(output, target, temperature, move_center=k == args.accumulate)
-                (loss / args.accumulate).backward()
-                log.add(loss, each, priors)
-
-            # Every parameter's gradient is clipped on its own; the last layers are frozen in the first epoch.
-            finite = clip_gradients(list(student.parameters()), args.clip)
-            if step < args.freeze_last_layer * per_epoch:
-                freeze_last_layers(student)
-            optimizer.step()
-
-            # The teacher follows the student: theta_t = m theta_t + (1 - m) theta_s.
-            dirl.update_teacher(student, teacher, momentum)
-
-            # The log, at an epoch's end the features' rank and the probe, and now and then a checkpoint.
+    log = Log(run.folder, recipe.names, recipe.dino, start, steps, per_epoch, args.batch, args.out_dim,
+              reads_late=how.device.type == "cuda", diverged=run.diverged)
+    with run, log, stop_signals() as stop:
+        for images, cells in loader_of(data.crops, args, start, steps):
+            schedule, values = training_step(recipe, model, optimizer, images, cells, step, how)
             step += 1
-            seen = watch(teacher.encoder, *watched, args, step, steps, per_epoch)
-            log.write(step - 1, finite, schedule, *seen)
+
+            # The log; at an epoch's end the features' rank and the probe; now and then a checkpoint.
+            rank_of_f, probed = None, None
+            if step % per_epoch == 0 and not rank():
+                rank_of_f = effective_rank(represent(recipe.teacher.encoder, rank_images))
+            probe_is_due = step == steps or step % (per_epoch * args.probe_epochs) == 0
+            if probe_sets and probe_is_due and not rank():
+                probed = probe(recipe.teacher.encoder, *probe_sets)
+            log.write(step - 1, values, schedule, rank_of_f, probed)
             run.save_if_due(step, per_epoch, log)
-            if any_of(stop, run.device):
+            if any_of(stop, how.device):
                 break
         if step > start:
             run.save(step, log)
-    return finish(args, run, log, step, steps, failed, stop)
+    return finish(args, run, log, step, steps, data.skipped, stop)
 
 
-def announce(args, run, found, steps, start, encoder, crops):
-    """Prints what is about to run, and for a new run the ratio of contrast_of_views."""
-    print(f"{run.config['crops']} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of "
-          f"{args.batch} ({args.epochs} epochs), {args.method} {args.arch} on {args.device} "
-          f"in {run.config['precision']}"
-          + (f"; resumed at step {start}" if 0 < start < steps else ""))
+def config_of(args, data, how):
+    """config.json: the settings that a resumed run has to have, too."""
+    flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
+    images = data.trained_on["images"]
+    return flags | {
+        "data": run_name(args.data), "mpp": data.found.mpp, "precision": "bf16" if how.bf16 else "fp32",
+        "crops": len(data.crops), "images": f"{len(images)} (stamp {stamp_of(data.trained_on)})",
+        "pixels": [data.mean, data.std]}
+
+
+def announce(args, run, data, how, start, encoder):
+    """Prints what is about to run, and for a new run the contrast between crops."""
+    resumed = f"; resumed at step {start}" if 0 < start < how.schedules.steps else ""
+    print(f"{len(data.crops)} crops of {len(data.trained_on['images'])} {data.found.kind}, "
+          f"{how.schedules.steps} steps of {args.batch} ({args.epochs} epochs), {args.method} {args.arch} on "
+          f"{args.device} in {run.config['precision']}{resumed}")
     if not start:
-        print(describe_contrast(contrast_of_views(encoder, crops, args)))
+        ratio = contrast_at_start(encoder, data.crops, how)
+        print(f"at the start f varies {ratio:.2f} times as much between crops as between two views of one")
 
 
-def finish(args, run, log, step, steps, failed, stop):
+def finish(args, run, log, step, steps, skipped, stop):
     """Prints what was written and what to run next; returns the exit code."""
     speed = f", {log.speed(step):.1f} crops a second" if step > log.start else ""
     if step < steps:
@@ -378,60 +507,18 @@ def finish(args, run, log, step, steps, failed, stop):
         done = (f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
                 if step > log.start else f"{run.folder} had finished its {steps} steps; nothing was trained")
         print(f"{done}. Next: python eval.py --data {args.data}{where}")
-    code = exit_code_of(failed)
+    code = exit_code_of(skipped)
     return 130 if stop else code
 
 
-# ---------------------------------------------------------------- benchmark
-
-def benchmark(args, build=build_models):
-    """--benchmark STEPS: prints what each part of a step takes with the flags given; gives 0."""
-    _, crops, _, _ = training_crops(args)
-    student, teacher, loss_fn = build(args)
-    optimizer, parts = build_optimizer(student), Parts(args.device)
-    bf16, args.max_steps = use_bf16(args.precision, args.device), WARM_UP + args.benchmark
-    for head in student.heads.values():
-        parts.within(head, "student's heads")
-    loader = iter(loader_of(crops, args, 0, args.max_steps))
-    for step in range(args.max_steps):
-        with parts.part("crops read"):
-            images, cells = next(loader)
-        with parts.part("views and priors"):
-            views, priors = views_of_step(images, cells, args, step)
-        with torch.autocast(parts.device.type, torch.bfloat16, enabled=bf16):
-            with parts.part("teacher"):
-                target = teach(teacher, views, priors)
-            with parts.part("student's encoder and block"):
-                output = student(views, priors)
-        with parts.part("loss"):
-            loss, _ = loss_fn(output, target, args.teacher_temp)
-        with parts.part("backward"):
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        with parts.part("clipping and optimiser"):
-            clip_gradients(list(student.parameters()), args.clip)
-            set_schedules(optimizer, args, step, 1000, 100)
-            optimizer.step()
-        with parts.part("teacher's update"):
-            dirl.update_teacher(student, teacher, args.momentum)
-    parts.report(args.batch, args.benchmark, f"{args.method} {args.arch}, batch {args.batch}, "
-                 f"2 + {args.local_crops} views of {args.global_size} and {args.local_size} px, "
-                 f"{'bf16' if bf16 else 'fp32'}")
-    return 0
-
-
-def run_command(args, build):
-    if args.plot:
-        return plot_runs(args.plot)
-    join(args)
-    return benchmark(args, build) if args.benchmark else train(args, build)
-
+# ---------------------------------------------------------------- script
 
 def main(argv=None):
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
+    join()
     try:
-        return run_script("train.py", lambda: run_command(arguments(argv), build_models),
-                          "--batch or --local-crops", "finished slides stay, run it again to go on")
+        return run_script("train.py", lambda: train(arguments(argv)), "--batch or --local-crops",
+                          "finished slides stay; the same command resumes")
     finally:
         leave()
 

@@ -39,22 +39,17 @@ def use_bf16(precision, device):
 
 # ---------------------------------------------------------------- encoders before training
 
-def make_encoder(arch, depth=None, drop_path=0.0):
-    """The encoder of an --arch, with another number of blocks if depth is given (Table 6: 13)."""
-    encoder = dirl.ARCHS[arch](drop_path=drop_path)
-    if depth is None:
-        return encoder
-    return dirl.VisionTransformer(encoder.embed_dim, depth, encoder.num_heads, drop_path=drop_path)
+def make_encoder(arch, mean, std, depth=None, drop_path=0.0):
+    """The encoder of an --arch for pixels normalised by mean and std; depth: another number of blocks."""
+    blocks = {} if depth is None else {"depth": depth}
+    return dirl.ARCHS[arch](drop_path=drop_path, mean=mean, std=std, **blocks)
 
 
-def start_encoder(args):
-    """The encoder that a run's flags ask for, as training starts with it; seeded."""
-    torch.manual_seed(args.seed)
-    encoder = make_encoder(args.arch, getattr(args, "depth", None), args.drop_path)
-    if args.init:
-        init_encoder(encoder, args.init)
-    encoder.stats = args.pixels
-    return encoder
+def random_encoder(arch, seed, mean, std, depth=None):
+    """An encoder before any pre-training, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make_encoder(arch, mean, std, depth).eval()
 
 
 # ---------------------------------------------------------------- encoder.pt
@@ -65,7 +60,7 @@ def find_encoder(checkpoint, name=""):
         path = Path(checkpoint)
         path = path / "encoder.pt" if path.is_dir() else path
         if not path.is_file():
-            raise InputError(f"--checkpoint {path}: is not there")
+            raise InputError(f"--checkpoint {path}: no such file")
         return path
     pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
     runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -81,23 +76,29 @@ def load_encoder(path):
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again")
-    depth = about.get("depth")  # only where it is not the --arch's own
+    depth = about.get("depth")  # None: the --arch's own
     if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
         raise InputError(f"{path}: its depth is damaged; pre-train again")
-    encoder = make_encoder(about["arch"], depth)
+    mean, std = pixel_values(path, about["mean"]), pixel_values(path, about["std"])
+    if not min(std) > 0:
+        raise InputError(f"{path}: mean and std of its pixels are damaged (std {std}); pre-train again")
+    encoder = make_encoder(about["arch"], mean, std, depth)
     try:
         encoder.load_state_dict(about.pop("encoder"))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its weights are not {about['arch']}'s ({one_line(error)})") from None
     if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
         raise InputError(f"{path}: has weights that are not finite; use another one, or pre-train again")
-    try:
-        encoder.stats = tuple(tuple(float(about[name][i]) for i in range(3)) for name in ("mean", "std"))
-        if not min(encoder.stats[1]) > 0:
-            raise ValueError("a std is not above 0")
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: mean and std of its pixels are damaged ({one_line(error)})") from None
     return encoder.eval(), about
+
+
+def pixel_values(path, values):
+    """Three floats, the mean or std of R, G, B that an encoder.pt records; InputError if they are damaged."""
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: mean and std of its pixels are damaged ({one_line(error)})") from None
+    return red, green, blue
 
 
 def weights_of(state):
@@ -151,43 +152,31 @@ def init_encoder(encoder, path):
 
 def save_encoder(path, encoder, **about):
     """encoder.pt: weights, mean and std of pixels, and in about arch, method, data, mpp, step, trained_on."""
-    mean, std = stats_of(encoder)
-    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(mean), "std": list(std), **about})
-
-
-def random_encoder(arch, seed, stats=(MEAN, STD)):
-    """An encoder before any pre-training, for images normalised by stats."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = dirl.ARCHS[arch]().eval()
-    encoder.stats = stats
-    return encoder
+    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(encoder.mean),
+                        "std": list(encoder.std), **about})
 
 
 # ---------------------------------------------------------------- features and attention
 
-def stats_of(encoder):
-    """(mean, std) of pixels of 0 to 1, each of R, G, B, that an encoder's images are normalised by."""
-    return getattr(encoder, "stats", (MEAN, STD))
-
-
 def stats_of_crops(images):
-    """The same of uint8 images (N, 3, H, W), to four digits."""
+    """Mean and std of R, G, B over uint8 images (N, 3, H, W), of 0 to 1 and to four digits."""
     pixels = images.transpose(0, 1).flatten(1).double() / 255
-    return tuple(pixels.mean(1).mul(1e4).round().div(1e4).tolist()), tuple(
-        pixels.std(1).clamp(min=0.01).mul(1e4).round().div(1e4).tolist())
+    mean = pixels.mean(1).mul(1e4).round().div(1e4)
+    std = pixels.std(1).clamp(min=0.01).mul(1e4).round().div(1e4)
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def normalize(images, stats=(MEAN, STD)):
-    """RGB (.., 3, H, W) of 0 to 1, less the mean and divided by the standard deviation of stats."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in stats)
+def normalize(images, mean, std):
+    """RGB (.., 3, H, W) of 0 to 1, less the mean and divided by the standard deviation."""
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(3, 1, 1)
     return images.sub(mean).div_(std)
 
 
 def inputs_of(encoder, images):
     """uint8 images (B, 3, H, W) as an encoder takes them, on its device."""
     device = next(encoder.parameters()).device
-    return normalize(images.to(device).float() / 255, stats_of(encoder))
+    return normalize(images.to(device).float() / 255, encoder.mean, encoder.std)
 
 
 def represent(encoder, images, bf16=False):

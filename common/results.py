@@ -2,7 +2,7 @@
 import numpy as np
 
 from common.files import print_table, write_csv
-from common.run import read_log
+from common.log import read_log
 
 
 def row_of(measure, values, over):

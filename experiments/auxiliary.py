@@ -10,6 +10,7 @@ from torch import nn
 
 import dirl
 from experiments.dense import through, tokens_of
+from train import Recipe
 
 
 def count_loss(predicted, counts):
@@ -31,7 +32,7 @@ class CellCounter(nn.Module):
     def forward(self, views, counts):
         """views: one (V_i, B, 3, H, W) per size, counts: the cells of their patches (V_i, B, n_i).
 
-        Gives logits of f (V, B, K), and by size the predicted and the true counts.
+        Returns logits of f (V, B, K), and by size the predicted and the true counts.
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
@@ -39,22 +40,27 @@ class CellCounter(nn.Module):
 
 
 class AuxiliaryLoss(nn.Module):
-    """L_f + weight L_sup of what student and teacher give: (loss, {"f": L_f, "sup": L_sup})."""
+    """L_f + weight L_sup of student's and teacher's outputs: (loss, {"f": L_f, "sup": L_sup})."""
 
     def __init__(self, out_dim, weight=1.0, student_temp=0.1, center_momentum=0.9):
         super().__init__()
         self.weight = weight
-        self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
-                                     "sup": None})  # has no centre
+        self.cross_entropy = dirl.DINOLoss(out_dim, student_temp, center_momentum)
 
-    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
-        (f_s, predicted, counts), (f_t, _, _) = student, teacher
-        each = {"f": self.losses["f"](f_s, f_t, teacher_temp), "sup": count_loss(predicted, counts)}
+    def forward(self, student, teacher, teacher_temp=0.04):
+        f_s, predicted, counts = student
+        f_t, _, _ = teacher
+        each = {"f": self.cross_entropy(f_s, f_t, teacher_temp), "sup": count_loss(predicted, counts)}
         return each["f"] + self.weight * each["sup"], {name: loss.detach() for name, loss in each.items()}
+
+    def update_centers(self):
+        self.cross_entropy.update_center()
 
 
 def build(encoder, args):
-    """Student, teacher and loss of --ssl lsup, on the device."""
+    """The Recipe of --ssl lsup."""
     student = CellCounter(encoder, args.out_dim, args.norm_last_layer).to(args.device)
     loss = AuxiliaryLoss(args.out_dim, args.sup_weight, args.student_temp, args.center_momentum)
-    return student, dirl.make_teacher(student), loss.to(args.device)
+    loss = loss.to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss, ("f", "sup"), {"f": loss.cross_entropy},
+                  counts=True)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dirl
+from train import Recipe
 
 
 class HeadsAfterBlocks(dirl.DiRL):
@@ -23,7 +24,8 @@ class HeadsAfterBlocks(dirl.DiRL):
             for name in self.after})
 
     def represent(self, images, prior):
-        x, means = self.encoder.embed(images), {}
+        x = self.encoder.embed(images)
+        means = {}
         for number, block in enumerate(self.encoder.blocks, 1):
             x = block(x)
             if number in self.after.values():
@@ -34,8 +36,9 @@ class HeadsAfterBlocks(dirl.DiRL):
 
 
 def build(encoder, args):
-    """Student, teacher and loss of --heads, on the device: the mean of the heads' losses."""
+    """The Recipe of --heads: the mean of the heads' losses."""
     student = HeadsAfterBlocks(encoder, args.heads, args.out_dim, args.norm_last_layer).to(args.device)
-    loss = dirl.DiRLLoss(student, student_temp=args.student_temp, center_momentum=args.center_momentum)
-    loss.weight = dict.fromkeys(student.heads, 1 / len(student.heads))
-    return student, dirl.make_teacher(student), loss.to(args.device)
+    weight = dict.fromkeys(student.heads, 1 / len(student.heads))
+    loss = dirl.DiRLLoss(student, student_temp=args.student_temp, center_momentum=args.center_momentum,
+                         weight=weight).to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss, tuple(student.heads), dict(loss.losses))

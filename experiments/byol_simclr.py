@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
+from train import Recipe
 
 HIDDEN, PROJECTION = 4096, 256  # BYOL's projector and predictor; SimCLR's output is 256 as well
 TEMPERATURE = 0.5  # of SimCLR
@@ -53,19 +54,17 @@ def nt_xent_loss(z, present, temperature=TEMPERATURE):
 
 
 class Eq9Loss(nn.Module):
-    """Eq. 9 over losses of BYOL or SimCLR; takes what two RegionProjections give.
+    """Eq. 9 over losses of BYOL or SimCLR.
 
-    student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR. Gives (loss,
+    student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR. Returns (loss,
     {name: L_name without gradient}).
     """
 
     def __init__(self, names, lambda_1=0.5, lambda_2=0.1 / 4):
         super().__init__()
-        self.losses = nn.ModuleDict(dict.fromkeys(names))  # neither has a centre
-        self.weight = {name: 1.0 if name == "f" else lambda_1 if name in dirl.REGIONS else lambda_2
-                       for name in names}
+        self.weight = dirl.eq9_weights(names, lambda_1, lambda_2)
 
-    def forward(self, student, teacher, _temperature=None, move_center=True):
+    def forward(self, student, teacher, teacher_temp=None):
         each = {}
         for name, (z, present) in student.items():
             if teacher is None:
@@ -75,6 +74,9 @@ class Eq9Loss(nn.Module):
                 each[name] = byol_loss(z, target, present, present_t)
         total = sum(self.weight[name] * loss for name, loss in each.items())
         return total, {name: loss.detach() for name, loss in each.items()}
+
+    def update_centers(self):
+        """Neither loss has a centre."""
 
 
 # ---------------------------------------------------------------- models
@@ -98,47 +100,60 @@ class RegionProjections(dirl.DiRL):
 
     def __init__(self, encoder, method, ssl):
         super().__init__(encoder, method, out_dim=2, disentangled_dim=2)
+        names = list(self.heads)
         mlp = byol_mlp if ssl == "byol" else simclr_mlp
-        self.predictors = nn.ModuleDict({name: byol_mlp(PROJECTION) for name in self.heads if ssl == "byol"})
-        self.heads = nn.ModuleDict({name: mlp(encoder.embed_dim) for name in self.heads})
-        self.predicts = ssl == "byol"
+        self.heads = nn.ModuleDict({name: mlp(encoder.embed_dim) for name in names})
+        self.predictors = nn.ModuleDict({name: byol_mlp(PROJECTION) for name in names if ssl == "byol"})
 
     def forward(self, views, priors):
-        """views (V_i, B, 3, H, W) and priors per size to {name: (z (V, B, 256), present (V, B))}.
+        """views (V_i, B, 3, H, W) and priors per size -> {name: (z (V, B, 256), present (V, B))}."""
+        return self.project(views, priors, self.predictors)
+
+    def project(self, views, priors, predictors):
+        """forward, with the predictors given; those of {} are left out.
 
         Only rows whose region is present go through the layers; of a single one there are no statistics, and
         it counts as absent.
         """
-        out, B = {}, views[0].shape[1]
-        of_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
-        for name, project in self.heads.items():
-            f = torch.cat([f[name] for f, _ in of_size])  # (V B, d)
-            there = torch.cat([present[name] for _, present in of_size])  # (V B,)
-            there = there & (there.sum() > 1)
+        B = views[0].shape[1]
+        by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        out = {}
+        for name, projector in self.heads.items():
+            f = torch.cat([f[name] for f, _ in by_size])  # (V B, d)
+            present = torch.cat([region[name] for _, region in by_size])  # (V B,)
+            present = present & (present.sum() > 1)
             z = f.new_zeros(len(f), PROJECTION)
-            if there.any():
-                rows = project(f[there])
-                rows = self.predictors[name](rows) if self.predicts else rows
-                z = z.to(rows.dtype).index_put((there,), rows)
-            out[name] = z.unflatten(0, (-1, B)), there.unflatten(0, (-1, B))
+            if present.any():
+                rows = projector(f[present])
+                rows = predictors[name](rows) if name in predictors else rows
+                z = z.to(rows.dtype).index_put((present,), rows)
+            out[name] = z.unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
         return out
 
 
-def no_teacher(student):
-    """What stands in the teacher's place for SimCLR: the student's own weights in eval mode, without output.
+def teach_projections(teacher, views, priors):
+    """BYOL's target: projections of the global views, without the predictors."""
+    return teacher.project(views[:1], priors[:1], {})
 
-    Its encoder is the one that is trained, and the one that is saved.
-    """
+
+def teach_nothing(teacher, views, priors):
+    """SimCLR has no teacher."""
+    return None
+
+
+def twin_of(student):
+    """The student's own weights in eval mode, for SimCLR: the encoder that is trained is saved."""
     twin = dirl.make_teacher(student)
     for shared, own in zip(twin.parameters(), student.parameters()):
-        shared.data = own.data  # moving towards themselves leaves them as they are
-    twin.forward = lambda views, priors: None
+        shared.data = own.data  # moving towards themselves leaves them unchanged
     return twin
 
 
 def build(encoder, args):
-    """Student, teacher (BYOL's target) and loss of --ssl byol and simclr, on the device."""
+    """The Recipe of --ssl byol and simclr."""
     student = RegionProjections(encoder, args.method, args.ssl).to(args.device)
-    teacher = dirl.make_teacher(student) if args.ssl == "byol" else no_teacher(student)
-    teacher.predicts = False  # the predictors' copies in it are not called
-    return student, teacher, Eq9Loss(student.heads, args.lambda_1, args.lambda_2)
+    loss = Eq9Loss(student.heads, args.lambda_1, args.lambda_2)
+    names = tuple(student.heads)
+    if args.ssl == "byol":
+        return Recipe(student, dirl.make_teacher(student), loss, names, teach=teach_projections)
+    return Recipe(student, twin_of(student), loss, names, teach=teach_nothing)

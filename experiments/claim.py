@@ -20,14 +20,16 @@ import numpy as np
 import torch
 
 import mil
+import train
 from common import encoders
+from common.checkpoint import check_config
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
 from common.datasets import run_name
 from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, check_mpp, check_ranges, print_skipped, run_script
 from common.files import atomic_write, file_stamp, stamp_of, write_json
-from common.flags import arguments as train_arguments
-from common.run import RESUMABLE, check_config, is_finished
+from common.flags import RUNNING
+from common.log import is_finished
 from data import find_data, resample
 from experiments import compare
 from experiments.claim_table import ABOUT, ARMS, BAGS, COMPARED, read_measures, show
@@ -100,10 +102,10 @@ def run(args):
     flags = {folder: [*common, "--run", str(folder), "--seed", str(seed), *(ARMS[arm] or [])]
              for arm, seed, folder in jobs}
     settings = {folder: compare.arguments(flags[folder]) if is_compared(flags[folder]) else
-                train_arguments(flags[folder]) for folder in flags}
+                train.arguments(flags[folder]) for folder in flags}
 
     # Whatever is wrong with flags or labels is reported now, not after hours.
-    shared, found = train_arguments(common), find_patches(args)
+    shared, found = train.arguments(common), find_patches(args)
     make_protocol(list(found.labels.values()), found.classes, args)
     trained_on = round(shared.fraction * len(found.split("train", "val")))
     if trained_on < shared.batch:
@@ -134,7 +136,7 @@ def run(args):
 
 def keep_settings(path, settings, labels):
     """Writes what all arms of a folder have in common; InputError if it was started with something else."""
-    new = {k: v for k, v in vars(settings).items() if k not in (*RESUMABLE, "seed", "method")}
+    new = {k: v for k, v in vars(settings).items() if k not in (*RUNNING, "seed", "method")}
     new |= {"data": run_name(settings.data), "labels": labels}
     if path.is_file():
         check_config(path, new)
@@ -168,9 +170,9 @@ def start(settings, data):
     """Writes encoder.pt of an untrained encoder; 0."""
     path = Path(settings.run) / "encoder.pt"
     if not path.is_file():
-        encoders.save_encoder(path, encoders.random_encoder(settings.arch, settings.seed), arch=settings.arch,
-                              method="none", data=data, mpp=settings.mpp, step=0,
-                              trained_on={"data": data, "images": {}, "patients": []})
+        encoder = encoders.random_encoder(settings.arch, settings.seed, encoders.MEAN, encoders.STD)
+        encoders.save_encoder(path, encoder, arch=settings.arch, method="none", data=data, mpp=settings.mpp,
+                              step=0, trained_on={"data": data, "images": {}, "patients": []})
     return 0
 
 

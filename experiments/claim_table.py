@@ -10,8 +10,8 @@ from common.encoders import attention_of, load_encoder
 from common.errors import InputError, print_skipped
 from common.figures import draw_distribution, plot_overlays, save_figure, spread
 from common.files import file_stamp, print_table, read_json, read_npz, write_csv
+from common.log import PROBED, read_log
 from common.measures import DRAWS, auc, bootstrap_indices
-from common.run import PROBED, read_log
 from data import Crops, find_data
 from prior import bin_centroids
 from wsi.prepare import prepare

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dirl
 from experiments.dense import through, tokens_of
+from train import Recipe
 
 
 def match_tokens(student, teacher):
@@ -52,8 +53,9 @@ class RegionLoss(dirl.DINOLoss):
             entropy = entropy + sum(h[u].gather(1, match).mean() for u, match in zip(others, matches))
         pairs = U * (len(views) - 1)
         self.entropy = entropy / pairs
-        rows = teacher.flatten(1, 2)  # (U, B m, K)
-        self.update_center(rows, torch.ones(rows.shape[:2], device=rows.device))
+        with torch.no_grad():
+            rows = teacher.flatten(1, 2)  # (U, B m, K)
+            self.add_to_center(rows, torch.ones(rows.shape[:2], device=rows.device))
         return loss / pairs
 
 
@@ -70,7 +72,7 @@ class EsViT(nn.Module):
     def forward(self, views, priors=None):
         """views: one (V_i, B, 3, H, W) per size, the global ones first.
 
-        Gives logits of f (V, B, K), and by size those of the tokens (V_i, B, n_i, K) and the tokens.
+        Returns logits of f (V, B, K), and by size those of the tokens (V_i, B, n_i, K) and the tokens.
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
@@ -78,22 +80,27 @@ class EsViT(nn.Module):
 
 
 class EsViTLoss(nn.Module):
-    """Half L_f and half L_region of what two EsViT models give; (loss, {name: L_name without gradient})."""
+    """Half L_f and half L_region of two EsViT models' outputs; (loss, {name: L_name without gradient})."""
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
         self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
                                      "region": RegionLoss(out_dim, student_temp, center_momentum)})
 
-    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
-        (f_s, region_s, tokens_s), (f_t, (region_t,), (tokens_t,)) = student, teacher
+    def forward(self, student, teacher, teacher_temp=0.04):
+        f_s, region_s, tokens_s = student
+        f_t, (region_t,), (tokens_t,) = teacher
         each = {"f": self.losses["f"](f_s, f_t, teacher_temp),
                 "region": self.losses["region"](region_s, region_t, tokens_s, tokens_t, teacher_temp)}
         return sum(each.values()) / 2, {name: loss.detach() for name, loss in each.items()}
 
+    def update_centers(self):
+        for cross_entropy in self.losses.values():
+            cross_entropy.update_center()
+
 
 def build(encoder, args):
-    """Student, teacher and loss of --ssl esvit, on the device."""
+    """The Recipe of --ssl esvit."""
     student = EsViT(encoder, args.out_dim, args.norm_last_layer).to(args.device)
     loss = EsViTLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
-    return student, dirl.make_teacher(student), loss
+    return Recipe(student, dirl.make_teacher(student), loss, ("f", "region"), dict(loss.losses))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dirl
+from train import Recipe
 
 ALPHA = 1.0  # of Beta(alpha, alpha)
 
@@ -34,47 +35,59 @@ class MixLoss(dirl.DINOLoss):
     """
 
     def forward(self, student, teacher, share, partner, teacher_temp=0.04):
-        U, V, B = len(teacher), len(student), student.shape[1]
-        q = mix(((teacher.float() - self.center) / teacher_temp).softmax(-1), share, partner)  # (U, B, K)
-        self.entropy = torch.special.entr(q).sum(-1).mean()
-        other = (1 - torch.eye(U, V, device=q.device)).unsqueeze(-1).expand(-1, -1, B)  # (U, V, B)
-        loss = sum(checkpoint(dirl.view_cross_entropy, x, q, other[:, v], self.student_temp,
-                              use_reentrant=False, preserve_rng_state=False)  # as in dirl.py
-                   for v, x in enumerate(student.unbind())) / other.sum()
-        self.update_center(teacher, torch.ones(U, B, device=q.device))
-        return loss
+        V, U = len(student), len(teacher)
+        B = student.shape[1]
+        different = 1 - torch.eye(U, V, device=teacher.device)
+        pairs = different.unsqueeze(-1).expand(-1, -1, B)  # (U, V, B)
+        with torch.no_grad():
+            q = mix(((teacher.float() - self.center) / teacher_temp).softmax(-1), share, partner)  # (U, B, K)
+            self.entropy = torch.special.entr(q).sum(-1).mean()
+            self.add_to_center(teacher, torch.ones(U, B, device=q.device))
+        total = 0
+        for v in range(V):
+            total = total + checkpoint(dirl.view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
+                                       use_reentrant=False, preserve_rng_state=False)  # as in dirl.py
+        return total / pairs.sum()
 
 
 class Imix(dirl.DiRL):
-    """DINO on f whose views are mixed, as mixes says; (logits (V, B, K), l, j), the last two None if not."""
-
-    mixes = True
+    """DINO on f whose views are mixed: logits (V, B, K), l (B,), j (B,)."""
 
     def forward(self, views, priors):
-        share = partner = None
-        if self.mixes:
-            share, partner = draw_mix(views[0].shape[1], views[0].device)
-            views = [mix(x, share, partner) for x in views]
+        share, partner = draw_mix(views[0].shape[1], views[0].device)
+        mixed = [mix(x, share, partner) for x in views]
+        return self.unmixed(mixed, priors), share, partner
+
+    def unmixed(self, views, priors):
+        """Logits (V, B, K) of the views unchanged."""
         logits, _ = super().forward(views, priors)["f"]
-        return logits, share, partner
+        return logits
+
+
+def teach_unmixed(teacher, views, priors):
+    """The teacher's logits on the unmixed global views."""
+    return teacher.unmixed(views[:1], priors[:1])
 
 
 class ImixLoss(nn.Module):
-    """MixLoss of what two Imix models give: (loss, {"f": loss without gradient})."""
+    """MixLoss of an Imix model's output and its teacher's logits: (loss, {"f": loss without gradient})."""
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
         self.losses = nn.ModuleDict({"f": MixLoss(out_dim, student_temp, center_momentum)})
 
-    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
-        (logits, share, partner), (target, _, _) = student, teacher
-        loss = self.losses["f"](logits, target, share, partner, teacher_temp)
+    def forward(self, student, teacher, teacher_temp=0.04):
+        logits, share, partner = student
+        loss = self.losses["f"](logits, teacher, share, partner, teacher_temp)
         return loss, {"f": loss.detach()}
+
+    def update_centers(self):
+        for cross_entropy in self.losses.values():
+            cross_entropy.update_center()
 
 
 def build(encoder, args):
-    """Student, teacher and loss of --ssl imix, on the device."""
+    """The Recipe of --ssl imix."""
     student = Imix(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer).to(args.device)
-    teacher = dirl.make_teacher(student)
-    teacher.mixes = False
-    return student, teacher, ImixLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
+    loss = ImixLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss, ("f",), dict(loss.losses), teach_unmixed)

@@ -13,6 +13,7 @@ from torch import nn
 
 import dirl
 from experiments.dense import through, tokens_of
+from train import Recipe
 
 NEIGHBOURS = 4  # of 8
 WEIGHT = 0.1  # of L_patch
@@ -80,21 +81,18 @@ class PatchLoss(dirl.DINOLoss):
             log_p = (s.float() / self.student_temp).log_softmax(-1)
             loss = loss - (q * log_p).sum(-1).mean() * len(s) / views
             self.entropy = self.entropy + torch.special.entr(q).sum(-1).mean() * len(s) / views
-        rows = torch.cat([t.flatten(0, 2) for t in teacher]).unsqueeze(0)  # (1, all patches, K)
-        self.update_center(rows, torch.ones(rows.shape[:2], device=rows.device))
+        with torch.no_grad():
+            rows = torch.cat([t.flatten(0, 2) for t in teacher]).unsqueeze(0)  # (1, all patches, K)
+            self.add_to_center(rows, torch.ones(rows.shape[:2], device=rows.device))
         return loss
 
 
 class SelfPatch(nn.Module):
-    """The encoder, the aggregation, a head on its f and one on the patches.
-
-    neighbours, of the teacher: the aggregation of each patch's neighbours stands for the patch.
-    """
-    sizes = None  # of views that pass through the teacher: all
+    """The encoder, the aggregation, a head on its f and one on the patches."""
 
     def __init__(self, encoder, out_dim=65536, patch_dim=4096, norm_last_layer=True):
         super().__init__()
-        self.encoder, self.neighbours = encoder, False
+        self.encoder = encoder
         self.aggregation = Aggregation(encoder.embed_dim, encoder.num_heads)
         self.heads = nn.ModuleDict({
             name: dirl.DINOHead(encoder.embed_dim, dim, norm_last_layer=norm_last_layer)
@@ -102,40 +100,53 @@ class SelfPatch(nn.Module):
 
     def forward(self, views, priors=None):
         """views: one (V_i, B, 3, H, W) per size, to logits of f (V, B, K) and, by size, (V_i, B, n_i, K)."""
+        return self.outputs(views, self.aggregation.norm)
+
+    def outputs(self, views, patches_of):
+        """forward, with patches_of (tokens (V_i, B, n_i, d) -> the same shape) on the way to the patches."""
         f, patches = [], []
-        for tokens in tokens_of(self.encoder, views):  # (V_i, B, n_i, d)
-            flat = tokens.flatten(0, 1)
-            f.append(self.aggregation(flat).unflatten(0, tokens.shape[:2]))
-            if self.neighbours:
-                around = similar_neighbours(flat)  # (V_i B, n_i, 4, d)
-                patch = self.aggregation(around.flatten(0, 1)).view_as(tokens)
-            else:
-                patch = self.aggregation.norm(tokens)
-            patches.append(through(self.heads["patch"], patch))
+        for tokens in tokens_of(self.encoder, views):
+            f.append(self.aggregation(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]))
+            patches.append(through(self.heads["patch"], patches_of(tokens)))
         return through(self.heads["f"], torch.cat(f)), patches
+
+    def of_neighbours(self, tokens):
+        """The aggregation of each patch's neighbours in the patch's place, (V_i, B, n_i, d)."""
+        around = similar_neighbours(tokens.flatten(0, 1))  # (V_i B, n_i, 4, d)
+        return self.aggregation(around.flatten(0, 1)).view_as(tokens)
+
+
+def teach_neighbours(teacher, views, priors):
+    """The teacher sees all views, and gives each patch's neighbours in the patch's place."""
+    return teacher.outputs(views, teacher.of_neighbours)
 
 
 class SelfPatchLoss(nn.Module):
-    """L_f + 0.1 L_patch of what student and teacher give; (loss, {name: L_name without gradient})."""
+    """L_f + 0.1 L_patch of student's and teacher's outputs; (loss, {name: L_name without gradient})."""
 
     def __init__(self, out_dim, patch_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
         self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
                                      "patch": PatchLoss(patch_dim, student_temp, center_momentum)})
 
-    def forward(self, student, teacher, teacher_temp=0.04, move_center=True):
-        (f_s, patches_s), (f_t, patches_t) = student, teacher
+    def forward(self, student, teacher, teacher_temp=0.04):
+        f_s, patches_s = student
+        f_t, patches_t = teacher
         f_t = f_t[: len(patches_t[0])]  # the global views
         each = {"f": self.losses["f"](f_s, f_t, teacher_temp),
                 "patch": self.losses["patch"](patches_s, patches_t, teacher_temp)}
         total = each["f"] + WEIGHT * each["patch"]
         return total, {name: loss.detach() for name, loss in each.items()}
 
+    def update_centers(self):
+        for cross_entropy in self.losses.values():
+            cross_entropy.update_center()
+
 
 def build(encoder, args):
-    """Student, teacher and loss of --ssl selfpatch, on the device."""
+    """The Recipe of --ssl selfpatch."""
     student = SelfPatch(encoder, args.out_dim, args.disentangled_dim, args.norm_last_layer).to(args.device)
-    teacher = dirl.make_teacher(student)
-    teacher.neighbours = True
     loss = SelfPatchLoss(args.out_dim, args.disentangled_dim, args.student_temp, args.center_momentum)
-    return student, teacher, loss.to(args.device)
+    loss = loss.to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss, ("f", "patch"), dict(loss.losses),
+                  teach_neighbours)

@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import dirl
+import train
 from common.datasets import PRIORS, run_name
 from common.errors import InputError, check_ranges, run_script
 from common.files import file_stamp, read_json, write_json
-from common.flags import arguments as train_arguments
 from data import find_data
 from experiments import inputs
 from experiments.claim import TRAIN, pre_train
@@ -55,7 +55,7 @@ def arguments(argv):
 
 def jobs_of(args):
     """[(value or "" where it does not matter, method, run folder, flags of train.py), ...]."""
-    base = train_arguments(args.rest)
+    base = train.arguments(args.rest)
     out, jobs = Path(args.out or f"runs/sweep_{args.what}_{run_name(base.data)}"), []
     for seed in args.seeds:
         for method in args.methods:
@@ -64,7 +64,7 @@ def jobs_of(args):
                 name = f"{method}_seed{seed}" if no_matter else f"{method}_{value}_seed{seed}"
                 flags = [*args.rest, f"--{args.what}", value, "--method", method, "--seed", str(seed),
                          "--run", str(out / name)]
-                train_arguments(flags)  # what is wrong is said now, not after hours
+                train.arguments(flags)  # what is wrong is said now, not after hours
                 jobs.append(("" if no_matter else value, method, out / name, flags))
     return out, jobs
 
@@ -146,13 +146,13 @@ def report(out, jobs, args):
 
 def run(args):
     out, jobs = jobs_of(args)
-    base = train_arguments(args.rest)
+    base = train.arguments(args.rest)
     failed = []
     for k, (_, _, folder, flags) in enumerate(jobs, 1):
         print(f"--- {k} of {len(jobs)}: {folder}", flush=True)
         code = pre_train(flags, folder)
         if not code:
-            settings = train_arguments(flags)
+            settings = train.arguments(flags)
             kind = find_data(base.data, base.mpp, settings.prior, base.split_seed,
                              slide_mpp=base.slide_mpp).kind
             code = evaluate(folder, eval_flags(settings, folder, kind, args))

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import InputError, run_script
 from common.files import atomic_write, read_json, write_csv
-from common.run import RESUMABLE
+from common.flags import RUNNING
 from experiments import compare, inputs
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
@@ -23,7 +23,7 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 MIDDLE = "tokens with attention 0.5 to 2"  # of results.csv
-NO_SETTING = {*RESUMABLE, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision"}
+NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision"}
 
 
 def arguments(argv):

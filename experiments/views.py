@@ -6,15 +6,16 @@ In a view of one region alone, tokens have nothing to attend to across regions (
 shares as a plot and as CSV; under the plot, views as the network sees them, patches with a cell outlined.
 """
 import sys
+from dataclasses import replace
 
 import torch
 from matplotlib.figure import Figure
 
+import train
 from common.encoders import MEAN, STD
 from common.errors import InputError, check_mpp, check_ranges, run_script
 from common.figures import spread
-from common.flags import arguments as train_arguments
-from data import collate, find_data, make_views, random_boxes
+from data import Draws, collate, find_data, make_views, random_boxes
 from dirl import regions_present
 from experiments import inputs
 from prior import view_prior
@@ -34,7 +35,7 @@ def arguments(argv):
     add("--show", type=int, default=2, help="crops of each um/px whose views are drawn")
     add("--out", default="runs/views.png", help="the picture")
     args, rest = parser.parse_known_args(argv)
-    args.train = train_arguments(rest)
+    args.settings = train.arguments(rest)
     for mpp in args.mpp:
         check_mpp(mpp, "--mpp")
     check_ranges(args, crops=(1, 1e9), show=(1, 20))
@@ -47,20 +48,19 @@ def region_shares(cells, scale, size, generator):
 
     cells (B, K, 2) in px of B crops, NaN where a crop has fewer; one view of each crop.
     """
-    boxes = random_boxes(len(cells), CROP, (scale, scale), generator)
+    boxes = random_boxes(len(cells), CROP, (scale, scale), Draws(generator))
     flip = torch.zeros(len(cells), dtype=torch.bool)
     has_cell, has_back = regions_present(view_prior(cells, boxes, flip, size))
     return [share.float().mean().item() for share in (has_cell & has_back, ~has_back, ~has_cell)]
 
 
-def views_of(crops, chosen, train):
+def views_of(crops, chosen, settings):
     """[(crop (3, H, H), [(view (3, h, h) of 0 to 1, P_c), ...]), ...] of these crops, by train.py's flags."""
     images, cells = collate([crops[i] for i in chosen])
-    views, priors = make_views(
-        images, cells, torch.Generator().manual_seed(train.seed), min(train.local_crops, LOCALS),
-        train.global_scale, train.local_scale, train.global_size, train.local_size, train.jitter,
-        train.greyscale, train.solarize, train.blur)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    how = train.settings_of(settings, 1, MEAN, STD).augmentation
+    how = replace(how, local_crops=min(how.local_crops, LOCALS))
+    views, priors = make_views(images, cells, torch.Generator().manual_seed(settings.seed), how)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     pairs = [(x * std + mean, p) for group, of in zip(views, priors) for x, p in zip(group, of)]
     return [(image / 255, [(x[i].clamp(0, 1), p[i]) for x, p in pairs]) for i, image in enumerate(images)]
 
@@ -78,35 +78,38 @@ def draw_view(axis, image, prior, title):
     axis.set_yticks([])
 
 
-def draw_shares(axis, rows, train):
+def draw_shares(axis, rows, settings):
     """Share of views with both regions over their scale: a colour for each um/px, a line for each size."""
     for color, mpp in zip(inputs.COLORS[1:], dict.fromkeys(row[0] for row in rows)):
         for style, kind in zip(("-", "--"), dict.fromkeys(row[1] for row in rows)):
             mine = [row for row in rows if row[:2] == (mpp, kind)]
             axis.plot([row[3] for row in mine], [100 * row[4] for row in mine], style, marker=".",
                       color=color, label=f"{mpp:g} um/px ({10 / mpp:g}x), {kind} views, {mine[0][2]} px")
-    axis.axvspan(*train.global_scale, color="grey", alpha=0.12, lw=0)
+    axis.axvspan(*settings.global_scale, color="grey", alpha=0.12, lw=0)
     axis.set(xlabel="area of the view, share of the crop (grey: the global views')",
              ylabel="views with both regions, %", ylim=(0, 103))
     axis.legend(fontsize=8, loc="lower right")
 
 
 def run(args):
-    rows, shown, train = [], {}, args.train
+    settings = args.settings
+    rows, shown = [], {}
     for mpp in dict.fromkeys(args.mpp):
-        found = find_data(train.data, mpp, train.prior, slide_mpp=train.slide_mpp)
+        found = find_data(settings.data, mpp, settings.prior, slide_mpp=settings.slide_mpp)
         if found.kind != "slides":
-            raise InputError(f"--data {train.data}: ready-cut crops have one um/px; slides are needed")
-        crops = inputs.crops_of(found, found.split("train", "val"), train)
+            raise InputError(f"--data {settings.data}: ready-cut crops have one um/px; slides are needed")
+        crops = inputs.crops_of(found, found.split("train", "val"), settings)
         cells = [torch.from_numpy(crops.cells(i)) for i in spread(len(crops), args.crops)]
         cells = torch.nn.utils.rnn.pad_sequence(cells, True, float("nan"))  # (B, K, 2)
-        generator = torch.Generator().manual_seed(train.seed)
-        sizes = {"global": train.global_size} | ({"local": train.local_size} if train.local_crops else {})
+        generator = torch.Generator().manual_seed(settings.seed)
+        sizes = {"global": settings.global_size}
+        if settings.local_crops:
+            sizes["local"] = settings.local_size
         for kind, size in sizes.items():
             for scale in SCALES:
                 rows.append((mpp, kind, size, scale, *region_shares(cells, scale, size, generator)))
         mixed = inputs.with_both_regions(crops.priors())
-        shown[mpp] = views_of(crops, mixed[spread(len(mixed), args.show)].tolist(), train)
+        shown[mpp] = views_of(crops, mixed[spread(len(mixed), args.show)].tolist(), settings)
         whole = regions_present(crops.priors())
         print(f"{mpp:g} um/px: {(whole[0] & whole[1]).float().mean():.1%} of {len(crops)} crops have both "
               f"regions, a cell in {crops.priors().mean():.1%} of the patches")
@@ -115,7 +118,7 @@ def run(args):
     width = max(6.5, 1.5 * columns)
     figure = Figure(figsize=(width, 3.4 + 1.75 * lines), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3.4, 1.75 * lines))
-    draw_shares(above.subplots(), rows, train)
+    draw_shares(above.subplots(), rows, settings)
     axes = iter(below.subplots(lines, columns, squeeze=False))
     for mpp, of_crops in shown.items():
         for (image, views), line in zip(of_crops, axes):

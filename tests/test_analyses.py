@@ -12,10 +12,10 @@ from synthetic import arrays_of, refused, rows_of, saved, write, write_table
 
 import eval as eval_py
 import train
-from common.encoders import inputs_of, random_encoder, save_encoder
+from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import file_stamp
-from data import find_data, random_boxes
+from data import Draws, find_data, random_boxes
 from experiments import attention, folds, growth, heatmap, inputs, priors, sweep, table, tokens, views
 from prior import STAINS, bin_centroids
 
@@ -60,8 +60,8 @@ def here(made, monkeypatch):
 def make_seen(here, slide):
     """elsewhere/seen: a run whose encoder "saw" a slide, with features as if it had made them."""
     run, seen = here / "elsewhere/seen", {"data": "tiny", "images": {slide: 1}, "patients": []}
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0), arch="vit_t4", method="dirl", data="tiny",
-                 mpp=2.0, step=0, trained_on=seen)
+    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
+                 data="tiny", mpp=2.0, step=0, trained_on=seen)
     (run / "features").mkdir(exist_ok=True)
     for path in (here / ONE / "features").glob("*.npz"):
         values = arrays_of(path) | {"encoder": np.array(file_stamp(run / "encoder.pt"))}
@@ -100,7 +100,7 @@ def test_distances_by_hand():
 
 
 def test_drawn_tokens_are_of_their_kind_and_those_of_the_encoder():
-    encoder, images = random_encoder("vit_t4", 0), torch.randint(0, 256, (3, 3, 224, 224)).byte()
+    encoder, images = random_encoder("vit_t4", 0, MEAN, STD), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     p_c = (torch.rand(3, 196) < 0.3).float()
     places = tokens.draw_places(p_c, 50, seed=1)
     assert p_c.flatten()[places["cell"]].all() and not p_c.flatten()[places["background"]].any()
@@ -139,7 +139,7 @@ def test_shares_of_regions_are_brute_force(rng=np.random.default_rng(0)):
     cells = torch.tensor(rng.uniform(0, 224, (40, 9, 2)) * [1, 0.5], dtype=torch.float32)
     cells[::2, 3:] = float("nan")
     got = views.region_shares(cells, 0.1, 96, torch.Generator().manual_seed(5))
-    boxes = random_boxes(40, 224, (0.1, 0.1), torch.Generator().manual_seed(5)).numpy()
+    boxes = random_boxes(40, 224, (0.1, 0.1), Draws(torch.Generator().manual_seed(5))).numpy()
     covers = [bin_centroids((xy[~np.isnan(xy[:, 0])] - box[:2]) / box[2:] * 96, 96).mean().item()
               for xy, box in zip(cells.numpy(), boxes)]
     want = [np.mean([0 < c < 1 for c in covers]), np.mean(np.equal(covers, 1)), np.mean(np.equal(covers, 0))]

@@ -9,13 +9,13 @@ from PIL import Image
 from synthetic import arrays_of, refused, rows_of, saved, times, tissue, write, write_table
 
 import dirl
+import train
 from common import measures
 from common.classify import nearest
-from common.encoders import load_encoder, normalize
+from common.encoders import MEAN, STD, load_encoder, normalize
 from common.figures import draw_distribution
 from common.files import file_stamp, read_json
-from common.flags import arguments as train_arguments
-from common.run import is_finished
+from common.log import is_finished
 from data import find_data
 from experiments import claim, claim_table, compare, lc25000
 
@@ -196,7 +196,7 @@ def check_measures(out):
     small = image[:, :, 3::7, 3::7]  # bilinear at a seventh takes the middle px of seven
     encoder, _ = load_encoder(out / "baseline_seed0" / "encoder.pt")
     with torch.no_grad():
-        want = encoder.last_attention(normalize(small / 255)).sum(2).mean(1)[0]
+        want = encoder.last_attention(normalize(small / 255, MEAN, STD)).sum(2).mean(1)[0]
     assert rows["attention"].shape == (24, 196) and rows["attention at 32 px"].shape == (24, 4)
     np.testing.assert_allclose(rows["attention at 32 px"][0], want, rtol=2e-3)
     np.testing.assert_allclose(rows["attention"].sum(1), 196, rtol=1e-4)
@@ -244,7 +244,7 @@ def test_a_failing_arm_is_named_and_the_others_go_on(here, capsys, monkeypatch):
 
 def test_arms_are_flags_that_train_takes(here):
     for arm, flags in claim_table.ARMS.items():
-        parse = compare.arguments if claim.is_compared(flags or []) else train_arguments
+        parse = compare.arguments if claim.is_compared(flags or []) else train.arguments
         args = parse(["--data", "c", *TINY, *(flags or [])])
         ours = arm in ("shuffled", "lambda_2_0.25", "two_views", "zeros") or arm.endswith("dirl")
         method = "dirl" if ours or arm == "random" else "cellback" if arm.endswith("cellback") else "baseline"

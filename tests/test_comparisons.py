@@ -14,8 +14,9 @@ import dirl
 import train
 from common.encoders import load_encoder
 from common.files import load_tensors, read_json
-from data import make_views
-from experiments import auxiliary, blocks, byol_simclr, compare, esvit, imix, selfpatch
+from common.watch import effective_rank
+from data import Augmentation, make_views
+from experiments import auxiliary, benchmark, blocks, byol_simclr, compare, esvit, imix, selfpatch
 from prior import bin_centroids, view_prior
 
 
@@ -116,6 +117,7 @@ def test_esvit_matches_each_token_to_the_most_similar():
                 best = max(range(4), key=lambda j: cos(y, of_teacher[u, b, j]))
                 terms.append(cross_entropy(x, teacher[u, b, best], center) / len(f[b]))
     same(module(student, teacher, tokens, of_teacher), sum(terms) / (4 * 3), *student)  # 4 pairs, 3 crops
+    module.update_center()
     torch.testing.assert_close(module.center, 0.9 * center + 0.1 * teacher.mean((0, 1, 2)))
 
 
@@ -138,6 +140,7 @@ def test_selfpatch_compares_each_view_with_itself():
              for a, b in zip(student, teacher) for s, t in zip(a, b)]
     same(module(student, teacher), sum(views) / 3, *student)
     rows = torch.cat([t.flatten(0, 2) for t in teacher])
+    module.update_center()
     torch.testing.assert_close(module.center, 0.1 * rows.mean(0))
 
 
@@ -147,10 +150,10 @@ def test_selfpatch_teacher_aggregates_neighbours_and_sees_all_views():
     views = [torch.randn(2, 2, 3, 48, 48), torch.randn(1, 2, 3, 48, 48)]
     tokens = model.encoder(views[0][1])
     torch.testing.assert_close(model(views)[1][0][1], model.aggregation.norm(tokens))
-    model.neighbours = True
     expected = model.aggregation(selfpatch.similar_neighbours(tokens)[0])  # (n, 4, d) of the first crop
-    torch.testing.assert_close(model(views)[1][0][1, 0], expected)
-    assert len(train.teach(model, views, [None, None])[1]) == 2
+    taught = selfpatch.teach_neighbours(model, views, None)[1]
+    torch.testing.assert_close(taught[0][1, 0], expected)
+    assert len(taught) == 2
 
 
 def test_imix_weighs_the_losses_against_both_crops():
@@ -199,8 +202,9 @@ def steps():
     crops = (crops * torch.linspace(0.4, 1, 12).view(-1, 1, 1, 1)).to(torch.uint8)  # told apart at this size
     cells, out = torch.rand(12, 40, 2) * 224, {}
     for counts in (False, True):
-        out[counts] = [make_views(crops, cells, torch.Generator().manual_seed(step), 1, (0.4, 1), (0.2, 0.4),
-                                  48, 32, 0.2, 0, 0, 0, counts=counts) for step in range(6)]
+        how = Augmentation(1, (0.4, 1), (0.2, 0.4), 48, 32, 0.2, 0, 0, 0)
+        out[counts] = [make_views(crops, cells, torch.Generator().manual_seed(step), how, counts=counts)
+                       for step in range(6)]
     return out
 
 
@@ -216,21 +220,25 @@ def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
                            norm_last_layer=True, student_temp=0.1, center_momentum=0.3, lambda_1=0.5,
                            lambda_2=0.025, sup_weight=1, heads=[2, 3])
     build = blocks.build if ssl == "heads" else compare.BUILD[ssl]
-    student, teacher, loss_fn = build(tiny(), args)
+    recipe = build(tiny(), args)
+    student, teacher = recipe.student, recipe.teacher
     optimizer, fits = torch.optim.AdamW(student.parameters(), 1e-3), []
     for step in range(36):
         views, priors = steps[ssl == "lsup"][step % 6]
-        loss, each = loss_fn(student(views, priors), train.teach(teacher, views, priors), 0.04)
+        with torch.no_grad():
+            target = recipe.teach(teacher, views, priors)
+        loss, each = recipe.loss(student(views, priors), target, 0.04)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         dirl.update_teacher(student, teacher, 0.96)
-        fits.append(sum(each[name].item() - getattr(module, "entropy", 0)  # KL(q || p) where there is a q
-                        for name, module in loss_fn.losses.items()))
-    assert list(each) == list(loss_fn.losses)
+        recipe.loss.update_centers()
+        entropy = sum(module.entropy for module in recipe.dino.values())
+        fits.append(float(sum(each.values()) - entropy))  # KL(q || p) where there is a q
+    assert tuple(each) == recipe.names and set(recipe.dino) <= set(each)
     assert sum(fits[-6:]) < 0.9 * sum(fits[:6])
     f = F.normalize(teacher.encoder(views[0][0]).mean(1), dim=-1)
-    assert train.effective_rank(f) > 1.5 and (f @ f.t()).min() < 0.9
+    assert effective_rank(f) > 1.5 and (f @ f.t()).min() < 0.9
     if ssl == "simclr":  # what is saved is what is trained
         for a, b in zip(teacher.encoder.parameters(), student.encoder.parameters()):
             assert a.data_ptr() == b.data_ptr() and not a.requires_grad
@@ -246,6 +254,7 @@ SHORT = [*SIZES, "--depth", "2"]
     (["--ssl", "imix", "--method", "dirl"], "--method dirl"), (["--ssl", "byol", "--heads", "2"], "--heads"),
     (["--ssl", "dino", "--heads", "2", "13"], "--heads"), (["--ssl", "dino", "--depth", "0"], "--depth"),
     (["--ssl", "dino", "--arch", "vit_h", "--depth", "13"], "--arch vit_h"),
+    (["--ssl", "dino", "--arch", "vit_h", "--heads", "12"], "--arch vit_h"),
     (["--ssl", "lsup", "--sup-weight", "nan"], "--sup-weight"),
     (["--ssl", "byol", "--empty-regions", "zeros"], "--empty-regions")])
 def test_flags_that_do_not_go_together(place, capsys, argv, says):
@@ -268,7 +277,7 @@ def test_a_stopped_comparison_goes_on_as_if_it_had_not(place, folder, capsys):
     own = ["--run", str(run), "--ssl", "simclr", "--method", "cellback", *SHORT]
     refused(capsys, compare.main, own, "--ssl byol (now simclr)")
     own = ["--run", str(run), "--method", "cellback", *SIZES]
-    refused(capsys, train.main, own, "--ssl byol (now None)")
+    refused(capsys, train.main, own, "--ssl byol (now dino)")
 
 
 def test_every_comparison_goes_through_the_loop(place, folder, capsys):
@@ -276,5 +285,5 @@ def test_every_comparison_goes_through_the_loop(place, folder, capsys):
         assert compare.main([*argv, *SHORT, "--max-steps", "1", "--run", "runs/one"]) == 0
         (Path("runs/one") / "checkpoint.pt").unlink()
         load_encoder("runs/one/encoder.pt")
-    assert compare.main(["--ssl", "esvit", *SHORT, "--benchmark", "1"]) == 0
+    assert benchmark.main([*SHORT, "--steps", "1"]) == 0
     assert "student's heads" in capsys.readouterr().out

@@ -22,11 +22,13 @@ FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.
          "--disentangled-dim", "32", "--local-crops", "2", "--drop-path", "0", "--precision", "fp32"]
 
 
+VIEWS = data.Augmentation(2, global_size=96, local_size=48)
+
+
 def made_views(device="cpu"):
     crops = torch.randint(0, 256, (4, 3, 96, 96), generator=torch.Generator().manual_seed(0)).byte()
     cells = torch.rand(4, 20, 2, generator=torch.Generator().manual_seed(1)) * 96
-    views, priors = data.make_views(crops, cells, torch.Generator().manual_seed(2), 2, global_size=96,
-                                    local_size=48)
+    views, priors = data.make_views(crops, cells, torch.Generator().manual_seed(2), VIEWS)
     return [x.to(device) for x in views], [p.to(device) for p in priors]
 
 
@@ -49,6 +51,7 @@ def one_step(student, device):
     train.clip_gradients(list(student.parameters()), 3.0)
     optimizer.step()
     dirl.update_teacher(student, teacher, 0.9)
+    loss_fn.update_centers()
     out = {"loss": loss.detach(), **each, **grads, **loss_fn.state_dict(),
            **{f"teacher {name}": p for name, p in teacher.named_parameters()}}
     return {name: tensor.cpu() if device != "meta" else tensor for name, tensor in out.items()}
@@ -64,6 +67,7 @@ def test_a_step_makes_no_tensor_on_another_device(method):
     loss.backward()
     finite = train.clip_gradients(list(student.parameters()), 3.0)
     dirl.update_teacher(student, teacher, 0.9)
+    loss_fn.update_centers()
     assert {t.device.type for t in (loss, finite, *each.values())} == {"meta"}
     assert all(p.grad.device.type == "meta" for p in student.parameters())
     scores, bag, attention = mil.DSMIL(8, 2).to("meta")(torch.empty(5, 8, device="meta"))
@@ -84,14 +88,14 @@ def test_a_step_on_cuda_is_that_on_the_cpu(method):
 @needs_gpu
 def test_views_on_cuda_are_those_of_the_same_numbers(monkeypatch):
     """The generators of CPU and GPU differ, so the CPU's numbers are used for both."""
-    def of_cpu(shape, low, high, generator, numbers):
-        return torch.empty(shape).uniform_(low, high, generator=numbers).to(generator.device)
+    def of_cpu(draws, shape, low, high, numbers):
+        return torch.empty(shape).uniform_(low, high, generator=numbers).to(draws.device)
     crops, cells = torch.randint(0, 256, (4, 3, 96, 96)).byte(), torch.rand(4, 20, 2) * 96
     out = []
     for device in ("cpu", "cuda"):
         numbers = torch.Generator().manual_seed(3)
-        monkeypatch.setattr(data, "uniform", lambda *args, numbers=numbers: of_cpu(*args, numbers))
-        out.append(data.make_views(crops, cells, torch.Generator(device), 2, global_size=96, local_size=48))
+        monkeypatch.setattr(data.Draws, "uniform", lambda *args, numbers=numbers: of_cpu(*args, numbers))
+        out.append(data.make_views(crops, cells, torch.Generator(device), VIEWS))
     for (x, p), (y, q) in zip(zip(*out[0]), zip(*out[1])):
         torch.testing.assert_close(y.cpu(), x, atol=2e-3, rtol=0)
         assert torch.equal(q.cpu(), p)
@@ -145,8 +149,7 @@ def test_a_step_on_cuda_does_not_wait_for_the_gpu():
     for warm in (True, False):
         torch.cuda.set_sync_debug_mode("default" if warm else "error")
         try:
-            views, priors = data.make_views(crops, cells, torch.Generator("cuda").manual_seed(0), 2,
-                                            global_size=96, local_size=48)
+            views, priors = data.make_views(crops, cells, torch.Generator("cuda").manual_seed(0), VIEWS)
             with torch.no_grad():
                 target = teacher(views[:1], priors[:1])
             loss, _ = loss_fn(student(views, priors), target)
@@ -155,5 +158,6 @@ def test_a_step_on_cuda_does_not_wait_for_the_gpu():
             train.clip_gradients(list(student.parameters()), 3.0)
             optimizer.step()
             dirl.update_teacher(student, teacher, 0.9)
+            loss_fn.update_centers()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -15,7 +15,7 @@ from synthetic import arrays_of, refused, replace, rows_of, saved, times, write,
 import dirl
 import eval as eval_py
 from common import classify, measures
-from common.encoders import random_encoder, save_encoder
+from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.files import save_tensors
 from common.measures import auc, bootstrap, macro_f1
 from data import find_data
@@ -41,7 +41,8 @@ def patch(path, label, seed, size=224):
 
 def run_folder(name="runs/tiny_vit_t_dirl", seed=0):
     """A run with an encoder.pt that was never trained."""
-    save_encoder(Path(name) / "encoder.pt", random_encoder("vit_t", seed), arch="vit_t", method="dirl",
+    encoder = random_encoder("vit_t", seed, MEAN, STD)
+    save_encoder(Path(name) / "encoder.pt", encoder, arch="vit_t", method="dirl",
                  data="tiny", mpp=2.0, step=0, trained_on={"data": "tiny", "images": {}, "patients": []})
     return Path(name)
 

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import prepared, refused, rows_of, saved, times, tissue
+from synthetic import refused, rows_of, times
 
 import data
 import dirl
 import eval as eval_py
 import train
-from common.encoders import random_encoder, save_encoder
+from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.files import load_tensors
-from common.pack import Packed
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
@@ -58,30 +57,15 @@ def test_a_batch_in_parts_is_the_batch(place, folder, capsys):
     refused(capsys, train.main, [*argv, "--accumulate", "3"], "--accumulate")
 
 
-def test_packed_crops_are_the_crops_and_are_packed_again_where_they_changed(place, folder):
-    found, _ = prepared("tiny set", mpp=2.0)
-    crops, path = data.Crops(found, found.split("train")), place / "packed.npy"
-    packed = Packed(crops, path)
-    assert len(packed) == 4
-    for i, (image, cells) in enumerate(packed):
-        assert torch.equal(image, crops[i][0]) and torch.equal(cells, crops[i][1])
-    before = path.stat().st_mtime_ns
-    Packed(crops, path)
-    assert path.stat().st_mtime_ns == before
-    saved(Path(crops.files[0]), array=tissue(224))
-    assert torch.equal(Packed(crops, path)[0][0], crops[0][0]) and path.stat().st_mtime_ns > before
-
-
 def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
     crops, cells = torch.randint(0, 256, (4, 3, 64, 64)).byte(), torch.rand(4, 5, 2) * 64
 
-    def views(crops, cells, part):
-        generator = data.PartOfBatch().manual_seed(5)
-        generator.part = part
-        (x, *_), (prior, *_) = data.make_views(crops, cells, generator, 1, global_size=32, local_size=16)
+    def views(crops, cells, shard):
+        how = data.Augmentation(1, global_size=32, local_size=16)
+        (x, *_), (prior, *_) = data.make_views(crops, cells, torch.Generator().manual_seed(5), how, shard)
         return x, prior
-    whole, halves = views(crops, cells, (0, 1)), [views(crops[k: k + 2], cells[k: k + 2], (k // 2, 2))
-                                                  for k in (0, 2)]
+    whole = views(crops, cells, (0, 1))
+    halves = [views(crops[k: k + 2], cells[k: k + 2], (k // 2, 2)) for k in (0, 2)]
     for got, want in zip(zip(*halves), whole):
         torch.testing.assert_close(torch.cat(got, 1), want)
 
@@ -93,8 +77,10 @@ def test_the_centre_of_parts_is_the_centre_of_the_batch():
     whole(student, teacher, 0.04, there, there[:2])
     for k in (0, 2, 4):
         some = slice(k, k + 2)
-        parts(student[:, some], teacher[:, some], 0.04, there[:, some], there[:2, some], move_center=k == 4)
-        assert k == 4 or not parts.center.any()
+        parts(student[:, some], teacher[:, some], 0.04, there[:, some], there[:2, some])
+    assert not parts.center.any()
+    whole.update_center()
+    parts.update_center()
     torch.testing.assert_close(parts.center, whole.center)
 
 
@@ -108,7 +94,7 @@ def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder
         before = now
     seen = {"data": "tiny_set", "images": {}, "patients": []}
     run = place / "runs" / "tiny_set_vit_t4_dirl"
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0), arch="vit_t4", method="dirl",
+    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
                  data="tiny_set", mpp=2.0, step=1, trained_on=seen)
     test = [*common, "--device", "cpu", "--repeats", "1", "--epochs", "1"]
     assert eval_py.main([*test, "--shard", "0/2"]) == 0 and len(times(run / "features")) == 4

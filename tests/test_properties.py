@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import train
 from common.errors import InputError
-from common.flags import arguments
 from wsi.cells import read_cells
 from wsi.folders import find_folder
 
@@ -156,7 +156,7 @@ NUMBERS = [
 def test_any_value_of_a_flag_is_taken_or_refused(flag, value):
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            args = arguments([f"{flag}={value}"])
+            args = train.arguments([f"{flag}={value}"])
     except InputError as error:
         assert flag in str(error) and "\n" not in str(error)
     else:

@@ -18,9 +18,11 @@ import dirl
 import eval as eval_py
 import train
 from common import encoders
-from common.encoders import load_encoder, normalize
+from common.encoders import MEAN, STD, load_encoder, normalize
 from common.errors import InputError
 from common.files import load_tensors, save_tensors
+from common.watch import effective_rank
+from experiments import benchmark, curves
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--workers", "1", "--device", "cpu"]
@@ -89,7 +91,7 @@ def check_features_and_attention(place, run):
 
     def tile(name):
         image = np.asarray(Image.open(place / f"datasets/tiny_set/crops/2um/{name}/0_0.jpg"))
-        return normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255)
+        return normalize(torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255, MEAN, STD)
     file = arrays_of(run / "features" / "nests_1.npz")
     assert file["features"].shape == (1, 192) and file["features"].dtype == np.float32
     assert file["coords"].tolist() == [[0, 0]] and file["coords"].dtype == np.int64
@@ -194,7 +196,7 @@ def test_probe_writes_bins_and_neighbours_into_the_log(place, capsys):
     row = rows_of(place / "runs" / "in_vit_t_baseline" / "log.csv")[-1]
     encoder, _ = load_encoder(place / "runs" / "in_vit_t_baseline" / "encoder.pt")
     with torch.no_grad():
-        columns = encoder.last_attention(normalize(torch.stack(test).float() / 255)).sum(2).mean(1)
+        columns = encoder.last_attention(normalize(torch.stack(test).float() / 255, MEAN, STD)).sum(2).mean(1)
     bins = {"0_to_0.5": columns < 0.5, "0.5_to_2": (columns >= 0.5) & (columns <= 2), "over_2": columns > 2}
     for name, there in bins.items():
         assert float(row[f"probe_{name}"]) == pytest.approx(there.float().mean().item(), abs=2e-3)
@@ -229,7 +231,7 @@ def entropy_curve(place, capsys, *flags):
 def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
     rows, said = entropy_curve(place, capsys, "--teacher-temp", "10")
     assert all(float(row["entropy_f"]) > 0.98 for row in rows)
-    told = [line for line in (said.out + said.err).splitlines() if "Warning" in line and "uniform" in line]
+    told = [line for line in (said.out + said.err).splitlines() if "warning: " in line and "uniform" in line]
     assert len(told) == 1 and "step 4" in told[0] and "Lower --teacher-temp" in told[0]
 
 
@@ -257,15 +259,15 @@ def test_log_holds_entropy_divergence_and_rank(place, capsys):
     assert {path.name for path in run.glob("encoder*")} == {"encoder.pt", "encoder_2.pt"}
     assert load_encoder(run / "encoder_2.pt")[1]["step"] == 2 * per_epoch
     assert "H" in said.err and "KL" in said.err
-    assert train.main(["--plot", str(run), str(run)]) == 0 and (run / "curves.png").stat().st_size > 10_000
-    refused(capsys, train.main, ["--plot", "nothing"], "--plot nothing")
+    assert curves.main([str(run), str(run)]) == 0 and (run / "curves.png").stat().st_size > 10_000
+    refused(capsys, curves.main, ["nothing"], "nothing: no log.csv")
 
 
 def test_effective_rank():
     eye = torch.eye(5)
-    assert train.effective_rank(torch.cat([eye, -eye])) == pytest.approx(5)
-    assert train.effective_rank(torch.arange(9.)[:, None] * eye[0]) == pytest.approx(1, abs=1e-4)
-    assert train.effective_rank(torch.ones(9, 5)) == 0
+    assert effective_rank(torch.cat([eye, -eye])) == pytest.approx(5)
+    assert effective_rank(torch.arange(9.)[:, None] * eye[0]) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.ones(9, 5)) == 0
 
 
 def test_init_takes_weights_in_timms_and_dinos_names(tmp_path, capsys):
@@ -300,15 +302,15 @@ def test_positions_of_another_grid_are_interpolated():
 def test_pixels_are_normalised_by_the_crops_own_statistics(place, capsys):
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     mean, std = encoders.stats_of_crops(images)
-    x = normalize(images / 255, (mean, std))
+    x = normalize(images / 255, mean, std)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=2e-3, rtol=0)
     entropy_curve(place, capsys, "--stats", "data", "--max-steps", "2")
     run = place / "runs" / "in_vit_t_baseline"
     encoder, about = load_encoder(run / "encoder.pt")
-    assert about["mean"] == list(encoder.stats[0]) != list(encoders.MEAN)
+    assert about["mean"] == list(encoder.mean) != list(encoders.MEAN)
     torch.testing.assert_close(encoders.represent(encoder, images), encoder(normalize(
-        images / 255, encoder.stats)).mean(1))
+        images / 255, encoder.mean, encoder.std)).mean(1))
     kept = load_tensors(run / "encoder.pt")
     for damaged in ({"std": [0, 1, 1]}, {"mean": None}, {"std": [1]}):
         save_tensors(run / "encoder.pt", kept | damaged)
@@ -324,14 +326,13 @@ def test_a_run_from_init_starts_at_these_weights(place, capsys):
         torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
 
-def test_benchmark_times_the_parts_of_a_step_and_touches_no_run(place, capsys):
+def test_benchmark_times_the_sections_of_a_step_and_writes_no_run(place, capsys):
     saved(place / "in" / "slides" / "more.png", array=tissue(448))
-    assert train.main([*SMALL, "--batch", "2", "--benchmark", "2"]) == 0
+    assert benchmark.main([*SMALL, "--batch", "2", "--steps", "2"]) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out[out.index("ms a step"):].splitlines()[1:-1]]
     assert len(rows) == 9 and all(float(row[-2]) > 0 for row in rows)
     assert sum(float(row[-1].rstrip("%")) for row in rows) == pytest.approx(100, abs=25)  # medians
-    assert "images a second, peak memory" in out and not (place / "runs").exists()
-    for flag in (["--compile"], ["--accumulate", "2"]):  # which it would not time
-        argv = [*SMALL, "--batch", "2", "--benchmark", "2", *flag]
-        refused(capsys, train.main, argv, "leave out --compile")
+    assert "crops a second, peak memory" in out and not (place / "runs").exists()
+    argv = [*SMALL, "--batch", "2", "--accumulate", "2"]  # which it would not time
+    refused(capsys, benchmark.main, argv, "--accumulate")

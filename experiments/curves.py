@@ -1,11 +1,17 @@
-"""Curves of runs: python train.py --plot RUN... draws their log.csv, to see whether something is learned."""
+"""Curves of runs: python -m experiments.curves RUN... draws their log.csv, to see whether a run learns.
+
+H is the teacher's entropy H(q) and KL the divergence KL(q || p) of student and teacher, both as shares of
+ln K: the loss is their sum. train.py's progress bar shows their means over the heads.
+"""
+import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from common.errors import InputError
+from common.errors import InputError, Parser, run_script
 from common.figures import save_figure
-from common.run import ONE_PROTOTYPE, PROBED, UNIFORM, read_log
+from common.log import ONE_PROTOTYPE, PROBED, UNIFORM, f_name, read_log
 
 STYLES = ("-", "--", ":", "-.")  # a run each, then again
 
@@ -14,7 +20,7 @@ def read_run(folder):
     """(title, {column: values over the steps that have one}) of a run; InputError if it has no log.csv."""
     rows = read_log(Path(folder) / "log.csv")
     if not rows:
-        raise InputError(f"--plot {folder}: no log.csv of a run in it")
+        raise InputError(f"{folder}: no log.csv of a run in it")
     columns = {}
     for name in rows[0]:
         pairs = [(int(row["step"]), row[name]) for row in rows if row.get(name)]
@@ -31,8 +37,7 @@ def smoothed(values, width):
 
 
 def plot_runs(folders):
-    """Draws loss, entropy and divergence of every head, the features' rank and the probe; gives 0."""
-    from matplotlib.figure import Figure
+    """Draws loss, entropy and divergence of every head, the features' rank and the probe; returns 0."""
     runs = [read_run(folder) for folder in folders]
     heads = list(dict.fromkeys(name.removeprefix("entropy_") for _, columns in runs for name in columns
                                if name.startswith("entropy_")))
@@ -71,4 +76,14 @@ def draw_panel(axis, panel, heads, columns, style, name):
         divergence = columns[f"kl_{head}"][1]
         values = {"entropy": entropy, "kl": divergence, "sum": entropy + divergence}[panel]
         axis.plot(step, smoothed(values, max(1, len(step) // 50)), style, color=f"C{k}", linewidth=1.2,
-                  label=f"f_{head} {name}".replace("f_f", "f"))
+                  label=f"{f_name(head)} {name}")
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m experiments.curves", description="Draws the curves of runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; the picture goes to the first")
+    return run_script("curves", lambda: plot_runs(parser.parse_args(argv).runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

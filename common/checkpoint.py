@@ -1,0 +1,129 @@
+"""The files that a run resumes from: config.json, checkpoint.pt, encoder.pt, and the lock of its folder."""
+import json
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.distributed import rank
+from common.encoders import save_encoder
+from common.errors import InputError, one_line
+from common.files import load_tensors, read_json, save_tensors, write_json
+
+NOT_FLAGS = ("crops", "images", "labels", "pixels")  # of config.json
+
+
+def check_config(path, config):
+    """InputError if the run of the config.json at path was started with settings other than config."""
+    old = read_json(path)
+    if not old:
+        raise InputError(f"{path}: cannot be read; use another folder for a new run")
+    new = json.loads(json.dumps(config))
+    changed = []
+    for name in dict.fromkeys([*new, *old]):
+        if old.get(name) != new.get(name):
+            setting = name if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
+            changed.append(f"{setting} {old.get(name)} (now {new.get(name)})")
+    if changed:
+        raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: use the same to resume it, "
+                         "or another folder for a new run (--run)")
+
+
+def lock_folder(folder):
+    """Locks a run's folder while this process lives and returns the lock; InputError if another has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder}: another train.py is writing to it; wait for it, or use another "
+                         "--run") from None
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); run where you may write") from None
+    return lock
+
+
+class Run:
+    """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt; locked from resume to exit.
+
+    config: what a resumed run has to have, too; trained_on: wsi.folders.what_was_seen; parts: {name: what has
+    a state_dict}, all that resuming needs, a "teacher" with an encoder among them.
+    """
+
+    def __init__(self, folder, config, trained_on, minutes=10, save_every=None, **parts):
+        self.folder = Path(folder)
+        self.config = config
+        self.trained_on = trained_on
+        self.parts = parts
+        self.minutes = minutes
+        self.save_every = save_every
+        self.lock = None
+        self.saved_at = time.monotonic()
+
+    def resume(self):
+        """Locks the run folder, loads checkpoint.pt if it exists, and returns the step to resume from.
+
+        Under torchrun every process loads it, and rank 0 alone locks and writes.
+        """
+        if not rank():
+            self.lock = lock_folder(self.folder)
+        try:
+            step = self.load() if (self.folder / "checkpoint.pt").is_file() else 0
+        except BaseException:
+            self.unlock()
+            raise
+        if not rank():
+            write_json(self.folder / "config.json", self.config)
+        return step
+
+    def load(self):
+        """Loads checkpoint.pt and returns its step; InputError if it is corrupt or of other settings."""
+        check_config(self.folder / "config.json", self.config)
+        state = load_tensors(self.folder / "checkpoint.pt")
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            step = state["step"]
+            if type(step) is not int or step < 1:
+                raise ValueError(f"step {step}")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(f"{self.folder}/checkpoint.pt: is corrupt or belongs to another run "
+                             f"({one_line(error)}); delete it to start over") from None
+        return step
+
+    def unlock(self):
+        if self.lock:
+            self.lock.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.unlock()
+
+    def save(self, step, log):
+        log.read()  # ends the run if it diverged: what is saved is good
+        if not rank():
+            self.save_encoder("encoder.pt", step)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
+        self.saved_at = time.monotonic()
+
+    def save_encoder(self, name, step):
+        about = {key: self.config[key] for key in ("arch", "method", "data", "mpp", "depth", "ssl")}
+        save_encoder(self.folder / name, self.parts["teacher"].encoder, **about, step=step,
+                     trained_on=self.trained_on)
+
+    def diverged(self, step, loss):
+        checkpoint = self.folder / "checkpoint.pt"
+        kept = f"{checkpoint} is the last good state" if checkpoint.is_file() else "nothing is saved yet"
+        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {kept}. Try a lower "
+                "--lr, a longer --warmup-epochs or --precision fp32, with a new --run")
+
+    def save_if_due(self, step, per_epoch, log):
+        """Saves after --save-minutes, or after a minute at the end of an epoch; and for --save-every."""
+        if self.save_every and step % (self.save_every * per_epoch) == 0 and not rank():
+            self.save_encoder(f"encoder_{step // per_epoch}.pt", step)
+        minutes = min(1, self.minutes) if step % per_epoch == 0 else self.minutes
+        if time.monotonic() - self.saved_at > 60 * minutes:
+            self.save(step, log)

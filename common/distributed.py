@@ -1,0 +1,61 @@
+"""Processes that share each batch, one per GPU or CPU, as torchrun starts them; one without it."""
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def join():
+    """Joins torchrun's processes, if it started this one."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    if int(os.environ["RANK"]):
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # The others wait while rank 0 prepares slides, which may take days.
+    dist.init_process_group(backend, timeout=timedelta(days=30))
+
+
+def device_of_process(device):
+    """The device of this process: of several on CUDA, the GPU of its local rank."""
+    if not dist.is_initialized() or torch.device(device).type != "cuda":
+        return device
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    return device
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """This process's number, 0 for the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def first_before_others():
+    """Runs the block on rank 0 first, then on the other ranks, which reuse its files."""
+    if dist.is_initialized() and rank():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not rank():
+        dist.barrier()
+
+
+def any_of(flag, device):
+    """Is the flag true in any process?"""
+    if not dist.is_initialized():
+        return bool(flag)
+    total = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(total)
+    return total.item() > 0

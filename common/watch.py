@@ -1,0 +1,49 @@
+"""What is watched while a network trains: the probe, the rank of its features, the contrast at the start."""
+import math
+
+import torch
+
+import dirl
+from common.classify import nearest
+from common.encoders import attention_of, in_batches, represent
+
+
+def probe(encoder, train, test, classes):
+    """Shares of the test tokens in the three bins of Fig. 4, and the accuracy of 20 nearest neighbours on f.
+
+    train, test: (images uint8 (N, 3, H, W), labels (N,)).
+    """
+    train_f = in_batches(lambda x: represent(encoder, x), train[0], 64).numpy()
+    test_f = in_batches(lambda x: represent(encoder, x), test[0], 64).numpy()
+    aggregated = in_batches(lambda x: attention_of(encoder, x), test[0], 64)
+    predicted = nearest(train_f, train[1], test_f, classes).argmax(1)
+    return *dirl.attention_bins(aggregated), (predicted == test[1]).mean()
+
+
+@torch.no_grad()
+def effective_rank(features):
+    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), features (N, d) centred.
+
+    1 where all features lie on a line, at most min(N - 1, d); 0 where all are the same, NaN where one is not
+    finite.
+    """
+    if not features.isfinite().all():
+        return math.nan
+    features = features.cpu()
+    values = torch.linalg.svdvals(features - features.mean(0))
+    if values[0] <= 1e-6 * features.norm():
+        return 0.0
+    return torch.special.entr(values / values.sum()).sum().exp().item()
+
+
+@torch.no_grad()
+def contrast(encoder, views):
+    """Variance of f between crops over its variance between two views of a crop; views (2, N, 3, H, W).
+
+    Both are sums over the d features; a crop counts by the mean of its two views, so that crops which do not
+    differ give 1/2.
+    """
+    f = torch.stack([encoder(view).mean(1) for view in views])  # (2, N, d)
+    between = f.mean(0).var(0, correction=1).sum()
+    within = f.var(0, correction=1).mean(0).sum()
+    return (between / within.clamp(min=1e-12)).item()
