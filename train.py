@@ -66,7 +66,7 @@ DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_di
             solarize=0.0, blur=0.3)
 
 
-def make_parser(prog="python train.py"):
+def argument_parser(prog="python train.py"):
     """The parser of train.py, which experiments add their own flags to."""
     parser = Parser(
         prog=prog, allow_abbrev=False, parents=[running_flags()],
@@ -192,7 +192,7 @@ def parse(parser, argv):
 
 def arguments(argv=None):
     """train.py's flags of a command line."""
-    return parse(make_parser(), argv)
+    return parse(argument_parser(), argv)
 
 
 def default_run(args):

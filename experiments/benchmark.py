@@ -50,8 +50,11 @@ class Timer:
         def enter(*_):
             open_sections.append(self.section(name))
             open_sections[-1].__enter__()
+
+        def leave(*_):
+            open_sections.pop().__exit__(None, None, None)
         module.register_forward_pre_hook(enter)
-        module.register_forward_hook(lambda *_: open_sections.pop().__exit__(None, None, None))
+        module.register_forward_hook(leave)
 
     def medians(self, steps):
         """{section: median milliseconds a step}, and the median of their sum; without WARM_UP."""
@@ -105,7 +108,7 @@ def benchmark(args, build=train.build_dirl):
 
 
 def arguments(argv):
-    parser = train.make_parser("python -m experiments.benchmark")
+    parser = train.argument_parser("python -m experiments.benchmark")
     parser.add_argument_group("benchmark").add_argument(
         "--steps", type=whole(), default=10, help="steps that are timed; more where timings vary")
     args = train.parse(parser, argv)

@@ -24,9 +24,9 @@ BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.bu
 BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
 
 
-def make_parser():
+def argument_parser():
     """train.py's parser with the flags of the comparison."""
-    parser = train.make_parser("python -m experiments.compare")
+    parser = train.argument_parser("python -m experiments.compare")
     add = parser.add_argument_group("comparison").add_argument
     add("--ssl", default="dino", choices=list(BUILD),
         help="how it is trained; byol, simclr and dino take every --method, the others are baselines")
@@ -40,7 +40,7 @@ def make_parser():
 def arguments(argv):
     """The flags of a comparison; InputError for what does not go together."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
+    parser = argument_parser()
     known, _ = parser.parse_known_args(argv)
     if known.ssl in BASELINES or known.heads:
         parser.set_defaults(method="baseline")

@@ -16,7 +16,7 @@ from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import file_stamp
 from data import Draws, find_data, random_boxes
-from experiments import attention, folds, growth, heatmap, inputs, priors, sweep, table, tokens, views
+from experiments import attention, folds, heatmap, inputs, priors, sweep, table, tokens, views
 from prior import STAINS, bin_centroids
 
 WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
@@ -355,14 +355,3 @@ def test_sweep_script(here, capsys):
     jobs = sweep.jobs_of(sweep.arguments(["prior", *ON, "--values", "cellpose", "hovernet"]))[1]
     assert " ".join(folder.name.removesuffix("_seed0") for _, _, folder, _ in jobs) == (
         "baseline cellback_cellpose cellback_hovernet dirl_cellpose dirl_hovernet")
-
-
-def test_growth_counts_crops_and_draws(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(growth.AXES, "crops", ("crops", (1000, 2000)))
-    monkeypatch.setattr(growth, "measure", lambda args, what, value: growth.start_up(value))
-    assert growth.main(["--what", "crops", "--out", str(tmp_path / "growth.png")]) == 0
-    rows = rows_of(tmp_path / "growth.csv")
-    assert [row["value"] for row in rows] == ["1000", "2000"]
-    assert all(float(row["seconds"]) > 0 for row in rows)
-    said = growth.PRINTED.search("5.31 images a second, peak memory 3.62 GiB; dirl")
-    assert said.groups() == ("5.31", "3.62")
