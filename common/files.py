@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import zlib
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from common.errors import InputError
 
 def part_of(path):
     """A temporary name beside path, of this process; removes what killed processes of this machine left."""
-    host = re.sub(r"\W", "", platform.node())
+    host = f"{zlib.crc32(platform.node().encode()):08x}"  # short: names of files may have 255 bytes
     for left in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.part"):
         number = left.name.removesuffix(".part").rsplit("-", 1)[1]
         if number.isdigit() and not is_alive(int(number)):
@@ -57,6 +56,24 @@ def atomic_write(path):
     finally:
         with suppress(OSError):
             temp.unlink()
+
+
+def files_under(folder):
+    """Yields the files under a folder. Linked folders are followed, each folder once; hidden names (macOS
+    writes ._*) are left out.
+    """
+    visited = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(at, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
 
 
 def save_tensors(path, state):
