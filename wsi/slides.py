@@ -2,16 +2,22 @@
 
 Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a slide are level-0 px, x first.
 """
+import hashlib
+import os
+import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import openslide
 from PIL import Image
 from scipy import ndimage
+from tifffile import TiffFile
 
 from common.errors import InputError
 from common.files import part_of, write_json
@@ -19,8 +25,15 @@ from common.parallel import LIMITS
 
 CROP = 224  # px
 FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
-SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
-               ".png", ".jpg", ".jpeg"}
+PLAIN_TYPES = {".png", ".jpg", ".jpeg"}
+SLIDE_TYPES = PLAIN_TYPES | {
+    ".svs", ".tif", ".tiff", ".btf", ".qptiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif",
+    ".dcm", ".czi", ".avs"}
+PACKED_TYPES = {".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+OTHER_TYPES = {  # of other scanners and microscopes, and images that are not read
+    ".vsi", ".isyntax", ".i2syntax", ".kfb", ".sdpc", ".mds", ".tmap", ".afi", ".lif", ".lsm", ".nd2", ".zvi",
+    ".oib", ".oir", ".ims", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jpx", ".jxl"}
+NAME_LIMIT = 200  # bytes of a slide's name: what is written adds up to 31, and a file system takes 255
 
 
 def slide_name(path):
@@ -32,16 +45,67 @@ def find_slides(files):
     """{name: file} of the slides among files; InputError if two have one name.
 
     The .dcm files of a folder are one series and so one slide, by its first file: openslide finds the others.
+    InputError for two series in a folder. The images that a .vms or .vmu names are no slides themselves.
     """
-    out = {}
-    for path in sorted(files):
-        if path.suffix.lower() not in SLIDE_TYPES or path.name.startswith(".") or not path.is_file():
+    files = [path for path in sorted(files) if path.suffix.lower() in SLIDE_TYPES
+             and not path.name.startswith(".") and path.is_file()]
+    parts = set()
+    for path in files:
+        parts |= parts_of(path) if path.suffix.lower() in (".vms", ".vmu") else set()
+    out, series = {}, {}
+    for path in files:
+        if path in parts:
             continue
         other = out.setdefault(slide_name(path), path)
-        one_series = path.suffix.lower() == ".dcm" and other.parent == path.parent
-        if other != path and not one_series:
+        is_dicom = path.suffix.lower() == ".dcm"
+        if other != path and not (is_dicom and other.parent == path.parent):
             raise InputError(f"{path}: has the name of {other}; rename one of the two")
+        uid = dicom_series(path) if is_dicom else None
+        if series.setdefault(other, uid) != uid:
+            raise InputError(f"{path}: is of another DICOM series than {other.name}; "
+                             "put each series into a folder of its own")
     return out
+
+
+def parts_of(path):
+    """The files that a Hamamatsu .vms or .vmu names as its own, next to it."""
+    lines = os.fsdecode(first_bytes(path)).splitlines()
+    return {path.parent / line.partition("=")[2].strip() for line in lines if "=" in line}
+
+
+# (0020,000D), the study's UID, and (0020,000E), the series', in explicit or implicit VR. They are
+# neighbours at the top level of a DICOM file only: sequences that refer to a series hold the latter alone.
+SERIES = re.compile(rb"\x20\0\x0d\0(?:UI..|.\0\0\0)[0-9.]*\0?"
+                    rb"\x20\0\x0e\0(?:UI..|.\0\0\0)([0-9.]+)", re.DOTALL)
+
+
+def dicom_series(path):
+    """SeriesInstanceUID of a DICOM file as bytes, b"" if it has none."""
+    found = SERIES.search(first_bytes(path))
+    return found[1] if found else b""
+
+
+def first_bytes(path):
+    """The first 64 KB of a file; b"" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 16)
+    except OSError:
+        return b""
+
+
+def why_not_read(path):
+    """Why a file that looks like a slide is not taken as one, with the way out; "" for any other file."""
+    ending = path.suffix.lower()
+    if ending in SLIDE_TYPES or ending in (".dat", ".partial"):  # MIRAX's data; downloads have their own line
+        return ""
+    if ending in PACKED_TYPES:
+        return "is not unpacked; unpack it, or take it out"
+    if ending in OTHER_TYPES:
+        return f"{ending} is not read; convert it to a pyramidal TIFF, or take it out"
+    vendor = openslide.OpenSlide.detect_format(path)
+    ending = ".dcm" if vendor == "dicom" else ".tif"
+    return f"is a slide ({vendor}) by its content; rename it to {ending}, or take it out" if vendor else ""
 
 
 # ---------------------------------------------------------------- slides
@@ -58,23 +122,72 @@ def number(text, low, high):
     return value if low < value < high else None
 
 
+UM = {"inch": 25400, "centimeter": 10_000, "cm": 10_000, "mm": 1000, "nm": 0.001, "micron": 1, "um": 1,
+      "\u00b5m": 1, "\u03bcm": 1, "\\u00B5m": 1}  # um in a unit, as TIFF, OME and ImageJ spell it
+OTHER_AXIS = {"openslide.mpp-x": "openslide.mpp-y", "OME.PhysicalSizeX": "OME.PhysicalSizeY"}
+RECORDS = ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX", "openslide.objective-power", "aperio.AppMag",
+           "tiff.XResolution", "tiff.ResolutionUnit")
+
+
+def tiff_properties(path, width):
+    """um/px that a TIFF records where openslide does not look, as properties; {} for any other file.
+
+    OME's PhysicalSizeX and -Y in um, of the image of that width, and the resolution tags, whose unit may be
+    ImageJ's.
+    """
+    try:
+        with TiffFile(path) as file:
+            tags, xml, imagej = file.pages[0].tags, file.ome_metadata, file.imagej_metadata or {}
+            units = {1: "none", 2: "inch", 3: "centimeter"}
+            out = {"tiff.ResolutionUnit": imagej.get("unit") or units[tags.valueof("ResolutionUnit", 2)]}
+            for name in ("XResolution", "YResolution"):
+                if name in tags:
+                    pixels, per = tags.valueof(name)
+                    out[f"tiff.{name}"] = f"{pixels / per:g}"
+        for pixels in ElementTree.fromstring(xml or "<none/>").iter():
+            if pixels.tag.endswith("Pixels") and pixels.get("SizeX") == str(width):
+                for name in ("PhysicalSizeX", "PhysicalSizeY"):
+                    out |= ome_property(name, pixels.get(name), pixels.get(f"{name}Unit", "um"))
+        return out
+    except Exception:  # tifffile raises many kinds for a broken file
+        return {}
+
+
+def ome_property(name, value, unit):
+    """A length of OME's as a property in um; as it is spelled if the unit is no length."""
+    if value is None:
+        return {}
+    return {f"OME.{name}": f"{float(value) * UM[unit]:g}" if unit in UM else f"{value} {unit}"}
+
+
+def check_square(x, y):
+    """ValueError if px of x um by y um are not square; y is None if it is not known."""
+    if y and not 0.95 < x / y < 1 / 0.95:
+        raise ValueError(f"its px are not square: {x:g} by {y:g} um")
+
+
+def mpp_by_resolution(properties, axis):
+    """um/px by the TIFF's resolution tags, or None."""
+    unit = UM.get(properties.get("tiff.ResolutionUnit", "inch"), 0)
+    per_unit = number(properties.get(f"tiff.{axis}Resolution"), 0, 1e9)
+    return number(unit / per_unit, *MPP_LIMITS) if per_unit else None
+
+
 def recorded_mpp(properties):
     """um/px of level 0 as the file records it, the property that says so, and a warning or "".
 
-    The order is openslide.mpp-x and -y, aperio.MPP, 10 / objective power, TIFF resolution; (None, "", "")
-    if there is none. Where mpp and power differ by more than 1.5 times, mpp counts, with a warning.
-    ValueError if the px are not square (to 5 %).
+    The order is openslide.mpp-x and -y, aperio.MPP, OME's PhysicalSizeX, 10 / objective power, TIFF
+    resolution; (None, "", "") if there is none. Where mpp and power differ by more than 1.5 times, mpp
+    counts, with a warning. ValueError if the px are not square (to 5 %).
     """
     def first(names, limits):
         found = ((number(properties.get(name), *limits), name) for name in names)
         return next((pair for pair in found if pair[0]), (None, ""))
 
-    mpp, name = first(("openslide.mpp-x", "aperio.MPP"), MPP_LIMITS)
+    mpp, name = first(("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX"), MPP_LIMITS)
     power, power_name = first(("openslide.objective-power", "aperio.AppMag"), POWER_LIMITS)
-    if name == "openslide.mpp-x":
-        other = number(properties.get("openslide.mpp-y"), *MPP_LIMITS) or mpp
-        if not 0.95 < mpp / other < 1 / 0.95:
-            raise ValueError(f"its px are not square: {mpp:g} by {other:g} um")
+    if name in OTHER_AXIS:
+        check_square(mpp, number(properties.get(OTHER_AXIS[name]), *MPP_LIMITS))
     if mpp:
         warning = ""
         if power and not 1 / 1.5 <= mpp * power / 10 <= 1.5:
@@ -83,10 +196,20 @@ def recorded_mpp(properties):
         return mpp, name, warning
     if power:
         return 10 / power, power_name, ""
-    unit = {"inch": 25400, "centimeter": 10000}.get(properties.get("tiff.ResolutionUnit", "inch"), 0)  # um
-    per_unit = number(properties.get("tiff.XResolution"), 0, 1e9)
-    mpp = number(unit / per_unit, *MPP_LIMITS) if per_unit else None
+    mpp = mpp_by_resolution(properties, "X")
+    if mpp:
+        check_square(mpp, mpp_by_resolution(properties, "Y"))
     return mpp, "tiff.XResolution" if mpp else "", ""
+
+
+def matching_levels(sizes):
+    """The levels of these (width, height) that are level 0 made smaller: one ratio, to 1 % and one px.
+
+    A level of other proportions is another picture, such as a macro image that is marked as a level.
+    """
+    width, height = sizes[0]
+    return [level for level, (w, h) in enumerate(sizes)
+            if abs(w * height - h * width) <= 0.01 * w * height + width + height]
 
 
 def on_white(rgba):
@@ -109,6 +232,8 @@ class Slide:
 
     def __init__(self, path, slide_mpp=None, said_mpp=None):
         self.path = Path(path)
+        if len(os.fsencode(slide_name(self.path))) > NAME_LIMIT:
+            raise InputError(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
         try:
             try:
                 self.handle = openslide.OpenSlide(str(path))
@@ -117,8 +242,13 @@ class Slide:
         except (openslide.OpenSlideError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
                              "is the file whole?") from None
+        self.width, self.height = self.handle.dimensions
+        properties = dict(self.handle.properties)
         try:
-            self.mpp, self.source, self.warning = recorded_mpp(self.handle.properties)
+            self.mpp, self.source, self.warning = recorded_mpp(properties)
+            if not self.mpp and not said_mpp:
+                properties |= tiff_properties(path, self.width)
+                self.mpp, self.source, self.warning = recorded_mpp(properties)
         except ValueError as error:
             raise InputError(f"{path}: {error}; convert it to square px") from None
         if said_mpp:
@@ -128,9 +258,16 @@ class Slide:
         if not self.mpp:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it; give it with "
+            found = ", ".join(f"{name} {properties[name]}" for name in RECORDS if name in properties)
+            raise InputError(f"{path}: no um/px and no magnification is recorded in it "
+                             f"(found: {found or 'nothing'}); give it with "
                              "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
-        self.width, self.height = self.handle.dimensions
+        self.levels = matching_levels(self.handle.level_dimensions)
+        others = [size for level, size in enumerate(self.handle.level_dimensions) if level not in self.levels]
+        if others:
+            sizes = ", ".join(f"{w} x {h}" for w, h in others)
+            unused = f"its levels of {sizes} px are not used: level 0 has other proportions"
+            self.warning = f"{self.warning}; {unused}" if self.warning else unused
 
     def check_size(self, gigapixels):
         """InputError if it claims more than so many px (--max-gigapixels): a broken file may claim any."""
@@ -139,9 +276,12 @@ class Slide:
                              f"{gigapixels:g}; raise it if the slide is that large")
 
     def level_for(self, mpp):
-        """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample."""
+        """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample.
+
+        Only matching_levels count.
+        """
         downs = self.handle.level_downsamples
-        fine = [i for i, down in enumerate(downs) if down * self.mpp <= mpp * 1.05]
+        fine = [i for i in self.levels if downs[i] * self.mpp <= mpp * 1.05]
         level = max(fine, key=lambda i: downs[i], default=0)
         return level, downs[level]
 
@@ -273,9 +413,28 @@ def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
     return len(kept)
 
 
+SAMPLE = 1 << 14  # bytes at a file's start, middle and end that are compared
+
+
 def file_identity(path):
-    """What tells a replaced file from the original: its name and its size in bytes."""
-    return {"file_name": Path(path).name, "file_bytes": Path(path).stat().st_size}
+    """What tells a replaced file from the original: its name, its size in bytes and a hash of samples."""
+    status = Path(path).stat()
+    return {"file_name": Path(path).name, "file_bytes": status.st_size,
+            "file_hash": sample_hash(Path(path), status.st_size, status.st_mtime_ns)}
+
+
+@lru_cache(maxsize=None)  # each file is read once in a process, unless it changes
+def sample_hash(path, size, changed):
+    """16 hex digits of the SHA-256 of a file's size, start, middle and end; "" if it cannot be read."""
+    digest = hashlib.sha256(str(size).encode())
+    try:
+        with open(path, "rb") as file:
+            for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+                file.seek(max(0, start))
+                digest.update(file.read(SAMPLE))
+    except OSError:
+        return ""
+    return digest.hexdigest()[:16]
 
 
 def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIMITS.gigapixels):
