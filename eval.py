@@ -162,7 +162,7 @@ def features_stamp(found, name, encoder_stamp, args):
     if info is None:
         return None
     precision = "bf16" if args.bf16 else "fp32"
-    cut_from = "{file_name} {file_bytes} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
+    cut_from = "{file_name} {file_hash} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
     return f"{encoder_stamp} {precision} {cut_from}"
 
 

@@ -7,6 +7,7 @@ from common.errors import InputError, printable
 from common.parallel import in_processes, limits_of
 from wsi import gdc
 from wsi.cells import cell_format
+from wsi.folders import not_read
 from wsi.plausible import what_is_odd
 from wsi.prepare import cell_file, read_crop, tile_info
 from wsi.slides import Slide
@@ -40,11 +41,16 @@ def check(args, found, error):
     folder = Path(args.root) / name if args.data in DATASETS else Path(args.data)
     where, layout = WHERE.get(name, OWN)
     print(f"{args.data}: {where}\nexpected: {layout.format(folder)}")
+    is_slides = found.kind == "slides" if found else folder.is_dir() and args.data not in CLASSES
+    others = not_read(folder) if is_slides else []
     if error:
         print("missing:", error)
+        for line in others:
+            if line not in error:
+                print("look at:", printable(line))
         return 1
     problems = [f"{path}: unfinished; run gdc-client download again"
-                for path in gdc.unfinished(folder / "slides")]
+                for path in gdc.unfinished(folder / "slides")] + others
     print(f"{found.kind}: {len(found.images)}")
     broken, lines = check_images(found, args)
     problems += lines + check_split(found, broken)

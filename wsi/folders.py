@@ -8,8 +8,8 @@ from pathlib import Path
 
 from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
 from common.errors import InputError, check_mpp, printable
-from common.files import read_csv
-from wsi.slides import SLIDE_TYPES, file_identity, find_slides
+from common.files import files_under, read_csv, read_json, write_json
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, file_identity, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -71,7 +71,9 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     kind, images, rows = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
-        raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})")
+        others = not_read(source) if kind == "slides" else []
+        raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})"
+                         f"{'; ' + others[0] if others else ''}")
     mpp = mpp or (DATASETS[data][0] if known else None)
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
@@ -92,11 +94,9 @@ def read_layout(data, source):
         rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
         return "crops", image_files(rows, source), rows
     if (source / "crops").is_dir() and not (source / "slides").is_dir():
-        files = sorted(path for path in (source / "crops").rglob("*")
-                       if path.suffix.lower() in CROP_TYPES and path.is_file())
+        files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
-    folder = source / "slides"
-    images = find_slides(folder.rglob("*") if folder.is_dir() else files_in(source))
+    images = find_slides(files_in(source))
     rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
     return "slides", images, bright_rows(rows, data) if FOLDERS.get(data) == "bright" else rows
 
@@ -112,11 +112,49 @@ def find_table(source):
 
 
 def files_in(source):
-    """The files of a folder without slides/; names its subfolders with slides, which are not used."""
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name != "cells"):
-        if any(path.suffix.lower() in SLIDE_TYPES for path in folder.iterdir()):
-            print(f"note: {folder}: has slides, but subfolders are used in {source}/slides/ only")
-    return source.iterdir()
+    """The files among which a folder's slides are: all under its slides/, else its own."""
+    if (source / "slides").is_dir():
+        return files_under(source / "slides")
+    return (path for path in source.iterdir() if path.is_file())
+
+
+def not_read(source):
+    """What looks like slides in a folder and is not read: a line for each file, one for all subfolders."""
+    lines = [f"{path}: {why}" for path in sorted(files_in(source)) if (why := why_not_read(path))]
+    beside = slides_beside(source)
+    if beside:
+        names = ", ".join(beside[:3]) + (", ..." if len(beside) > 3 else "")
+        lines.append(f"{source}: {len(beside)} subfolders or files in it hold slides ({names}), but only "
+                     f"{source}/slides/ is read, with its subfolders; move them there")
+    return lines
+
+
+def slides_beside(source):
+    """Names in a folder that are slides, or folders of slides, and are not where slides are read.
+
+    Next to slides/, plain images are no slides.
+    """
+    apart = (source / "slides").is_dir()
+    types = SLIDE_TYPES - PLAIN_TYPES if apart else SLIDE_TYPES
+    out = []
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in ("slides", "cells", "crops"):
+            continue
+        files = path.iterdir() if path.is_dir() else [path] if apart else []
+        if any(file.suffix.lower() in types and not file.name.startswith(".") for file in files):
+            out.append(path.name)
+    return out
+
+
+def tell_source(found):
+    """Prints a warning if what is kept of a data set was made from another folder of its name."""
+    kept, folder = found.work / "source.json", str(found.source.resolve())
+    before = read_json(kept).get("folder", folder)
+    if before != folder:
+        print(printable(f"warning: {found.work} was made from {before} and is now used for {folder}; what "
+                        "differs is recomputed. Rename one of the two folders to keep both"))
+    if read_json(kept) != {"folder": folder} and found.work.resolve() != found.source.resolve():
+        write_json(kept, {"folder": folder})
 
 
 def image_files(rows, folder):
@@ -278,22 +316,23 @@ def note(names, text):
 
 def what_was_seen(found, names):
     """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
-    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
+    hashes = {name: file_identity(found.images[name])["file_hash"] for name in names}
     patients = {found.labels[name]["patient"] if name in found.labels else patient_of(name) for name in names}
-    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
+    return {"data": found.name, "images": hashes, "patients": sorted(patients)}
 
 
 def check_unseen(found, names, seen, path):
     """InputError if the encoder at path was trained on one of these images or on one of their patients.
 
-    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
-    name counts within one data set, and everywhere for TCGA's.
+    seen: what_was_seen of its run. An image is the same if its name and file_hash are (its size, in an older
+    encoder.pt); a patient's name counts within one data set, and everywhere for TCGA's.
     """
     leaks = []
     for name in names:
         patient = found.labels[name]["patient"]
         comparable = seen["data"] == found.name or patient.startswith("TCGA-")
-        same_image = seen["images"].get(name) == file_identity(found.images[name])["file_bytes"]
+        identity = file_identity(found.images[name])
+        same_image = seen["images"].get(name) in (identity["file_hash"], identity["file_bytes"])
         if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
             leaks.append(name)
     if leaks:

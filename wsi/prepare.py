@@ -3,6 +3,7 @@
 crops/2um/<slide>/<x>_<y>.jpg (at 2 um/px) have crops/2um/<slide>.json beside them, and cells/ are in level-0
 px. What was made from another file or with other settings than now is recomputed or refused, never used.
 """
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from common.files import atomic_write, read_json, read_npz
 from common.parallel import LIMITS, call, in_processes, limits_of, shard_of
 from prior import segment_nuclei
 from wsi.cells import cell_format, read_cells
+from wsi.folders import not_read, tell_source
 from wsi.plausible import what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, FORMATS, cut_tiles, file_identity
 
-NAME_LIMIT = 200  # bytes: with what is added to it, a file system takes 255
 CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy",
                 "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
 
@@ -77,7 +78,8 @@ def describe_cells(count, crops, share, mpp):
 
 # ---------------------------------------------------------------- tiles
 
-TILES = ("file_name", "file_bytes", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles", "width", "height")
+TILES = ("file_name", "file_bytes", "file_hash", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles", "width",
+         "height")
 
 
 def tiles_folder(data):
@@ -88,8 +90,8 @@ def tiles_folder(data):
 def tile_info(data, name):
     """What a slide's tiles were cut from and with; None without tiles, or if they are of other input.
 
-    Other input is a slide's file of another name or size, or other um/px than it was cut with, by --slide-mpp
-    or labels.csv.
+    Other input is a slide's file of another name, size or hash, or other um/px than it was cut with, by
+    --slide-mpp or labels.csv.
     """
     info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
     if not info.keys() >= set(TILES) or not file_identity(data.images[name]).items() <= info.items():
@@ -116,12 +118,15 @@ def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):
     InputError if no slide can be used, or tiles are there that were cut with another --tissue.
     """
     need_mpp(data)
+    tell_source(data)
+    others = not_read(data.source)
+    if others:
+        print(printable(f"warning: {len(others)} files or folders look like slides and are not read; "
+                        f"python data.py check names each: {others[0]}"))
     crops, todo, failed = tiles_folder(data), [], []
     for name, path in data.images.items():
         info = tile_info(data, name)
-        if len(name.encode()) > NAME_LIMIT:
-            failed.append(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
-        elif info is None:
+        if info is None:
             todo.append((path, crops, data.mpp, data.slide_mpp, tissue, data.said_mpp(name),
                          limits.gigapixels))
         elif info["tissue"] != tissue:
@@ -148,7 +153,7 @@ def cell_file(data, name):
     """
     def those(folder):
         paths = [folder / (name + ending) for ending in CELL_ENDINGS]
-        return [path for path in paths if path.is_file()]
+        return [path for path in paths if os.path.isfile(path)]  # is_file() raises where a name is too long
 
     def is_of_prior(path):
         try:
@@ -267,6 +272,7 @@ def prepare_crop_cells(data, workers, limits=LIMITS):
     crops' names and what each was made from. Gives one line for each crop that was skipped.
     """
     need_mpp(data)
+    tell_source(data)
     done, files, failed, todo = read_crop_cells(data), cell_files_of_crops(data), [], {}
     for name in sorted(data.images.keys() - done.keys()):
         if files[name] or data.prior in ("auto", "builtin"):

@@ -166,7 +166,7 @@ def merge_seams(regions, near):
 def source_of(path, slide_mpp, segmenter="builtin", mpp=WORK_MPP):
     """What cells are made from, as text: the segmenter and the um/px it sees, the image and its um/px."""
     version = f" {DETECTOR}" if segmenter == "builtin" else ""
-    image = "{file_name} {file_bytes}".format_map(file_identity(path))
+    image = "{file_name} {file_bytes} {file_hash}".format_map(file_identity(path))
     return f"{segmenter}{version} at {mpp} um/px; {image} at {slide_mpp} um/px"
 
 
@@ -200,8 +200,9 @@ def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MP
         left[path] -= 1
         if not left[path] and path not in failed:
             parts, px = [xy for _, xy in sorted(found.pop(path).items())], slide_mpp[path]
-            save_cells(folder / segmenter / f"{slide_name(path)}.npz", merge_seams(parts, SEAM / px),
-                       source_of(path, px, segmenter, mpp))
+            file, cells = folder / segmenter / f"{slide_name(path)}.npz", merge_seams(parts, SEAM / px)
+            _, error = call(save_cells, (file, cells, source_of(path, px, segmenter, mpp)))
+            failed |= {path: error} if error else {}
     return failed
 
 
