@@ -16,8 +16,9 @@ from common.errors import InputError
 from common.files import files_under
 from data import find_data
 from eval import features_stamp
-from wsi import folders, gdc, segment, slides
+from wsi import folders, gdc, segment
 from wsi.folders import find_folder
+from wsi.headers import dicom_series
 from wsi.prepare import ready_cells, tile_info, tiles_folder
 from wsi.slides import file_identity
 
@@ -77,7 +78,7 @@ def test_two_dicom_series_in_a_folder_are_refused_by_name(tmp_path, explicit):
     folder = tmp_path / "slides" / "p1"
     dicom(folder / "0.dcm", "1.2.3.5", explicit)
     dicom(folder / "1.dcm", "1.2.3.5", explicit)
-    assert slides.dicom_series(folder / "0.dcm") == b"1.2.3.5"
+    assert dicom_series(folder / "0.dcm") == b"1.2.3.5"
     assert list(find_folder(str(tmp_path)).images) == ["p1"]
     dicom(folder / "2.dcm", "1.2.3.55", explicit)
     with pytest.raises(InputError, match=r"2.dcm: is of another DICOM series than 0.dcm; put each series"):

@@ -4,24 +4,22 @@ Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a s
 """
 import hashlib
 import os
-import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import openslide
 from PIL import Image
 from scipy import ndimage
-from tifffile import TiffFile
 
 from common.errors import InputError
 from common.files import part_of, write_json
 from common.parallel import LIMITS
+from wsi.headers import UM, dicom_series, parts_of, tiff_properties
 
 CROP = 224  # px
 FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
@@ -67,33 +65,6 @@ def find_slides(files):
     return out
 
 
-def parts_of(path):
-    """The files that a Hamamatsu .vms or .vmu names as its own, next to it."""
-    lines = os.fsdecode(first_bytes(path)).splitlines()
-    return {path.parent / line.partition("=")[2].strip() for line in lines if "=" in line}
-
-
-# (0020,000D), the study's UID, and (0020,000E), the series', in explicit or implicit VR. They are
-# neighbours at the top level of a DICOM file only: sequences that refer to a series hold the latter alone.
-SERIES = re.compile(rb"\x20\0\x0d\0(?:UI..|.\0\0\0)[0-9.]*\0?"
-                    rb"\x20\0\x0e\0(?:UI..|.\0\0\0)([0-9.]+)", re.DOTALL)
-
-
-def dicom_series(path):
-    """SeriesInstanceUID of a DICOM file as bytes, b"" if it has none."""
-    found = SERIES.search(first_bytes(path))
-    return found[1] if found else b""
-
-
-def first_bytes(path):
-    """The first 64 KB of a file; b"" if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(1 << 16)
-    except OSError:
-        return b""
-
-
 def why_not_read(path):
     """Why a file that looks like a slide is not taken as one, with the way out; "" for any other file."""
     ending = path.suffix.lower()
@@ -122,42 +93,9 @@ def number(text, low, high):
     return value if low < value < high else None
 
 
-UM = {"inch": 25400, "centimeter": 10_000, "cm": 10_000, "mm": 1000, "nm": 0.001, "micron": 1, "um": 1,
-      "\u00b5m": 1, "\u03bcm": 1, "\\u00B5m": 1}  # um in a unit, as TIFF, OME and ImageJ spell it
 OTHER_AXIS = {"openslide.mpp-x": "openslide.mpp-y", "OME.PhysicalSizeX": "OME.PhysicalSizeY"}
 RECORDS = ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX", "openslide.objective-power", "aperio.AppMag",
            "tiff.XResolution", "tiff.ResolutionUnit")
-
-
-def tiff_properties(path, width):
-    """um/px that a TIFF records where openslide does not look, as properties; {} for any other file.
-
-    OME's PhysicalSizeX and -Y in um, of the image of that width, and the resolution tags, whose unit may be
-    ImageJ's.
-    """
-    try:
-        with TiffFile(path) as file:
-            tags, xml, imagej = file.pages[0].tags, file.ome_metadata, file.imagej_metadata or {}
-            units = {1: "none", 2: "inch", 3: "centimeter"}
-            out = {"tiff.ResolutionUnit": imagej.get("unit") or units[tags.valueof("ResolutionUnit", 2)]}
-            for name in ("XResolution", "YResolution"):
-                if name in tags:
-                    pixels, per = tags.valueof(name)
-                    out[f"tiff.{name}"] = f"{pixels / per:g}"
-        for pixels in ElementTree.fromstring(xml or "<none/>").iter():
-            if pixels.tag.endswith("Pixels") and pixels.get("SizeX") == str(width):
-                for name in ("PhysicalSizeX", "PhysicalSizeY"):
-                    out |= ome_property(name, pixels.get(name), pixels.get(f"{name}Unit", "um"))
-        return out
-    except Exception:  # tifffile raises many kinds for a broken file
-        return {}
-
-
-def ome_property(name, value, unit):
-    """A length of OME's as a property in um; as it is spelled if the unit is no length."""
-    if value is None:
-        return {}
-    return {f"OME.{name}": f"{float(value) * UM[unit]:g}" if unit in UM else f"{value} {unit}"}
 
 
 def check_square(x, y):
