@@ -40,7 +40,7 @@ def svs(path, image, description):
 
 
 def scn(path, image, corner, size, mpp, power):
-    """A Leica slide of size (w, h) px whose scanned area is the image, at corner (x, y): openslide's bounds."""
+    """Writes a Leica slide of size (w, h) px whose scanned area is the image, at corner (x, y)."""
     height, width = image.shape[:2]
     nm = round(1000 * mpp)  # of a px
     about = """<image uuid="{id}"><pixels sizeX="{w}" sizeY="{h}">

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import prepared, replace, saved, scn, svs, times, tissue, write, write_table
+from synthetic import prepared, saved, scn, svs, tissue, write, write_table
 
 import data
 from common.export import export_geojson
-from data import Crops, find_data
+from data import Crops
 from experiments import heatmap, priors
 from wsi import check, plausible, slides
 from wsi import prepare as prepare_py
@@ -195,17 +195,16 @@ def warned(text):
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_cells_that_do_not_fit_their_slide_are_reported(oblong, capsys, monkeypatch, how):
-    monkeypatch.setattr(prepare_py, "READERS", "test")
+def test_cells_that_do_not_fit_their_slide_are_reported(oblong, capsys, how):
     file = write_xy(Path("in/cells/good.csv"), oblong)
     for xy, count in ((oblong, 0), (WRONG[how](oblong), 1)):
         write_xy(file, xy)
         data.main(["check", *FLAGS])
         first = warned(capsys.readouterr().out)
         _, failed = prepared(mpp=0.25, slide_mpp=0.25)
-        line = warned(capsys.readouterr().out)
-        assert failed == [] and len(first) == len(line) == count
-        assert all(line[0].startswith("warning: in/slides/good.png: ") for _ in range(count))
+        then = warned(capsys.readouterr().out)
+        assert failed == [] and len(first) == len(then) == count
+        assert all(line.startswith("warning: in/slides/good.png: ") for line in then)
         _, failed = prepared(mpp=0.25, slide_mpp=0.25)
         assert failed == [] and warned(capsys.readouterr().out) == []  # read once, said once
         argv = ["look", "in/slides/good.png", "--cells", str(file), "--mpp", "0.25", *FLAGS[2:]]
@@ -243,12 +242,11 @@ def test_true_cells_of_real_images_are_not_reported():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
 def test_wrong_cells_of_a_real_slide_are_reported(tmp_path):
-    path, other = SHARED / "slides" / "cmu-1-small-region.svs", SHARED / "slides" / "gallery-06.tiff"
-    tasks = [(path, Slide(path).mpp), (other, 0.5)]
-    assert prepare_py.segment_slides(tasks, "builtin", tmp_path, 1) == {}
-    cells = {file: read_cells(tmp_path / "builtin" / f"{file.stem}.npz") for file in (path, other)}
-    for file, rest in ((path, other), (other, path)):
-        slide, xy = Slide(file, 0.5), cells[file]
-        assert plausible.where_cells_are_odd(*plausible.misplaced(xy, slide), "f") == ""
-        for wrong in (xy[:, ::-1], xy * 2, xy / 2, xy * slide.mpp, cells[rest]):
-            assert plausible.where_cells_are_odd(*plausible.misplaced(wrong, slide), "f")
+    path = SHARED / "slides" / "cmu-1-small-region.svs"
+    slide, other = Slide(path), Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
+    assert prepare_py.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
+    xy = read_cells(tmp_path / "builtin" / "cmu-1-small-region.npz")
+    assert plausible.where_cells_are_odd(*plausible.misplaced(xy, slide), "f") == ""
+    wrong = [(xy[:, ::-1], slide), (xy * 2, slide), (xy / 2, slide), (xy * slide.mpp, slide), (xy, other)]
+    for places, on in wrong:
+        assert plausible.where_cells_are_odd(*plausible.misplaced(places, on), "f")

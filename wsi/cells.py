@@ -129,8 +129,8 @@ def parse_json(function, path, *prefix):
 def hovernet_scale(path, power, slide_mpp):
     """Returns level-0 px per px of HoVer-Net's centroids; 1 where "mag" is null or missing (tile mode).
 
-    In slide mode the centroids are px at "mag", counted from the objective power that the slide records. Where
-    none is recorded, 10 / slide_mpp stands for it, with a warning.
+    In slide mode HoVer-Net resamples the slide from its recorded objective power to "mag". Where no power is
+    recorded, 10 / slide_mpp is taken for it, with a warning.
     """
     mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
     if mag is None:

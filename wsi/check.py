@@ -126,7 +126,7 @@ def look_at_cells(path, slide_mpp, said_mpp, file):
 
 
 def check_places(found, files, args):
-    """Returns a line for each slide in files, {slide: its file of cells}, whose cells do not lie on its tissue.
+    """Returns a line for each slide whose cells do not lie on its tissue; files: {slide: its file of cells}.
 
     Files that prepare() has read are not read again.
     """
@@ -150,7 +150,7 @@ def check_places(found, files, args):
 
 
 def check_cells(found, broken, args):
-    """Prints whose cells exist; returns a line for each image whose cells are missing, unreadable or misplaced.
+    """Prints whose cells exist; returns a line for each image whose cells are missing, broken or misplaced.
 
     broken: names of the images that cannot be read.
     """

@@ -88,7 +88,7 @@ def what_is_odd(slide):
 
 
 def misplaced(xy, slide):
-    """Returns the shares of cells (K, 2), in level-0 px, that lie outside of an open Slide and on its glass."""
+    """Returns the shares of cells (K, 2), in level-0 px, that lie outside of a Slide and on its glass."""
     if not len(xy):
         return 0.0, 0.0
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))

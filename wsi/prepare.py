@@ -218,9 +218,11 @@ def ready_cells(data, name):
 
 
 def kept_shares(data, name, file):
-    """Returns the shares of a slide's cells from the file that are misplaced, or None before they are read."""
-    kept = read_npz(level0_copy(data, name), "source", "misplaced") if tile_info(data, name) else None
-    return kept["misplaced"] if kept and str(kept["source"]) == made_from(data, name, file) else None
+    """Returns the shares of a slide's cells from the file that are misplaced; None if it has to be read."""
+    kept = read_npz(level0_copy(data, name), "source", "misplaced")
+    if not kept or tile_info(data, name) is None or str(kept["source"]) != made_from(data, name, file):
+        return None
+    return kept["misplaced"]
 
 
 def prepare_cells(data, workers=2, limits=LIMITS):

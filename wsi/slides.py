@@ -61,7 +61,7 @@ def number(text, low, high):
 
 
 def first_number(properties, names, limits):
-    """Returns the first of the named properties that is a number within limits, and its name; else None, ""."""
+    """Returns the first of the named properties that is a number within limits, and its name; or None, ""."""
     for name in names:
         value = number(properties.get(name), *limits)
         if value is not None:
