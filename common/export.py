@@ -84,13 +84,15 @@ def export_csv(found, folder, names, out):
 
 # ---------------------------------------------------------------- QuPath
 
+# QuPath's px are level-0 px that count from the corner of the picture it shows: level-0 px - Slide.bounds.
+
 def square(corner, side):
-    """The outline of a tile as GeoJSON's polygon: corner (2,) and side in level-0 px."""
+    """The outline of a tile as GeoJSON's polygon: corner (2,) and side in QuPath's px."""
     return [np.round(corner + side * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]), 2).tolist()]
 
 
 def feature(kind, shape, coordinates, **properties):
-    """An object of QuPath's GeoJSON, in level-0 px; kind: annotation or detection."""
+    """An object of QuPath's GeoJSON, in its px; kind: annotation or detection."""
     return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
             "properties": {"objectType": kind, **properties}}
 
@@ -101,12 +103,15 @@ def write_features(path, features):
 
 
 def export_geojson(path, corners, info, cells):
-    """Tiles and cells of a slide for QuPath (drag the file onto the open slide), all in level-0 px.
+    """Writes tiles and cells of a slide for QuPath (drag the file onto the open slide).
 
-    corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections.
+    corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections;
+    both in level-0 px, as the tiles' names are.
     """
-    features = [feature("annotation", "Polygon", square((x, y), info["side"]), name=f"tile {x},{y}")
-                for x, y in np.asarray(corners)]
-    features += [feature("detection", "Point", point, name="cell")
-                 for point in (np.round(cells, 2).tolist() if cells is not None else [])]
+    features = []
+    for x, y in np.asarray(corners):
+        outline = square(np.subtract((x, y), info["bounds"]), info["side"])
+        features.append(feature("annotation", "Polygon", outline, name=f"tile {x},{y}"))
+    places = [] if cells is None else np.round(cells - info["bounds"], 2).tolist()
+    features += [feature("detection", "Point", place, name="cell") for place in places]
     write_features(path, features)

@@ -84,7 +84,8 @@ def cells_from_folder(folder, found, name):
     info = tile_info(found, name)
     if not files or info is None:
         return None
-    return read_cells(files[0], info["slide_mpp"], (info["width"], info["height"]))
+    size = info["width"], info["height"]
+    return read_cells(files[0], info["slide_mpp"], size, info["power"], info["bounds"])
 
 
 def cells_of(value, crops, found, args):

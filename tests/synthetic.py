@@ -39,6 +39,27 @@ def svs(path, image, description):
                      description=description)
 
 
+def scn(path, image, corner, size, mpp, power):
+    """Writes a Leica slide of size (w, h) px whose scanned area is the image, at corner (x, y)."""
+    height, width = image.shape[:2]
+    nm = round(1000 * mpp)  # of a px
+    about = """<image uuid="{id}"><pixels sizeX="{w}" sizeY="{h}">
+        <dimension sizeX="{w}" sizeY="{h}" r="0" ifd="{ifd}"/></pixels>
+        <view sizeX="{view[0]}" sizeY="{view[1]}" offsetX="{at[0]}" offsetY="{at[1]}"/><scanSettings>
+        <objectiveSettings><objective>{power:g}</objective></objectiveSettings><illuminationSettings>
+        <illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>"""
+    whole, area = np.multiply(size, nm), np.multiply((width, height), nm)
+    macro = about.format(id="a", w=256, h=256, ifd=0, view=whole, at=(0, 0), power=0.6)
+    scan = about.format(id="b", w=width, h=height, ifd=1, view=area, at=np.multiply(corner, nm), power=power)
+    text = (f'<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01" uuid="c"><collection uuid="d" '
+            f'sizeX="{whole[0]}" sizeY="{whole[1]}">{macro}{scan}</collection></scn>')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = {"tile": (256, 256), "compression": "zlib", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        file.write(np.full((256, 256, 3), 240, np.uint8), description=text, **how)
+        file.write(image, resolution=(1e4 / mpp, 1e4 / mpp), resolutionunit="CENTIMETER", **how)
+
+
 def pyramid(path, image, mpp, levels=(1, 2, 4)):
     """A tiled slide with levels and its um/px, as Aperio writes it."""
     with tifffile.TiffWriter(path) as file:

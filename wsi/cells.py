@@ -16,6 +16,7 @@ from common.errors import InputError, one_line
 from common.files import read_csv
 
 BAND = 256  # rows of a label image that are counted at once
+READERS = 2  # version of the readers: raise it where a file of cells is read as other cells than before
 MOST_CELLS = 20_000_000  # of one slide in an npz: ten times what the largest hold
 BATCH = 1000  # outlines whose centroids are computed at once
 CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
@@ -56,11 +57,11 @@ def cell_format(path):
                      "image, .csv or .npz with x and y are read")
 
 
-def read_cells(path, slide_mpp=None, slide_size=None):
-    """Cells of a slide from a segmentation result, (K, 2) float64 in level-0 px, in the cell_format of path.
+def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0)):
+    """Returns the cells of a slide from a segmentation result, (K, 2) float64 in level-0 px.
 
-    HoVer-Net: with "mag" a number the centroids are px at that magnification and slide_mpp (um/px of level 0)
-    converts them, x (10 / slide_mpp) / mag; with "mag" null (tile mode) they are taken as they are.
+    HoVer-Net: hovernet_scale converts the centroids by the slide's objective power (None: by slide_mpp, um/px
+    of level 0). GeoJSON counts from the corner of QuPath's picture, which is at the slide's bounds.
     HistomicsTK: point, rectangle, ellipse and circle by their center, polyline as a polygon; other elements
     (heat maps, arrows) are skipped. GeoJSON: each point and polygon is a cell, those of a MultiPoint or
     MultiPolygon too; nucleusGeometry counts before geometry; of QuPath's objects only cells and detections
@@ -75,8 +76,11 @@ def read_cells(path, slide_mpp=None, slide_size=None):
         elif kind == "table":
             xy = table_cells(path)
         else:
-            scale = hovernet_scale(path, slide_mpp) if kind == "hovernet" else 1
-            xy = json_cells(path, kind) * scale
+            xy = json_cells(path, kind)
+        if kind == "hovernet":
+            xy = xy * hovernet_scale(path, power, slide_mpp)
+        if kind == "geojson":
+            xy = xy + bounds
     except InputError:
         raise
     except Exception as error:  # whatever a broken file sets off in a reader
@@ -122,16 +126,24 @@ def parse_json(function, path, *prefix):
         yield from function(JsonSource(file), *prefix, use_float=True, buf_size=CHUNK)
 
 
-def hovernet_scale(path, slide_mpp):
-    """Level-0 px per px of HoVer-Net's centroids, by the file's "mag"; 1 where it is null or missing."""
+def hovernet_scale(path, power, slide_mpp):
+    """Returns level-0 px per px of HoVer-Net's centroids; 1 where "mag" is null or missing (tile mode).
+
+    In slide mode HoVer-Net resamples the slide from its recorded objective power to "mag". Where no power is
+    recorded, 10 / slide_mpp is taken for it, with a warning.
+    """
     mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
     if mag is None:
         return 1
     if type(mag) not in (int, float) or not 0 < mag < 1000:
         raise InputError(f"{path}: \"mag\" is {mag!r:.40}; a magnification such as 40, or null, is expected")
-    if slide_mpp is None:
+    if power is None and slide_mpp is None:
         raise InputError(f"{path}: its cells are px at {mag:g}x; give the slide's um/px to convert them")
-    return 10 / slide_mpp / mag
+    if power is None:
+        power = 10 / slide_mpp
+        print(f"warning: {path}: its cells are px at {mag:g}x, and the slide records no objective power; "
+              f"{power:g}x is taken for {slide_mpp:g} um/px")
+    return power / mag
 
 
 def find_place(path, kind):

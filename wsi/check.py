@@ -8,8 +8,8 @@ from common.parallel import in_processes, limits_of
 from wsi import gdc
 from wsi.cells import cell_format
 from wsi.folders import not_read
-from wsi.plausible import what_is_odd
-from wsi.prepare import cell_file, read_crop, tile_info
+from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
+from wsi.prepare import cell_file, is_builtin, kept_shares, read_crop, read_slide_cells, tile_info
 from wsi.slides import Slide
 
 SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
@@ -55,7 +55,7 @@ def check(args, found, error):
     broken, lines = check_images(found, args)
     problems += lines + check_split(found, broken)
     if args.data not in CLASSES:
-        problems += check_cells(found)
+        problems += check_cells(found, broken, args)
     if args.md5:
         problems += [f"{file}: {status}" for file, status in
                      gdc.md5_check(folder / "slides", folder / "manifest.tsv") if status != "ok"]
@@ -125,9 +125,42 @@ def check_split(found, broken):
     return problems
 
 
-def check_cells(found):
-    """Prints whose cells are there; one line for each image that has none of --prior or no readable ones."""
-    problems, cells = [], Counter()
+def look_at_cells(path, slide_mpp, said_mpp, file):
+    """Returns the shares of the cells in the file that lie outside of the slide and on its glass."""
+    slide = Slide(path, slide_mpp, said_mpp)
+    return misplaced(read_slide_cells(file, slide), slide)
+
+
+def check_places(found, files, args):
+    """Returns a line for each slide whose cells do not lie on its tissue; files: {slide: its file of cells}.
+
+    Files that prepare() has read are not read again.
+    """
+    problems, tasks, places = [], [], []
+    for name, file in files.items():
+        path, shares = found.images[name], kept_shares(found, name, file)
+        if shares is None:
+            tasks.append((path, args.slide_mpp, found.said_mpp(name), file))
+        else:
+            places.append((path, file, shares))
+    seconds = limits_of(args).seconds
+    for task, shares, error in in_processes(look_at_cells, tasks, args.workers, "cells, files", seconds):
+        if error:
+            problems.append(error)
+        else:
+            places.append((task[0], task[-1], shares))
+    for path, file, shares in places:
+        odd = where_cells_are_odd(*shares, file)
+        problems += [f"{path}: {odd}"] if odd else []
+    return problems
+
+
+def check_cells(found, broken, args):
+    """Prints whose cells exist; returns a line for each image whose cells are missing, broken or misplaced.
+
+    broken: names of the images that cannot be read.
+    """
+    problems, cells, given = [], Counter(), {}
     for name, path in found.images.items():
         file = cell_file(found, name if found.kind == "slides" else str(Path(name).with_suffix("")))
         if file is None:
@@ -139,5 +172,8 @@ def check_cells(found):
             cells["the built-in detector" if file.parent.name == "builtin" else cell_format(file)] += 1
         except InputError as error:
             problems.append(str(error))
+            continue
+        if found.kind == "slides" and name not in broken and not is_builtin(found, file):
+            given[name] = file
     print("cells:", ", ".join(f"{kind} {n}" for kind, n in cells.most_common()))
-    return problems
+    return problems + check_places(found, given, args)

@@ -11,8 +11,8 @@ from common.figures import save_figure
 from common.parallel import limits_of, time_limit
 from prior import bin_centroids
 from wsi.cells import read_cells
-from wsi.plausible import NUCLEUS, what_is_odd
-from wsi.prepare import describe_cells
+from wsi.plausible import NUCLEUS, misplaced, what_is_odd, where_cells_are_odd
+from wsi.prepare import describe_cells, read_slide_cells
 from wsi.segment import segment_slides
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask
 
@@ -21,9 +21,13 @@ USUAL = sum(NUCLEUS) / 2  # um, diameter of the circle that is drawn beside the 
 
 
 def cells_of(slide, args, limits):
-    """Cells (K, 2) of a slide in level-0 px: those of --cells, or the built-in detector's."""
+    """Returns the cells (K, 2) of a slide in level-0 px: those of --cells, or the built-in detector's."""
     if args.cells:
-        return read_cells(args.cells, slide.mpp, (slide.width, slide.height))
+        xy = read_slide_cells(args.cells, slide)
+        odd = where_cells_are_odd(*misplaced(xy, slide), args.cells)
+        if odd:
+            print(f"warning: {slide.path}: {odd}")
+        return xy
     with tempfile.TemporaryDirectory() as folder:
         tasks = [(slide.path, slide.mpp)]
         for error in segment_slides(tasks, "builtin", Path(folder), args.workers, limits).values():

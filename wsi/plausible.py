@@ -1,4 +1,7 @@
-"""Does a slide look as an H&E slide at its um/px does? What is odd is said, nothing is refused."""
+"""Sanity checks: of a slide's colors and nuclei at its um/px, and of where its cells lie.
+
+Findings are warnings, never errors.
+"""
 import numpy as np
 from scipy import ndimage
 
@@ -9,6 +12,7 @@ from wsi.slides import MASK_MPP, tissue_mask
 NUCLEUS = (4, 10)  # um: what nucleus_size gives for tissue at its true um/px; half or twice it is outside
 WHITE, CAST = 190, 45  # of 255: background is brighter than that, and its channels no farther apart
 H_AND_E = 0.5  # least share of what is not white that has the colours of H&E
+MISPLACED = 0.08  # share of cells outside of the slide or on glass: up to 0.038 for true cells (docs/data.md)
 REGION, REGIONS = 1024, 4  # px a side at about WORK_MPP, and how many regions with most tissue are looked at
 
 
@@ -81,3 +85,23 @@ def what_is_odd(slide):
         odd.append(f"its nuclei measure {size:.1f} um, where {NUCLEUS[0]} to {NUCLEUS[1]} are usual: "
                    f"are {slide.mpp:g} um/px (by {slide.source}) right?")
     return odd
+
+
+def misplaced(xy, slide):
+    """Returns the shares of cells (K, 2), in level-0 px, that lie outside of a Slide and on its glass."""
+    if not len(xy):
+        return 0.0, 0.0
+    picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
+    mask = tissue_mask(picture, unit * slide.mpp)
+    inside = ((xy >= 0) & (xy < (slide.width, slide.height))).all(1)
+    rows, columns = mask.shape
+    x, y = np.minimum(xy[inside] / unit, (columns - 1, rows - 1)).astype(int).T
+    return float((~inside).mean()), float((~mask[y, x]).sum() / len(xy))
+
+
+def where_cells_are_odd(outside, on_glass, file):
+    """Returns a warning about the file of cells that has these shares misplaced, or ""."""
+    if outside + on_glass <= MISPLACED:
+        return ""
+    return (f"{outside:.0%} of the cells in {file} lie outside of the slide and {on_glass:.0%} on its glass: "
+            "wrong scale, um instead of px, x and y exchanged, or the file of another slide?")

@@ -16,11 +16,11 @@ from common.errors import InputError, exit_code_of, print_skipped, printable
 from common.files import atomic_write, read_json, read_npz
 from common.parallel import LIMITS, call, in_processes, limits_of, shard_of
 from prior import segment_nuclei
-from wsi.cells import cell_format, read_cells
+from wsi.cells import READERS, cell_format, read_cells
 from wsi.folders import not_read, tell_source
-from wsi.plausible import what_is_odd
+from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
 from wsi.segment import save_cells, segment_slides, source_of
-from wsi.slides import CROP, FORMATS, cut_tiles, file_identity
+from wsi.slides import CROP, FORMATS, Slide, cut_tiles, file_identity
 
 CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy",
                 "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
@@ -79,7 +79,7 @@ def describe_cells(count, crops, share, mpp):
 # ---------------------------------------------------------------- tiles
 
 TILES = ("file_name", "file_bytes", "file_hash", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles", "width",
-         "height")
+         "height", "power", "bounds")
 
 
 def tiles_folder(data):
@@ -177,13 +177,15 @@ def is_builtin(data, file):
 def made_from(data, name, cells):
     """What an image's cells are made from, as text, to be kept with them and compared.
 
-    The file of cells with its size and time, or the detector and its version; the image's file and um/px.
+    The file of cells with its size and time and the version of the readers, or the detector and its version;
+    the image's file and um/px.
     """
     mpp = data.mpp if data.kind == "crops" else tile_info(data, name)["slide_mpp"]
     if cells is None or is_builtin(data, cells):
         return source_of(data.images[name], mpp)
     status = cells.stat()
-    return source_of(data.images[name], mpp, f"{cells.name} {status.st_size} {status.st_mtime_ns}", None)
+    file = f"{cells.name} {status.st_size} {status.st_mtime_ns}, readers {READERS}"
+    return source_of(data.images[name], mpp, file, None)
 
 
 def level0_copy(data, name):
@@ -191,9 +193,21 @@ def level0_copy(data, name):
     return data.work / "cells" / "level0" / data.prior / f"{name}.npz"
 
 
-def copy_level0(file, copy, slide_mpp, size, source):
-    """Reads a segmentation result once, whatever its format, and writes its cells in level-0 px."""
-    save_cells(copy, read_cells(file, slide_mpp, size), source)
+def read_slide_cells(file, slide):
+    """Returns the cells (K, 2) of an open Slide in level-0 px, whatever the format of the file."""
+    return read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
+
+
+def copy_level0(file, copy, path, slide_mpp, source):
+    """Reads a segmentation result once, whatever its format, and writes its cells in level-0 px.
+
+    Returns a warning if many of them lie outside of the slide or on its glass, else "".
+    """
+    slide = Slide(path, said_mpp=slide_mpp)
+    xy = read_slide_cells(file, slide)
+    shares = misplaced(xy, slide)
+    save_cells(copy, xy, source, misplaced=shares)
+    return where_cells_are_odd(*shares, file)
 
 
 def ready_cells(data, name):
@@ -207,6 +221,14 @@ def ready_cells(data, name):
     return np.stack([kept["x"], kept["y"]], 1).astype(np.float64)
 
 
+def kept_shares(data, name, file):
+    """Returns the shares of a slide's cells from the file that are misplaced; None if it has to be read."""
+    kept = read_npz(level0_copy(data, name), "source", "misplaced")
+    if not kept or tile_info(data, name) is None or str(kept["source"]) != made_from(data, name, file):
+        return None
+    return kept["misplaced"]
+
+
 def prepare_cells(data, workers=2, limits=LIMITS):
     """Finds or reads the cells of the slides that have tiles; one line for each slide that was skipped."""
     todo, missing, given = [], [], []
@@ -216,9 +238,8 @@ def prepare_cells(data, workers=2, limits=LIMITS):
             continue
         file, path = cell_file(data, name), data.images[name]
         if file and not is_builtin(data, file):
-            size = info["width"], info["height"]
             copy, source = level0_copy(data, name), made_from(data, name, file)
-            given.append((file, copy, info["slide_mpp"], size, source))
+            given.append((file, copy, path, info["slide_mpp"], source))
         elif file or data.prior in ("auto", "builtin"):
             todo.append((path, info["slide_mpp"]))
         else:
@@ -227,9 +248,12 @@ def prepare_cells(data, workers=2, limits=LIMITS):
     if missing and len(missing) == len(ready):
         raise InputError(f"--prior {data.prior}: no cells of it for any slide; {way_out}")
     failed = [f"{path}: no cells of {data.prior}; {way_out}" for path in missing]
-    for _, _, error in in_processes(copy_level0, given, workers, "cells, files", limits.seconds):
+    for (_, _, path, *_), odd, error in in_processes(copy_level0, given, workers, "cells, files",
+                                                     limits.seconds):
         if error:
             failed.append(error)
+        if odd:
+            tqdm.write(printable(f"warning: {path}: {odd}"))
     return failed + list(segment_slides(todo, "builtin", data.work / "cells", workers, limits).values())
 
 

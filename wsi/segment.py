@@ -170,12 +170,15 @@ def source_of(path, slide_mpp, segmenter="builtin", mpp=WORK_MPP):
     return f"{segmenter}{version} at {mpp} um/px; {image} at {slide_mpp} um/px"
 
 
-def save_cells(path, xy, source):
-    """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and source: what they were made from."""
+def save_cells(path, xy, source, **more):
+    """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and source: what they were made from.
+
+    more: other values to keep with them.
+    """
     xy = np.clip(xy, -1e9, 1e9)  # far beyond any slide; float32 has a limit
     xy = xy[np.lexsort((xy[:, 0], xy[:, 1]))].astype(np.float32)
     with atomic_write(path) as temp, open(temp, "wb") as file:
-        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source)
+        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source, **more)
 
 
 def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MPP):

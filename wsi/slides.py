@@ -82,6 +82,8 @@ def why_not_read(path):
 # ---------------------------------------------------------------- slides
 
 MPP_LIMITS, POWER_LIMITS = (0.05, 20), (0.5, 200)  # um/px; "unknown", 0 and 10^6 count as missing
+POWER_NAMES = ("openslide.objective-power", "aperio.AppMag")
+BOUNDS_NAMES = ("openslide.bounds-x", "openslide.bounds-y")
 
 
 def number(text, low, high):
@@ -111,6 +113,15 @@ def mpp_by_resolution(properties, axis):
     return number(unit / per_unit, *MPP_LIMITS) if per_unit else None
 
 
+def first_number(properties, names, limits):
+    """Returns the first of the named properties that is a number within limits, and its name; or None, ""."""
+    for name in names:
+        value = number(properties.get(name), *limits)
+        if value is not None:
+            return value, name
+    return None, ""
+
+
 def recorded_mpp(properties):
     """um/px of level 0 as the file records it, the property that says so, and a warning or "".
 
@@ -118,12 +129,8 @@ def recorded_mpp(properties):
     resolution; (None, "", "") if there is none. Where mpp and power differ by more than 1.5 times, mpp
     counts, with a warning. ValueError if the px are not square (to 5 %).
     """
-    def first(names, limits):
-        found = ((number(properties.get(name), *limits), name) for name in names)
-        return next((pair for pair in found if pair[0]), (None, ""))
-
-    mpp, name = first(("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX"), MPP_LIMITS)
-    power, power_name = first(("openslide.objective-power", "aperio.AppMag"), POWER_LIMITS)
+    mpp, name = first_number(properties, ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX"), MPP_LIMITS)
+    power, power_name = first_number(properties, POWER_NAMES, POWER_LIMITS)
     if name in OTHER_AXIS:
         check_square(mpp, number(properties.get(OTHER_AXIS[name]), *MPP_LIMITS))
     if mpp:
@@ -138,6 +145,12 @@ def recorded_mpp(properties):
     if mpp:
         check_square(mpp, mpp_by_resolution(properties, "Y"))
     return mpp, "tiff.XResolution" if mpp else "", ""
+
+
+def recorded_bounds(properties):
+    """Returns where QuPath's picture of a slide begins, (x, y) in level-0 px; (0, 0) if none is recorded."""
+    x, y = (number(properties.get(name), -1e9, 1e9) for name in BOUNDS_NAMES)
+    return int(x or 0), int(y or 0)
 
 
 def matching_levels(sizes):
@@ -165,6 +178,7 @@ class Slide:
 
     slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
     mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
+    power: the objective power that the file records, or None, whatever mpp is. bounds: see recorded_bounds.
     InputError, with the file's name, if it cannot be read or there is no um/px.
     """
 
@@ -206,6 +220,8 @@ class Slide:
             sizes = ", ".join(f"{w} x {h}" for w, h in others)
             unused = f"its levels of {sizes} px are not used: level 0 has other proportions"
             self.warning = f"{self.warning}; {unused}" if self.warning else unused
+        self.power = first_number(properties, POWER_NAMES, POWER_LIMITS)[0]
+        self.bounds = recorded_bounds(properties)
 
     def check_size(self, gigapixels):
         """InputError if it claims more than so many px (--max-gigapixels): a broken file may claim any."""
@@ -406,7 +422,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
         write_json(crops / f"{name}.json", {
             "slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp,
             "mpp_source": slide.source, "tissue": tissue, "tiles": count, "width": slide.width,
-            "height": slide.height})
+            "height": slide.height, "power": slide.power, "bounds": slide.bounds})
     except OSError as error:
         raise InputError(f"{crops / name}: cannot be written ({error.strerror}); "
                          "make room or run where you may write") from None
