@@ -6,9 +6,10 @@ from common.datasets import CLASSES, DATASETS, FOLDERS
 from common.errors import InputError, printable
 from common.parallel import in_processes, limits_of
 from wsi import gdc
+from wsi.cell_files import cell_files, unused_cell_files
 from wsi.cells import cell_format
 from wsi.plausible import what_is_odd
-from wsi.prepare import cell_file, read_crop, tile_info
+from wsi.prepare import read_crop, tile_info
 from wsi.slides import Slide
 
 SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
@@ -121,9 +122,9 @@ def check_split(found, broken):
 
 def check_cells(found):
     """Prints whose cells are there; one line for each image that has none of --prior or no readable ones."""
-    problems, cells = [], Counter()
+    problems, cells, files = unused_cell_files(found), Counter(), cell_files(found)
     for name, path in found.images.items():
-        file = cell_file(found, name if found.kind == "slides" else str(Path(name).with_suffix("")))
+        file = files[name]
         if file is None:
             cells["none yet"] += 1
             if found.prior not in ("auto", "builtin"):
