@@ -50,9 +50,10 @@ def files_by_name(folder, names, start=""):
     names begin with it.
     """
     ranked = {}
-    for file_name in os.listdir(folder) if folder.is_dir() else ():
+    file_names = os.listdir(folder) if folder.is_dir() else []
+    for file_name in [name for name in file_names if name.startswith(start) and not name.startswith(".")]:
         ending = ending_of(file_name)
-        if not file_name.startswith(start) or file_name.startswith(".") or ending is None:
+        if ending is None:
             continue
         possible = image_names(file_name[: -len(ending)])
         rank = next((rank for rank, name in enumerate(possible) if name in names), None)
