@@ -32,7 +32,7 @@ from common.run import Log, Run
 from data import Crops, PartOfBatch, collate, find_data, make_views
 from wsi.demo import make_demo
 from wsi.folders import what_was_seen
-from wsi.prepare import describe_cells, load_crops, prepare
+from wsi.prepare import describe_cells, load_crops, prepare, warn_of_cell_files
 
 # ---------------------------------------------------------------- schedules, gradients, order
 
@@ -78,6 +78,7 @@ def training_crops(args):
         if args.data == "demo":
             make_demo(Path("datasets/demo"), workers=args.workers)
         found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
+        warn_of_cell_files(found)
         failed = prepare(found, args.tissue, args.workers, limits_of(args))
     print_skipped(failed)
     names = found.split("train", "val") + found.unlabelled()

@@ -1,7 +1,9 @@
 """Files that are complete or absent: atomic writing, tensors without pickled code, CSV."""
 import csv
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
@@ -124,6 +126,16 @@ def read_npz(path, *names):
         return None
 
 
+def is_gzip(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_bytes(path):
+    """Opens a file to read its bytes; those of a gzip file are inflated."""
+    return gzip.open(path) if is_gzip(path) else open(path, "rb")
+
+
 def read_csv(path, only=None):
     """A CSV file as ([column, ...], [(line number, {column: value}), ...]).
 
@@ -132,7 +144,7 @@ def read_csv(path, only=None):
     """
     rows = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=head.count))
@@ -146,8 +158,8 @@ def read_csv(path, only=None):
                     values = {name: row[i].strip() for i, name in kept if i < len(row)}
                     rows.append((reader.line_num, values))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from None
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:

@@ -26,9 +26,10 @@ from common.files import print_table
 from data import find_data
 from experiments import inputs
 from prior import bin_centroids
+from wsi.cell_files import files_by_name
 from wsi.cells import read_cells
 from wsi.look import draw_tile
-from wsi.prepare import CELL_ENDINGS, describe_cells, tile_info, tile_side
+from wsi.prepare import describe_cells, tile_info, tile_side
 from wsi.slides import CROP
 
 NEAR = 3.0  # um: two centroids nearer than this may be the same nucleus
@@ -80,7 +81,7 @@ def agreement(a, b, mpp):
 
 def cells_from_folder(folder, found, name):
     """Cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None if there is no file."""
-    files = [path for path in (folder / (name + ending) for ending in CELL_ENDINGS) if path.is_file()]
+    files = files_by_name(folder, found.images, name).get(name)
     info = tile_info(found, name)
     if not files or info is None:
         return None

@@ -6,10 +6,11 @@ from common.datasets import CLASSES, DATASETS, FOLDERS
 from common.errors import InputError, printable
 from common.parallel import in_processes, limits_of
 from wsi import gdc
+from wsi.cell_files import cell_files, unused_cell_files
 from wsi.cells import cell_format
 from wsi.folders import not_read
 from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
-from wsi.prepare import cell_file, is_builtin, kept_shares, read_crop, read_slide_cells, tile_info
+from wsi.prepare import is_builtin, kept_shares, read_crop, read_slide_cells, tile_info
 from wsi.slides import Slide
 
 SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
@@ -160,9 +161,10 @@ def check_cells(found, broken, args):
 
     broken: names of the images that cannot be read.
     """
-    problems, cells, given = [], Counter(), {}
+    problems, cells, given = unused_cell_files(found), Counter(), {}
+    files = cell_files(found)
     for name, path in found.images.items():
-        file = cell_file(found, name if found.kind == "slides" else str(Path(name).with_suffix("")))
+        file = files[name]
         if file is None:
             cells["none yet"] += 1
             if found.prior not in ("auto", "builtin"):

@@ -3,9 +3,7 @@
 crops/2um/<slide>/<x>_<y>.jpg (at 2 um/px) have crops/2um/<slide>.json beside them, and cells/ are in level-0
 px. What was made from another file or with other settings than now is recomputed or refused, never used.
 """
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,14 +14,12 @@ from common.errors import InputError, exit_code_of, print_skipped, printable
 from common.files import atomic_write, read_json, read_npz
 from common.parallel import LIMITS, call, in_processes, limits_of, shard_of
 from prior import segment_nuclei
-from wsi.cells import READERS, cell_format, read_cells
+from wsi.cell_files import cell_file, cell_files, unused_cell_files
+from wsi.cells import READERS, read_cells
 from wsi.folders import not_read, tell_source
 from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, FORMATS, Slide, cut_tiles, file_identity
-
-CELL_ENDINGS = (".json", ".geojson", ".csv", ".tsv", ".npz", "_seg.npy",
-                "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff")
 
 
 def prepare(data, tissue=0.5, workers=2, limits=LIMITS):
@@ -31,6 +27,12 @@ def prepare(data, tissue=0.5, workers=2, limits=LIMITS):
     if data.kind == "crops":
         return prepare_crop_cells(data, workers, limits)
     return prepare_tiles(data, tissue, workers, limits) + prepare_cells(data, workers, limits)
+
+
+def warn_of_cell_files(data):
+    """Prints a line on the files of cells/ that match no image, and on those that another one hides."""
+    for line in unused_cell_files(data):
+        print("warning:", printable(line))
 
 
 def keep_shard(data, shard):
@@ -42,6 +44,7 @@ def keep_shard(data, shard):
 
 def run_shard(data, args):
     """data.py prepare: prepare() of all images, or of a shard of the slides; gives the exit code."""
+    warn_of_cell_files(data)  # before the other shards' slides are left out
     keep_shard(data, args.shard)
     failed = prepare(data, args.tissue, args.workers, limits_of(args)) if data.images else []
     print_skipped(failed)
@@ -145,30 +148,6 @@ def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):
 
 # ---------------------------------------------------------------- cells of slides
 
-def cell_file(data, name):
-    """The cells of a slide or crop, or None.
-
-    cells/<prior>/<name>.*, else the user's cells/<name>.* of that segmenter ("auto": of any), else, with
-    "auto", what the built-in detector found.
-    """
-    def those(folder):
-        paths = [folder / (name + ending) for ending in CELL_ENDINGS]
-        return [path for path in paths if os.path.isfile(path)]  # is_file() raises where a name is too long
-
-    def is_of_prior(path):
-        try:
-            return cell_format(path) == data.prior
-        except InputError:
-            return False  # some other file, of no use here
-    given, made = data.source / "cells", data.work / "cells"
-    if data.prior == "auto":
-        files = those(given) + those(given / "builtin") + those(made / "builtin")
-    else:
-        files = those(given / data.prior) + those(made / data.prior)
-        files += [path for path in those(given) if is_of_prior(path)]
-    return files[0] if files else None
-
-
 def is_builtin(data, file):
     """Is this what the built-in detector found here?"""
     return file.parent == data.work / "cells" / "builtin"
@@ -232,11 +211,12 @@ def kept_shares(data, name, file):
 def prepare_cells(data, workers=2, limits=LIMITS):
     """Finds or reads the cells of the slides that have tiles; one line for each slide that was skipped."""
     todo, missing, given = [], [], []
+    files = cell_files(data)
     ready = {name: info for name in data.images if (info := tile_info(data, name))}
     for name, info in ready.items():
         if ready_cells(data, name) is not None:
             continue
-        file, path = cell_file(data, name), data.images[name]
+        file, path = files[name], data.images[name]
         if file and not is_builtin(data, file):
             copy, source = level0_copy(data, name), made_from(data, name, file)
             given.append((file, copy, path, info["slide_mpp"], source))
@@ -286,7 +266,7 @@ def cell_files_of_crops(data):
     """{crop: its file of cells, or None}."""
     if not (data.source / "cells").is_dir() and data.prior in ("auto", "builtin"):
         return dict.fromkeys(data.images)
-    return {name: cell_file(data, str(Path(name).with_suffix(""))) for name in data.images}
+    return cell_files(data)
 
 
 def prepare_crop_cells(data, workers, limits=LIMITS):
