@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from common.files import atomic_write, read_json, stamp_of, write_json
 
-
 VERSION = 2  # of what is packed: raise it where the same files give other images
 
 

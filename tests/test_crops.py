@@ -1,6 +1,5 @@
-"""Ready-cut crops that are not 224 px: their own px for the detector, their own um/px for all that follows."""
+"""Ready-cut crops that are not 224 px: their own px for the detector, their um/px for all that follows."""
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +42,8 @@ def nuclei_crops(folder, mpp=0.25, count=2):
 def test_the_detector_sees_a_crops_own_px(place, capsys, mpp, side):
     nuclei_crops(place / "c", mpp)
     found, failed = prepared("c", mpp)
-    says = f"{side:,} px crops at {mpp} um/px become 224 px at 1.116; to cut them into tiles put them in slides/"
+    says = (f"{side:,} px crops at {mpp} um/px become 224 px at 1.116; to cut them into tiles put them in "
+            "slides/")
     assert failed == [] and capsys.readouterr().out.count(says) == 1
     assert crop_mpp(found) == pytest.approx(250 / 224) and file_mpp(found, 250 / 224) == pytest.approx(mpp)
     for xy in cells_of(found).values():
@@ -55,14 +55,16 @@ def test_crops_of_224_px_are_not_touched(place, capsys):
     saved(place / "c" / "crops" / "a.png", array=tissue(224))
     found, failed = prepared("c", 0.2525)
     assert failed == [] and crop_mpp(found) == 0.2525 and "become" not in capsys.readouterr().out
-    np.testing.assert_array_equal(cells_of(found)["a.png"], segment_nuclei(tissue(224), 0.2525).astype(np.float32))
+    detected = segment_nuclei(tissue(224), 0.2525).astype(np.float32)
+    np.testing.assert_array_equal(cells_of(found)["a.png"], detected)
 
 
 @pytest.mark.skipif(not NUCLEI.is_dir(), reason=f"needs {NUCLEI}, which is not in the repository")
 def test_cells_of_real_crops_of_1000_px(place):
     truth = {}
     for path in sorted(NUCLEI.glob("monuseg_*.json")):
-        saved(place / "c" / "crops" / f"{path.stem}.png", array=np.asarray(Image.open(path.with_suffix(".png"))))
+        image = np.asarray(Image.open(path.with_suffix(".png")))
+        saved(place / "c" / "crops" / f"{path.stem}.png", array=image)
         truth[f"{path.stem}.png"] = np.array(json.loads(path.read_text())["centroids"]) * 0.224
     found, failed = prepared("c", 0.25)
     number, true, f1 = shares(cells_of(found), truth, near=3 / crop_mpp(found))

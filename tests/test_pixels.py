@@ -164,7 +164,8 @@ def test_grey_crops_and_patches_are_warned_of(place, capsys):
     rows = []
     for i in range(20):
         png16(place / "c" / "crops" / f"{i}.png", tissue(224, seed=i)[..., 1].astype(np.uint16) * 257)
-        png16(place / "p" / f"{i}.png", tissue(64, seed=i)[..., 1].astype(np.uint16) * (257 if i % 2 else 100))
+        patch = tissue(64, seed=i)[..., 1].astype(np.uint16)
+        png16(place / "p" / f"{i}.png", patch * (257 if i % 2 else 100))
         rows.append(f"{i}.png,{'ab'[i % 2]},{'test' if i > 13 else 'train'}")
     write_table(place / "p" / "labels.csv", "image,label,split", rows)
     says = "20 of 20 crops have no colour; H&E is needed"
@@ -196,7 +197,7 @@ def test_a_plain_slide_obeys_max_gigapixels_and_not_pillows_limit(tmp_path, monk
 def test_a_slide_over_pillows_own_limit_is_read(tmp_path):
     Image.new("1", (16_000, 12_000)).save(tmp_path / "large.png")  # Pillow refuses 179 million px
     assert Slide(tmp_path / "large.png", slide_mpp=1.0).width == 16_000
-    with pytest.raises(InputError, match="16,000 x 12,000 px are more than a crop may have; put it in slides/"):
+    with pytest.raises(InputError, match="16,000 x 12,000 px are more than a crop may have; put it in"):
         read_crop(tmp_path / "large.png")
 
 
@@ -221,7 +222,8 @@ def test_pillows_limit_is_as_before_whatever_threads_open(tmp_path, monkeypatch)
                 open_image(path).close()
             except OSError:
                 pass
-    threads = [threading.Thread(target=open_often, args=(tmp_path / name,)) for name in ("a.png", "broken.png") * 4]
+    paths = [tmp_path / name for name in ("a.png", "broken.png") * 4]
+    threads = [threading.Thread(target=open_often, args=(path,)) for path in paths]
     for thread in threads:
         thread.start()
     for thread in threads:

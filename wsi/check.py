@@ -113,7 +113,7 @@ def check_images(found, args):
 
 
 def check_crops(found, results):
-    """Prints the sides of crops; returns a line for what is odd. results: {file: what look_at_crop returns}."""
+    """Prints the sides of crops; returns a line for what is odd. results: {file: its side, is it grey}."""
     sides = [side for side, _ in results.values()]
     print("px a side:", ", ".join(f"{side:,} ({n})" for side, n in Counter(sides).most_common(8)))
     usual = usual_side(sides)

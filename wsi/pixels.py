@@ -1,4 +1,4 @@
-"""Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without a pyramid, crops, labelled patches."""
+"""Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
 import os
 from threading import Lock
 
@@ -30,8 +30,8 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
             check_size(path, image, most, limit)
             return to_rgb(path, image)
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); is the file whole? Plain images: PNG, "
-                         "JPEG or TIFF, best of 8-bit RGB") from None
+        raise InputError(f"{path}: cannot be read as an image ({error}); is the file whole? Plain images: "
+                         "PNG, JPEG or TIFF, best of 8-bit RGB") from None
 
 
 def open_image(path):
@@ -50,28 +50,30 @@ def open_image(path):
 
 
 def check_size(path, image, most, limit):
-    """InputError for more px than allowed, or than this machine's memory holds (Pillow takes 4 bytes a px)."""
+    """InputError for more px than allowed, or than fit into memory: Pillow takes 4 bytes a px."""
     size = f"{image.width:,} x {image.height:,} px"
     count = image.width * image.height
     if count > most:
         raise InputError(f"{path}: {size} are more than {limit}")
     if 4 * count > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, as a "
-                         "plain image is decoded whole; convert it to a tiled TIFF with levels")
+        raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, "
+                         "since a plain image is decoded whole; convert it to a tiled TIFF with levels")
 
 
 def to_rgb(path, image):
     """Returns an opened image as 8-bit RGB: transparent px become white, 16 bits are scaled by their range.
 
     The range is that of the fewest bits of DEPTHS that hold the largest value, since 12 bits often come in
-    16-bit numbers; the image's own least and largest value would change the stain from crop to crop. Of 16-bit
-    color Pillow keeps the upper 8 bits: with 14 bits or fewer too little is left, and the image is refused.
+    16-bit numbers; the image's own least and largest value would change the stain from crop to crop. Of
+    16-bit color Pillow keeps the upper 8 bits: where 14 bits or fewer are used, too little is left, and the
+    image is refused.
     """
     if image.mode == "F":
         raise InputError(f"{path}: its px are floating-point numbers without a known range; {WAY_OUT}")
     color16 = has_color16(image)
     if color16 and image.format == "TIFF" and image.tag_v2.get(PLANES) == 2:
-        raise InputError(f"{path}: has 16-bit channels in separate planes, which Pillow cannot read; {WAY_OUT}")
+        raise InputError(f"{path}: its 16-bit channels are separate planes, which Pillow cannot read; "
+                         f"{WAY_OUT}")
     ImageOps.exif_transpose(image, in_place=True)  # loads it
     if image.mode in INTEGERS:
         return scaled(path, np.asarray(image))
@@ -97,7 +99,8 @@ def scaled(path, grey):
     """Returns grey px (H, W), integers, as an 8-bit RGB image."""
     white = next((2 ** bits - 1 for bits in DEPTHS if grey.max() < 2 ** bits), None)
     if white is None or grey.min() < 0:
-        raise InputError(f"{path}: its px are {grey.min()} to {grey.max()}, no range of 8 to 16 bits; {WAY_OUT}")
+        raise InputError(f"{path}: its px are {grey.min()} to {grey.max()}, no range of 8 to 16 bits; "
+                         f"{WAY_OUT}")
     return Image.fromarray((grey * np.float32(255 / white)).round().astype(np.uint8)).convert("RGB")
 
 

@@ -245,8 +245,8 @@ def read_square(path):
     """Returns the image of a crop as it is in the file; InputError if it cannot be read or is oblong."""
     image = read_image(path)
     if image.width != image.height:
-        raise InputError(f"{path}: is {image.width:,} x {image.height:,} px, and crops are square; cut it to a "
-                         "square, or put it in slides/ to have it cut into tiles")
+        raise InputError(f"{path}: is {image.width:,} x {image.height:,} px, and crops are square; cut it to "
+                         "a square, or put it in slides/ to have it cut into tiles")
     return image
 
 
@@ -274,12 +274,15 @@ def usual_side(sides):
 
 
 def crop_side(data):
-    """Returns the px a side of a data set's ready-cut crops in their files; None before their cells are found.
+    """Returns the side in px of a data set's ready-cut crops in their files; None before cells are found.
 
     Crops of another side would have another um/px at CROP px: read_crop_cells leaves them out.
     """
-    kept = read_npz(crop_cells_file(data), "names", "side") or {"names": np.zeros(0, str), "side": np.zeros(0)}
-    sides = [side for name, side in zip(kept["names"].tolist(), kept["side"].tolist()) if name in data.images]
+    kept = read_npz(crop_cells_file(data), "names", "side")
+    if kept is None:
+        return None
+    side_of = dict(zip(kept["names"].tolist(), kept["side"].tolist()))
+    sides = [side for name, side in side_of.items() if name in data.images]
     return usual_side(sides) if sides else None
 
 
@@ -289,22 +292,23 @@ def crop_mpp(data):
 
 
 def file_mpp(data, mpp):
-    """Returns the um/px of the files of ready-cut crops that the network sees at mpp um/px; None if unknown."""
+    """Returns the um/px of the files of ready-cut crops that the network sees at mpp; None if unknown."""
     side = crop_side(data)
-    return side and mpp / (side / CROP)
+    return mpp / (side / CROP) if side else None
 
 
 def other_sides(paths, sides):
     """Returns a line for each of the crops whose side is not the usual one."""
     usual = usual_side(sides)
-    return [f"{path}: is {side:,} px a side, and most crops beside it are {usual:,}, so its um/px at {CROP} px "
-            "would be another; put it in a folder of its own" for path, side in zip(paths, sides) if side != usual]
+    text = (f"px a side, and most of the other crops are {usual:,}, so that their um/px at {CROP} px would "
+            "differ; put it in its own folder")
+    return [f"{path}: is {side:,} {text}" for path, side in zip(paths, sides) if side != usual]
 
 
 def describe_side(side, mpp):
     """Returns what becomes of crops of that side at mpp um/px."""
-    return (f"{side:,} px crops at {mpp:g} um/px become {CROP} px at {mpp * side / CROP:.4g}; to cut them into "
-            "tiles put them in slides/")
+    return (f"{side:,} px crops at {mpp:g} um/px become {CROP} px at {mpp * side / CROP:.4g}; to cut them "
+            "into tiles put them in slides/")
 
 
 def without_color(grey):
@@ -375,7 +379,7 @@ def write_crop_cells(data, done, files):
 
 
 def kept_crops(data):
-    """Returns {crop: its CropCells} of the crops whose cells are kept and were made from the files found now."""
+    """Returns {crop: its CropCells} where cells are kept and were made from the files found now."""
     path = crop_cells_file(data)
     kept = read_npz(path, "x", "y", "crop", "names", "source", "side", "grey")
     if kept is None:

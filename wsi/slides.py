@@ -101,7 +101,8 @@ class Slide:
 
     def __init__(self, path, slide_mpp=None, said_mpp=None, gigapixels=math.inf):
         self.path = Path(path)
-        most, limit = gigapixels * 1e9, f"--max-gigapixels {gigapixels:g}; raise it if the slide is that large"
+        most = gigapixels * 1e9
+        limit = f"--max-gigapixels {gigapixels:g}; raise it if the slide is that large"
         try:
             self.handle = openslide.OpenSlide(str(path))
         except openslide.OpenSlideUnsupportedFormatError:
