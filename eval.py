@@ -39,7 +39,7 @@ from common.results import last_losses, row_of, write_results
 from data import Crops, collate, find_data
 from prior import bin_centroids
 from wsi.folders import check_unseen
-from wsi.prepare import keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.prepare import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.slides import CROP
 from wsi.truth import check_with_truth, draw_slide
 
@@ -162,7 +162,7 @@ def features_stamp(found, name, encoder_stamp, args):
     if info is None:
         return None
     precision = "bf16" if args.bf16 else "fp32"
-    cut_from = "{file_name} {file_hash} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
+    cut_from = "{file_name} {file_hash} pixels {pixels} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
     return f"{encoder_stamp} {precision} {cut_from}"
 
 
@@ -268,6 +268,8 @@ def count_attention(networks, title, found, run, args):
     """
     part = "test" if found.split("test") else "train"
     crops, celled = (Crops(found, found.split(part), with_cells) for with_cells in (False, True))
+    if found.kind == "crops" and len(celled):
+        crops = celled  # those that train.py takes: of one um/px, and none that it skipped
     has_cells = len(celled) == len(crops)
     crops = Subset(celled if has_cells else crops, spread(len(crops), args.attention_crops))
     over, tables, aggregated = f"{len(crops)} {f'{part} ' if found.labels else ''}crops", {}, {}
@@ -309,6 +311,8 @@ def evaluate_slides(args):
     run, mpp = path.parent, args.mpp or (None if args.data in DATASETS else about["mpp"])
     found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     slides = found.kind == "slides"
+    if not slides and not args.mpp:
+        found.mpp = file_mpp(found, about["mpp"])
     if args.export and not slides:
         raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
     if "csv" in args.export and not found.labels:

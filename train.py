@@ -32,7 +32,7 @@ from common.run import Log, Run
 from data import Crops, PartOfBatch, collate, find_data, make_views
 from wsi.demo import make_demo
 from wsi.folders import what_was_seen
-from wsi.prepare import describe_cells, load_crops, prepare, warn_of_cell_files
+from wsi.prepare import crop_mpp, describe_cells, load_crops, prepare, warn_of_cell_files
 
 # ---------------------------------------------------------------- schedules, gradients, order
 
@@ -86,7 +86,7 @@ def training_crops(args):
     if not len(crops):
         raise InputError(failed[0] if failed else
                          f"{found.source}: no crop in it to train on; see python data.py check")
-    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
+    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), crop_mpp(found)))
     owners = crops.owner
     if args.pack:
         with first_before_others():
@@ -214,7 +214,8 @@ def read_probe(folder, count, seed):
     for part in (("train", "val"), ("test",)):
         names = [name for name, row in found.labels.items() if row["split"] in part]
         names = [names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()]
-        images, good, _ = load_crops([found.images[name] for name in names], 4)
+        images, good, failed = load_crops([found.images[name] for name in names], 4)
+        print_skipped(failed)
         if len(good) < 20:
             raise InputError(f"--probe {folder}: {len(good)} {part[0]} images can be read; "
                              "at least 20 are needed")
@@ -309,7 +310,7 @@ def train(args, build=build_models):
     optimizer = build_optimizer(student)
 
     # Files: a stopped run is resumed, if its settings are the same.
-    run = Run(args, run_name(args.data), found.mpp, len(crops), trained_on,
+    run = Run(args, run_name(args.data), crop_mpp(found), len(crops), trained_on,
               student=student, teacher=teacher, loss=loss_fn, optimizer=optimizer)
     step = start = run.resume()
     announce(args, run, found, steps, start, teacher.encoder, crops)

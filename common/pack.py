@@ -7,6 +7,8 @@ from tqdm import tqdm
 
 from common.files import atomic_write, read_json, stamp_of, write_json
 
+VERSION = 2  # of what is packed: raise it where the same files give other images
+
 
 class Packed(torch.utils.data.Dataset):
     """Crops (data.Crops) whose images come from a memory map, uint8 (N, 3, H, W), made where it is not there.
@@ -17,7 +19,7 @@ class Packed(torch.utils.data.Dataset):
     def __init__(self, crops, path):
         about = [(str(file), os.stat(file)) for file in crops.files]
         files = [(file, status.st_size, status.st_mtime_ns) for file, status in about]
-        self.crops, source = crops, stamp_of(files)
+        self.crops, source = crops, stamp_of([VERSION, files])
         if not path.is_file() or read_json(path.with_suffix(".json")).get("source") != source:
             self.write(path)
             write_json(path.with_suffix(".json"), {"source": source})

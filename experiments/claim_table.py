@@ -14,7 +14,7 @@ from common.measures import DRAWS, auc, bootstrap_indices
 from common.run import PROBED, read_log
 from data import Crops, find_data
 from prior import bin_centroids
-from wsi.prepare import prepare
+from wsi.prepare import file_mpp, prepare
 from wsi.slides import CROP
 
 # What is compared: flags of train.py, or of experiments.compare. "random" is an untrained encoder; "shuffled"
@@ -274,6 +274,8 @@ def overlay(runs, args, path):
     encoders = {arm: load_encoder(results[0][1] / "encoder.pt") for arm, results in runs.items()}
     mpp = args.mpp or next(iter(encoders.values()))[1]["mpp"]
     found = find_data(args.overlay, mpp, slide_mpp=args.slide_mpp)
+    if found.kind == "crops" and not args.mpp:
+        found.mpp = file_mpp(found, mpp)
     print_skipped(prepare(found))
     crops = Crops(found, sorted(found.images))
     covered = crops.priors().mean(1)

@@ -14,7 +14,7 @@ from common.files import file_stamp, read_npz, write_csv
 from common.parallel import add_limits, limits_of
 from data import Crops, find_data
 from wsi.folders import check_unseen
-from wsi.prepare import prepare, prepare_tiles
+from wsi.prepare import file_mpp, prepare, prepare_tiles
 
 COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
 
@@ -100,8 +100,11 @@ def open_all(args):
     InputError if an encoder saw one of the test part.
     """
     networks = load_networks(args)
-    mpp = None if args.data in DATASETS else next(iter(networks.values()))[2]["mpp"]
-    found = find_data(args.data, args.mpp or mpp, args.prior, slide_mpp=args.slide_mpp)
+    trained_at = next(iter(networks.values()))[2]["mpp"]
+    mpp = args.mpp or (None if args.data in DATASETS else trained_at)
+    found = find_data(args.data, mpp, args.prior, slide_mpp=args.slide_mpp)
+    if found.kind == "crops" and not args.mpp:
+        found.mpp = file_mpp(found, trained_at)
     names = found.split(args.part if found.labels else "train")
     if not names:
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")

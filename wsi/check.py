@@ -2,6 +2,8 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from common.datasets import CLASSES, DATASETS, FOLDERS
 from common.errors import InputError, printable
 from common.parallel import in_processes, limits_of
@@ -9,9 +11,20 @@ from wsi import gdc
 from wsi.cell_files import cell_files, unused_cell_files
 from wsi.cells import cell_format
 from wsi.folders import not_read
+from wsi.pixels import is_grey
 from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
-from wsi.prepare import is_builtin, kept_shares, read_crop, read_slide_cells, tile_info
-from wsi.slides import Slide
+from wsi.prepare import (
+    describe_side,
+    is_builtin,
+    kept_shares,
+    other_sides,
+    read_slide_cells,
+    read_square,
+    tile_info,
+    usual_side,
+    without_color,
+)
+from wsi.slides import CROP, Slide
 
 SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
                  "{0}/cells/<slide>.*")
@@ -66,45 +79,57 @@ def check(args, found, error):
     return int(bool(problems))
 
 
-def look_at_slide(path, slide_mpp, said_mpp):
+def look_at_slide(path, slide_mpp, said_mpp, gigapixels):
     """Where a slide's um/px are from, its um/px, and what is odd about it."""
-    slide = Slide(path, slide_mpp, said_mpp)
+    slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     return slide.source, slide.mpp, what_is_odd(slide)
 
 
 def look_at_crop(path):
-    """Nothing to say of a crop that can be read."""
-    read_crop(path)
-    return "no file: give --mpp", 0, []
+    """Returns a crop's side in px, and whether it has no colour."""
+    image = read_square(path)
+    return image.width, is_grey(np.asarray(image))
 
 
 def check_images(found, args):
-    """Opens every image and prints where the um/px of slides are from.
+    """Opens every image and prints where the um/px of slides are from, or the sides of crops.
 
     Gives the names of those that cannot be read, and a line for each of these and for what is odd.
     """
-    problems, broken, sources, values = [], set(), Counter(), Counter()
+    problems, broken, results, limits = [], set(), {}, limits_of(args)
     slides = found.kind == "slides"
-    tasks = {(path, args.slide_mpp, found.said_mpp(name)) if slides else (path,): name
+    tasks = {(path, args.slide_mpp, found.said_mpp(name), limits.gigapixels) if slides else (path,): name
              for name, path in found.images.items()}
     look = look_at_slide if slides else look_at_crop
-    seconds = limits_of(args).seconds
-    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, seconds):
+    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, limits.seconds):
         if error:
             problems.append(error)
             broken.add(tasks[task])
-            continue
-        source, mpp, odd = result
-        sources[source] += 1
-        values[f"{mpp:.3g}"] += 1
-        problems += [f"{task[0]}: {'; '.join(odd)}"] if odd else []
+        else:
+            results[task[0]] = result
     print(f"{found.kind} that cannot be read: {len(broken)}")
     if slides:
+        sources = Counter(source for source, _, _ in results.values())
+        values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values())
+        problems += [f"{path}: {'; '.join(odd)}" for path, (_, _, odd) in results.items() if odd]
         print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
         print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
         made = sum(tile_info(found, name) is not None for name in found.images)
         print(f"tiles cut: {made} of {len(found.images)} slides")
+    elif results:
+        problems += check_crops(found, results)
     return broken, problems
+
+
+def check_crops(found, results):
+    """Prints the sides of crops; returns a line for what is odd. results: {file: its side, is it grey}."""
+    sides = [side for side, _ in results.values()]
+    print("px a side:", ", ".join(f"{side:,} ({n})" for side, n in Counter(sides).most_common(8)))
+    usual = usual_side(sides)
+    if found.mpp and usual != CROP:
+        print(describe_side(usual, found.mpp))
+    grey = without_color([grey for _, grey in results.values()])
+    return other_sides(list(results), sides) + ([f"{found.source}: {grey}"] if grey else [])
 
 
 def check_split(found, broken):

@@ -166,7 +166,7 @@ def merge_seams(regions, near):
 def source_of(path, slide_mpp, segmenter="builtin", mpp=WORK_MPP):
     """What cells are made from, as text: the segmenter and the um/px it sees, the image and its um/px."""
     version = f" {DETECTOR}" if segmenter == "builtin" else ""
-    image = "{file_name} {file_bytes} {file_hash}".format_map(file_identity(path))
+    image = "{file_name} {file_bytes} {file_hash} pixels {pixels}".format_map(file_identity(path))
     return f"{segmenter}{version} at {mpp} um/px; {image} at {slide_mpp} um/px"
 
 
@@ -238,9 +238,7 @@ def arguments(argv):
 
 def um_per_px(path, slide_mpp, gigapixels):
     """um/px of a slide's level 0; InputError if it has none or too many px."""
-    slide = Slide(path, slide_mpp)
-    slide.check_size(gigapixels)
-    return slide.mpp
+    return Slide(path, slide_mpp, gigapixels=gigapixels).mpp
 
 
 def segment(args):

@@ -3,6 +3,7 @@
 Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a slide are level-0 px, x first.
 """
 import hashlib
+import math
 import os
 import shutil
 from collections import deque
@@ -20,9 +21,9 @@ from common.errors import InputError
 from common.files import part_of, write_json
 from common.parallel import LIMITS
 from wsi.headers import UM, dicom_series, parts_of, tiff_properties
+from wsi.pixels import PIXELS, is_grey, on_white, read_image
 
 CROP = 224  # px
-FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
 PLAIN_TYPES = {".png", ".jpg", ".jpeg"}
 SLIDE_TYPES = PLAIN_TYPES | {
     ".svs", ".tif", ".tiff", ".btf", ".qptiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif",
@@ -163,35 +164,27 @@ def matching_levels(sizes):
             if abs(w * height - h * width) <= 0.01 * w * height + width + height]
 
 
-def on_white(rgba):
-    """RGBA to RGB."""
-    alpha = rgba.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return rgba.convert("RGB")
-    rgb = Image.new("RGB", rgba.size, "white")
-    rgb.paste(rgba, mask=alpha)
-    return rgb
-
-
 class Slide:
     """An open slide, or a plain image taken as one. width, height: level-0 px; mpp: um/px of level 0.
 
     slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
     mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
     power: the objective power that the file records, or None, whatever mpp is. bounds: see recorded_bounds.
-    InputError, with the file's name, if it cannot be read or there is no um/px.
+    InputError, with the file's name, if it cannot be read, there is no um/px, or it claims more px than
+    gigapixels (--max-gigapixels), as a broken file may; whoever opens a slide again need not check that.
     """
 
-    def __init__(self, path, slide_mpp=None, said_mpp=None):
+    def __init__(self, path, slide_mpp=None, said_mpp=None, gigapixels=math.inf):
         self.path = Path(path)
         if len(os.fsencode(slide_name(self.path))) > NAME_LIMIT:
             raise InputError(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
+        most = gigapixels * 1e9
+        limit = f"--max-gigapixels {gigapixels:g}; raise it if the slide is that large"
         try:
-            try:
-                self.handle = openslide.OpenSlide(str(path))
-            except openslide.OpenSlideUnsupportedFormatError:
-                self.handle = openslide.ImageSlide(Image.open(path, formats=FORMATS))
-        except (openslide.OpenSlideError, OSError, ValueError, Image.DecompressionBombError) as error:
+            self.handle = openslide.OpenSlide(str(path))
+        except openslide.OpenSlideUnsupportedFormatError:
+            self.handle = openslide.ImageSlide(read_image(path, most, limit))
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
                              "is the file whole?") from None
         self.width, self.height = self.handle.dimensions
@@ -214,6 +207,8 @@ class Slide:
             raise InputError(f"{path}: no um/px and no magnification is recorded in it "
                              f"(found: {found or 'nothing'}); give it with "
                              "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
+        if self.width * self.height > most:
+            raise InputError(f"{path}: {self.width:,} x {self.height:,} px are more than {limit}")
         self.levels = matching_levels(self.handle.level_dimensions)
         others = [size for level, size in enumerate(self.handle.level_dimensions) if level not in self.levels]
         if others:
@@ -222,12 +217,6 @@ class Slide:
             self.warning = f"{self.warning}; {unused}" if self.warning else unused
         self.power = first_number(properties, POWER_NAMES, POWER_LIMITS)[0]
         self.bounds = recorded_bounds(properties)
-
-    def check_size(self, gigapixels):
-        """InputError if it claims more than so many px (--max-gigapixels): a broken file may claim any."""
-        if self.width * self.height > gigapixels * 1e9:
-            raise InputError(f"{self.path}: {self.width} x {self.height} px are more than --max-gigapixels "
-                             f"{gigapixels:g}; raise it if the slide is that large")
 
     def level_for(self, mpp):
         """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample.
@@ -244,7 +233,7 @@ class Slide:
         down = self.handle.level_downsamples[level]
         try:
             return self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
-        except (openslide.OpenSlideError, OSError) as error:
+        except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
                              "is the file whole?") from None
 
@@ -371,10 +360,13 @@ SAMPLE = 1 << 14  # bytes at a file's start, middle and end that are compared
 
 
 def file_identity(path):
-    """What tells a replaced file from the original: its name, its size in bytes and a hash of samples."""
+    """What tells a replaced file from the original: its name, size in bytes and a hash of samples.
+
+    pixels: the version of ours that decodes it.
+    """
     status = Path(path).stat()
     return {"file_name": Path(path).name, "file_bytes": status.st_size,
-            "file_hash": sample_hash(Path(path), status.st_size, status.st_mtime_ns)}
+            "file_hash": sample_hash(Path(path), status.st_size, status.st_mtime_ns), "pixels": PIXELS}
 
 
 @lru_cache(maxsize=None)  # each file is read once in a process, unless it changes
@@ -398,8 +390,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
     takes them. One thread reads blocks, another resamples and writes them; at most three blocks are held, so
     memory stays flat.
     """
-    slide = Slide(path, slide_mpp, said_mpp)
-    slide.check_size(gigapixels)
+    slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     if slide.mpp > 1.25 * mpp:
         raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; "
                          "give a larger --mpp")
@@ -414,6 +405,8 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
                 while len(waiting) > 2:
                     count += waiting.popleft().result()
             count += sum(job.result() for job in waiting)
+        if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
+            raise InputError(f"{path}: has no colour; H&E is needed")
         if not count:
             raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
                              "lower --tissue or --mpp")
