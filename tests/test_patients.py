@@ -4,6 +4,7 @@ import shutil
 import pytest
 from synthetic import slides_named, tcga, write_table
 
+import data
 from common.errors import InputError
 from data import find_data
 from wsi import folders
@@ -30,6 +31,8 @@ def test_a_slide_without_a_label_pre_trains_only_if_its_patient_is_known_and_not
     found = set_of(place, LABELLED + only)
     assert found.unlabelled() == ["P001_B", "P005_B", "P006_A"]
     assert "have no row" not in capsys.readouterr().out and len(found.labels) == 5
+    assert data.main(["check", "--data", "s", "--mpp", "1", "--workers", "1"]) == 1  # no file is a real slide
+    assert "without a label, for pre-training only: 3\n" in capsys.readouterr().out
     (place / "s" / "labels.csv").unlink()
     assert len(find_data("s").split("train")) == 9  # all is for pre-training
 
@@ -131,13 +134,13 @@ def test_an_encoder_that_saw_an_unlabelled_slide_of_a_test_patient_is_refused(pl
         folders.check_unseen(unknown, unknown.split("test"), seen, "encoder.pt")
 
 
-@pytest.mark.parametrize("data", ["s", "elsewhere"])
-def test_an_encoder_that_saw_a_frozen_slide_of_a_tcga_test_patient_is_refused(place, data):
+@pytest.mark.parametrize("trained_in", ["s", "elsewhere"])
+def test_an_encoder_that_saw_a_frozen_slide_of_a_tcga_test_patient_is_refused(place, trained_in):
     rows = ["TCGA-55-0007-01Z-00-DX1,A,case 7,test", "TCGA-55-0008-01Z-00-DX1,B,case 8,train",
             "TCGA-55-0009-01Z-00-DX1,B,case 9,test", "TCGA-55-0010-01Z-00-DX1,A,case 10,train"]
     found = set_of(place, rows)
     for patients in (["TCGA-55-0007"], ["case 7 of another column"]):
-        seen = {"data": data, "images": {"TCGA-55-0007-01A-01-TS1": 1}, "patients": patients}
+        seen = {"data": trained_in, "images": {"TCGA-55-0007-01A-01-TS1": 1}, "patients": patients}
         with pytest.raises(InputError, match="trained on 1 of these 2 .*0007"):
             folders.check_unseen(found, found.split("test"), seen, "encoder.pt")
     seen["images"] = {"TCGA-55-0008-01A-01-TS1": 1}

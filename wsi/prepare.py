@@ -325,7 +325,7 @@ def load_crops(paths, workers):
         if result:
             images[i] = torch.from_numpy(np.array(result[0])).permute(2, 0, 1)
         return error
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         errors = list(tqdm(pool.map(load, range(len(paths))), "images", len(paths), leave=False))
     good = [i for i, error in enumerate(errors) if error is None]
     images = images if len(good) == len(paths) else images[good]
