@@ -28,7 +28,7 @@ from common.files import read_csv, write_csv
 from common.parallel import add_limits, add_shard, call
 from prior import view_prior
 from wsi import check, gdc, look
-from wsi.folders import SPLITS, find_folder
+from wsi.folders import SPLITS, find_folder, patient_of, same_patients
 from wsi.prepare import read_crop, read_crop_cells, ready_cells, run_shard, tile_info, tile_side, tiles_folder
 from wsi.slides import CROP
 
@@ -314,7 +314,8 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
     with split_seed. InputError in one line for what is missing or if a patient is in two splits.
     """
     found = find_folder(data, mpp, prior, root, slide_mpp)
-    complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
+    kept = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
+    found.absent |= {name: row for name, row in kept.items() if name not in found.labels}
     split_of = {}
     for name, row in found.labels.items():
         other = split_of.setdefault(row["patient"], row["split"])
@@ -329,7 +330,8 @@ def complete_split(labels, kind, path, seed):
     """Fills in the split that labels.csv leaves open, in place: all of it, or the validation part of slides.
 
     labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path stay where they
-    are; new ones are drawn (draw_split) and added to it. The file may be edited.
+    are; new ones are drawn (draw_split) and added to it. The file may be edited. Returns its rows, {} if
+    labels.csv leaves nothing open.
     """
     given, slides = {row["split"] for row in labels.values()}, kind == "slides"
     if "" in given:
@@ -337,10 +339,13 @@ def complete_split(labels, kind, path, seed):
     elif given and "val" not in given and slides:
         parts = ["val"]
     else:
-        return
+        return {}
     rows = read_split(path) if path.is_file() else {}
     undecided = {name: row for name, row in labels.items() if row["split"] in ("", "train")}
-    kept = {row["patient"]: row["split"] for row in rows.values()}
+    names_of = same_patients((name, row["patient"]) for name, row in [*rows.items(), *labels.items()])
+    kept = {}
+    for row in rows.values():
+        kept |= dict.fromkeys(names_of[row["patient"]], row["split"])
     kept |= {row["patient"]: rows[name]["split"] for name, row in undecided.items() if name in rows}
     split_of = draw_split(undecided, kept, parts, seed)
     for name, row in undecided.items():
@@ -351,6 +356,7 @@ def complete_split(labels, kind, path, seed):
         write_csv(path, [("name", "patient", "split")] + [
             (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
         print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
+    return rows
 
 
 def read_split(path):
@@ -363,7 +369,7 @@ def read_split(path):
         split, name = SPLITS.get(row.get("split", "").lower()), row["name"]
         if not split or name in out:
             raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
-        out[name] = {"patient": row.get("patient", ""), "split": split}
+        out[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
     return out
 
 

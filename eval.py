@@ -132,7 +132,7 @@ def patches_arguments(argv):
 
 
 def check_common(args):
-    check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(1, 1024), seed=(0, 2 ** 31),
+    check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(0, 1024), seed=(0, 2 ** 31),
                  split_seed=(0, 2 ** 31))
     encoders.check_device(args.device)
     args.bf16 = encoders.use_bf16(args.precision, args.device)

@@ -20,8 +20,16 @@ import dirl
 from common.benchmark import WARM_UP, Parts
 from common.classify import nearest
 from common.curves import plot_runs
-from common.datasets import run_name
-from common.encoders import attention_of, in_batches, represent, start_encoder, stats_of_crops, use_bf16
+from common.datasets import DATASETS, run_name
+from common.encoders import (
+    attention_of,
+    check_init,
+    in_batches,
+    represent,
+    start_encoder,
+    stats_of_crops,
+    use_bf16,
+)
 from common.errors import InputError, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.flags import arguments, default_run
@@ -206,6 +214,8 @@ def describe_contrast(ratio):
 
 def read_probe(folder, count, seed):
     """(images, labels) of the training part of --probe and of its test part, at most count each; classes."""
+    if folder not in DATASETS and not Path(folder).is_dir():
+        raise InputError(f"--probe {folder}: is missing; a folder of images with labels.csv is expected")
     found, out = find_data(folder), []
     if not found.labels or found.kind != "crops":
         raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
@@ -251,10 +261,9 @@ def effective_rank(features):
     return torch.special.entr(values / values.sum()).sum().exp().item()
 
 
-def what_to_watch(crops, args):
-    """HANDFUL of the crops (N, 3, H, W), and read_probe's sets or None."""
-    handful = torch.stack([crops[i][0] for i in spread(len(crops), HANDFUL)])
-    return handful, read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
+def handful_of(crops):
+    """HANDFUL of the crops (N, 3, H, W), which the features' rank is taken on."""
+    return torch.stack([crops[i][0] for i in spread(len(crops), HANDFUL)])
 
 
 def watch(encoder, handful, probe_sets, args, step, steps, per_epoch):
@@ -299,11 +308,12 @@ def teach(teacher, views, priors):
 
 def train(args, build=build_models):
     """Trains what build(args) gives (student, teacher, loss), as build_models does; gives the exit code."""
-    # Data: crops with their cells, of the training and validation parts only.
+    # Data: crops with their cells, of the training and validation parts only. A bad --probe is refused first.
+    probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
     found, crops, failed, trained_on = training_crops(args)
     per_epoch = len(crops) // args.batch
     steps = args.epochs * per_epoch
-    watched = what_to_watch(crops, args)
+    handful = handful_of(crops)
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     student, teacher, loss_fn = build(args)
@@ -349,7 +359,7 @@ def train(args, build=build_models):
 
             # The log, at an epoch's end the features' rank and the probe, and now and then a checkpoint.
             step += 1
-            seen = watch(teacher.encoder, *watched, args, step, steps, per_epoch)
+            seen = watch(teacher.encoder, handful, probe_sets, args, step, steps, per_epoch)
             log.write(step - 1, finite, schedule, *seen)
             run.save_if_due(step, per_epoch, log)
             if any_of(stop, run.device):
@@ -425,6 +435,7 @@ def run_command(args, build):
     if args.plot:
         return plot_runs(args.plot)
     join(args)
+    check_init(args)  # now, rather than after hours of tiling
     return benchmark(args, build) if args.benchmark else train(args, build)
 
 

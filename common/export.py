@@ -23,12 +23,40 @@ def is_newer(path, features):
 
 
 def coords_attributes(name, info):
-    """The attributes of "coords" as CLAM (level 0, its px) and TRIDENT write them, which heat maps read."""
+    """The attributes of "coords" in an h5 file, by which CLAM and TRIDENT both cut the very tile again.
+
+    Both read patch_size, and mean different things by it:
+
+    CLAM: px at patch_level. It reads patch_size px at that level, from coords in level-0 px.
+    TRIDENT: px at target_magnification. It reads patch_size x level0_magnification / target_magnification px
+    of level 0; its heat maps and slide encoders take patch_size_level0, which is that product. Magnifications
+    are whole numbers, 40 for 0.2525 um/px.
+
+    A tile's side in level-0 px is right for both if the level is 0 and the two magnifications are the same:
+    TRIDENT's encoders then scale the tile to their own input. Neither client reads mpp, the um/px that our
+    encoder saw, and level0_mpp.
+    """
     side, size = round(info["side"]), (info["width"], info["height"])
+    magnification = max(1, round(10 / info["slide_mpp"]))
     return {"name": name, "patch_level": 0, "patch_size": side, "downsample": (1.0, 1.0), "level_dim": size,
             "downsampled_level_dim": size, "patch_size_level0": side, "overlap": 0, "level0_width": size[0],
-            "level0_height": size[1], "level0_magnification": 10 / info["slide_mpp"],
-            "target_magnification": 10 / info["mpp"]}
+            "level0_height": size[1], "level0_magnification": magnification,
+            "target_magnification": magnification, "mpp": info["mpp"], "level0_mpp": info["slide_mpp"]}
+
+
+def has_attributes(path, attributes):
+    """Does "coords" of an h5 file have these attributes? Earlier versions wrote others."""
+    with h5py.File(path) as file:
+        kept = file["coords"].attrs
+        return all(name in kept and np.array_equal(kept[name], value) for name, value in attributes.items())
+
+
+def warn_of_numbers(names):
+    """Warns if CLAM would read the slides' names as numbers: pandas does where a whole column looks so."""
+    if names and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in names):
+        print(f"warning: --export clam: all slides are named by digits ({names[0]}), which CLAM reads as "
+              "numbers: leading zeros are lost, and splits of unequal parts fail; rename the slides, with a "
+              "letter in front")
 
 
 def export_clam(found, folder, infos, out):
@@ -43,14 +71,16 @@ def export_clam(found, folder, infos, out):
         pt, h5 = out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
         if not is_newer(pt, source):
             save_tensors(pt, read_features(source))
-        if not is_newer(h5, source):
+        attributes = coords_attributes(name, info)
+        if not (is_newer(h5, source) and has_attributes(h5, attributes)):
             with np.load(source, allow_pickle=False) as file, \
                     atomic_write(h5) as temp, h5py.File(temp, "w") as to:
                 to["features"], to["coords"] = file["features"], file["coords"]
-                to["coords"].attrs.update(coords_attributes(name, info))
+                to["coords"].attrs.update(attributes)
     rows = {name: found.labels[name] for name in sorted(infos) if name in found.labels}
     if not rows:
         return
+    warn_of_numbers(list(rows))
     write_csv(out / "dataset_csv" / f"{found.name}.csv", [("case_id", "slide_id", "label")] + [
         (row["patient"], name, row["label"]) for name, row in rows.items()])
     parts = ("train", "val", "test")

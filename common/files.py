@@ -84,13 +84,31 @@ def save_tensors(path, state):
         torch.save(state, file)
 
 
-def load_tensors(path):
-    """A file of tensors and plain values, on the CPU; InputError for anything else, and no code is run."""
+def load_tensors(path, allowed=()):
+    """A file of tensors and plain values, on the CPU; InputError for anything else, and no code is run.
+
+    allowed: classes that the file may hold besides; building one must run no code.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
-        name = type(error).__name__
-        raise InputError(f"{path}: cannot be loaded ({name}); delete it or take another copy") from None
+        raise InputError(f"{path}: {why_not_loaded(path, error)}") from None
+
+
+def why_not_loaded(path, error):
+    """Why torch.load failed with this error, and what to do."""
+    path = Path(path)
+    if not path.is_file():
+        return "is missing, or is no file"
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            return "is a Git LFS pointer: run git lfs pull, which fetches the file itself"
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign:
+        return (f"holds a Python object ({foreign[1]}), which is not loaded, as it may run code; save the "
+                "state dict alone, or take another copy")
+    return f"cannot be loaded ({type(error).__name__}); delete it or take another copy"
 
 
 def file_stamp(path):

@@ -32,8 +32,9 @@ def arguments(argv):
     add("--method", default="dirl", choices=list(dirl.METHODS),
         help="baseline is DINO; cellback is DiRL without its block")
     add("--init", metavar="FILE",
-        help="the encoder starts from other weights: an encoder.pt, or a state dict in timm's or DINO's "
-             "names (vit_tiny, vit_small, patch 16); with some thousand crops better than from nothing")
+        help="the encoder starts from other weights: an encoder.pt, a state dict in timm's or DINO's names, "
+             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); with some thousand crops better than "
+             "from nothing")
     add("--save-every", type=int, metavar="EPOCHS",
         help="also keeps encoder_<epoch>.pt every so many epochs, for curves over the training")
     add("--plot", nargs="+", metavar="RUN",

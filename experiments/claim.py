@@ -227,7 +227,7 @@ def make_protocol(rows, classes, args):
 
 def load_protocol(found, args, workers):
     """make_protocol of the images that can be read, with the images (N, 3, CROP, CROP)."""
-    images, good, failed = load_crops(list(found.images.values()), max(1, workers))
+    images, good, failed = load_crops(list(found.images.values()), workers)
     print_skipped(failed)
     rows = [found.labels[name] for name in found.images]
     on = make_protocol([rows[i] for i in good], found.classes, args)

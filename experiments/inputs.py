@@ -53,7 +53,7 @@ def check_flags(args, **limits):
     """InputError for a flag of add_data or add_networks, or one of limits, out of its range."""
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, tissue=(0, 1), workers=(1, 1024), **limits)
+    check_ranges(args, tissue=(0, 1), workers=(0, 1024), **limits)
     check_out(args.out)
     if "device" in args:
         check_device(args.device)

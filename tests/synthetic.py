@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 
 import numpy as np
 import tifffile
@@ -118,6 +119,21 @@ def prepared(data="in", mpp=1.0, slide_mpp=1.0, **options):
     """The data set of a folder of slides at 1.0 um/px, with its tiles and cells, and what was skipped."""
     found = find_data(data, mpp=mpp, slide_mpp=slide_mpp, **options)
     return found, prepare(found, 0.5, workers=1)
+
+
+def slides_named(folder, names):
+    """Files with the names of slides, which nothing opens."""
+    for name in names:
+        write(folder / "slides" / f"{name}.svs", b"x")
+
+
+def tcga(folder, patients, slides_each=2):
+    """TCGA-like slides and their labels.csv without a split."""
+    shutil.rmtree(folder, ignore_errors=True)
+    names = [f"TCGA-05-{i:04d}-01Z-00-DX{k}" for i in patients for k in range(slides_each)]
+    slides_named(folder, names)
+    rows = [f"{name},{'AB'[int(name[8:12]) % 2]}" for name in names]
+    write_table(folder / "labels.csv", "slide,label", rows)
 
 
 class Evil:

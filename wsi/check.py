@@ -137,6 +137,8 @@ def check_split(found, broken):
     if not found.labels:
         print("no labels.csv: all is for pre-training")
         return []
+    if found.kind == "slides":
+        print(f"without a label, for pre-training only: {len(found.unlabelled())}")
     problems, parts = [], ("train", "val", "test") if found.kind == "slides" else ("train", "test")
     for part in parts:
         rows = [found.labels[name] for name in found.split(part) if name not in broken]

@@ -429,7 +429,7 @@ def load_crops(paths, workers):
         pixels = np.array(image)
         images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         return side, is_grey(pixels), None
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         loaded = list(tqdm(pool.map(load, range(len(paths))), "images", len(paths), leave=False))
     good = [i for i, (_, _, error) in enumerate(loaded) if error is None]
     sides = Counter(loaded[i][0] for i in good)
