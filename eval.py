@@ -28,7 +28,8 @@ import mil
 from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, represent
-from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
+from common.errors import (InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped,
+                           run_script)
 from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
@@ -62,8 +63,8 @@ def add_common(add, batch, seed):
 
 
 def slides_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="eval.py [slides]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        prog="python eval.py slides", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Features, DSMIL and attention of a pre-trained encoder.",
         epilog="Patch-level classification: python eval.py patches --help")
     add = parser.add_argument
@@ -104,8 +105,8 @@ def slides_arguments(argv):
 
 
 def patches_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="eval.py patches", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        prog="python eval.py patches", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Fine-tunes an encoder on labelled images, or fits a linear classifier to its features.")
     add = parser.add_argument
     add("--data", default="mhist",

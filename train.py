@@ -358,25 +358,26 @@ def train(args, build=build_models):
 
 
 def announce(args, run, found, steps, start, encoder, crops):
-    """Says what is about to run, and of a new run the ratio of contrast_of_views."""
+    """Prints what is about to run, and for a new run the ratio of contrast_of_views."""
     print(f"{run.config['crops']} crops of {len(run.seen['images'])} {found.kind}, {steps} steps of "
           f"{args.batch} ({args.epochs} epochs), {args.method} {args.arch} on {args.device} "
           f"in {run.config['precision']}"
-          + (f"; resumed at step {start}" if start else ""))
+          + (f"; resumed at step {start}" if 0 < start < steps else ""))
     if not start:
         print(describe_contrast(contrast_of_views(encoder, crops, args)))
 
 
 def finish(args, run, log, step, steps, failed, stop):
-    """What was written where and what to run next; gives the exit code."""
+    """Prints what was written and what to run next; returns the exit code."""
     speed = f", {log.speed(step):.1f} crops a second" if step > log.start else ""
     if step < steps:
         print(f"Stopped at step {step} of {steps}{speed}; "
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
         where = "" if args.run == default_run(args) else f" --checkpoint {run.folder}/encoder.pt"
-        print(f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed}). "
-              f"Next: python eval.py --data {args.data}{where}")
+        done = (f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
+                if step > log.start else f"{run.folder} had finished its {steps} steps; nothing was trained")
+        print(f"{done}. Next: python eval.py --data {args.data}{where}")
     code = exit_code_of(failed)
     return 130 if stop else code
 

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from common.datasets import DATASETS, PRIORS
 from common.encoders import check_device, find_encoder, load_encoder
-from common.errors import InputError, check_mpp, check_ranges, print_skipped
+from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped
 from common.figures import save_figure
 from common.files import file_stamp, read_npz, write_csv
 from common.parallel import add_limits, limits_of
@@ -23,8 +23,8 @@ COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 
 def parser_of(script, description, **more):
     """The parser of python -m experiments.<script>, and its add_argument."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{script}", description=description,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+    parser = Parser(prog=f"python -m experiments.{script}", description=description,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
     return parser, parser.add_argument
 
 

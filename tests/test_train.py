@@ -57,6 +57,11 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
     assert train.main(FOLDER) == 0
     assert "Next: python eval.py" in capsys.readouterr().out
     assert (whole / "log.csv").read_text() == (run / "log.csv").read_text()
+    kept = times(whole, "*.pt")
+    assert train.main([*FOLDER, "--run", "runs/whole"]) == 0 and times(whole, "*.pt") == kept
+    again = capsys.readouterr().out
+    assert "runs/whole had finished its 6 steps; nothing was trained. Next: python eval.py" in again
+    assert "Wrote" not in again and "resumed" not in again
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     assert a["step"] == b["step"] == 6
     for part in ("student", "teacher", "loss"):

@@ -41,7 +41,7 @@ def check(args, found, error):
     where, layout = WHERE.get(name, OWN)
     print(f"{args.data}: {where}\nexpected: {layout.format(folder)}")
     if error:
-        print("missing:", error)
+        print("missing:", error if folder.is_dir() else f"{folder}/; see the two lines above")
         return 1
     problems = [f"{path}: unfinished; run gdc-client download again"
                 for path in gdc.unfinished(folder / "slides")]
