@@ -264,20 +264,20 @@ def classify_slides(found, run, names, args):
 def count_attention(networks, title, found, run, args):
     """{network: rows of the table for the bins of Fig. 4} over crops of the test part, and shared rows.
 
-    networks: {name: encoder}. Without labels the crops are those of all images. Also draws both pictures, the
-    overlay with P_c if all of these crops have their cells.
+    networks: {name: encoder}. Without labels all crops count, which are training's. Also draws both
+    pictures, the overlay with P_c if all of these crops have their cells.
     """
     part = "test" if found.split("test") else "train"
     crops, celled = (Crops(found, found.split(part), with_cells) for with_cells in (False, True))
     has_cells = len(celled) == len(crops)
     crops = Subset(celled if has_cells else crops, spread(len(crops), args.attention_crops))
-    over, tables, aggregated = f"{len(crops)} {f'{part} ' if found.labels else ''}crops", {}, {}
+    over, tables, aggregated = f"{len(crops)} {found.crops_of_part(part)}", {}, {}
     for name, encoder in networks.items():
         aggregated[name] = embed(lambda x: attention_of(encoder, x), crops, args, "attention")
         tables[name] = [(f"tokens with attention {bin}", f"{share:.4f}", "", over) for bin, share in
                         zip(("0 to 0.5", "0.5 to 2", "over 2"), dirl.attention_bins(aggregated[name]))]
     if not has_cells:
-        print(f"note: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
+        print(f"warning: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
               f"Cells come from python train.py, or from {found.source}/cells/.")
     plot_distribution(aggregated, title, run / "attention_distribution.png")
     chosen = spread(len(crops), args.overlays)
@@ -379,15 +379,16 @@ def find_patches(args):
 def encoders_of(found, args):
     """{name: encoder, None for pixels} of --encoder, and the run folder that the results go to."""
     out, arch, run = {}, "vit_t", Path("runs") / "_".join([run_name(args.data), *args.encoder])
+    stats = encoders.MEAN, encoders.STD
     if "checkpoint" in args.encoder or args.checkpoint:
         path = encoders.find_encoder(args.checkpoint)
         encoder, about = encoders.load_encoder(path)
-        run, arch = path.parent, about["arch"]
+        run, arch, stats = path.parent, about["arch"], encoder.stats
         if "checkpoint" in args.encoder:
             check_unseen(found, found.split("test"), about["trained_on"], path)
             out[run.resolve().name] = encoder
     if "random" in args.encoder:
-        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed)
+        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed, stats)
     if "pixels" in args.encoder:
         out["pixels"] = None
     return out, run

@@ -77,8 +77,8 @@ def arguments(argv):
         help="mean and standard deviation that pixels are normalised by: ImageNet's, as DINO (for --init "
              "with ImageNet's weights), or the training crops' own, by which small runs on H&E learn sooner")
     add("--jitter", type=float, default=1.0,
-        help="colour jitter, a factor on its strengths and probability: 1 is DINO's, 0 none; lower if the "
-             "ratio printed at the start is below 1")
+        help="colour jitter, a factor on its strengths and probability: 1 is DINO's, 0 none; lower if a "
+             "head's outputs stay uniform")
     add("--greyscale", type=float, default=1.0, help="the same for turning grey (DINO: one view in 5)")
     add("--solarize", type=float, default=1.0, help="the same for solarising (DINO: 1 in 5 second views)")
     add("--blur", type=float, default=1.0,

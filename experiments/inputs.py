@@ -95,17 +95,19 @@ def load_networks(args):
 
 
 def open_all(args):
-    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part; all without labels).
+    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part).
 
-    InputError if an encoder saw one of the test part.
+    Without labels args.part becomes "train", which is all. InputError if an encoder saw one of the test part.
     """
     networks = load_networks(args)
     mpp = None if args.data in DATASETS else next(iter(networks.values()))[2]["mpp"]
     found = find_data(args.data, args.mpp or mpp, args.prior, slide_mpp=args.slide_mpp)
-    names = found.split(args.part if found.labels else "train")
+    if not found.labels:
+        args.part = "train"
+    names = found.split(args.part)
     if not names:
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
-    for _, path, about in networks.values() if found.labels and args.part == "test" else ():
+    for _, path, about in networks.values() if args.part == "test" else ():
         check_unseen(found, names, about["trained_on"], path)
     encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
     return encoders, {name: path for name, (_, path, _) in networks.items()}, found, names

@@ -321,6 +321,25 @@ def test_attention_scripts(here, capsys):
     refused(capsys, attention.main, [*overlay, make_seen(here, "nests_3")], "was trained on 1 of")
 
 
+def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsys, monkeypatch):
+    (here / "plain").mkdir()
+    for name in ("nests_3", "glands_3"):
+        (here / f"plain/{name}.png").symlink_to(here / f"tiny/slides/{name}.png")
+    titles = []
+    monkeypatch.setattr(inputs, "save_both", lambda figure, *rest: titles.append(figure.axes[0].get_title()))
+    for folder in ("tiny", "plain"):
+        flags = ["--data", folder, *ON[2:], "--checkpoint", ONE]
+        assert attention.main(["distribution", *flags]) == 0
+        assert heatmap.main([*flags, "--slide", "nests_3", "--repeats", "0"]) == 0
+    assert titles == ["tiny, 8 test crops", "nests_3, nests, test part",
+                      "plain, 4 training crops (no labels)", "nests_3, training slide (no labels)"]
+    refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "is no slide in the train part")
+    shutil.copytree(here / ONE, here / "runs/copy")
+    assert eval_py.main(["--data", "plain", *ON[2:], "--checkpoint", "runs/copy"]) == 0
+    over = {row["over"] for row in rows_of(here / "runs/copy/results.csv") if row["measure"].startswith("tokens")}
+    assert over == {"4 training crops (no labels)"}
+
+
 def test_heatmap_tokens_and_views_scripts(here, capsys):
     argv = [*ON, *TWO, "--slide", "nests_4", "--repeats", "1", "--epochs", "2", "--out", "h.png"]
     assert heatmap.main(argv) == 0

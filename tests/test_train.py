@@ -229,8 +229,9 @@ def entropy_curve(place, capsys, *flags):
 def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
     rows, said = entropy_curve(place, capsys, "--teacher-temp", "10")
     assert all(float(row["entropy_f"]) > 0.98 for row in rows)
-    told = [line for line in (said.out + said.err).splitlines() if "Warning" in line and "uniform" in line]
-    assert len(told) == 1 and "step 4" in told[0] and "Lower --teacher-temp" in told[0]
+    told = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
+    assert len(told) == 1 and "step 4" in told[0] and "the head of f have been uniform" in told[0]
+    assert "Lower --teacher-temp" in told[0] and "--jitter" in told[0]
 
 
 def test_outputs_on_one_prototype_are_told_once_with_the_flag_to_turn(place, capsys):
