@@ -45,6 +45,7 @@ from wsi.slides import CROP
 from wsi.truth import check_with_truth, draw_slide
 
 MEASURES = ("accuracy", "AUC", "macro F1")
+FEW_SLIDES, FEW_DECAY = 100, 5e-3  # below so many training slides this weight decay of DSMIL does better
 
 
 # ---------------------------------------------------------------- flags
@@ -95,7 +96,7 @@ def slides_arguments(argv):
     add_shard(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random", mil_weight_decay=5e-3, standardize=True, repeats=3)
+        parser.set_defaults(compare="random", mil_weight_decay=FEW_DECAY, standardize=True, repeats=3)
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
@@ -204,6 +205,13 @@ def check_classes(found, names):
         if missing and (part != "val" or not there):
             raise InputError(f"{found.source}/labels.csv: no usable {part} slide of {', '.join(missing)}; "
                              "add slides or change the split")
+
+
+def warn_of_few_slides(count, args):
+    """One line where the paper's settings of DSMIL are for more training slides than these."""
+    if count < FEW_SLIDES and (args.mil_weight_decay > FEW_DECAY or not args.standardize):
+        print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
+              f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
 
 
 def train_and_score(bags, classes, args):
@@ -326,6 +334,8 @@ def evaluate_slides(args):
         check_classes(found, {name for name in found.images if tile_info(found, name)})
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
+    if slides and found.labels:
+        warn_of_few_slides(sum(tile_info(found, name) is not None for name in found.split("train")), args)
 
     networks, folders = {"trained": encoder}, {"trained": run}
     stamps = {"trained": file_stamp(path)}

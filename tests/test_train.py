@@ -75,10 +75,14 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
 
     test = [*SET, "--repeats", "2", "--epochs", "5", "--checkpoint", str(run)]
     assert eval_py.main(test) == 0
-    assert "slide accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "slide accuracy" in said and said.count("warning: 4 training slides") == 1
+    assert "try --standardize --mil-weight-decay 0.005" in said
     check_features_and_attention(place, run)
     made = times(run / "features")
-    assert eval_py.main(test) == 0 and times(run / "features") == made  # not made twice
+    few = ["--standardize", "--mil-weight-decay", "5e-3"]
+    assert eval_py.main([*test, *few]) == 0 and times(run / "features") == made  # not made twice
+    assert "training slides" not in capsys.readouterr().out
     assert eval_py.main([*test, "--precision", "bf16"]) == 0  # other settings: recomputed
     assert all(made[path] != written for path, written in times(run / "features").items())
 
