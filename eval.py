@@ -28,8 +28,7 @@ import mil
 from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, represent
-from common.errors import (InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped,
-                           run_script)
+from common.errors import InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv

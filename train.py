@@ -179,9 +179,8 @@ def contrast_of_views(encoder, crops, args):
     """Variance of f between crops over its variance between two global views of a crop.
 
     Both are sums over the d features, over at most CONTRAST_CROPS crops; a crop counts by the mean of its two
-    views, so that crops which do not differ give 1/2. It describes the start only: runs that learn have 0.4 to
-    0.75, so a value below 1 is no fault. The views have a random stream of their own, so that training's
-    numbers stay as they are.
+    views, so that crops which do not differ give 1/2. Runs that learn start at 0.4 to 0.75, so a value below
+    1 is no fault. The views have a random stream of their own, so that training's numbers stay as they are.
     """
     images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
     generator = torch.Generator(args.device).manual_seed(args.seed)

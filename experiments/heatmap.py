@@ -164,7 +164,9 @@ def run(args):
         for_qupath[path] = attention, of_tile
         rows += [(network, *corner, *values)
                  for corner, values in zip(crops.corners.tolist(), zip(*of_tile.values()))]
-    label = f"{found.labels[name]['label']}, {args.part} part" if found.labels else "training slide (no labels)"
+    label = "training slide (no labels)"
+    if found.labels:
+        label = f"{found.labels[name]['label']}, {args.part} part"
     inputs.save_both(draw(picture, maps, f"{name}, {label}"), rows, out)
     for path, (attention, of_tile) in for_qupath.items():
         write_geojson(path, attention, crops.corners, side, of_tile)

@@ -4,8 +4,8 @@
 
 Reads slides.csv, patches.csv and results.csv of every run below a folder, as eval.py writes them. Repeats
 are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; runs with other settings
-have rows of their own, which name what differs. Every setting in which the rows of a data set differ is listed
-below the table; bold marks the best of a column of accuracies, AUC or F1.
+have rows of their own, which name what differs. Every setting in which the rows of a data set differ is
+listed below the table; bold marks the best of a column of accuracies, AUC or F1.
 """
 import csv
 import sys
@@ -106,12 +106,13 @@ def plain(value):
 
 
 def settings_of(folder, config):
-    """{setting: value as text} of a run: the flags of its config.json, its crops, and the steps it has done."""
+    """{setting: value as text} of a run: the flags and crops of its config.json, and its steps."""
     default = vars(compare.arguments(["--data", config["data"], "--ssl", config.get("ssl", "dino")]))
     settings = {name: plain(value) for name, value in default.items()} | config
     log = read_log(folder / "log.csv")
     settings["steps"] = int(log[-1]["step"]) + 1 if log else "unknown"
-    return {name.replace("_", " "): str(value) for name, value in settings.items() if name not in IN_THE_LABEL}
+    return {name.replace("_", " "): str(value) for name, value in settings.items()
+            if name not in IN_THE_LABEL}
 
 
 def differences(runs, columns):
@@ -173,7 +174,8 @@ def cells_of(table, columns, bold, plus_minus):
         for column in columns:
             text = shown.get((label, column), "")
             sd = sd_of(row[column], 3) if text else ""
-            cells.append((bold(text) if text and text == best.get(column) else text) + (sd and plus_minus(sd)))
+            is_best = text and text == best.get(column)
+            cells.append((bold(text) if is_best else text) + (sd and plus_minus(sd)))
         rows.append(cells)
     return rows
 

@@ -171,8 +171,8 @@ def test_the_experiment_runs_stops_goes_on_and_shows(here, capfd):
     pair = ["--pair", "class0", "class2"]
     assert claim.main(["show", "--overlay", "c", "--mpp", "0.5", "--crops", "2", *pair]) == 0
     said = capfd.readouterr().out
-    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "curves on the probe", "class0 against class2", "arm minus baseline",
-                  "f_c"):
+    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "curves on the probe",
+                  "class0 against class2", "arm minus baseline", "f_c"):
         assert words in said
     table = rows_of(out / "claim.csv")
     assert {row["arm"] for row in table} == {"random", "baseline", "cellback"}

@@ -137,7 +137,7 @@ def test_both_networks_stand_in_one_row_and_losses_beside_ln_k(tmp_path):
     uniform = "uniform outputs: ln K = 3.4657"
     assert last_losses(tmp_path) == [("loss of f_c, last epoch", "2.5000", "", uniform),
                                      ("loss of f_b, last epoch", "4.0000", "", uniform)]
-    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_f,ln_out_dim", ["0,0,9,2,3"])  # SimCLR's or BYOL's
+    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_f,ln_out_dim", ["0,0,9,2,3"])  # SimCLR's
     assert last_losses(tmp_path) == [("loss of f, last epoch", "2.0000", "", "")]
 
 
