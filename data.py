@@ -9,7 +9,6 @@ geometry. Two things differ, for speed: crops are resampled bilinearly and witho
 bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`) in which hue turns about the grey
 axis and only the end result is clipped.
 """
-import argparse
 import math
 import os
 import re
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from common.datasets import DATASETS, PRIORS
 from common.encoders import MEAN, STD, normalize
-from common.errors import InputError, run_script
+from common.errors import InputError, Parser, run_script
 from common.files import read_csv, write_csv
 from common.parallel import add_limits, add_shard, call
 from prior import view_prior
@@ -399,7 +398,8 @@ def draw_split(rows, kept, parts, seed):
 # ---------------------------------------------------------------- script
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="What is on disk and what is missing, before training.")
+    parser = Parser(prog="python data.py",
+                    description="What is on disk and what is missing, before training.")
     commands = parser.add_subparsers(dest="command", required=True)
     manifest = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes "
                                    "manifest.tsv, labels.csv and the split")
@@ -416,7 +416,7 @@ def arguments(argv):
     looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
     looked.add_argument("--tile", nargs="+", metavar="X,Y",
                         help="shows the tiles that hold these points in level-0 px; default: three of them")
-    looked.add_argument("--out", help="the picture (look_<slide>.png)")
+    looked.add_argument("--out", help="the picture (runs/look_<slide>.png)")
     for sub in (checked, prepared):
         sub.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
         sub.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")

@@ -28,7 +28,7 @@ import mil
 from common import classify, encoders
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, represent
-from common.errors import InputError, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
+from common.errors import InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
@@ -44,6 +44,7 @@ from wsi.slides import CROP
 from wsi.truth import check_with_truth, draw_slide
 
 MEASURES = ("accuracy", "AUC", "macro F1")
+FEW_SLIDES, FEW_DECAY = 100, 5e-3  # below so many training slides this weight decay of DSMIL does better
 
 
 # ---------------------------------------------------------------- flags
@@ -62,8 +63,8 @@ def add_common(add, batch, seed):
 
 
 def slides_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="eval.py [slides]", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        prog="python eval.py slides", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Features, DSMIL and attention of a pre-trained encoder.",
         epilog="Patch-level classification: python eval.py patches --help")
     add = parser.add_argument
@@ -94,7 +95,7 @@ def slides_arguments(argv):
     add_shard(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random", mil_weight_decay=5e-3, standardize=True, repeats=3)
+        parser.set_defaults(compare="random", mil_weight_decay=FEW_DECAY, standardize=True, repeats=3)
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
@@ -104,8 +105,8 @@ def slides_arguments(argv):
 
 
 def patches_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="eval.py patches", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        prog="python eval.py patches", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Fine-tunes an encoder on labelled images, or fits a linear classifier to its features.")
     add = parser.add_argument
     add("--data", default="mhist",
@@ -205,6 +206,13 @@ def check_classes(found, names):
                              "add slides or change the split")
 
 
+def warn_of_few_slides(count, args):
+    """One line where the paper's settings of DSMIL are for more training slides than these."""
+    if count < FEW_SLIDES and (args.mil_weight_decay > FEW_DECAY or not args.standardize):
+        print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
+              f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
+
+
 def train_and_score(bags, classes, args):
     """DSMIL over --repeats seeds: [(seed, accuracy, AUC, macro F1), ...] on test bags, and mean scores.
 
@@ -263,8 +271,8 @@ def classify_slides(found, run, names, args):
 def count_attention(networks, title, found, run, args):
     """{network: rows of the table for the bins of Fig. 4} over crops of the test part, and shared rows.
 
-    networks: {name: encoder}. Without labels the crops are those of all images. Also draws both pictures, the
-    overlay with P_c if all of these crops have their cells.
+    networks: {name: encoder}. Without labels all crops count, which are training's. Also draws both
+    pictures, the overlay with P_c if all of these crops have their cells.
     """
     part = "test" if found.split("test") else "train"
     crops, celled = (Crops(found, found.split(part), with_cells) for with_cells in (False, True))
@@ -272,13 +280,13 @@ def count_attention(networks, title, found, run, args):
         crops = celled  # those that train.py takes: of one um/px, and none that it skipped
     has_cells = len(celled) == len(crops)
     crops = Subset(celled if has_cells else crops, spread(len(crops), args.attention_crops))
-    over, tables, aggregated = f"{len(crops)} {f'{part} ' if found.labels else ''}crops", {}, {}
+    over, tables, aggregated = f"{len(crops)} {found.crops_of_part(part)}", {}, {}
     for name, encoder in networks.items():
         aggregated[name] = embed(lambda x: attention_of(encoder, x), crops, args, "attention")
         tables[name] = [(f"tokens with attention {bin}", f"{share:.4f}", "", over) for bin, share in
                         zip(("0 to 0.5", "0.5 to 2", "over 2"), dirl.attention_bins(aggregated[name]))]
     if not has_cells:
-        print(f"note: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
+        print(f"warning: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
               f"Cells come from python train.py, or from {found.source}/cells/.")
     plot_distribution(aggregated, title, run / "attention_distribution.png")
     chosen = spread(len(crops), args.overlays)
@@ -329,6 +337,8 @@ def evaluate_slides(args):
         check_classes(found, {name for name in found.images if tile_info(found, name)})
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
+    if slides and found.labels:
+        warn_of_few_slides(sum(tile_info(found, name) is not None for name in found.split("train")), args)
 
     networks, folders = {"trained": encoder}, {"trained": run}
     stamps = {"trained": file_stamp(path)}
@@ -382,15 +392,16 @@ def find_patches(args):
 def encoders_of(found, args):
     """{name: encoder, None for pixels} of --encoder, and the run folder that the results go to."""
     out, arch, run = {}, "vit_t", Path("runs") / "_".join([run_name(args.data), *args.encoder])
+    stats = encoders.MEAN, encoders.STD
     if "checkpoint" in args.encoder or args.checkpoint:
         path = encoders.find_encoder(args.checkpoint)
         encoder, about = encoders.load_encoder(path)
-        run, arch = path.parent, about["arch"]
+        run, arch, stats = path.parent, about["arch"], encoder.stats
         if "checkpoint" in args.encoder:
             check_unseen(found, found.split("test"), about["trained_on"], path)
             out[run.resolve().name] = encoder
     if "random" in args.encoder:
-        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed)
+        out[f"random {args.arch or arch}"] = encoders.random_encoder(args.arch or arch, args.seed, stats)
     if "pixels" in args.encoder:
         out["pixels"] = None
     return out, run

@@ -1,10 +1,18 @@
 """How scripts fail: one line that names the file or flag and says what to do, and an exit code."""
+import argparse
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 
 class InputError(Exception):
     """Something the user gave is wrong; the message is one line with the file or flag and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong flag raises InputError instead of printing the usage and exiting."""
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def printable(text):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import zlib
 from contextlib import contextmanager, suppress

@@ -8,7 +8,7 @@ import torch
 import dirl
 from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import MEAN, STD, check_device
-from common.errors import InputError, check_mpp, check_ranges
+from common.errors import InputError, Parser, check_mpp, check_ranges
 from common.parallel import add_limits, limits_of
 
 # The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
@@ -23,8 +23,9 @@ DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_di
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
-        description="Pre-trains DiRL; the same command again resumes a stopped run.", allow_abbrev=False,
+    parser = Parser(
+        prog="python train.py", allow_abbrev=False,
+        description="Pre-trains DiRL; the same command again resumes a stopped run.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder with slides or crops")
@@ -77,8 +78,8 @@ def arguments(argv):
         help="mean and standard deviation that pixels are normalised by: ImageNet's, as DINO (for --init "
              "with ImageNet's weights), or the training crops' own, by which small runs on H&E learn sooner")
     add("--jitter", type=float, default=1.0,
-        help="colour jitter, a factor on its strengths and probability: 1 is DINO's, 0 none; lower if the "
-             "ratio printed at the start is below 1")
+        help="colour jitter, a factor on its strengths and probability: 1 is DINO's, 0 none; lower if a "
+             "head's outputs stay uniform")
     add("--greyscale", type=float, default=1.0, help="the same for turning grey (DINO: one view in 5)")
     add("--solarize", type=float, default=1.0, help="the same for solarising (DINO: 1 in 5 second views)")
     add("--blur", type=float, default=1.0,

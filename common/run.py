@@ -24,10 +24,16 @@ RESUMABLE = (  # flags that may change when a run is resumed
     "max_gigapixels")
 READ_EVERY = 10  # steps
 UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond which a head learns nothing
-MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs; where the ratio printed at "
-                 "the start is below 1, weaken the colour augmentation (--jitter).")
+MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs, or weaken the augmentation "
+                 "(--jitter, --greyscale, --solarize, --blur).")
 LESS_CONTRAST = "Raise --teacher-temp, or lower --center-momentum or --lr."
+MIDDLE, EVERY_TOKEN = "tokens with attention 0.5 to 2", 0.9995  # the share that is printed as 1.000
 PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
+
+
+def symbol_of(head):
+    """The paper's symbol for what a head takes: "f", or "f_c" for head "c"."""
+    return "f" if head == "f" else f"f_{head}"
 
 
 def check_config(path, config):
@@ -215,11 +221,12 @@ class Log:
                              img_s=f"{self.speed(step + 1):.0f}", refresh=False)
         self.warn(step, entropy)
         if probed:
-            tqdm.write(f"step {step + 1}: tokens with attention 0.5 to 2 {probed[1]:.1%}, "
+            untrained = " (as in an untrained network)" if probed[1] >= EVERY_TOKEN else ""
+            tqdm.write(f"step {step + 1}: {MIDDLE} {probed[1]:.1%}{untrained}, "
                        f"20-NN accuracy {probed[3]:.3f} on {self.args.probe}")
 
     def warn(self, step, entropy):
-        """Says once of each head that its outputs were uniform, or on one prototype, for a whole epoch."""
+        """Warns once for each head whose outputs were uniform, or on one prototype, for a whole epoch."""
         self.seen.append(entropy)
         if (step + 1) % self.per_epoch:
             return
@@ -234,8 +241,9 @@ class Log:
             heads = [head for head, h in present.items() if h and holds(h) and head not in self.told]
             self.told.update(heads)
             if heads:
-                tqdm.write(f"Warning: step {step + 1}: for an epoch the outputs of head {', '.join(heads)} "
-                           f"have been {state}: nothing is learned there. {advice}")
+                named = ", ".join(map(symbol_of, heads))
+                tqdm.write(f"warning: step {step + 1}: for an epoch the outputs of the head of {named} have "
+                           f"been {state}: nothing is learned there. {advice}")
 
     def speed(self, step):
         """Crops a second since the start of this call."""

@@ -24,7 +24,7 @@ from common import encoders
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
 from common.datasets import run_name
 from common.encoders import attention_of, in_batches, represent
-from common.errors import InputError, check_mpp, check_ranges, print_skipped, run_script
+from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped, run_script
 from common.files import atomic_write, file_stamp, stamp_of, write_json
 from common.flags import arguments as train_arguments
 from common.run import RESUMABLE, check_config, is_finished
@@ -40,7 +40,7 @@ DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.claim",
         description="Pre-trains and measures the arms of an experiment, and shows them.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -128,7 +128,8 @@ def run(args):
     if failed:
         print(f"claim: failed: {', '.join(failed)}; see above, and use other settings with another --out",
               file=sys.stderr)
-    print(f"Wrote {args.out}/. Next: python -m experiments.claim show --out {args.out}")
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs in {args.out}/ are measured. "
+          f"Next: python -m experiments.claim show --out {args.out}")
     return int(bool(failed))
 
 
@@ -165,12 +166,15 @@ def pre_train(flags, folder):
 
 
 def start(settings, data):
-    """Writes encoder.pt of an untrained encoder; 0."""
+    """Writes encoder.pt of an untrained encoder, normalized as the other arms are; 0."""
+    if settings.stats == "data":
+        compare.train_py()["training_crops"](settings)  # sets settings.pixels, as it does for training
     path = Path(settings.run) / "encoder.pt"
-    if not path.is_file():
-        encoders.save_encoder(path, encoders.random_encoder(settings.arch, settings.seed), arch=settings.arch,
-                              method="none", data=data, mpp=settings.mpp, step=0,
-                              trained_on={"data": data, "images": {}, "patients": []})
+    if path.is_file() and encoders.load_encoder(path)[0].stats == settings.pixels:
+        return 0
+    encoder = encoders.random_encoder(settings.arch, settings.seed, settings.pixels)
+    encoders.save_encoder(path, encoder, arch=settings.arch, method="none", data=data, mpp=settings.mpp,
+                          step=0, trained_on={"data": data, "images": {}, "patients": []})
     return 0
 
 

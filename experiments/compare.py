@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from common.encoders import MAX_DEPTH, make_encoder, start_encoder
-from common.errors import InputError, run_script
+from common.errors import InputError, Parser, run_script
 from common.flags import arguments as train_arguments
 from common.flags import default_run
 from experiments import auxiliary, blocks, byol_simclr, esvit, imix, selfpatch
@@ -31,7 +31,7 @@ BUILD = {"dino": None, "byol": byol_simclr.build, "simclr": byol_simclr.build, *
 
 def arguments(argv):
     """train.py's flags with those of the comparison; InputError for what does not go together."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.compare", allow_abbrev=False,
         description="Pre-trains what the paper compares with; the same command again resumes.",
         epilog="All other flags are train.py's.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -3,7 +3,7 @@
     python -m experiments.growth [--steps 3] [--what batch views size slides crops] [flags of train.py]
 
 A step is measured by train.py --benchmark. Slides are prepared anew in a temporary folder; crops are empty
-synthetic files, 1,000 a slide with 100 cells each. Writes growth.png, and its numbers as CSV beside it.
+synthetic files, 1,000 a slide with 100 cells each. Writes runs/growth.png and its numbers as CSV next to it.
 """
 import os
 import re
@@ -52,7 +52,7 @@ def arguments(argv):
     add("--data", default="demo", help="crops of the steps, and slides that are prepared; as in train.py")
     add("--what", nargs="+", default=list(AXES), choices=list(AXES), help="what is varied")
     add("--steps", type=int, default=3, help="measured steps; more on a noisy machine")
-    add("--out", default="growth.png", help="the figure")
+    add("--out", default="runs/growth.png", help="the figure")
     args, args.rest = parser.parse_known_args(argv)
     check_ranges(args, steps=(1, 1e6))
     return args

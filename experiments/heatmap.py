@@ -165,8 +165,10 @@ def run(args):
         for_qupath[path] = attention, of_tile
         rows += [(network, *corner, *values)
                  for corner, values in zip(crops.corners.tolist(), zip(*of_tile.values()))]
-    label = found.labels.get(name, {}).get("label", "no label")
-    inputs.save_both(draw(picture, maps, f"{name}, {label}, {args.part} part"), rows, out)
+    label = "training slide (no labels)"
+    if found.labels:
+        label = f"{found.labels[name]['label']}, {args.part} part"
+    inputs.save_both(draw(picture, maps, f"{name}, {label}"), rows, out)
     for path, (attention, of_tile) in for_qupath.items():
         write_geojson(path, attention, crops.corners, side, slide.bounds, of_tile)
     print(f"For QuPath, beside it: {', '.join(path.name for path in for_qupath)}")

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from common.datasets import DATASETS, PRIORS
 from common.encoders import check_device, find_encoder, load_encoder
-from common.errors import InputError, check_mpp, check_ranges, print_skipped
+from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped
 from common.figures import save_figure
 from common.files import file_stamp, read_npz, write_csv
 from common.parallel import add_limits, limits_of
@@ -23,8 +23,8 @@ COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 
 def parser_of(script, description, **more):
     """The parser of python -m experiments.<script>, and its add_argument."""
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{script}", description=description,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+    parser = Parser(prog=f"python -m experiments.{script}", description=description,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
     return parser, parser.add_argument
 
 
@@ -95,9 +95,9 @@ def load_networks(args):
 
 
 def open_all(args):
-    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part; all without labels).
+    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part).
 
-    InputError if an encoder saw one of the test part.
+    Without labels args.part becomes "train", which is all. InputError if an encoder saw one of the test part.
     """
     networks = load_networks(args)
     trained_at = next(iter(networks.values()))[2]["mpp"]
@@ -105,10 +105,12 @@ def open_all(args):
     found = find_data(args.data, mpp, args.prior, slide_mpp=args.slide_mpp)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
-    names = found.split(args.part if found.labels else "train")
+    if not found.labels:
+        args.part = "train"
+    names = found.split(args.part)
     if not names:
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
-    for _, path, about in networks.values() if found.labels and args.part == "test" else ():
+    for _, path, about in networks.values() if args.part == "test" else ():
         check_unseen(found, names, about["trained_on"], path)
     encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
     return encoders, {name: path for name, (_, path, _) in networks.items()}, found, names

@@ -5,7 +5,6 @@ download it) holds 15,000 lung images of 768 x 768 px, in lung_aca/, lung_n/ and
 tiles, each flipped and rotated into about 20 images. The results in docs/results.md use 3,031 of them, split
 by source tile, which LC25000 does not name: lc25000_lung.csv beside this file says which image is of which.
 """
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import InputError, run_script
+from common.errors import InputError, Parser, run_script
 from common.files import atomic_write, read_csv
 from wsi.pixels import read_image
 from wsi.slides import CROP
@@ -59,12 +58,15 @@ def make(source, out):
     return 0
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(argv):
+    parser = Parser(prog="python -m experiments.lc25000", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="LC25000's folder lung_image_sets")
     parser.add_argument("--out", type=Path, default=Path("lung_patches"), help="the folder to write")
-    args = parser.parse_args(argv)
-    return run_script("experiments.lc25000", lambda: make(args.source, args.out))
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    return run_script("experiments.lc25000", lambda: make(**vars(arguments(argv))))
 
 
 if __name__ == "__main__":

@@ -355,6 +355,7 @@ def test_check_of_every_data_set_says_where_to_get_it(place, capsys, name):
     assert data.main(["check", "--data", name]) == 1
     out = capsys.readouterr().out
     assert "expected: datasets/" in out and "missing: datasets/" in out
+    assert "data.py check" not in out  # the reader has just run it
     assert name != "lung" or "manifest --data lung" in out and "datasets/lung/slides/" in out
 
 
@@ -362,7 +363,7 @@ def test_look_draws_a_slide_and_counts(place, capsys):
     saved(place / "big.png", array=tissue(500))
     assert data.main(["look", "big.png", "--mpp", "1", "--slide-mpp", "1", "--workers", "1"]) == 0
     assert "4 tiles at 1 um/px" in capsys.readouterr().out
-    assert Image.open("look_big.png").size[0] > 1000
+    assert Image.open("runs/look_big.png").size[0] > 1000
     flags = ["look", "big.png", "--mpp", "1", "--slide-mpp", "1", "--workers", "1"]
     for point in ("1,2,3", "a,b", "499,10"):
         refused(capsys, data.main, [*flags, "--tile", "10,300", point], f"--tile {point}")

@@ -23,6 +23,7 @@ from wsi.cells import read_cells
 from wsi.prepare import load_crops, prepare_cells, ready_cells
 
 CPU = ["--device", "cpu", "--workers", "1"]
+STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 
 
@@ -40,8 +41,8 @@ def patch(path, label, seed, size=224):
 
 
 def run_folder(name="runs/tiny_vit_t_dirl", seed=0):
-    """A run with an encoder.pt that was never trained."""
-    save_encoder(Path(name) / "encoder.pt", random_encoder("vit_t", seed), arch="vit_t", method="dirl",
+    """A run with an encoder.pt that was never trained, normalized by other statistics than ImageNet's."""
+    save_encoder(Path(name) / "encoder.pt", random_encoder("vit_t", seed, STATS), arch="vit_t", method="dirl",
                  data="tiny", mpp=2.0, step=0, trained_on={"data": "tiny", "images": {}, "patients": []})
     return Path(name)
 

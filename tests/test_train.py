@@ -58,6 +58,11 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
     assert train.main(FOLDER) == 0
     assert "Next: python eval.py" in capsys.readouterr().out
     assert (whole / "log.csv").read_text() == (run / "log.csv").read_text()
+    kept = times(whole, "*.pt")
+    assert train.main([*FOLDER, "--run", "runs/whole"]) == 0 and times(whole, "*.pt") == kept
+    again = capsys.readouterr().out
+    assert "runs/whole had finished its 6 steps; nothing was trained. Next: python eval.py" in again
+    assert "Wrote" not in again and "resumed" not in again
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     assert a["step"] == b["step"] == 6
     for part in ("student", "teacher", "loss"):
@@ -71,10 +76,14 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
 
     test = [*SET, "--repeats", "2", "--epochs", "5", "--checkpoint", str(run)]
     assert eval_py.main(test) == 0
-    assert "slide accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "slide accuracy" in said and said.count("warning: 4 training slides") == 1
+    assert "try --standardize --mil-weight-decay 0.005" in said
     check_features_and_attention(place, run)
     made = times(run / "features")
-    assert eval_py.main(test) == 0 and times(run / "features") == made  # not made twice
+    few = ["--standardize", "--mil-weight-decay", "5e-3"]
+    assert eval_py.main([*test, *few]) == 0 and times(run / "features") == made  # not made twice
+    assert "training slides" not in capsys.readouterr().out
     assert eval_py.main([*test, "--precision", "bf16"]) == 0  # other settings: recomputed
     assert all(made[path] != written for path, written in times(run / "features").items())
 
@@ -225,8 +234,9 @@ def entropy_curve(place, capsys, *flags):
 def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
     rows, said = entropy_curve(place, capsys, "--teacher-temp", "10")
     assert all(float(row["entropy_f"]) > 0.98 for row in rows)
-    told = [line for line in (said.out + said.err).splitlines() if "Warning" in line and "uniform" in line]
-    assert len(told) == 1 and "step 4" in told[0] and "Lower --teacher-temp" in told[0]
+    told = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
+    assert len(told) == 1 and "step 4" in told[0] and "the head of f have been uniform" in told[0]
+    assert "Lower --teacher-temp" in told[0] and "--jitter" in told[0]
 
 
 def test_outputs_on_one_prototype_are_told_once_with_the_flag_to_turn(place, capsys):

@@ -58,7 +58,7 @@ def check(args, found, error):
     is_slides = found.kind == "slides" if found else folder.is_dir() and args.data not in CLASSES
     others = not_read(folder) if is_slides else []
     if error:
-        print("missing:", error)
+        print("missing:", error if folder.is_dir() else f"{folder}/; see the two lines above")
         for line in others:
             if line not in error:
                 print("look at:", printable(line))

@@ -45,6 +45,10 @@ class Data:
         split_of = split_of or dict.fromkeys(self.images, "train")
         return [name for part in parts for name in sorted(split_of) if split_of[name] == part]
 
+    def crops_of_part(self, part):
+        """How captions name the crops of a part; without labels.csv every crop is for training."""
+        return f"{part} crops" if self.labels else "training crops (no labels)"
+
     def said_mpp(self, name):
         """um/px of a slide by the column mpp of labels.csv, or None."""
         row = self.labels.get(name) or self.pretrain_only.get(name, {})

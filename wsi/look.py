@@ -83,7 +83,7 @@ def look(args):
         print(f"Warning: {odd}")
     print(f"{len(corners)} tiles at {mpp:g} um/px with {args.tissue:.0%} tissue;",
           describe_cells(sum(map(len, inside)), len(corners), priors.mean().item(), mpp))
-    out = Path(args.out or f"look_{slide_name(path)}.png")
+    out = Path(args.out or f"runs/look_{slide_name(path)}.png")
     draw(slide, scale, corners, side, shown, mpp, out)
     print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, training learns from it: "
           "see --tissue, --mpp, --slide-mpp and --prior of train.py.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import cKDTree
 
-from common.errors import InputError, check_mpp, one_line, run_script
+from common.errors import InputError, Parser, check_mpp, one_line, run_script
 from common.files import atomic_write
 from common.parallel import LIMITS, add_limits, call, in_processes, limits_of
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
@@ -212,7 +212,7 @@ def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MP
 # ---------------------------------------------------------------- script
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m wsi.segment", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Finds the cells of slides; run it again to continue with the rest.")
     add = parser.add_argument
