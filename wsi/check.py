@@ -7,9 +7,9 @@ from common.errors import InputError, printable
 from common.parallel import in_processes, limits_of
 from wsi import gdc
 from wsi.cells import cell_format
-from wsi.plausible import what_is_odd
+from wsi.plausible import suggested_scale, what_is_odd
 from wsi.prepare import cell_file, read_crop, tile_info
-from wsi.slides import Slide
+from wsi.slides import NoScale, Slide
 
 SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
                  "{0}/cells/<slide>.*")
@@ -28,6 +28,7 @@ WHERE = {  # where to get a data set, and its layout
     "chaoyang": ("bupt-ai-cz.github.io/HSA-NRL, after registering",
                  "{0}/train.json, {0}/test.json, images at the names in them"),
 }
+NO_SCALE = "not recorded"
 OWN = ("your own", SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
 
 
@@ -59,9 +60,14 @@ def check(args, found, error):
     return int(bool(problems))
 
 
-def look_at_slide(path, slide_mpp, said_mpp):
-    """Where a slide's um/px are from, its um/px, and what is odd about it."""
-    slide = Slide(path, slide_mpp, said_mpp)
+def look_at_slide(path, slide_mpp, said_mpp, gigapixels):
+    """Returns where a slide's um/px are from (NO_SCALE: it has none), its um/px, and what is odd about it."""
+    try:
+        slide = Slide(path, slide_mpp, said_mpp)
+    except NoScale:
+        return NO_SCALE, None, [f"no um/px; {suggested_scale(path, gigapixels)}; "
+                                "give it with --slide-mpp or a column mpp in labels.csv"]
+    slide.check_size(gigapixels)
     return slide.source, slide.mpp, what_is_odd(slide)
 
 
@@ -74,25 +80,31 @@ def look_at_crop(path):
 def check_images(found, args):
     """Opens every image and prints where the um/px of slides are from.
 
-    Gives the names of those that cannot be read, and a line for each of these and for what is odd.
+    Returns the names of those that cannot be used (not readable, or no um/px), and a line for each of these
+    and for what is odd.
     """
     problems, broken, sources, values = [], set(), Counter(), Counter()
     slides = found.kind == "slides"
-    tasks = {(path, args.slide_mpp, found.said_mpp(name)) if slides else (path,): name
+    limits = limits_of(args)
+    tasks = {(path, args.slide_mpp, found.said_mpp(name), limits.gigapixels) if slides else (path,): name
              for name, path in found.images.items()}
     look = look_at_slide if slides else look_at_crop
-    seconds = limits_of(args).seconds
-    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, seconds):
+    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind,
+                                            limits.seconds):
         if error:
             problems.append(error)
             broken.add(tasks[task])
             continue
         source, mpp, odd = result
         sources[source] += 1
-        values[f"{mpp:.3g}"] += 1
+        if source == NO_SCALE:
+            broken.add(tasks[task])
+        else:
+            values[f"{mpp:.3g}"] += 1
         problems += [f"{task[0]}: {'; '.join(odd)}"] if odd else []
-    print(f"{found.kind} that cannot be read: {len(broken)}")
+    print(f"{found.kind} that cannot be read: {len(broken) - sources[NO_SCALE]}")
     if slides:
+        print("slides without um/px:", sources[NO_SCALE])
         print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
         print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
         made = sum(tile_info(found, name) is not None for name in found.images)

@@ -16,7 +16,7 @@ from common.files import atomic_write, read_json, read_npz
 from common.parallel import LIMITS, call, in_processes, limits_of, shard_of
 from prior import segment_nuclei
 from wsi.cells import cell_format, read_cells
-from wsi.plausible import what_is_odd
+from wsi.plausible import scale_suggested, what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, FORMATS, cut_tiles, file_identity
 
@@ -105,9 +105,11 @@ def tile_side(info):
     return CROP * info["mpp"] / info["slide_mpp"]
 
 
-def cut(path, *how):
-    """cut_tiles, and what is odd about the slide, as a list of texts."""
-    return what_is_odd(cut_tiles(path, *how))
+def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):
+    """Cuts the tiles of a slide; returns what is odd about the slide, as a list of texts."""
+    with scale_suggested(path, gigapixels):
+        slide = cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels)
+    return what_is_odd(slide)
 
 
 def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):

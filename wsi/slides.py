@@ -49,6 +49,10 @@ def find_slides(files):
 MPP_LIMITS, POWER_LIMITS = (0.05, 20), (0.5, 200)  # um/px; "unknown", 0 and 10^6 count as missing
 
 
+class NoScale(InputError):
+    """A slide records no um/px and none is given."""
+
+
 def number(text, low, high):
     """A property as a float between low and high, or None."""
     try:
@@ -104,7 +108,7 @@ class Slide:
 
     slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
     mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
-    InputError, with the file's name, if it cannot be read or there is no um/px.
+    InputError, with the file's name, if it cannot be read; NoScale if there is no um/px.
     """
 
     def __init__(self, path, slide_mpp=None, said_mpp=None):
@@ -128,8 +132,8 @@ class Slide:
         if not self.mpp:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it; give it with "
-                             "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
+            raise NoScale(f"{path}: no um/px and no magnification is recorded in it; give it with "
+                          "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
         self.width, self.height = self.handle.dimensions
 
     def check_size(self, gigapixels):
