@@ -12,7 +12,7 @@ from wsi.cell_files import cell_files, unused_cell_files
 from wsi.cells import cell_format
 from wsi.folders import not_read
 from wsi.pixels import is_grey
-from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
+from wsi.plausible import misplaced, suggested_scale, what_is_odd, where_cells_are_odd
 from wsi.prepare import (
     describe_side,
     is_builtin,
@@ -24,7 +24,7 @@ from wsi.prepare import (
     usual_side,
     without_color,
 )
-from wsi.slides import CROP, Slide
+from wsi.slides import CROP, NoScale, Slide
 
 SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
                  "{0}/cells/<slide>.*")
@@ -43,6 +43,7 @@ WHERE = {  # where to get a data set, and its layout
     "chaoyang": ("bupt-ai-cz.github.io/HSA-NRL, after registering",
                  "{0}/train.json, {0}/test.json, images at the names in them"),
 }
+NO_SCALE = "not recorded"
 OWN = ("your own", SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
 
 
@@ -80,8 +81,12 @@ def check(args, found, error):
 
 
 def look_at_slide(path, slide_mpp, said_mpp, gigapixels):
-    """Where a slide's um/px are from, its um/px, and what is odd about it."""
-    slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    """Returns where a slide's um/px are from (NO_SCALE: it has none), its um/px, and what is odd about it."""
+    try:
+        slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    except NoScale:
+        return NO_SCALE, None, [f"no um/px; {suggested_scale(path, gigapixels)}; "
+                                "give it with --slide-mpp or a column mpp in labels.csv"]
     return slide.source, slide.mpp, what_is_odd(slide)
 
 
@@ -94,7 +99,8 @@ def look_at_crop(path):
 def check_images(found, args):
     """Opens every image and prints where the um/px of slides are from, or the sides of crops.
 
-    Gives the names of those that cannot be read, and a line for each of these and for what is odd.
+    Returns the names of those that cannot be used (not readable, or no um/px), and a line for each of these
+    and for what is odd.
     """
     problems, broken, results, limits = [], set(), {}, limits_of(args)
     slides = found.kind == "slides"
@@ -110,8 +116,10 @@ def check_images(found, args):
     print(f"{found.kind} that cannot be read: {len(broken)}")
     if slides:
         sources = Counter(source for source, _, _ in results.values())
-        values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values())
+        values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values() if mpp)
         problems += [f"{path}: {'; '.join(odd)}" for path, (_, _, odd) in results.items() if odd]
+        broken |= {name for task, name in tasks.items() if results.get(task[0], [""])[0] == NO_SCALE}
+        print("slides without um/px:", sources[NO_SCALE])
         print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
         print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
         made = sum(tile_info(found, name) is not None for name in found.images)

@@ -20,7 +20,7 @@ from wsi.cell_files import cell_file, cell_files, unused_cell_files
 from wsi.cells import READERS, read_cells
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.plausible import misplaced, what_is_odd, where_cells_are_odd
+from wsi.plausible import misplaced, scale_suggested, what_is_odd, where_cells_are_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
@@ -113,9 +113,11 @@ def tile_side(info):
     return CROP * info["mpp"] / info["slide_mpp"]
 
 
-def cut(path, *how):
-    """cut_tiles, and what is odd about the slide, as a list of texts."""
-    return what_is_odd(cut_tiles(path, *how))
+def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):
+    """Cuts the tiles of a slide; returns what is odd about the slide, as a list of texts."""
+    with scale_suggested(path, gigapixels):
+        slide = cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels)
+    return what_is_odd(slide)
 
 
 def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):

@@ -87,6 +87,10 @@ POWER_NAMES = ("openslide.objective-power", "aperio.AppMag")
 BOUNDS_NAMES = ("openslide.bounds-x", "openslide.bounds-y")
 
 
+class NoScale(InputError):
+    """A slide records no um/px and none is given."""
+
+
 def number(text, low, high):
     """A property as a float between low and high, or None."""
     try:
@@ -170,8 +174,9 @@ class Slide:
     slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
     mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
     power: the objective power that the file records, or None, whatever mpp is. bounds: see recorded_bounds.
-    InputError, with the file's name, if it cannot be read, there is no um/px, or it claims more px than
-    gigapixels (--max-gigapixels), as a broken file may; whoever opens a slide again need not check that.
+    InputError, with the file's name, if it cannot be read or it claims more px than gigapixels
+    (--max-gigapixels), as a broken file may (whoever opens a slide again need not check that); NoScale if
+    there is no um/px.
     """
 
     def __init__(self, path, slide_mpp=None, said_mpp=None, gigapixels=math.inf):
@@ -204,9 +209,9 @@ class Slide:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
             found = ", ".join(f"{name} {properties[name]}" for name in RECORDS if name in properties)
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it "
-                             f"(found: {found or 'nothing'}); give it with "
-                             "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
+            raise NoScale(f"{path}: no um/px and no magnification is recorded in it "
+                          f"(found: {found or 'nothing'}); give it with "
+                          "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
         if self.width * self.height > most:
             raise InputError(f"{path}: {self.width:,} x {self.height:,} px are more than {limit}")
         self.levels = matching_levels(self.handle.level_dimensions)
