@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 from common.datasets import DATASETS, PRIORS
 from common.encoders import MEAN, STD, normalize
-from common.errors import InputError, Parser, run_script
+from common.errors import InputError, Parser, print_skipped, run_script
 from common.files import read_csv, write_csv
 from common.parallel import add_limits, add_shard, call
 from prior import view_prior
 from wsi import check, gdc, look
-from wsi.folders import SPLITS, find_folder
+from wsi.folders import SPLITS, find_folder, patient_of, same_patients
 from wsi.prepare import (
     load_crops,
     read_crop,
@@ -365,7 +365,8 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
     with split_seed. InputError in one line for what is missing or if a patient is in two splits.
     """
     found = find_folder(data, mpp, prior, root, slide_mpp)
-    complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
+    kept = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
+    found.absent |= {name: row for name, row in kept.items() if name not in found.labels}
     split_of = {}
     for name, row in found.labels.items():
         other = split_of.setdefault(row["patient"], row["split"])
@@ -380,7 +381,8 @@ def complete_split(labels, kind, path, seed):
     """Fills in the split that labels.csv leaves open, in place: all of it, or the validation part of slides.
 
     labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path stay where they
-    are; new ones are drawn (draw_split) and added to it. The file may be edited.
+    are; new ones are drawn (draw_split) and added to it. The file may be edited. Returns its rows, {} if
+    labels.csv leaves nothing open.
     """
     given, slides = {row["split"] for row in labels.values()}, kind == "slides"
     if "" in given:
@@ -388,10 +390,13 @@ def complete_split(labels, kind, path, seed):
     elif given and "val" not in given and slides:
         parts = ["val"]
     else:
-        return
+        return {}
     rows = read_split(path) if path.is_file() else {}
     undecided = {name: row for name, row in labels.items() if row["split"] in ("", "train")}
-    kept = {row["patient"]: row["split"] for row in rows.values()}
+    names_of = same_patients((name, row["patient"]) for name, row in [*rows.items(), *labels.items()])
+    kept = {}
+    for row in rows.values():
+        kept |= dict.fromkeys(names_of[row["patient"]], row["split"])
     kept |= {row["patient"]: rows[name]["split"] for name, row in undecided.items() if name in rows}
     split_of = draw_split(undecided, kept, parts, seed)
     for name, row in undecided.items():
@@ -402,6 +407,7 @@ def complete_split(labels, kind, path, seed):
         write_csv(path, [("name", "patient", "split")] + [
             (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
         print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
+    return rows
 
 
 def read_split(path):
@@ -414,7 +420,7 @@ def read_split(path):
         split, name = SPLITS.get(row.get("split", "").lower()), row["name"]
         if not split or name in out:
             raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
-        out[name] = {"patient": row.get("patient", ""), "split": split}
+        out[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
     return out
 
 
@@ -445,6 +451,8 @@ def draw_split(rows, kept, parts, seed):
 
 def read_probe(folder, count, seed):
     """The training and the test split of --probe, each (images, labels) of at most count, and the classes."""
+    if folder not in DATASETS and not Path(folder).is_dir():
+        raise InputError(f"--probe {folder}: is missing; a folder of images with labels.csv is expected")
     found = find_data(folder)
     if not found.labels or found.kind != "crops":
         raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
@@ -455,7 +463,8 @@ def read_probe(folder, count, seed):
         names = [name for name, row in found.labels.items() if row["split"] in splits]
         order = torch.randperm(len(names), generator=generator)[:count].tolist()
         names = [names[i] for i in order]
-        images, good, _ = load_crops([found.images[name] for name in names], 4)
+        images, good, failed = load_crops([found.images[name] for name in names], 4)
+        print_skipped(failed)
         if len(good) < 20:
             raise InputError(f"--probe {folder}: {len(good)} {splits[0]} images can be read; "
                              "at least 20 are needed")

@@ -39,11 +39,12 @@ from common.results import last_losses, row_of, write_results
 from data import Crops, collate, find_data
 from prior import bin_centroids
 from wsi.folders import check_unseen
-from wsi.prepare import keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.prepare import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.slides import CROP
 from wsi.truth import check_with_truth, draw_slide
 
 MEASURES = ("accuracy", "AUC", "macro F1")
+FEW_SLIDES, FEW_DECAY = 100, 5e-3  # below so many training slides this weight decay of DSMIL does better
 
 
 # ---------------------------------------------------------------- flags
@@ -94,7 +95,7 @@ def slides_arguments(argv):
     add_shard(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random", mil_weight_decay=5e-3, standardize=True, repeats=3)
+        parser.set_defaults(compare="random", mil_weight_decay=FEW_DECAY, standardize=True, repeats=3)
     args = parser.parse_args(argv)
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
@@ -132,7 +133,7 @@ def patches_arguments(argv):
 
 
 def check_common(args):
-    check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(1, 1024), seed=(0, 2 ** 31),
+    check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(0, 1024), seed=(0, 2 ** 31),
                  split_seed=(0, 2 ** 31))
     encoders.check_device(args.device)
     args.bf16 = encoders.use_bf16(args.precision, args.device)
@@ -162,7 +163,7 @@ def features_stamp(found, name, encoder_stamp, args):
     if info is None:
         return None
     precision = "bf16" if args.bf16 else "fp32"
-    cut_from = "{file_name} {file_bytes} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
+    cut_from = "{file_name} {file_hash} pixels {pixels} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
     return f"{encoder_stamp} {precision} {cut_from}"
 
 
@@ -203,6 +204,13 @@ def check_classes(found, names):
         if missing and (part != "val" or not there):
             raise InputError(f"{found.source}/labels.csv: no usable {part} slide of {', '.join(missing)}; "
                              "add slides or change the split")
+
+
+def warn_of_few_slides(count, args):
+    """One line where the paper's settings of DSMIL are for more training slides than these."""
+    if count < FEW_SLIDES and (args.mil_weight_decay > FEW_DECAY or not args.standardize):
+        print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
+              f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
 
 
 def train_and_score(bags, classes, args):
@@ -263,20 +271,22 @@ def classify_slides(found, run, names, args):
 def count_attention(networks, title, found, run, args):
     """{network: rows of the table for the bins of Fig. 4} over crops of the test part, and shared rows.
 
-    networks: {name: encoder}. Without labels the crops are those of all images. Also draws both pictures, the
-    overlay with P_c if all of these crops have their cells.
+    networks: {name: encoder}. Without labels all crops count, which are training's. Also draws both
+    pictures, the overlay with P_c if all of these crops have their cells.
     """
     part = "test" if found.split("test") else "train"
     crops, celled = (Crops(found, found.split(part), with_cells) for with_cells in (False, True))
+    if found.kind == "crops" and len(celled):
+        crops = celled  # those that train.py takes: of one um/px, and none that it skipped
     has_cells = len(celled) == len(crops)
     crops = Subset(celled if has_cells else crops, spread(len(crops), args.attention_crops))
-    over, tables, aggregated = f"{len(crops)} {f'{part} ' if found.labels else ''}crops", {}, {}
+    over, tables, aggregated = f"{len(crops)} {found.crops_of_part(part)}", {}, {}
     for name, encoder in networks.items():
         aggregated[name] = embed(lambda x: attention_of(encoder, x), crops, args, "attention")
         tables[name] = [(f"tokens with attention {bin}", f"{share:.4f}", "", over) for bin, share in
                         zip(("0 to 0.5", "0.5 to 2", "over 2"), dirl.attention_bins(aggregated[name]))]
     if not has_cells:
-        print(f"note: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
+        print(f"warning: {len(crops)} crops, but cells for {len(celled)}: the overlay is drawn without P_c. "
               f"Cells come from python train.py, or from {found.source}/cells/.")
     plot_distribution(aggregated, title, run / "attention_distribution.png")
     chosen = spread(len(crops), args.overlays)
@@ -309,6 +319,8 @@ def evaluate_slides(args):
     run, mpp = path.parent, args.mpp or (None if args.data in DATASETS else about["mpp"])
     found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     slides = found.kind == "slides"
+    if not slides and not args.mpp:
+        found.mpp = file_mpp(found, about["mpp"])
     if args.export and not slides:
         raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
     if "csv" in args.export and not found.labels:
@@ -325,6 +337,8 @@ def evaluate_slides(args):
         check_classes(found, {name for name in found.images if tile_info(found, name)})
     print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
           + (". The demo's slides are synthetic." if args.data == "demo" else ""))
+    if slides and found.labels:
+        warn_of_few_slides(sum(tile_info(found, name) is not None for name in found.split("train")), args)
 
     networks, folders = {"trained": encoder}, {"trained": run}
     stamps = {"trained": file_stamp(path)}

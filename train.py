@@ -26,6 +26,7 @@ from common.encoders import (
     MEAN,
     STD,
     check_device,
+    fit_weights,
     init_encoder,
     make_encoder,
     represent,
@@ -51,7 +52,7 @@ from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, find_data, make_views, read_probe
 from wsi.demo import make_demo
 from wsi.folders import what_was_seen
-from wsi.prepare import describe_cells, prepare
+from wsi.prepare import crop_mpp, describe_cells, prepare, warn_of_cell_files
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 
@@ -88,8 +89,9 @@ def argument_parser(prog="python train.py"):
     add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="vit_s for 10^5 crops or more")
     add("--depth", type=whole(1, MAX_DEPTH), help="blocks of the encoder, instead of the --arch's own")
     add("--init", metavar="FILE",
-        help="starts the encoder from other weights: an encoder.pt, or a state dict in timm's or DINO's "
-             "names (vit_tiny, vit_small, patch 16); better than random weights with some thousand crops")
+        help="starts the encoder from other weights: an encoder.pt, a state dict in timm's or DINO's names, "
+             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); better than random weights with some "
+             "thousand crops")
     add("--out-dim", type=whole(2, 10 ** 7), default=65536,
         help="outputs of the heads of f, f_c, f_b; fewer for small data")
     add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096,
@@ -113,7 +115,7 @@ def argument_parser(prog="python train.py"):
              "ImageNet's weights), or the training crops' own, with which small runs on H&E learn sooner")
     add("--jitter", type=SHARE, default=1.0,
         help="multiplies the strengths and the probability of colour jitter: 1 is DINO's, 0 none; lower it "
-             "if the loss stays at ln(out_dim)")
+             "if a head's outputs stay uniform")
     add("--greyscale", type=SHARE, default=1.0, help="multiplies the probability of grey (DINO: 1 view in 5)")
     add("--solarize", type=SHARE, default=1.0,
         help="multiplies the probability of solarising (DINO: 1 in 5 second views)")
@@ -376,6 +378,7 @@ def training_crops(args):
         if args.data == "demo":
             make_demo(Path("datasets/demo"), workers=args.workers)
         found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
+        warn_of_cell_files(found)
         skipped = prepare(found, args.tissue, args.workers, limits_of(args))
     print_skipped(skipped)
     names = found.split("train", "val") + found.unlabelled()
@@ -383,7 +386,7 @@ def training_crops(args):
     if not len(crops):
         raise InputError(skipped[0] if skipped else
                          f"{found.source}: no crop in it to train on; see python data.py check")
-    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), found.mpp))
+    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), crop_mpp(found)))
     owners = crops.owner
     if args.fraction < 1:
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -432,13 +435,17 @@ def contrast_at_start(encoder, crops, how):
 
 def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
+    # A bad --init or --probe is refused before slides are prepared, which may take hours.
+    if args.init:
+        fit_weights(make_encoder(args.arch, MEAN, STD, args.depth), args.init)
+    probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
+
     # Data: crops with their cells, of the training and validation splits only.
     data = training_crops(args)
     per_epoch = len(data.crops) // args.batch
     how = settings_of(args, per_epoch, data.mean, data.std)
     steps = how.schedules.steps
     rank_images = some_of(data.crops, RANK_CROPS)
-    probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     recipe = build(start_encoder(args, data.mean, data.std), args)
@@ -480,7 +487,7 @@ def config_of(args, data, how):
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
     images = data.trained_on["images"]
     return flags | {
-        "data": run_name(args.data), "mpp": data.found.mpp, "precision": "bf16" if how.bf16 else "fp32",
+        "data": run_name(args.data), "mpp": crop_mpp(data.found), "precision": "bf16" if how.bf16 else "fp32",
         "crops": len(data.crops), "images": f"{len(images)} (stamp {stamp_of(data.trained_on)})",
         "pixels": [data.mean, data.std]}
 

@@ -1,4 +1,5 @@
 """Encoders and what comes out of them: devices, encoder.pt, features f, aggregated attention."""
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def find_encoder(checkpoint, name=""):
         path = Path(checkpoint)
         path = path / "encoder.pt" if path.is_dir() else path
         if not path.is_file():
-            raise InputError(f"--checkpoint {path}: no such file")
+            raise InputError(f"--checkpoint {path}: is missing; give an encoder.pt, or the folder of its run")
         return path
     pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
     runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -75,7 +76,8 @@ def load_encoder(path):
     about = load_tensors(path)
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
-        raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again")
+        raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again (weights of other "
+                         "programs are for train.py --init)")
     depth = about.get("depth")  # None: the --arch's own
     if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
         raise InputError(f"{path}: its depth is damaged; pre-train again")
@@ -126,14 +128,15 @@ def fit_positions(positions, like):
     return grid.flatten(2).transpose(1, 2)
 
 
-def init_encoder(encoder, path):
-    """Loads the weights of another file into an encoder and prints what was taken and what was left.
+def fit_weights(encoder, path):
+    """({name: tensor} of another file for all weights of an encoder, names of those that are left).
 
-    InputError if the file has none of the encoder's weights, not all of them, or of another size.
+    InputError if the file has none of the encoder's weights, not all of them, or of another size. Other
+    programs keep their flags in it, such as DINO's argparse.Namespace.
     """
     own = encoder.state_dict()
     try:
-        given = weights_of(load_tensors(path))
+        given = weights_of(load_tensors(path, allowed=[Namespace]))
         positions, like = given.get("pos_embed"), own.get("pos_embed")
         if None not in (positions, like) and positions.ndim == 3 and positions.shape[-1] == like.shape[-1]:
             given["pos_embed"] = fit_positions(positions, like)
@@ -145,9 +148,14 @@ def init_encoder(encoder, path):
     except ValueError as error:
         raise InputError(f"--init {path}: does not fit --arch ({error}); another --arch, or a file of "
                          "vit_tiny or vit_small with patches of 16 px") from None
-    encoder.load_state_dict({name: given[name].float() for name in own})
-    left = sorted(given.keys() - own.keys())
-    print(f"--init {path}: took {len(own)} tensors" + (f", left {', '.join(left)}" if left else ""))
+    return {name: given[name].float() for name in own}, sorted(given.keys() - own.keys())
+
+
+def init_encoder(encoder, path):
+    """Loads the weights of another file into an encoder and prints what was taken and what was left."""
+    weights, left = fit_weights(encoder, path)
+    encoder.load_state_dict(weights)
+    print(f"--init {path}: took {len(weights)} tensors" + (f", left {', '.join(left)}" if left else ""))
 
 
 def save_encoder(path, encoder, **about):

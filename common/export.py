@@ -23,12 +23,40 @@ def is_newer(path, features):
 
 
 def coords_attributes(name, info):
-    """The attributes of "coords" as CLAM (level 0, its px) and TRIDENT write them, which heat maps read."""
+    """The attributes of "coords" in an h5 file, by which CLAM and TRIDENT both cut the very tile again.
+
+    Both read patch_size, and mean different things by it:
+
+    CLAM: px at patch_level. It reads patch_size px at that level, from coords in level-0 px.
+    TRIDENT: px at target_magnification. It reads patch_size x level0_magnification / target_magnification px
+    of level 0; its heat maps and slide encoders take patch_size_level0, which is that product. Magnifications
+    are whole numbers, 40 for 0.2525 um/px.
+
+    A tile's side in level-0 px is right for both if the level is 0 and the two magnifications are the same:
+    TRIDENT's encoders then scale the tile to their own input. Neither client reads mpp, the um/px that our
+    encoder saw, and level0_mpp.
+    """
     side, size = round(info["side"]), (info["width"], info["height"])
+    magnification = max(1, round(10 / info["slide_mpp"]))
     return {"name": name, "patch_level": 0, "patch_size": side, "downsample": (1.0, 1.0), "level_dim": size,
             "downsampled_level_dim": size, "patch_size_level0": side, "overlap": 0, "level0_width": size[0],
-            "level0_height": size[1], "level0_magnification": 10 / info["slide_mpp"],
-            "target_magnification": 10 / info["mpp"]}
+            "level0_height": size[1], "level0_magnification": magnification,
+            "target_magnification": magnification, "mpp": info["mpp"], "level0_mpp": info["slide_mpp"]}
+
+
+def has_attributes(path, attributes):
+    """Does "coords" of an h5 file have these attributes? Earlier versions wrote others."""
+    with h5py.File(path) as file:
+        kept = file["coords"].attrs
+        return all(name in kept and np.array_equal(kept[name], value) for name, value in attributes.items())
+
+
+def warn_of_numbers(names):
+    """Warns if CLAM would read the slides' names as numbers: pandas does where a whole column looks so."""
+    if names and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in names):
+        print(f"warning: --export clam: all slides are named by digits ({names[0]}), which CLAM reads as "
+              "numbers: leading zeros are lost, and splits of unequal parts fail; rename the slides, with a "
+              "letter in front")
 
 
 def export_clam(found, folder, infos, out):
@@ -43,14 +71,16 @@ def export_clam(found, folder, infos, out):
         pt, h5 = out / "pt_files" / f"{name}.pt", out / "h5_files" / f"{name}.h5"
         if not is_newer(pt, source):
             save_tensors(pt, read_features(source))
-        if not is_newer(h5, source):
+        attributes = coords_attributes(name, info)
+        if not (is_newer(h5, source) and has_attributes(h5, attributes)):
             with np.load(source, allow_pickle=False) as file, \
                     atomic_write(h5) as temp, h5py.File(temp, "w") as to:
                 to["features"], to["coords"] = file["features"], file["coords"]
-                to["coords"].attrs.update(coords_attributes(name, info))
+                to["coords"].attrs.update(attributes)
     rows = {name: found.labels[name] for name in sorted(infos) if name in found.labels}
     if not rows:
         return
+    warn_of_numbers(list(rows))
     write_csv(out / "dataset_csv" / f"{found.name}.csv", [("case_id", "slide_id", "label")] + [
         (row["patient"], name, row["label"]) for name, row in rows.items()])
     parts = ("train", "val", "test")
@@ -84,13 +114,15 @@ def export_csv(found, folder, names, out):
 
 # ---------------------------------------------------------------- QuPath
 
+# QuPath's px are level-0 px that count from the corner of the picture it shows: level-0 px - Slide.bounds.
+
 def square(corner, side):
-    """The outline of a tile as GeoJSON's polygon: corner (2,) and side in level-0 px."""
+    """The outline of a tile as GeoJSON's polygon: corner (2,) and side in QuPath's px."""
     return [np.round(corner + side * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]), 2).tolist()]
 
 
 def feature(kind, shape, coordinates, **properties):
-    """An object of QuPath's GeoJSON, in level-0 px; kind: annotation or detection."""
+    """An object of QuPath's GeoJSON, in its px; kind: annotation or detection."""
     return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
             "properties": {"objectType": kind, **properties}}
 
@@ -101,12 +133,15 @@ def write_features(path, features):
 
 
 def export_geojson(path, corners, info, cells):
-    """Tiles and cells of a slide for QuPath (drag the file onto the open slide), all in level-0 px.
+    """Writes tiles and cells of a slide for QuPath (drag the file onto the open slide).
 
-    corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections.
+    corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections;
+    both in level-0 px, as the tiles' names are.
     """
-    features = [feature("annotation", "Polygon", square((x, y), info["side"]), name=f"tile {x},{y}")
-                for x, y in np.asarray(corners)]
-    features += [feature("detection", "Point", point, name="cell")
-                 for point in (np.round(cells, 2).tolist() if cells is not None else [])]
+    features = []
+    for x, y in np.asarray(corners):
+        outline = square(np.subtract((x, y), info["bounds"]), info["side"])
+        features.append(feature("annotation", "Polygon", outline, name=f"tile {x},{y}"))
+    places = [] if cells is None else np.round(cells - info["bounds"], 2).tolist()
+    features += [feature("detection", "Point", place, name="cell") for place in places]
     write_features(path, features)

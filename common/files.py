@@ -1,7 +1,9 @@
 """Files that are complete or absent: atomic writing, tensors without pickled code, CSV."""
 import csv
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
@@ -20,7 +22,7 @@ from common.errors import InputError
 
 def part_of(path):
     """A temporary name beside path, of this process; removes what killed processes of this machine left."""
-    host = re.sub(r"\W", "", platform.node())
+    host = f"{zlib.crc32(platform.node().encode()):08x}"  # short: names of files may have 255 bytes
     for left in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.part"):
         number = left.name.removesuffix(".part").rsplit("-", 1)[1]
         if number.isdigit() and not is_alive(int(number)):
@@ -59,19 +61,55 @@ def atomic_write(path):
             temp.unlink()
 
 
+def files_under(folder):
+    """Yields the files under a folder. Linked folders are followed, each folder once; hidden names (macOS
+    writes ._*) are left out.
+    """
+    visited = set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(at)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(at, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
 def save_tensors(path, state):
     """Writes a dict of tensors and plain values, which load_tensors reads."""
     with atomic_write(path) as temp, open(temp, "wb") as file:  # an open file: a full disk is then an OSError
         torch.save(state, file)
 
 
-def load_tensors(path):
-    """A file of tensors and plain values, on the CPU; InputError for anything else, and no code is run."""
+def load_tensors(path, allowed=()):
+    """A file of tensors and plain values, on the CPU; InputError for anything else, and no code is run.
+
+    allowed: classes that the file may hold besides; building one must run no code.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
-        name = type(error).__name__
-        raise InputError(f"{path}: cannot be loaded ({name}); delete it or take another copy") from None
+        raise InputError(f"{path}: {why_not_loaded(path, error)}") from None
+
+
+def why_not_loaded(path, error):
+    """Why torch.load failed with this error, and what to do."""
+    path = Path(path)
+    if not path.is_file():
+        return "is missing, or is no file"
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            return "is a Git LFS pointer: run git lfs pull, which fetches the file itself"
+    foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if foreign:
+        return (f"holds a Python object ({foreign[1]}), which is not loaded, as it may run code; save the "
+                "state dict alone, or take another copy")
+    return f"cannot be loaded ({type(error).__name__}); delete it or take another copy"
 
 
 def file_stamp(path):
@@ -107,6 +145,16 @@ def read_npz(path, *names):
         return None
 
 
+def is_gzip(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_bytes(path):
+    """Opens a file to read its bytes; those of a gzip file are inflated."""
+    return gzip.open(path) if is_gzip(path) else open(path, "rb")
+
+
 def read_csv(path, only=None):
     """A CSV file as ([column, ...], [(line number, {column: value}), ...]).
 
@@ -115,7 +163,7 @@ def read_csv(path, only=None):
     """
     rows = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=head.count))
@@ -129,8 +177,8 @@ def read_csv(path, only=None):
                     values = {name: row[i].strip() for i, name in kept if i < len(row)}
                     rows.append((reader.line_num, values))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from None
     twice = [name for name in names if name and names.count(name) > 1]
     if twice:

@@ -17,11 +17,12 @@ UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond whi
 MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs, or weaken the colour "
                  "augmentation (--jitter, --greyscale, --solarize, --blur)")
 LESS_CONTRAST = "Raise --teacher-temp, or lower --center-momentum or --lr"
+MIDDLE, EVERY_TOKEN = "tokens with attention 0.5 to 2", 0.9995  # the share that is printed as 1.000
 PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
 
 
-def f_name(head):
-    """A head's representation as the paper writes it: f_c of "c", f of "f"."""
+def symbol_of(head):
+    """The paper's symbol for what a head takes: "f", or "f_c" for head "c"."""
     return head if head.startswith("f") else f"f_{head}"
 
 
@@ -100,7 +101,8 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
         self.warn(step, entropy)
         if probed:
-            tqdm.write(f"step {step + 1}: tokens with attention 0.5 to 2 {probed[1]:.1%}, "
+            untrained = " (as in an untrained network)" if probed[1] >= EVERY_TOKEN else ""
+            tqdm.write(f"step {step + 1}: {MIDDLE} {probed[1]:.1%}{untrained}, "
                        f"20-NN accuracy {probed[3]:.3f} on the probe")
 
     def warn(self, step, entropy):
@@ -122,8 +124,8 @@ class Log:
             else:
                 continue
             self.warned.add(head)
-            tqdm.write(f"warning: step {step + 1}: for a whole epoch the outputs of head {f_name(head)} have "
-                       f"{state}: it has collapsed. {advice}")
+            tqdm.write(f"warning: step {step + 1}: for a whole epoch the outputs of head {symbol_of(head)} "
+                       f"have {state}: it has collapsed. {advice}")
 
     def speed(self, step):
         """Crops a second since the start of this call."""

@@ -2,7 +2,7 @@
 import numpy as np
 
 from common.files import print_table, write_csv
-from common.log import read_log
+from common.log import EVERY_TOKEN, MIDDLE, read_log, symbol_of
 
 
 def row_of(measure, values, over):
@@ -12,12 +12,28 @@ def row_of(measure, values, over):
 
 
 def last_losses(run):
-    """Rows of the table: the last epoch's mean loss of f, or of f_c and f_b, beside ln K."""
+    """Rows of the table: the last epoch's mean loss of f, or of f_c and f_b, next to its ln K if it has one.
+
+    Only a loss with a centre has one: log.csv then has the head's entropy. BYOL's and SimCLR's have none.
+    """
     log = read_log(run / "log.csv")
     last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
-    return [(f"loss of f{head[4:]}, last epoch", f"{np.mean([float(row[head]) for row in last]):.4f}", "",
-             f"uniform outputs: ln K = {float(last[0]['ln_out_dim']):.4f}")
-            for head in ("loss_f", "loss_c", "loss_b") if last and last[0].get(head)]
+    rows = []
+    for head in ("f", "c", "b"):
+        losses = [float(row[f"loss_{head}"]) for row in last if row.get(f"loss_{head}")]
+        if losses:
+            ln_k = f"uniform outputs: ln K = {float(last[0]['ln_out_dim']):.4f}"
+            has_centre = last[0].get(f"entropy_{head}")
+            rows.append((f"loss of {symbol_of(head)}, last epoch", f"{np.mean(losses):.4f}", "",
+                         ln_k if has_centre else ""))
+    return rows
+
+
+def note_on_middle(shares):
+    """A line to print below shares of MIDDLE, if one of them is printed as 1.000; else ""."""
+    if not any(share >= EVERY_TOKEN for share in shares):
+        return ""
+    return f"{MIDDLE}: a network that has learned nothing has 1.000, so 1.000 alone is no success"
 
 
 def beside(trained, other):
@@ -36,3 +52,6 @@ def write_results(tables, shared, path):
         table = beside(table, tables[others[0]])
     write_csv(path, [header, *table])
     print_table([header, *table])
+    shares = [float(row[1]) for rows in tables.values() for row in rows if row[0] == MIDDLE]
+    if note := note_on_middle(shares):
+        print(note)

@@ -19,6 +19,7 @@ import dirl
 from common.encoders import attention_of, in_batches, inputs_of
 from common.errors import InputError, run_script
 from common.figures import BRIGHTEST, HEAT, draw_distribution, spread
+from common.results import note_on_middle
 from experiments import inputs
 from wsi.slides import CROP
 
@@ -113,12 +114,14 @@ def distribution(encoders, found, names, args):
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
     draw_distribution(axis, aggregated, dict(zip(aggregated, inputs.COLORS)))
-    axis.set_title(f"{found.name}, {len(images)} crops of the {args.part} part", fontsize=9)
+    axis.set_title(f"{found.name}, {len(images)} {found.crops_of_part(args.part)}", fontsize=9)
     rows = [("network", "crops", "tokens", *BINS, *(f"quantile {q:g}" for q in QUANTILES))]
     for name, values in aggregated.items():
         numbers = (*dirl.attention_bins(values), *np.quantile(values.numpy(), QUANTILES))
         rows.append((name, len(images), values.numel(), *numbers))
         print(f"{name}: " + ", ".join(f"{v:.1%} of the tokens {b}" for v, b in zip(numbers, BINS)))
+    if note := note_on_middle([row[4] for row in rows[1:]]):
+        print(note)
     inputs.save_both(figure, rows, args.out)
 
 

@@ -26,7 +26,7 @@ from common.checkpoint import check_config
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
 from common.datasets import run_name
 from common.encoders import attention_of, in_batches, represent
-from common.errors import InputError, check_mpp, check_ranges, print_skipped, run_script
+from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped, run_script
 from common.files import atomic_write, file_stamp, stamp_of, write_json
 from common.flags import RUNNING
 from common.log import is_finished
@@ -42,7 +42,7 @@ DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m experiments.claim",
         description="Pre-trains and measures the arms of an experiment, and shows them.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -130,7 +130,8 @@ def run(args):
     if failed:
         print(f"claim: failed: {', '.join(failed)}; see above, and use other settings with another --out",
               file=sys.stderr)
-    print(f"Wrote {args.out}/. Next: python -m experiments.claim show --out {args.out}")
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs in {args.out}/ are measured. "
+          f"Next: python -m experiments.claim show --out {args.out}")
     return int(bool(failed))
 
 
@@ -167,12 +168,19 @@ def pre_train(flags, folder):
 
 
 def start(settings, data):
-    """Writes encoder.pt of an untrained encoder; 0."""
+    """Writes encoder.pt of an untrained encoder, normalized as the other arms are; 0."""
+    mean, std = encoders.MEAN, encoders.STD
+    if settings.stats == "data":
+        crops = train.training_crops(settings)
+        mean, std = crops.mean, crops.std
     path = Path(settings.run) / "encoder.pt"
-    if not path.is_file():
-        encoder = encoders.random_encoder(settings.arch, settings.seed, encoders.MEAN, encoders.STD)
-        encoders.save_encoder(path, encoder, arch=settings.arch, method="none", data=data, mpp=settings.mpp,
-                              step=0, trained_on={"data": data, "images": {}, "patients": []})
+    if path.is_file():
+        kept, _ = encoders.load_encoder(path)
+        if (kept.mean, kept.std) == (mean, std):
+            return 0
+    encoder = encoders.random_encoder(settings.arch, settings.seed, mean, std, settings.depth)
+    encoders.save_encoder(path, encoder, arch=settings.arch, depth=settings.depth, method="none", data=data,
+                          mpp=settings.mpp, step=0, trained_on={"data": data, "images": {}, "patients": []})
     return 0
 
 
@@ -229,7 +237,7 @@ def make_protocol(rows, classes, args):
 
 def load_protocol(found, args, workers):
     """make_protocol of the images that can be read, with the images (N, 3, CROP, CROP)."""
-    images, good, failed = load_crops(list(found.images.values()), max(1, workers))
+    images, good, failed = load_crops(list(found.images.values()), workers)
     print_skipped(failed)
     rows = [found.labels[name] for name in found.images]
     on = make_protocol([rows[i] for i in good], found.classes, args)

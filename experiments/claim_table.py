@@ -6,15 +6,16 @@ import numpy as np
 import torch
 
 import dirl
-from common.encoders import attention_of, load_encoder
+from common.encoders import MEAN, STD, attention_of, load_encoder
 from common.errors import InputError, print_skipped
 from common.figures import draw_distribution, plot_overlays, save_figure, spread
 from common.files import file_stamp, print_table, read_json, read_npz, write_csv
-from common.log import PROBED, read_log
+from common.log import MIDDLE, PROBED, read_log, symbol_of
 from common.measures import DRAWS, auc, bootstrap_indices
+from common.results import note_on_middle
 from data import Crops, find_data
 from prior import bin_centroids
-from wsi.prepare import prepare
+from wsi.prepare import file_mpp, prepare
 from wsi.slides import CROP
 
 # What is compared: flags of train.py, or of experiments.compare. "random" is an untrained encoder; "shuffled"
@@ -43,7 +44,7 @@ COMPARED = ("--ssl", "--depth", "--heads")  # flags of experiments.compare, whic
 BASELINE_OF = {"two_views": "baseline_two_views"}  # the others: "baseline"
 COLORS = dict(zip(ARMS, ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a",
                          "#7fc97f", "#a65628", *matplotlib.colormaps["tab20"].colors)))
-BINS = ("tokens with attention 0 to 0.5", "tokens with attention 0.5 to 2", "tokens with attention over 2")
+BINS = ("tokens with attention 0 to 0.5", MIDDLE, "tokens with attention over 2")
 SPREAD = "sd of the aggregated attention within an image"
 ABOUT = ("stamp", "classes", "labels", "groups")  # of claim.npz; the rest are measures
 BAGS = ", labels of its test bags"
@@ -115,6 +116,7 @@ def statistics(file, draws, pair):
 def read_runs(args):
     """{arm: [(seed, folder, {measure: (1 + DRAWS,)}), ...]} of the measured runs, in the order of ARMS."""
     found, draws = {}, {}
+    by_data = read_json(Path(args.out) / "settings.json").get("stats") == "data"
     if args.pair and args.pair[0] == args.pair[1]:
         raise InputError("--pair: two different classes are needed")
     for path in sorted(Path(args.out).glob("*_seed*/claim.npz")):
@@ -125,8 +127,11 @@ def read_runs(args):
         if file["attention"].shape[1] != TOKENS:
             raise InputError(f"{path}: an earlier version made it; delete it and run again")
         is_current = str(file["stamp"]).startswith(file_stamp(path.parent / "encoder.pt"))
+        if is_current and by_data:  # an earlier version normalized "random" by ImageNet's statistics
+            encoder, _ = load_encoder(path.parent / "encoder.pt")
+            is_current = (encoder.mean, encoder.std) != (MEAN, STD)
         if not is_current:
-            print(f"left out: {path} is of an earlier encoder; run measures it again")
+            print(f"skipped: {path}: is of an earlier encoder; run measures it again")
             continue
         for name in args.pair or ():
             if name not in file["classes"]:
@@ -148,12 +153,15 @@ def probe_curve(folder):
 
 
 def loss_shares(folder):
-    """{head: the last epoch's mean loss / ln(its outputs)}: 1 if teacher and student are uniform."""
+    """{head: the last epoch's mean loss / ln(its outputs)}: 1 if teacher and student are uniform.
+
+    Losses without a centre, such as BYOL's and SimCLR's, have no such value: log.csv has no entropy of them.
+    """
     log, config, out = read_log(folder / "log.csv"), read_json(folder / "config.json"), {}
     last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
     for column in last[0] if last else ():
-        if column.startswith("loss_"):
-            head = column.removeprefix("loss_")
+        head = column.removeprefix("loss_")
+        if column.startswith("loss_") and last[0].get(f"entropy_{head}"):
             outputs = config["disentangled_dim" if head in dirl.DISENTANGLED else "out_dim"]
             out[head] = float(np.mean([float(row[column]) for row in last])) / np.log(outputs)
     return out
@@ -213,7 +221,7 @@ def show(args):
     columns = [gather([rows for _, _, rows in results]) for results in runs.values()]
     compared = [arm for arm in runs if arm not in ("random", "baseline", *BASELINE_OF.values())]
     headings = [f"{arm} minus {BASELINE_OF[arm]}" if arm in BASELINE_OF else arm for arm in compared]
-    heads = {("f" if head == "f" else f"f_{head}"): head for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED)}
+    heads = {symbol_of(head): head for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED)}
     losses = [gather([{name: [share[head]] for name, head in heads.items() if head in share} for share in
                       (loss_shares(folder) for _, folder, _ in results)]) for results in runs.values()]
     differences = [minus_baseline(runs, arm) for arm in compared]
@@ -226,6 +234,8 @@ def show(args):
             print()
     print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
           "±: sd over seeds")
+    if note := note_on_middle([rows[MIDDLE][0] for results in runs.values() for _, _, rows in results]):
+        print(note)
     print("curves on the probe: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
     for arm, results in runs.items():
         for seed, folder, _ in results:
@@ -263,7 +273,7 @@ def plot_claim(runs, path):
             style = {"ms": 3, "lw": 1, "color": COLORS[arm]}
             middle.plot(list(points), [100 * p[1] for p in points.values()], "o-", **style)
             knn.plot(list(points), [p[3] for p in points.values()], "o-", **style)
-    middle.set(xlabel="epochs", ylabel="tokens with attention 0.5 to 2, %")
+    middle.set(xlabel="epochs", ylabel=f"{MIDDLE}, %")
     knn.set(xlabel="epochs", ylabel="20-NN accuracy on the probe")
     save_figure(figure, path)
 
@@ -274,6 +284,8 @@ def overlay(runs, args, path):
     encoders = {arm: load_encoder(results[0][1] / "encoder.pt") for arm, results in runs.items()}
     mpp = args.mpp or next(iter(encoders.values()))[1]["mpp"]
     found = find_data(args.overlay, mpp, slide_mpp=args.slide_mpp)
+    if found.kind == "crops" and not args.mpp:
+        found.mpp = file_mpp(found, mpp)
     print_skipped(prepare(found))
     crops = Crops(found, sorted(found.images))
     covered = crops.priors().mean(1)

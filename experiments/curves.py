@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from common.errors import InputError, Parser, run_script
 from common.figures import save_figure
-from common.log import ONE_PROTOTYPE, PROBED, UNIFORM, f_name, read_log
+from common.log import MIDDLE, ONE_PROTOTYPE, PROBED, UNIFORM, read_log, symbol_of
 
 STYLES = ("-", "--", ":", "-.")  # a run each, then again
 
@@ -45,7 +45,7 @@ def plot_runs(folders):
               ("sum", "loss / ln K"), ("rank", "effective rank of f")]
     probed = any(columns.get(PROBED[-1], np.zeros((2, 0))).size for _, columns in runs)
     if probed:
-        panels += [(PROBED[1], "tokens with attention 0.5 to 2"), (PROBED[-1], "20-NN accuracy")]
+        panels += [(PROBED[1], MIDDLE), (PROBED[-1], "20-NN accuracy")]
     figure = Figure(figsize=(4.2 * ((len(panels) + 1) // 2), 6.4), layout="constrained")
     axes = figure.subplots(2, (len(panels) + 1) // 2)
     for axis, (panel, title) in zip(axes.T.flat, panels):
@@ -76,7 +76,7 @@ def draw_panel(axis, panel, heads, columns, style, name):
         divergence = columns[f"kl_{head}"][1]
         values = {"entropy": entropy, "kl": divergence, "sum": entropy + divergence}[panel]
         axis.plot(step, smoothed(values, max(1, len(step) // 50)), style, color=f"C{k}", linewidth=1.2,
-                  label=f"{f_name(head)} {name}")
+                  label=f"{symbol_of(head)} {name}")
 
 
 def main(argv=None):

@@ -66,19 +66,20 @@ def stitch(values, corners, side, unit, shape):
     return out
 
 
-def write_geojson(path, attention, corners, side, of_tile):
+def write_geojson(path, attention, corners, side, bounds, of_tile):
     """A slide's attention for QuPath: tiles are annotations, tokens of a sparse bin are detections.
 
-    attention (N, n); of_tile: {measurement: (N,)}. QuPath (0.4 and later) reads measurements as an object.
+    attention (N, n); corners (N, 2), side and bounds: the tiles and the corner of QuPath's picture in level-0
+    px; of_tile: {measurement: (N,)}. QuPath (0.4 and later) reads measurements as an object.
     """
     grid, features = int(attention.shape[1] ** 0.5), []
     for k, corner in enumerate(corners):
         measured = {name: round(float(values[k]), 6) for name, values in of_tile.items()}
-        features.append(feature("annotation", "Polygon", square(corner, side),
+        features.append(feature("annotation", "Polygon", square(corner - bounds, side),
                                 name=f"tile {corner[0]},{corner[1]}", measurements=measured))
         for name, sparse in zip(SPARSE, (attention[k] < 0.5, attention[k] > 2)):
             for token in np.flatnonzero(sparse):
-                at = corner + np.array([token % grid, token // grid]) * side / grid
+                at = corner - bounds + np.array([token % grid, token // grid]) * side / grid
                 features.append(feature(
                     "detection", "Polygon", square(at, side / grid),
                     classification={"name": name, "color": SPARSE[name]},
@@ -164,10 +165,12 @@ def run(args):
         for_qupath[path] = attention, of_tile
         rows += [(network, *corner, *values)
                  for corner, values in zip(crops.corners.tolist(), zip(*of_tile.values()))]
-    label = found.labels.get(name, {}).get("label", "no label")
-    inputs.save_both(draw(picture, maps, f"{name}, {label}, {args.part} part"), rows, out)
+    label = "training slide (no labels)"
+    if found.labels:
+        label = f"{found.labels[name]['label']}, {args.part} part"
+    inputs.save_both(draw(picture, maps, f"{name}, {label}"), rows, out)
     for path, (attention, of_tile) in for_qupath.items():
-        write_geojson(path, attention, crops.corners, side, of_tile)
+        write_geojson(path, attention, crops.corners, side, slide.bounds, of_tile)
     print(f"For QuPath, beside it: {', '.join(path.name for path in for_qupath)}")
     return 0
 

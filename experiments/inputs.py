@@ -14,7 +14,7 @@ from common.files import file_stamp, read_npz, write_csv
 from common.parallel import add_limits, limits_of
 from data import Crops, find_data
 from wsi.folders import check_unseen
-from wsi.prepare import prepare, prepare_tiles
+from wsi.prepare import file_mpp, prepare, prepare_tiles
 
 COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
 
@@ -53,7 +53,7 @@ def check_flags(args, **limits):
     """InputError for a flag of add_data or add_networks, or one of limits, out of its range."""
     check_mpp(args.mpp, "--mpp")
     check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, tissue=(0, 1), workers=(1, 1024), **limits)
+    check_ranges(args, tissue=(0, 1), workers=(0, 1024), **limits)
     check_out(args.out)
     if "device" in args:
         check_device(args.device)
@@ -95,17 +95,22 @@ def load_networks(args):
 
 
 def open_all(args):
-    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part; all without labels).
+    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part).
 
-    InputError if an encoder saw one of the test part.
+    Without labels args.part becomes "train", which is all. InputError if an encoder saw one of the test part.
     """
     networks = load_networks(args)
-    mpp = None if args.data in DATASETS else next(iter(networks.values()))[2]["mpp"]
-    found = find_data(args.data, args.mpp or mpp, args.prior, slide_mpp=args.slide_mpp)
-    names = found.split(args.part if found.labels else "train")
+    trained_at = next(iter(networks.values()))[2]["mpp"]
+    mpp = args.mpp or (None if args.data in DATASETS else trained_at)
+    found = find_data(args.data, mpp, args.prior, slide_mpp=args.slide_mpp)
+    if found.kind == "crops" and not args.mpp:
+        found.mpp = file_mpp(found, trained_at)
+    if not found.labels:
+        args.part = "train"
+    names = found.split(args.part)
     if not names:
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
-    for _, path, about in networks.values() if found.labels and args.part == "test" else ():
+    for _, path, about in networks.values() if args.part == "test" else ():
         check_unseen(found, names, about["trained_on"], path)
     encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
     return encoders, {name: path for name, (_, path, _) in networks.items()}, found, names

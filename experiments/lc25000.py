@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from common.errors import InputError, Parser, run_script
 from common.files import atomic_write, read_csv
-from wsi.slides import CROP, FORMATS
+from wsi.pixels import read_image
+from wsi.slides import CROP
 
 TABLE = Path(__file__).with_name("lc25000_lung.csv")
 SHA256 = "a4bcc6922452e8d6fe131092ad14c535bcf68baac31808a7e2914f8fa54b69f0"  # of labels.csv
@@ -47,8 +48,9 @@ def make(source, out):
         raise InputError(f"{source}: {len(missing)} of {len(rows)} images are not there, such as "
                          f"{missing[0]}; give LC25000's folder lung_image_sets")
     for image, *_ in tqdm(rows, "images"):
-        with Image.open(source / image, formats=FORMATS) as picture, atomic_write(out / image) as temp:
-            picture.convert("RGB").resize((CROP, CROP), Image.LANCZOS).save(temp, format="JPEG", quality=90)
+        with atomic_write(out / image) as temp:
+            picture = read_image(source / image)
+            picture.resize((CROP, CROP), Image.LANCZOS).save(temp, format="JPEG", quality=90)
     with atomic_write(out / "labels.csv") as temp:
         temp.write_bytes(labels_csv().encode())
     print(f"Wrote {len(rows)} images and labels.csv (sha256 {SHA256[:16]}...) to {out}. "

@@ -26,10 +26,11 @@ from common.files import print_table
 from data import find_data
 from experiments import inputs
 from prior import bin_centroids
+from wsi.cell_files import files_by_name
 from wsi.cells import read_cells
-from wsi.look import draw_tile
-from wsi.prepare import CELL_ENDINGS, describe_cells, tile_info, tile_side
-from wsi.slides import CROP
+from wsi.look import Shown, close_up, draw_inset, draw_tile
+from wsi.prepare import describe_cells, tile_info, tile_side
+from wsi.slides import CROP, Slide
 
 NEAR = 3.0  # um: two centroids nearer than this may be the same nucleus
 
@@ -80,11 +81,12 @@ def agreement(a, b, mpp):
 
 def cells_from_folder(folder, found, name):
     """Cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None if there is no file."""
-    files = [path for path in (folder / (name + ending) for ending in CELL_ENDINGS) if path.is_file()]
+    files = files_by_name(folder, found.images, name).get(name)
     info = tile_info(found, name)
     if not files or info is None:
         return None
-    return read_cells(files[0], info["slide_mpp"], (info["width"], info["height"]))
+    size = info["width"], info["height"]
+    return read_cells(files[0], info["slide_mpp"], size, info["power"], info["bounds"])
 
 
 def cells_of(value, crops, found, args):
@@ -112,20 +114,41 @@ def keys_of(crops):
 
 # ---------------------------------------------------------------- script
 
-def draw(images, cells, mpp):
-    """Fig. 15 and 16: a line for each crop, a column for each segmenter; cells as crosses, P_c in green."""
-    figure = Figure(figsize=(2.7 * (1 + len(cells)), 2.85 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), 1 + len(cells))
-    for k, (line, image) in enumerate(zip(np.atleast_2d(axes), images.permute(0, 2, 3, 1).numpy())):
-        line[0].imshow(image)
-        line[0].set_title("crop", fontsize=10)
-        for axis, (name, of_crops) in zip(line[1:], cells.items()):
-            draw_tile(axis, image, of_crops[k], bin_centroids(of_crops[k], CROP), mpp)
-            axis.set_title(f"{name}: {len(of_crops[k])} cells", fontsize=10)
-        for axis in line:
-            axis.set(xlim=(-0.5, CROP - 0.5), ylim=(CROP - 0.5, -0.5))
-            axis.set_axis_off()
+def draw(rows, names, mpp):
+    """Fig. 15 and 16: a row for each crop; for each segmenter the crop with its P_c, and an inset with cells.
+
+    rows: for each crop a list of wsi.look.Shown, one for each of the segmenters' names.
+    """
+    figure = Figure(figsize=(5.6 * len(names), 2.95 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2 * len(names), squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, row in zip(axes, rows):
+        for k, (name, shown) in enumerate(zip(names, row)):
+            draw_tile(line[2 * k], shown, mpp)
+            count = draw_inset(line[2 * k + 1], shown, mpp)
+            line[2 * k].set_title(f"{name}: {len(shown.cells)} cells, P_c in green", fontsize=9)
+            line[2 * k + 1].set_title(f"the box: {count} cells", fontsize=9)
     return figure
+
+
+def shown_crops(crops, found, cells, indices):
+    """For each crop of the indices a list of wsi.look.Shown: its cells by each segmenter, with one inset.
+
+    cells: {segmenter: [(K, 2) in px of each of these crops]}.
+    """
+    rows = []
+    images = inputs.images_of(crops, indices).permute(0, 2, 3, 1).numpy()
+    for k, (i, image) in enumerate(zip(indices, images)):
+        info = tile_info(found, crops.owner[i])
+        side = tile_side(info)
+        slide = Slide(found.images[crops.owner[i]], said_mpp=info["slide_mpp"])
+        corner = np.array(crops.corners[i])
+        level0 = [corner + of_crops[k] * (side / CROP) for of_crops in cells.values()]
+        inset = close_up(slide, corner, side, np.concatenate(level0))
+        rows.append([Shown(image, bin_centroids(of_crops[k], CROP), inset, xy, corner, side)
+                     for of_crops, xy in zip(cells.values(), level0)])
+    return rows
 
 
 def run(args):
@@ -154,9 +177,9 @@ def run(args):
     print_table(rows)
     mixed = inputs.with_both_regions(priors)
     drawn = mixed[spread(len(mixed), args.show)].tolist()
-    inputs.save_both(draw(inputs.images_of(crops, [chosen[i] for i in drawn]),
-                   {name: [of_crops[i] for i in drawn] for name, of_crops in cells.items()}, found.mpp),
-              rows, args.out)
+    of_drawn = {name: [of_crops[i] for i in drawn] for name, of_crops in cells.items()}
+    shown = shown_crops(crops, found, of_drawn, [chosen[i] for i in drawn])
+    inputs.save_both(draw(shown, list(cells), found.mpp), rows, args.out)
     return 0
 
 

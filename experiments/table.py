@@ -4,7 +4,8 @@
 
 Reads slides.csv, patches.csv and results.csv of every run below a folder, as eval.py writes them. Repeats
 are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; runs with other settings
-have rows of their own, which name what differs.
+have rows of their own, which name what differs. Every setting in which the rows of a data set differ is
+listed below the table; bold marks the best of a column of accuracies, AUC or F1.
 """
 import csv
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 from common.errors import InputError, run_script
 from common.files import atomic_write, read_json, write_csv
 from common.flags import RUNNING
+from common.log import MIDDLE, read_log
+from common.results import note_on_middle
 from experiments import compare, inputs
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
@@ -22,8 +25,8 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
        "lsup": "L_sup"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
-MIDDLE = "tokens with attention 0.5 to 2"  # of results.csv
 NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision"}
+IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels"}  # or no settings
 
 
 def arguments(argv):
@@ -103,6 +106,33 @@ def plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+def settings_of(folder, config):
+    """{setting: value as text} of a run: the flags and crops of its config.json, and its steps."""
+    default = vars(compare.arguments(["--data", config["data"], "--ssl", config.get("ssl", "dino")]))
+    settings = {name: plain(value) for name, value in default.items()} | config
+    log = read_log(folder / "log.csv")
+    settings["steps"] = int(log[-1]["step"]) + 1 if log else "unknown"
+    return {name.replace("_", " "): str(value) for name, value in settings.items()
+            if name not in IN_THE_LABEL}
+
+
+def differences(runs, columns):
+    """[line, ...]: for each data set, every setting in which its rows differ, with the rows of each value."""
+    rows_of = {}  # {(data set, setting): {value: [label, ...]}}
+    for label, (folder, config, values) in zip(labels_of(runs), runs):
+        shown = dict.fromkeys(column[0] for column in columns if column in values)
+        for setting, value in settings_of(folder, config).items():
+            for data in shown:
+                rows = rows_of.setdefault((data, setting), {}).setdefault(value, [])
+                rows += [label] if label not in rows else []
+    lines = []
+    for (data, setting), rows in rows_of.items():
+        if len(rows) > 1:
+            of_values = [f"{value} ({'; '.join(labels)})" for value, labels in rows.items()]
+            lines.append(f"{data}: rows differ in {setting}: {', '.join(of_values)}")
+    return lines
+
+
 def order_of(label):
     """Sorts rows as the paper does: by size, then by method, then by what was added."""
     network, *additions = label.split(", ")
@@ -131,30 +161,38 @@ def sd_of(values, digits=4):
 
 
 def cells_of(table, columns, bold, plus_minus):
-    """Rows of texts: mean and sd of each cell, the best mean of a column (as printed) through bold."""
+    """Rows of texts: mean and sd of each cell, the best mean of a column (as printed) through bold.
+
+    The middle bin has no best: a network that has learned nothing has 1.
+    """
     shown = {(label, column): f"{np.mean(row[column]):.3f}" for label, row in table.items()
              for column in columns if column in row}
-    best = {column: max(text for (_, c), text in shown.items() if c == column) for column in columns}
+    best = {column: max(text for (_, c), text in shown.items() if c == column) for column in columns
+            if column[1] != "middle"}
     rows = []
     for label, row in table.items():
         cells = [label]
         for column in columns:
             text = shown.get((label, column), "")
             sd = sd_of(row[column], 3) if text else ""
-            cells.append((bold(text) if text and text == best[column] else text) + (sd and plus_minus(sd)))
+            is_best = text and text == best.get(column)
+            cells.append((bold(text) if is_best else text) + (sd and plus_minus(sd)))
         rows.append(cells)
     return rows
 
 
-def markdown(table, columns):
-    """The table in Markdown."""
+def markdown(table, columns, notes):
+    """The table in Markdown, the notes below it."""
     rows = cells_of(table, columns, lambda text: f"**{text}**", lambda sd: f" ± {sd}")
     head = ["", *(f"{data} {MEASURES[measure]}" for data, measure in columns)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    for note in notes:
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
 
 
-def latex(table, columns):
-    """The table in LaTeX with booktabs: data sets over their measures."""
+def latex(table, columns, notes):
+    """The table in LaTeX with booktabs: data sets over their measures, the notes below."""
     def escape(text):
         return text.replace("_", r"\_").replace("%", r"\%")
     rows = cells_of(table, columns, lambda text: rf"\textbf{{{text}}}", lambda sd: rf" $\pm$ {sd}")
@@ -164,7 +202,8 @@ def latex(table, columns):
     measures = "".join(f" & {escape(MEASURES[measure])}" for _, measure in columns)
     body = [" & ".join([escape(row[0]), *row[1:]]) + r" \\" for row in rows]
     return "\n".join([rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", above + r" \\",
-                      measures + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+                      measures + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+                      *(rf"\par\footnotesize {escape(note)}" for note in notes), ""])
 
 
 def run(args):
@@ -172,7 +211,11 @@ def run(args):
     table, columns = collect(runs, args.measures)
     if not columns:
         raise InputError(f"{args.folder}: no run has {', '.join(args.measures)}; python eval.py measures it")
-    text = (latex if args.format == "latex" else markdown)(table, columns)
+    notes = differences(runs, columns)
+    middle = [np.mean(row[column]) for row in table.values() for column in columns
+              if column[1] == "middle" and column in row]
+    notes += [note] if (note := note_on_middle(middle)) else []
+    text = (latex if args.format == "latex" else markdown)(table, columns, notes)
     out = Path(args.out or Path(args.folder) / ("table.tex" if args.format == "latex" else "table.md"))
     with atomic_write(out) as temp:
         temp.write_text(text, encoding="utf-8")

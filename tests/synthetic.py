@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 
 import numpy as np
 import tifffile
@@ -37,6 +38,27 @@ def svs(path, image, description):
     """A slide of one tiled level with Aperio's description."""
     tifffile.imwrite(path, image, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
                      description=description)
+
+
+def scn(path, image, corner, size, mpp, power):
+    """Writes a Leica slide of size (w, h) px whose scanned area is the image, at corner (x, y)."""
+    height, width = image.shape[:2]
+    nm = round(1000 * mpp)  # of a px
+    about = """<image uuid="{id}"><pixels sizeX="{w}" sizeY="{h}">
+        <dimension sizeX="{w}" sizeY="{h}" r="0" ifd="{ifd}"/></pixels>
+        <view sizeX="{view[0]}" sizeY="{view[1]}" offsetX="{at[0]}" offsetY="{at[1]}"/><scanSettings>
+        <objectiveSettings><objective>{power:g}</objective></objectiveSettings><illuminationSettings>
+        <illuminationSource>brightfield</illuminationSource></illuminationSettings></scanSettings></image>"""
+    whole, area = np.multiply(size, nm), np.multiply((width, height), nm)
+    macro = about.format(id="a", w=256, h=256, ifd=0, view=whole, at=(0, 0), power=0.6)
+    scan = about.format(id="b", w=width, h=height, ifd=1, view=area, at=np.multiply(corner, nm), power=power)
+    text = (f'<scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01" uuid="c"><collection uuid="d" '
+            f'sizeX="{whole[0]}" sizeY="{whole[1]}">{macro}{scan}</collection></scn>')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    how = {"tile": (256, 256), "compression": "zlib", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        file.write(np.full((256, 256, 3), 240, np.uint8), description=text, **how)
+        file.write(image, resolution=(1e4 / mpp, 1e4 / mpp), resolutionunit="CENTIMETER", **how)
 
 
 def pyramid(path, image, mpp, levels=(1, 2, 4)):
@@ -97,6 +119,21 @@ def prepared(data="in", mpp=1.0, slide_mpp=1.0, **options):
     """The data set of a folder of slides at 1.0 um/px, with its tiles and cells, and what was skipped."""
     found = find_data(data, mpp=mpp, slide_mpp=slide_mpp, **options)
     return found, prepare(found, 0.5, workers=1)
+
+
+def slides_named(folder, names):
+    """Files with the names of slides, which nothing opens."""
+    for name in names:
+        write(folder / "slides" / f"{name}.svs", b"x")
+
+
+def tcga(folder, patients, slides_each=2):
+    """TCGA-like slides and their labels.csv without a split."""
+    shutil.rmtree(folder, ignore_errors=True)
+    names = [f"TCGA-05-{i:04d}-01Z-00-DX{k}" for i in patients for k in range(slides_each)]
+    slides_named(folder, names)
+    rows = [f"{name},{'AB'[int(name[8:12]) % 2]}" for name in names]
+    write_table(folder / "labels.csv", "slide,label", rows)
 
 
 class Evil:

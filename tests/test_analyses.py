@@ -246,12 +246,39 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     assert [line.split("|")[1].strip() for line in lines[4:7]] == [
         "DiRL-T4, BYOL", "DiRL-T4, BYOL, depth 3", "DiRL-T4, fraction 0.2"]
     assert lines[6].startswith("| DiRL-T4, fraction 0.2 | 0.500 | 0.550 |")
+    whole = "Baseline-T4; DiRL-T4; DiRL-T4, BYOL; DiRL-T4, BYOL, depth 3"
+    assert f"tiny: rows differ in fraction: 1.0 ({whole}), 0.2 (DiRL-T4, fraction 0.2)" in lines
     assert lines[7] == "| DiRL-S |  |  |  |  | !!0.875!! | !!0.925!! |"
     assert "Baseline-T4,tiny,accuracy,0.8500,0.0707,2" in (tmp_path / "table.csv").read_text()
     assert table.main([str(tmp_path), "--format", "latex", "--measures", "accuracy", "middle"]) == 0
     text = (tmp_path / "table.tex").read_text()
     assert r"Baseline-T4 & \textbf{0.850} $\pm$ 0.071 & 0.600" in text and r"{c}{other\_set}" in text
     refused(capsys, table.main, [str(tmp_path / "nothing")], "nothing", "eval.py")
+
+
+def trained(folder, steps, **config):
+    """A measured run that trained for that many steps."""
+    result(folder, [0.8], **config)
+    write_table(folder / "log.csv", "step,epoch,loss", [f"{i},0,1" for i in range(steps)])
+
+
+def test_settings_that_differ_between_rows_are_listed_below_the_table(tmp_path, capsys):
+    trained(tmp_path / "a", 6, method="baseline", epochs=3, crops=40, bins=0.9996)
+    trained(tmp_path / "b", 32, epochs=16, crops=40, bins=0.4)
+    trained(tmp_path / "c", 32, epochs=16, crops=40, seed=1, bins=0.5)
+    trained(tmp_path / "elsewhere", 9, data="other", epochs=100, jitter=0.5)
+    assert table.main([str(tmp_path), "--measures", "accuracy", "middle"]) == 0
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    notes = [line for line in text.splitlines() if line and not line.startswith("|")]
+    assert notes == ["tiny: rows differ in epochs: 3 (Baseline-T4), 16 (DiRL-T4)",
+                     "tiny: rows differ in steps: 6 (Baseline-T4), 32 (DiRL-T4)",
+                     "tokens with attention 0.5 to 2: a network that has learned nothing has 1.000, "
+                     "so 1.000 alone is no success"]
+    assert "| Baseline-T4 | **0.800** | 1.000 |" in text  # the middle bin is never bold
+    assert table.main([str(tmp_path), "--format", "latex"]) == 0
+    assert r"\par\footnotesize tiny: rows differ in epochs: 3 (B" in (tmp_path / "table.tex").read_text()
+    assert "learned nothing" not in (tmp_path / "table.tex").read_text()  # no middle bin is shown
 
 
 # ---------------------------------------------------------------- folds (Table 4)
@@ -319,6 +346,26 @@ def test_attention_scripts(here, capsys):
     overlay = ["overlay", *ON, "--checkpoint"]
     refused(capsys, attention.main, [*overlay, f"x={ONE}", f"x={OTHER}"], "NAME=")
     refused(capsys, attention.main, [*overlay, make_seen(here, "nests_3")], "was trained on 1 of")
+
+
+def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsys, monkeypatch):
+    (here / "plain").mkdir()
+    for name in ("nests_3", "glands_3"):
+        (here / f"plain/{name}.png").symlink_to(here / f"tiny/slides/{name}.png")
+    titles = []
+    monkeypatch.setattr(inputs, "save_both", lambda figure, *rest: titles.append(figure.axes[0].get_title()))
+    for folder in ("tiny", "plain"):
+        flags = ["--data", folder, *ON[2:], "--checkpoint", ONE]
+        assert attention.main(["distribution", *flags]) == 0
+        assert heatmap.main([*flags, "--slide", "nests_3", "--repeats", "0"]) == 0
+    assert titles == ["tiny, 8 test crops", "nests_3, nests, test part",
+                      "plain, 4 training crops (no labels)", "nests_3, training slide (no labels)"]
+    refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "is no slide in the train part")
+    shutil.copytree(here / ONE, here / "runs/copy")
+    assert eval_py.main(["--data", "plain", *ON[2:], "--checkpoint", "runs/copy"]) == 0
+    rows = rows_of(here / "runs/copy/results.csv")
+    over = {row["over"] for row in rows if row["measure"].startswith("tokens")}
+    assert over == {"4 training crops (no labels)"}
 
 
 def test_heatmap_tokens_and_views_scripts(here, capsys):

@@ -1,4 +1,5 @@
 """Tests of wsi/cells.py: readers of segmentation results."""
+import gzip
 import json
 import pickle
 import tracemalloc
@@ -119,6 +120,64 @@ def test_measurements_that_are_not_finite_do_not_matter(tmp_path, monkeypatch):
         assert cells.read_cells(path).tolist() == [[1, 2]] * 30
 
 
+@pytest.mark.parametrize("kept, left_out, typed", [
+    (("PathCellObject", "PathDetectionObject"),
+     ("PathAnnotationObject", "PathTileObject", "TMACoreObject", "PathRootObject"),
+     lambda kind: {"id": kind, "properties": {"isLocked": False}}),  # QuPath 0.2
+    (("cell", "detection"), ("annotation", "tile", "tma_core", "root"),
+     lambda kind: {"id": "x", "properties": {"object_type": kind, "isLocked": False}}),  # 0.3
+    (("cell", "detection"), ("annotation", "tile", "tmaCore", "root"),
+     lambda kind: {"id": "7f1c", "properties": {"objectType": kind}}),  # 0.4 on
+    (("cell", "detection", "tumor"), ("annotation", "tile"), lambda kind: {"properties": {"type": kind}})])
+def test_qupath_objects_that_are_no_cells_are_left_out(tmp_path, capsys, kept, left_out, typed):
+    features = [feature(shape("Point", [x, 1]), **typed(kind)) for x, kind in enumerate(kept + left_out)]
+    path = write(tmp_path / "s.geojson", features)
+    assert cells.read_cells(path).tolist() == [[x, 1] for x in range(len(kept))]
+    count = len(left_out)
+    says = f"skipped: {path}: {count} of {len(features)} objects, {count} annotations or others"
+    assert capsys.readouterr().out.startswith(says)
+    assert "export the cells" in refused(write(path, features[len(kept):]))
+
+
+@pytest.mark.parametrize("empty", [{"geometry": None}, {"geometry": shape("Polygon", [])}])
+def test_a_feature_without_a_geometry_costs_itself(tmp_path, capsys, empty):
+    features = [feature(shape("Point", [3, 4])), feature(None) | empty,
+                feature(shape("Point", [0, 0]), properties={"objectType": "annotation"}),
+                feature(None, nucleusGeometry=shape("Point", [5, 6]))]
+    path = write(tmp_path / "s.geojson", features)
+    assert cells.read_cells(path).tolist() == [[3, 4], [5, 6]]
+    out = capsys.readouterr().out
+    assert "2 of 4 objects, 1 without a geometry and 1 annotations" in out and out.count("\n") == 1
+
+
+def cellvit(kind, cells_of):
+    """A file of CellViT: an annotation for each class, of all its cells."""
+    return [{"type": "Feature", "id": f"5d9a-{name}", "geometry": shape(kind, parts), "properties": {
+        "objectType": "annotation", "classification": {"name": name, "color": [255, 0, 0]}}}
+        for name, parts in cells_of.items()]
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: {"type": "FeatureCollection", "features": f}])
+def test_cellvit_contours_and_centroids_of_each_class(tmp_path, chunk, wrap, capsys):
+    ell = ELL + [ELL[0]]
+    path = write(tmp_path / "cells.geojson",
+                 wrap(cellvit("MultiPolygon", {"Neoplastic": [[SQUARE], [ell]], "Dead": [[SQUARE]]})))
+    np.testing.assert_allclose(cells.read_cells(path), [[12, 23], [1.5, 1], [12, 23]])
+    write(path, wrap(cellvit("MultiPoint", {"Neoplastic": [[1.5, 2], [3, 4]], "Dead": [[5, 6.25]]})))
+    assert cells.read_cells(path).tolist() == [[1.5, 2], [3, 4], [5, 6.25]]
+    assert capsys.readouterr().out == ""
+
+
+def test_regions_of_a_class_are_no_cells(tmp_path):
+    """QuPath writes them as CellViT does its cells; a pixel classifier leaves many specks beside them."""
+    region = (np.array(SQUARE) * 100).tolist()
+    regions = cellvit("MultiPolygon", {"Tumor": [[SQUARE]] * 50 + [[region]], "Stroma": [[region]]})
+    assert "regions" in refused(write(tmp_path / "a.geojson", regions))
+    path = write(tmp_path / "b.geojson", regions + [feature(shape("Point", [3, 4]), properties={
+        "objectType": "detection"})])
+    assert cells.read_cells(path).tolist() == [[3, 4]]  # cells beside annotations
+
+
 def ring_centroid(ring):
     """One of several, so that the seams between them are tested too."""
     xy = cells.ring_centroids([[[7, 7]], ring, SQUARE])
@@ -144,7 +203,9 @@ def test_ring_centroids_by_hand():
 
 @pytest.mark.parametrize("before, member, after", [
     ('{"mag": null, "nuc": {', '"1": ' + json.dumps({"centroid": [3.5, 2], "contour": SQUARE * 4}), "}}"),
-    ('{"features": [', json.dumps(feature(shape("Polygon", [SQUARE * 4]))), "]}")])
+    ('{"features": [', json.dumps(feature(shape("Polygon", [SQUARE * 4]))), "]}"),
+    ('[{"geometry": {"type": "MultiPolygon", "coordinates": [', json.dumps([SQUARE * 15]),
+     ']}, "properties": {"objectType": "annotation"}}]')])
 def test_memory_does_not_grow_with_the_file(tmp_path, before, member, after):
     peaks = []
     for count in (3_000, 12_000):
@@ -220,6 +281,44 @@ def test_images_that_are_no_label_images_are_refused(tmp_path):
     assert "label image" in refused(tmp_path / "z_cp_masks.tif")
 
 
+def many_cells(count):
+    """A label image of that many round cells of 9 px in a square grid, numbered row by row."""
+    grid = int(np.ceil(count ** 0.5))
+    y, x = np.mgrid[:16, :16] - 8
+    cell = x ** 2 + y ** 2 < 20
+    numbers = np.arange(1, grid ** 2 + 1).reshape(grid, grid)
+    return np.kron(np.where(numbers <= count, numbers, 0), cell)
+
+
+@pytest.mark.parametrize("overflow", [lambda labels: labels % 256, lambda labels: np.minimum(labels, 255)])
+@pytest.mark.parametrize("count", [300, 805, 5000])
+def test_masks_of_more_cells_than_8_bits_number_are_refused(tmp_path, overflow, count):
+    labels = many_cells(count)
+    path = tmp_path / "s_cp_masks.png"
+    save_by_pillow(path, labels.astype(np.uint16))
+    assert len(cells.read_cells(path)) == count
+    save_by_pillow(path, overflow(labels).astype(np.uint8))
+    assert all(word in refused(path) for word in ("wrap at 255", "16 bits"))
+
+
+def test_masks_of_more_cells_than_16_bits_number_are_refused(tmp_path):
+    labels = np.kron(np.arange(1, 264 ** 2 + 1).reshape(264, 264), np.pad(np.ones((2, 2), int), 1))
+    tifffile.imwrite(tmp_path / "s_cp_masks.tif", (labels % 65536).astype(np.uint16))
+    assert "wrap at 65535" in refused(tmp_path / "s_cp_masks.tif")
+
+
+@pytest.mark.parametrize("kind, count", [(np.uint8, 255), (np.uint16, 805)])
+def test_labels_in_two_pieces_are_no_reason_to_refuse(tmp_path, kind, count):
+    labels = many_cells(count)
+    labels[:, 8::16][labels[:, 8::16] % 7 == 0] = 0  # one in seven is cut in two
+    y, x = np.nonzero(labels == 255)
+    labels[y[-4:], x[-4:]] = 3  # a piece of another cell, far from its own
+    labels[0:2, 30:200] = 4  # a fold
+    path = tmp_path / "s_cp_masks.png"
+    save_by_pillow(path, labels.astype(kind))
+    assert len(cells.read_cells(path)) == count
+
+
 # ---------------------------------------------------------------- tables
 
 @pytest.mark.parametrize("name, text", [
@@ -242,6 +341,31 @@ def test_npz_and_a_table_without_rows(tmp_path):
         np.savez(path, **bad)
         refused(path)
     assert not mark.exists()  # nothing was executed
+
+
+# ---------------------------------------------------------------- gzip
+
+@pytest.mark.parametrize("name, content", [
+    ("s.json.gz", {"mag": None, "nuc": {"1": {"centroid": [2.5, 3]}}}),
+    ("s.geojson.gz", FEATURES[1]), ("S.CSV.GZ", "x,y\n1,2\n"), ("s.tsv.gz", "x\ty\n1\t2\n")])
+def test_gzip_is_read_as_the_file_in_it(tmp_path, name, content):
+    plain = write(tmp_path / name[:-3], content)
+    packed = write(tmp_path / name, gzip.compress(plain.read_bytes()))
+    assert cells.cell_format(packed) == cells.cell_format(plain)
+    assert cells.read_cells(packed).tolist() == cells.read_cells(plain).tolist() != []
+    for damaged in (packed.read_bytes()[:-9], packed.read_bytes()[:12], b"\x1f\x8bno"):
+        refused(write(packed, damaged))
+    refused(write(packed, gzip.compress(b"\x93NUMPY")))
+
+
+@pytest.mark.parametrize("name, start", [("a.csv.gz", b"x,y\n"), ("a.json.gz", b'{"nuc": {"1": "')])
+def test_gzip_that_inflates_to_far_more_than_cells_is_refused_unread(tmp_path, monkeypatch, name, start):
+    monkeypatch.setattr(cells, "MOST_CELLS", 10_000)
+    path = write(tmp_path / name, gzip.compress(start + b"1,2\n" * 5_000_000))
+    tracemalloc.start()
+    assert "inflates to more than" in refused(path)
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
 
 
 # ---------------------------------------------------------------- what cannot be read

@@ -14,7 +14,7 @@ from common import measures
 from common.classify import nearest
 from common.encoders import MEAN, STD, load_encoder, normalize
 from common.figures import draw_distribution
-from common.files import file_stamp, read_json
+from common.files import file_stamp, load_tensors, read_json, save_tensors
 from common.log import is_finished
 from data import find_data
 from experiments import claim, claim_table, compare, lc25000
@@ -171,8 +171,8 @@ def test_the_experiment_runs_stops_goes_on_and_shows(here, capfd):
     pair = ["--pair", "class0", "class2"]
     assert claim.main(["show", "--overlay", "c", "--mpp", "0.5", "--crops", "2", *pair]) == 0
     said = capfd.readouterr().out
-    for words in ("random, seed 0", "curves on the probe", "class0 against class2", "arm minus baseline",
-                  "f_c"):
+    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "curves on the probe",
+                  "class0 against class2", "arm minus baseline", "f_c"):
         assert words in said
     table = rows_of(out / "claim.csv")
     assert {row["arm"] for row in table} == {"random", "baseline", "cellback"}
@@ -184,7 +184,37 @@ def test_the_experiment_runs_stops_goes_on_and_shows(here, capfd):
     points = claim_table.probe_curve(out / "cellback_seed0")
     assert list(points) == [2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
     write(out / "random_seed0" / "encoder.pt", "another")
-    assert claim.main(["show"]) == 0 and "left out" in capfd.readouterr().out
+    assert claim.main(["show"]) == 0 and "skipped: " in capfd.readouterr().out
+
+
+def test_every_arm_is_normalized_by_the_same_statistics(here, capfd):
+    argv = [*RUN, "--folds", "2", "--bag-seeds", "0", "--stats", "data", "--epochs", "1", "--arms"]
+    assert claim.main([*argv, "random", "baseline"]) == 0
+    out = here / "runs" / "claim"
+    path, measured = out / "random_seed0" / "encoder.pt", out / "random_seed0" / "claim.npz"
+    random, baseline = load_tensors(path), load_tensors(out / "baseline_seed0" / "encoder.pt")
+    images = [np.array(Image.open(image)) for image in here.glob("c/class*/[0-5]_*.png")]  # those to train
+    pixels = np.stack(images).reshape(-1, 3) / 255
+    np.testing.assert_allclose((random["mean"], random["std"]), (pixels.mean(0), pixels.std(0)), atol=1e-4)
+    assert (random["mean"], random["std"]) == (baseline["mean"], baseline["std"])
+
+    save_tensors(path, random | {"mean": list(MEAN), "std": list(STD)})  # as an earlier version left it
+    file = arrays_of(measured)
+    file["stamp"] = file_stamp(path) + str(file["stamp"])[16:]
+    np.savez(measured, **file)
+    capfd.readouterr()
+    assert claim.main(["show"]) == 0
+    assert "skipped: runs/claim/random_seed0/claim.npz" in capfd.readouterr().out
+    assert claim.main([*argv, "random"]) == 0
+    assert load_tensors(path)["mean"] == random["mean"]
+    assert str(arrays_of(measured)["stamp"]).startswith(file_stamp(path))
+
+
+def test_the_random_arm_has_imagenets_statistics_where_the_others_have(here):
+    settings = train.arguments(["--data", "c", *TINY, "--arch", "vit_t4", "--run", "runs/random"])
+    assert settings.stats == "imagenet" and claim.start(settings, "c") == 0
+    encoder, _ = load_encoder(here / "runs/random/encoder.pt")
+    assert (encoder.mean, encoder.std) == (MEAN, STD)
 
 
 def check_measures(out):
@@ -214,8 +244,8 @@ def check_measures(out):
 
 def test_the_loss_share_is_one_where_teacher_and_student_are_uniform(tmp_path):
     write(tmp_path / "config.json", {"out_dim": 64, "disentangled_dim": 8})
-    rows = ["0,0,9,9,9", f"1,1,9,{np.log(64)},{np.log(8)}"]
-    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_cc", rows)
+    rows = ["0,0,9,9,9,1,1,2", f"1,1,9,{np.log(64)},{np.log(8)},1,1,2"]  # loss_f has no centre, as SimCLR's
+    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_cc,entropy_c,entropy_cc,loss_f", rows)
     assert claim_table.loss_shares(tmp_path) == {"c": pytest.approx(1), "cc": pytest.approx(1)}
 
 

@@ -1,13 +1,24 @@
 """Data sets: folders and labels.csv, the split, cells reaching their crops, data.py check and look."""
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synthetic import halve, prepared, refused, replace, saved, times, tissue, write, write_table
+from synthetic import (
+    halve,
+    prepared,
+    refused,
+    replace,
+    saved,
+    slides_named,
+    tcga,
+    times,
+    tissue,
+    write,
+    write_table,
+)
 
 import data
 import train
@@ -16,17 +27,9 @@ from common.errors import InputError
 from common.files import read_csv
 from data import Crops, find_data
 from prior import bin_centroids, segment_nuclei
-from wsi import folders
 from wsi import prepare as prepare_py
 from wsi.cells import read_cells
 from wsi.prepare import describe_cells, prepare, ready_cells, tile_info
-
-
-def slides_named(folder, names):
-    """Files with the names of slides, which nothing opens."""
-    for name in names:
-        write(folder / "slides" / f"{name}.svs", b"x")
-
 
 # ---------------------------------------------------------------- labels
 
@@ -51,6 +54,9 @@ def test_labels_as_spreadsheets_write_them(place, raw):
     ("slide,label,patient,split\na,A,p,train\nb,B,q,test\nc,B,p,test\n", "'p' is in train"),
     ("slide,label\na,carcinoma, low grade\nb,B\nc,B\n", "line 2 has 3 fields"),
     ("slide,label,label\na,A,B\n", "two columns are named label"),
+    ("slide,label,patient\na,A,p\nb,B,q\nc,,\n", "'c'; for pre-training only, give its patient"),
+    ("slide,label,patient,split\na,A,p,train\nb,B,q,train\nc,,r,test\n", "line 4 has split test and no"),
+    ("image,label,patient\nslides/a.svs,A,p\nslides/b.svs,,q\n", "line 3 has no label"),
     ("image,label\n../../x.png,A\n", "outside"),
     (b"\xff\xfes\x00l\x00i\x00d\x00e\x00", "UTF-8"), ('slide,label\n"a,A\nb,B', "")])
 def test_bad_labels_are_reported_in_one_line(tmp_path, monkeypatch, capsys, text, says):
@@ -99,19 +105,10 @@ def test_partial_downloads_and_clams_columns_are_used(place, capsys):
     assert found.split("train", "val", "test") == ["TCGA-01-0002-b", "TCGA-01-0001-a"]
     out = capsys.readouterr().out
     assert "4 of 6 rows have no file" in out and "TCGA-01-1003-c" in out and "TCGA-01-1006-c" not in out
-    assert "2 of 4 slides have no row" in out
+    assert "2 of 4 slides have no row; they only pre-train" in out
 
 
 # ---------------------------------------------------------------- the split
-
-def tcga(folder, patients, slides_each=2):
-    """TCGA-like slides and their labels.csv without a split."""
-    shutil.rmtree(folder, ignore_errors=True)
-    names = [f"TCGA-05-{i:04d}-01Z-00-DX{k}" for i in patients for k in range(slides_each)]
-    slides_named(folder, names)
-    rows = [f"{name},{'AB'[int(name[8:12]) % 2]}" for name in names]
-    write_table(folder / "labels.csv", "slide,label", rows)
-
 
 def test_split_is_by_patient_stratified_and_made_once(place):
     tcga(place / "s", range(40))
@@ -168,27 +165,6 @@ def test_a_split_in_labels_csv_counts_and_only_validation_is_drawn(place):
     assert found.split("train", "val")[:6] == found.split("train")
     replace(place / "s" / "labels.csv", ("s5,B,train", "s5,B,val"))
     assert find_data("s").split("val") == ["s5"]
-
-
-def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
-    tcga(place / "s", range(20))
-    found = find_data("s")
-    seen = folders.what_was_seen(found, found.split("train", "val"))
-    test = found.split("test")
-    folders.check_unseen(found, test, seen, "encoder.pt")
-    leaking = folders.what_was_seen(found, found.split("train") + test[:1])
-    with pytest.raises(InputError, match=f"encoder.pt: was trained on 2 of these 8 test .*{test[0]}"):
-        folders.check_unseen(found, test, leaking, "encoder.pt")  # the slide, and its patient's other one
-    elsewhere = leaking | {"data": "another"}  # TCGA's patients are the same everywhere
-    with pytest.raises(InputError, match="2 of these 8"):
-        folders.check_unseen(found, test, elsewhere, "encoder.pt")
-    for row in found.labels.values():
-        row["patient"] = row["patient"].replace("TCGA", "P")
-    one = {"data": "another", "images": {test[0]: 1}, "patients": [found.labels[test[0]]["patient"]]}
-    with pytest.raises(InputError, match="1 of these 8"):
-        folders.check_unseen(found, test, one, "encoder.pt")  # the same name and size
-    other = one | {"images": {test[0]: 2}}  # the same name, another file
-    folders.check_unseen(found, test, other, "encoder.pt")
 
 
 # ---------------------------------------------------------------- tiles and cells

@@ -15,7 +15,7 @@ import train
 from common.encoders import MEAN, STD, normalize, random_encoder, save_encoder
 from common.errors import InputError
 from common.measures import area_under
-from common.results import beside, last_losses
+from common.results import beside, last_losses, write_results
 from wsi import demo, truth
 
 CPU = ["--device", "cpu", "--workers", "1"]
@@ -132,10 +132,24 @@ def test_both_networks_stand_in_one_row_and_losses_beside_ln_k(tmp_path):
     assert beside(trained, [("a", "3", "0.3", "z")]) == [
         ("a", "1", "0.1", "3", "0.3", "x"), ("loss", "2", "", "", "", "y")]
     assert last_losses(tmp_path) == []
-    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_b,ln_out_dim",
-                [f"0,0,9,9,9,{math.log(32)}", f"1,1,5,2,4,{math.log(32)}", f"2,1,5,3,4,{math.log(32)}"])
-    rows = last_losses(tmp_path)
-    assert [row[1] for row in rows] == ["2.5000", "4.0000"] and "3.4657" in rows[0][3]
+    lines = [f"{values},{math.log(32)}" for values in ("0,0,9,9,9", "1,1,5,2,4", "2,1,5,3,4")]
+    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_b,ln_out_dim,entropy_c,entropy_b",
+                [f"{line},0.5,0.5" for line in lines])
+    uniform = "uniform outputs: ln K = 3.4657"
+    assert last_losses(tmp_path) == [("loss of f_c, last epoch", "2.5000", "", uniform),
+                                     ("loss of f_b, last epoch", "4.0000", "", uniform)]
+    write_table(tmp_path / "log.csv", "step,epoch,loss,loss_f,ln_out_dim", ["0,0,9,2,3"])  # SimCLR's
+    assert last_losses(tmp_path) == [("loss of f, last epoch", "2.0000", "", "")]
+
+
+@pytest.mark.parametrize("share, says", [("0.9995", True), ("1.0000", True), ("0.9994", False)])
+def test_a_middle_bin_of_1_is_commented_where_it_is_printed(tmp_path, capsys, share, says):
+    rows = [("tokens with attention 0.5 to 2", share, "", "9 crops")]
+    other = [("tokens with attention 0.5 to 2", "0.5", "", "9 crops")]
+    for tables in ({"trained": rows}, {"trained": other, "random start": rows}):
+        write_results(tables, [], tmp_path / "results.csv")
+        assert ("a network that has learned nothing has 1.000" in capsys.readouterr().out) == says
+    assert "learned nothing" not in (tmp_path / "results.csv").read_text()
 
 
 def test_the_truth_of_tiles_is_counted_by_hand(tmp_path):

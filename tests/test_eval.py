@@ -14,8 +14,8 @@ from synthetic import arrays_of, refused, replace, rows_of, saved, times, write,
 
 import dirl
 import eval as eval_py
-from common import classify, measures
-from common.encoders import MEAN, STD, random_encoder, save_encoder
+from common import classify, export, measures
+from common.encoders import random_encoder, save_encoder
 from common.files import save_tensors
 from common.measures import auc, bootstrap, macro_f1
 from data import find_data
@@ -23,6 +23,7 @@ from wsi.cells import read_cells
 from wsi.prepare import load_crops, prepare_cells, ready_cells
 
 CPU = ["--device", "cpu", "--workers", "1"]
+STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 
 
@@ -40,8 +41,8 @@ def patch(path, label, seed, size=224):
 
 
 def run_folder(name="runs/tiny_vit_t_dirl", seed=0):
-    """A run with an encoder.pt that was never trained."""
-    encoder = random_encoder("vit_t", seed, MEAN, STD)
+    """A run with an encoder.pt that was never trained, normalized by other statistics than ImageNet's."""
+    encoder = random_encoder("vit_t", seed, *STATS)
     save_encoder(Path(name) / "encoder.pt", encoder, arch="vit_t", method="dirl",
                  data="tiny", mpp=2.0, step=0, trained_on={"data": "tiny", "images": {}, "patients": []})
     return Path(name)
@@ -133,6 +134,14 @@ def test_folds_keep_groups_whole_and_are_stratified():
 
 MHIST, CHAOYANG = Path("datasets/mhist/annotations.csv"), Path("datasets/chaoyang/train.json")
 LABELS = Path("given/labels.csv")
+
+
+def test_no_worker_process_is_taken_as_in_train(capsys):
+    make_folder()
+    flags = ["--device", "cpu", "--workers", "0"]
+    assert eval_py.main(["patches", *flags, "--data", "given", "--encoder", "pixels", "--folds", "2"]) == 0
+    assert eval_py.slides_arguments(flags).workers == 0
+    refused(capsys, eval_py.main, ["--device", "cpu", "--workers", "-1"], "--workers -1")
 
 
 @pytest.mark.parametrize("data, spoil, says", [
@@ -335,7 +344,7 @@ def test_exports_load_back_equal_and_are_made_once(folder, capsys):
         assert all(np.array_equal(h5[name][:], file[name]) for name in ("features", "coords"))
         about = dict(h5["coords"].attrs)
     assert about["patch_level"] == 0 and about["patch_size"] == about["patch_size_level0"] == 448
-    assert about["target_magnification"] == 5 and about["level0_width"] == 448
+    assert about["mpp"] == 2 and about["level0_width"] == 448
     check_clam_tables(run / "clam", names)
     found = find_data("tiny set", 2.0, slide_mpp=1.0)
     tiles = json.loads((run / "geojson/nests_3.geojson").read_text())["features"]
@@ -352,6 +361,58 @@ def test_exports_load_back_equal_and_are_made_once(folder, capsys):
     assert eval_py.main([*argv, "--export", "clam"]) == 0
     assert not torch.equal(torch.load(run / "clam/pt_files/nests_3.pt", weights_only=True), tensor)
     assert made[1] == times(run / "csv/tiny_set", "*_?.csv")  # not asked for
+
+
+@pytest.mark.parametrize("slide_mpp", [0.2525, 0.2465, 0.504, 0.499, 0.2325, 0.25, 1.0, 3.1, 20.0])
+@pytest.mark.parametrize("mpp", [2.0, 1.0, 0.5])
+def test_clam_and_trident_cut_our_tiles(slide_mpp, mpp):
+    """By each one's own formula, written from its source; our tile is 224 px at mpp, side px at level 0."""
+    info = {"side": 224 * mpp / slide_mpp, "width": 9000, "height": 7000, "slide_mpp": slide_mpp, "mpp": mpp}
+    at = export.coords_attributes("s", info)
+
+    # CLAM, dataset_h5.py: read_region(coord, patch_level, (patch_size, patch_size)).
+    level_downsamples = [1.0, 4.0, 16.0]
+    clam = at["patch_size"] * level_downsamples[at["patch_level"]]
+
+    # TRIDENT, WSIPatcher: um/px are 10 / magnification, the side is patch_size times their ratio. Where an
+    # attribute is missing it reads the file as CLAM's (read_coords_legacy).
+    source, target = 10 / at["level0_magnification"], 10 / at["target_magnification"]
+    trident = round(at["patch_size"] * (target / source))
+    # TRIDENT, coords_to_h5: what patch_size_level0 means to its heat maps and slide encoders.
+    level0 = at["patch_size"] * at["level0_magnification"] // at["target_magnification"]
+
+    assert clam == trident == level0 == at["patch_size_level0"]
+    assert abs(clam - info["side"]) <= 0.5 and type(at["patch_size"]) is int
+    assert at["overlap"] == 0 and (at["level0_mpp"], at["mpp"]) == (slide_mpp, mpp)
+
+
+def test_h5_files_of_an_earlier_version_are_written_again(tmp_path, capsys):
+    info = {"side": 448.0, "width": 900, "height": 700, "slide_mpp": 1.0, "mpp": 2.0}
+    np.savez(tmp_path / "s.npz", features=np.ones((2, 3), np.float32), coords=np.array([[0, 0], [448, 0]]))
+    found = SimpleNamespace(name="d", labels={})
+    path = tmp_path / "clam/h5_files/s.h5"
+    export.export_clam(found, tmp_path, {"s": info}, tmp_path / "clam")
+    first = path.stat().st_mtime_ns
+    export.export_clam(found, tmp_path, {"s": info}, tmp_path / "clam")
+    assert path.stat().st_mtime_ns == first
+    with h5py.File(path, "a") as file:
+        file["coords"].attrs["target_magnification"] = 5.0
+    export.export_clam(found, tmp_path, {"s": info}, tmp_path / "clam")
+    with h5py.File(path) as file:
+        assert file["coords"].attrs["target_magnification"] == 10
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("names, warned", [(["007", "12"], True), (["1.5"], True), (["007", "a12"], False)])
+def test_slides_named_by_digits_are_named_at_clams_export(tmp_path, capsys, names, warned):
+    info = {"side": 448.0, "width": 900, "height": 700, "slide_mpp": 1.0, "mpp": 2.0}
+    for name in names:
+        np.savez(tmp_path / f"{name}.npz", features=np.ones((1, 3)), coords=np.zeros((1, 2), int))
+    labels = {name: {"label": "A", "patient": name, "split": "train"} for name in names}
+    found = SimpleNamespace(name="d", labels=labels)
+    export.export_clam(found, tmp_path, dict.fromkeys(names, info), tmp_path / "clam")
+    out = capsys.readouterr().out
+    assert out.count("\n") == warned and (names[0] in out and "with a letter in front" in out) == warned
 
 
 @pytest.mark.parametrize("argv, labels, says", [

@@ -4,9 +4,11 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from synthetic import halve, prepared, pyramid, saved, svs, tissue, write
 
+from common.errors import InputError
 from data import Crops
 from prior import STAINS
 from wsi import demo, slides
@@ -41,6 +43,36 @@ def test_um_per_px_as_a_slide_records_it(place, capsys):
     assert "1 is used" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mpp, how", [
+    (0.5, {"ome": True, "metadata": {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}}),
+    (0.5, {"ome": True, "metadata": {"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm"}}),
+    (0.5, {"ome": True, "metadata": {"PhysicalSizeX": 0.0005, "PhysicalSizeXUnit": "mm"}}),
+    (0.5, {"ome": True, "metadata": {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "\u00b5m"}}),
+    (0.5, {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}),
+    (0.5, {"resolution": (50_800, 50_800), "resolutionunit": "INCH"}),
+    (0.5, {"imagej": True, "resolution": (2, 2), "metadata": {"unit": "um"}}),
+    ("found: OME.PhysicalSizeX 0.5 pixel", {"ome": True, "metadata": {"PhysicalSizeX": 0.5,
+                                                                      "PhysicalSizeXUnit": "pixel"}}),
+    ("not square: 0.5 by 0.25", {"ome": True, "metadata": {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25}}),
+    ("not square: 0.5 by 0.25", {"resolution": (20_000, 40_000), "resolutionunit": "CENTIMETER"}),
+    ("found: .*tiff.XResolution 72, tiff.ResolutionUnit inch", {"resolution": (72, 72),
+                                                               "resolutionunit": "INCH"}),
+    ("found: tiff.XResolution 1, tiff.ResolutionUnit none", {})])
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_um_per_px_of_ome_and_of_striped_tiff(tmp_path, mpp, how, tile):
+    if tile and how.get("imagej"):
+        pytest.skip("ImageJ writes strips only")
+    tifffile.imwrite(tmp_path / "a.tif", np.full((120, 160, 3), 200, np.uint8), photometric="rgb", tile=tile,
+                     **how)
+    if isinstance(mpp, float):
+        assert slides.Slide(tmp_path / "a.tif").mpp == pytest.approx(mpp)
+        assert slides.Slide(tmp_path / "a.tif", slide_mpp=2.0).mpp == pytest.approx(mpp)
+        assert slides.Slide(tmp_path / "a.tif", said_mpp=2.0).mpp == 2.0
+    else:
+        with pytest.raises(InputError, match=mpp):
+            slides.Slide(tmp_path / "a.tif")
+
+
 def gradient(width, height):
     """A magenta image whose red rises from left to right and whose blue rises downwards."""
     image = np.full((height, width, 3), 60, np.uint8)
@@ -69,6 +101,37 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path, monkeypatch, mp
         assert tile.shape == (224, 224, 3)
         assert abs(tile[..., 0].mean() - red) < 1.5 and abs(tile[..., 2].mean() - blue) < 1.5
         assert np.abs(cut[2560][name] - tile).max() <= 6
+
+
+def test_a_level_of_other_proportions_is_not_read(tmp_path):
+    """A macro picture marked as a reduced level: 1.6 times narrower and 2.5 times lower, 2.05 on average."""
+    width, height = 2000, 1500
+    whole, macro = gradient(width, height), np.full((600, 1250, 3), 244, np.uint8)
+    macro[50: 450, 50: 500] = (200, 60, 160)
+    with tifffile.TiffWriter(tmp_path / "a.svs") as file:
+        for image in (whole, np.asarray(Image.fromarray(whole).reduce(2)), macro):
+            file.write(image, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
+                       description="Aperio|MPP = 0.5", subfiletype=0 if image is whole else 1)
+    slide = slides.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", 1.0, None, 0.5)
+    assert "1250 x 600" in slide.warning and "1000 x 750" not in slide.warning
+    assert {slide.level_for(mpp)[0] for mpp in (0.5, 1.0, 2.0, 8.0)} == {0, 1}
+    tiles = {path.stem: np.asarray(Image.open(path)).astype(float)
+             for path in (tmp_path / "crops" / "a").glob("*.jpg")}
+    assert len(tiles) == 4 * 3
+    for name, tile in tiles.items():
+        left, top = map(int, name.split("_"))
+        assert abs(tile[..., 0].mean() - (left + 224) / width * 120 - 100) < 1.5
+        assert abs(tile[..., 2].mean() - (top + 224) / height * 120 - 100) < 1.5
+    picture, unit = slide.picture(8.0)
+    assert picture.shape[:2] == (1500 // 16, 2000 // 16) and unit == 16
+    assert picture[..., 1].max() < 70  # nowhere the white of the macro picture
+
+
+@pytest.mark.parametrize("size, same", [
+    ((951, 702), True), ((950, 701), True), ((60, 44), True), ((10, 8), True),  # rounded up or down
+    ((1000, 752), False), ((951, 715), False), ((400, 150), False), ((702, 951), False)])
+def test_levels_match_to_one_percent_and_one_px(size, same):
+    assert slides.matching_levels([(1901, 1403), size]) == ([0, 1] if same else [0])
 
 
 def test_tissue_is_found_and_white_dust_and_ink_are_not():

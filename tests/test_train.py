@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,14 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
 
     test = [*SET, "--repeats", "2", "--epochs", "5", "--checkpoint", str(run)]
     assert eval_py.main(test) == 0
-    assert "slide accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "slide accuracy" in said and said.count("warning: 4 training slides") == 1
+    assert "try --standardize --mil-weight-decay 0.005" in said
     check_features_and_attention(place, run)
     made = times(run / "features")
-    assert eval_py.main(test) == 0 and times(run / "features") == made  # not made twice
+    few = ["--standardize", "--mil-weight-decay", "5e-3"]
+    assert eval_py.main([*test, *few]) == 0 and times(run / "features") == made  # not made twice
+    assert "training slides" not in capsys.readouterr().out
     assert eval_py.main([*test, "--precision", "bf16"]) == 0  # other settings: recomputed
     assert all(made[path] != written for path, written in times(run / "features").items())
 
@@ -231,8 +236,9 @@ def entropy_curve(place, capsys, *flags):
 def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
     rows, said = entropy_curve(place, capsys, "--teacher-temp", "10")
     assert all(float(row["entropy_f"]) > 0.98 for row in rows)
-    told = [line for line in (said.out + said.err).splitlines() if "warning: " in line and "uniform" in line]
-    assert len(told) == 1 and "step 4" in told[0] and "Lower --teacher-temp" in told[0]
+    told = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
+    assert len(told) == 1 and "step 4" in told[0] and "of head f have been uniform" in told[0]
+    assert "Lower --teacher-temp" in told[0] and "--jitter" in told[0]
 
 
 def test_outputs_on_one_prototype_are_told_once_with_the_flag_to_turn(place, capsys):
@@ -289,6 +295,58 @@ def test_init_takes_weights_in_timms_and_dinos_names(tmp_path, capsys):
     save_tensors(tmp_path / "half.pth", {"norm.weight": torch.ones(192)})
     with pytest.raises(InputError, match="weights are missing"):
         encoders.init_encoder(dirl.vit_t(), tmp_path / "half.pth")
+
+
+def dinos_checkpoint(ours, **more):
+    """What main_dino.py of facebookresearch/dino saves after an epoch."""
+    backbone = {**ours.state_dict(), "cls_token": torch.zeros(1, 1, 192)}
+    backbone["pos_embed"] = torch.cat([torch.ones(1, 1, 192), backbone["pos_embed"]], 1)
+    teacher = {f"backbone.{name}": value for name, value in backbone.items()}
+    teacher |= {"head.mlp.0.weight": torch.zeros(2, 192), "head.last_layer.weight_g": torch.ones(4, 1)}
+    student = {f"module.{name}": torch.zeros_like(value) for name, value in teacher.items()}
+    weight = torch.nn.Parameter(torch.zeros(3))
+    args = Namespace(arch="vit_tiny", patch_size=16, global_crops_scale=(0.4, 1.0), use_fp16=True, lr=5e-4,
+                     data_path="/data", dist_url="env://", gpu=0)
+    return {"student": student, "teacher": teacher, "optimizer": torch.optim.AdamW([weight]).state_dict(),
+            "epoch": 100, "args": args, "dino_loss": {"center": torch.zeros(1, 4)},
+            "fp16_scaler": {"scale": 65536.0, "growth_factor": 2.0}, **more}
+
+
+def test_init_takes_dinos_full_checkpoint_and_runs_no_code_of_it(tmp_path, capsys):
+    ours, images = dirl.vit_t().eval(), torch.randn(2, 3, 224, 224)
+    torch.save(dinos_checkpoint(ours), tmp_path / "checkpoint.pth")
+    encoder = dirl.vit_t().eval()
+    encoders.init_encoder(encoder, tmp_path / "checkpoint.pth")
+    assert torch.equal(encoder(images), ours(images))
+    assert "left cls_token, head.last_layer.weight_g, head.mlp.0.weight" in capsys.readouterr().out
+    for hidden in ({"args": Evil(tmp_path / "made")}, {"args": Namespace(lr=Evil(tmp_path / "made"))}):
+        torch.save(dinos_checkpoint(ours, **hidden), tmp_path / "evil.pth")
+        with pytest.raises(InputError, match="evil.pth: holds a Python object .*mkdir.*state dict alone"):
+            encoders.init_encoder(encoder, tmp_path / "evil.pth")
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(InputError, match="argparse.Namespace"):  # only --init allows it
+        load_tensors(tmp_path / "checkpoint.pth")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 5303\n"
+
+
+@pytest.mark.parametrize("flag, content, says", [
+    ("--init", None, "w.pth: is missing"), ("--init", "text", "w.pth: cannot be loaded"),
+    ("--init", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull"),
+    ("--init", {}, "--init w.pth: does not fit --arch"),
+    ("--probe", None, "--probe w.pth: is missing"), ("--probe", POINTER, "--probe w.pth: is missing"),
+    ("--checkpoint", None, "--checkpoint w.pth: is missing"), ("--checkpoint", {}, "is not an encoder.pt"),
+    ("--checkpoint", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull")])
+def test_a_bad_file_is_refused_before_slides_are_prepared(place, capsys, flag, content, says):
+    if isinstance(content, dict):
+        save_tensors(place / "w.pth", content)
+    elif content:
+        write(place / "w.pth", content)
+    main, argv = (eval_py.main, SMALL[:6]) if flag == "--checkpoint" else (train.main, SMALL)
+    refused(capsys, main, [*argv, flag, "w.pth"], says)
+    refused(capsys, train.main, [*SMALL, "--probe", "in"], "--probe in: a folder of images with labels.csv")
+    assert not (place / "datasets").exists() and not (place / "runs").exists()
 
 
 def test_positions_of_another_grid_are_interpolated():

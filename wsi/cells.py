@@ -3,8 +3,11 @@
 Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so that the middle of the first px is 0.5.
 "Level-0 px" are the pixels of a slide at full resolution.
 """
+import gzip
 import re
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import ijson
@@ -12,12 +15,18 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from common.errors import InputError, one_line
-from common.files import read_csv
+from common.errors import InputError, one_line, printable
+from common.files import is_gzip, open_bytes, read_csv
 
 BAND = 256  # rows of a label image that are counted at once
+READERS = 2  # version of the readers: raise it where a file of cells is read as other cells than before
 MOST_CELLS = 20_000_000  # of one slide in an npz: ten times what the largest hold
 BATCH = 1000  # outlines whose centroids are computed at once
+LARGEST_NUCLEUS = 200  # px: 20 um at 0.1 um/px
+QUPATH_OTHERS = (  # QuPath's types that are no cells, since 0.3 and in 0.2
+    "annotation", "tile", "tmaCore", "tma_core", "root",
+    "PathAnnotationObject", "PathTileObject", "TMACoreObject", "PathRootObject")
+OTHERS, NO_SHAPE = "annotations or others that are no cells", "without a geometry"  # reasons to leave one out
 CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
 BOM = b"\xef\xbb\xbf"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
@@ -35,12 +44,15 @@ PLACES = {  # where the nuclei stand, as ijson names it; "" is a bare list
 def cell_format(path):
     """"hovernet", "histomicstk", "geojson", "cellpose" or "table" (csv, npz), by the file's first megabyte.
 
-    A CSV has no mark of its own: it is one where its name ends in .csv or .tsv. InputError for all else.
+    JSON and CSV may be packed by gzip. A CSV has no mark of its own: it is one where its name ends in .csv or
+    .tsv. InputError for all else.
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             head = file.read(1 << 20)
+    except (gzip.BadGzipFile, zlib.error, EOFError):
+        raise InputError(f"{path}: is a damaged gzip file; write it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); a file of cells is expected") from None
     if head.startswith((b"\x93NUMPY", b"\x89PNG", *TIFF)):
@@ -49,18 +61,18 @@ def cell_format(path):
         found = JSON_KINDS.search(head)
         if found:
             return found.lastgroup
-    elif head.startswith(b"PK") or head and path.suffix.lower() in (".csv", ".tsv"):
+    elif head.startswith(b"PK") or head and path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return "table"
     problem = "not a known cell file" if head else "is empty"
     raise InputError(f"{path}: {problem}; JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's _cp_masks "
                      "image, .csv or .npz with x and y are read")
 
 
-def read_cells(path, slide_mpp=None, slide_size=None):
-    """Cells of a slide from a segmentation result, (K, 2) float64 in level-0 px, in the cell_format of path.
+def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0)):
+    """Returns the cells of a slide from a segmentation result, (K, 2) float64 in level-0 px.
 
-    HoVer-Net: with "mag" a number the centroids are px at that magnification and slide_mpp (um/px of level 0)
-    converts them, x (10 / slide_mpp) / mag; with "mag" null (tile mode) they are taken as they are.
+    HoVer-Net: hovernet_scale converts the centroids by the slide's objective power (None: by slide_mpp, um/px
+    of level 0). GeoJSON counts from the corner of QuPath's picture, which is at the slide's bounds.
     HistomicsTK: point, rectangle, ellipse and circle by their center, polyline as a polygon; other elements
     (heat maps, arrows) are skipped. GeoJSON: each point and polygon is a cell, those of a MultiPoint or
     MultiPolygon too; nucleusGeometry counts before geometry; of QuPath's objects only cells and detections
@@ -70,13 +82,17 @@ def read_cells(path, slide_mpp=None, slide_size=None):
     """
     path, kind = Path(path), cell_format(path)
     try:
+        check_inflated(path)
         if kind == "cellpose":
             xy = mask_cells(path, slide_size)
         elif kind == "table":
             xy = table_cells(path)
         else:
-            scale = hovernet_scale(path, slide_mpp) if kind == "hovernet" else 1
-            xy = json_cells(path, kind) * scale
+            xy = json_cells(path, kind)
+        if kind == "hovernet":
+            xy = xy * hovernet_scale(path, power, slide_mpp)
+        if kind == "geojson":
+            xy = xy + bounds
     except InputError:
         raise
     except Exception as error:  # whatever a broken file sets off in a reader
@@ -84,6 +100,19 @@ def read_cells(path, slide_mpp=None, slide_size=None):
     if not np.isfinite(xy).all():
         raise InputError(f"{path}: a coordinate is not a finite number; write the cells again")
     return xy
+
+
+def check_inflated(path):
+    """InputError where a gzip file inflates as no file of cells does: to 200 times its size and 320 MB."""
+    if not is_gzip(path):
+        return
+    size, limit = 0, max(200 * path.stat().st_size, 16 * MOST_CELLS)
+    with open_bytes(path) as file:
+        while chunk := file.read(1 << 20):
+            size += len(chunk)
+            if size > limit:
+                raise InputError(f"{path}: inflates to more than {limit / 1e6:.0f} MB, which no file of "
+                                 "cells of its size does; write it again")
 
 
 # ---------------------------------------------------------------- JSON
@@ -118,20 +147,28 @@ class JsonSource:
 
 def parse_json(function, path, *prefix):
     """Yields what one of ijson's functions (parse, items, kvitems) gives for the file."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         yield from function(JsonSource(file), *prefix, use_float=True, buf_size=CHUNK)
 
 
-def hovernet_scale(path, slide_mpp):
-    """Level-0 px per px of HoVer-Net's centroids, by the file's "mag"; 1 where it is null or missing."""
+def hovernet_scale(path, power, slide_mpp):
+    """Returns level-0 px per px of HoVer-Net's centroids; 1 where "mag" is null or missing (tile mode).
+
+    In slide mode HoVer-Net resamples the slide from its recorded objective power to "mag". Where no power is
+    recorded, 10 / slide_mpp is taken for it, with a warning.
+    """
     mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
     if mag is None:
         return 1
     if type(mag) not in (int, float) or not 0 < mag < 1000:
         raise InputError(f"{path}: \"mag\" is {mag!r:.40}; a magnification such as 40, or null, is expected")
-    if slide_mpp is None:
+    if power is None and slide_mpp is None:
         raise InputError(f"{path}: its cells are px at {mag:g}x; give the slide's um/px to convert them")
-    return 10 / slide_mpp / mag
+    if power is None:
+        power = 10 / slide_mpp
+        print(f"warning: {path}: its cells are px at {mag:g}x, and the slide records no objective power; "
+              f"{power:g}x is taken for {slide_mpp:g} um/px")
+    return power / mag
 
 
 def find_place(path, kind):
@@ -155,25 +192,46 @@ def json_members(path, kind, place):
 
 
 def json_cells(path, kind):
-    """Cells (K, 2) of a JSON file, in its px."""
+    """Returns the cells (K, 2) of a JSON file, in its px; prints how many of its objects are no cells."""
     place = find_place(path, kind)
-    xy, outlines, count, left_out = [], [], 0, 0
-    for count, member in enumerate(json_members(path, kind, place), 1):
-        if kind == "geojson" and not is_cell(member):
-            left_out += 1
-            continue
-        # As arrays: thousands of lists kept alive would start garbage collection again and again.
-        outlines += map(np.array, OUTLINES[kind](member))
-        if len(outlines) >= BATCH:
-            xy.append(ring_centroids(outlines))
-            outlines = []
-    xy = np.concatenate([*xy, ring_centroids(outlines)])
-    if left_out:
-        print(f"note: {path}: {left_out} of {count} objects are annotations or others, no cells; left out")
+    if kind == "geojson" and place is not None and is_by_class(path, place):
+        return class_cells(path, place)
+    counts = Counter()
+    xy = centroids_of(cell_outlines(json_members(path, kind, place), kind, counts))
+    count = counts.pop("all", 0)
+    if counts:
+        reasons = " and ".join(f"{number} {reason}" for reason, number in counts.items())
+        print(printable(f"skipped: {path}: {counts.total()} of {count} objects, {reasons}"))
+    if counts[OTHERS] == count > 0:
+        raise InputError(f"{path}: its {count} objects are QuPath's annotations or tiles, and no cells; "
+                         "export the cells or detections")
     if not len(xy) and (count or place is None):
         raise InputError(f"{path}: looks like {kind}, but has no point and no outline of a cell; "
                          "write the cells again")
     return xy
+
+
+def cell_outlines(members, kind, counts):
+    """Yields the outlines of the members' cells; counts: a Counter of all members and of those left out."""
+    for member in members:
+        counts["all"] += 1
+        if kind == "geojson" and not is_cell(member):
+            counts[OTHERS] += 1
+        elif kind == "geojson" and not cell_shape(member):
+            counts[NO_SHAPE] += 1
+        else:
+            yield from OUTLINES[kind](member)
+
+
+def centroids_of(outlines):
+    """Returns the centroids (K, 2) of an iterable of outlines, which are not kept in memory."""
+    xy, batch = [], []
+    for outline in outlines:
+        batch.append(np.array(outline))  # thousands of lists kept alive would start garbage collection often
+        if len(batch) >= BATCH:
+            xy.append(ring_centroids(batch))
+            batch = []
+    return np.concatenate([*xy, ring_centroids(batch)])
 
 
 def nucleus_outlines(nucleus):
@@ -191,14 +249,26 @@ def element_outlines(element):
 
 
 def is_cell(feature):
-    """Is a GeoJSON feature one of QuPath's cells or detections, or another program's, without a type?"""
-    return (feature.get("properties") or {}).get("objectType", "cell") in ("cell", "detection")
+    """Is a GeoJSON feature one of QuPath's cells or detections, or another program's, without QuPath's type?
+
+    QuPath writes the type as objectType (0.4 on), object_type (0.3) or as the feature's id (0.2), and reads
+    "type", too.
+    """
+    properties = feature.get("properties") or {}
+    types = [properties.get(name) for name in ("objectType", "object_type", "type")]
+    return not any(name in QUPATH_OTHERS for name in [*types, feature.get("id")])
+
+
+def cell_shape(feature):
+    """Returns the geometry of a GeoJSON feature, of the nucleus before the cell; None where it is empty."""
+    properties = feature.get("properties") or {}
+    shape = feature.get("nucleusGeometry") or properties.get("nucleusGeometry") or feature.get("geometry")
+    return shape if shape and shape["coordinates"] else None
 
 
 def feature_outlines(feature):
     """Outlines (lists of points) of a GeoJSON feature, of the nucleus before the cell."""
-    properties = feature.get("properties") or {}
-    shape = feature.get("nucleusGeometry") or properties.get("nucleusGeometry") or feature["geometry"]
+    shape = cell_shape(feature)
     kind, parts = shape["type"], shape["coordinates"]
     if kind in ("Point", "Polygon"):
         parts = [parts]
@@ -207,6 +277,40 @@ def feature_outlines(feature):
     if kind in ("Polygon", "MultiPolygon"):
         return [rings[0] for rings in parts]  # the other rings are holes
     raise ValueError(f"a feature is a {kind}: export the cells alone")
+
+
+def is_by_class(path, place):
+    """Is each feature an annotation of many points or polygons, as CellViT writes all cells of a class?"""
+    item, found = f"{place}.item".removeprefix("."), False
+    for prefix, _, value in parse_json(ijson.parse, path):
+        if prefix == f"{item}.geometry.type" and value not in ("MultiPoint", "MultiPolygon"):
+            return False
+        if prefix == f"{item}.properties.objectType":
+            found = value == "annotation"
+            if not found:
+                return False
+    return found
+
+
+def class_cells(path, place):
+    """Returns the cells (K, 2) of a file that is_by_class, one polygon or point at a time.
+
+    QuPath writes regions of a class in the same way: InputError where most of the area is in polygons larger
+    than a nucleus.
+    """
+    parts, area = f"{place}.item.geometry.coordinates.item".removeprefix("."), Counter()
+
+    def outlines():
+        for part in parse_json(ijson.items, path, parts):
+            outline = part[0] if isinstance(part[0], list) else [part]  # a polygon's outer ring, or a point
+            width, height = np.ptp(np.array(outline)[:, :2], axis=0).tolist()
+            kind = "regions" if max(width, height) > LARGEST_NUCLEUS else "nuclei"
+            area[kind] += width * height
+            yield outline
+    xy = centroids_of(outlines())
+    if area["regions"] > area["nuclei"]:
+        raise InputError(f"{path}: its annotations are regions and no cells; export the cells or detections")
+    return xy
 
 
 OUTLINES = {"hovernet": nucleus_outlines, "histomicstk": element_outlines, "geojson": feature_outlines}
@@ -256,6 +360,11 @@ def mask_cells(path, slide_size):
     if min(scale) < 1 or not 0.99 <= scale[0] / scale[1] <= 1.01:
         raise InputError(f"{path}: {width} x {height} px, its slide {slide_width} x {slide_height}; masks of "
                          "the whole slide are needed, at its size or of a smaller copy")
+    if has_wrapped(labels):
+        bits, largest = 8 * labels.itemsize, np.iinfo(labels.dtype).max
+        raise InputError(f"{path}: its labels lie in several places each, as they wrap at {largest}, the "
+                         f"most that {bits} bits can number; save the masks with {2 * bits} bits (cellpose's "
+                         "--save_tif does)")
     return label_centroids(labels) * scale
 
 
@@ -283,6 +392,29 @@ def read_labels(path):
             return np.asarray(image)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def has_wrapped(labels):
+    """Do the labels (H, W) of 8 or 16 bits start over at 1, or is the last of them all the rest?
+
+    Only labels that reach the largest number can. One that is shared is spread much wider than a cell: the
+    variance of its px over their count is 20 or more where three cells of a mask share it, 0.16 in a disc and
+    1 in a line twelve times as long as wide. Up to one in fifty may be so, in separate places by mistake.
+    """
+    largest = np.iinfo(labels.dtype).max
+    if labels.itemsize > 2 or not labels.size or labels.max() < 0.98 * largest:
+        return False
+    sums = np.zeros((5, largest + 1))
+    for top in range(0, len(labels), BAND):
+        band = labels[top: top + BAND]
+        y, x = np.nonzero(band > 0)
+        label, y = band[y, x], y + top
+        for row, weights in zip(sums, (None, x, y, x ** 2, y ** 2)):
+            row += np.bincount(label, weights, largest + 1)
+    count, *moments = sums[:, sums[0] > 0]
+    x, y, xx, yy = moments / count
+    variance = xx - x ** 2 + yy - y ** 2
+    return (variance > 10 * count).mean() > 0.02 or count[-1] > 20 * np.median(count)
 
 
 def label_centroids(labels):

@@ -3,13 +3,14 @@
 What is made from it (tiles, cells, the split) goes to datasets/<name>/; the user's folder is only read.
 """
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
 from common.errors import InputError, check_mpp, printable
-from common.files import read_csv
-from wsi.slides import SLIDE_TYPES, file_identity, find_slides
+from common.files import files_under, read_csv, read_json, write_json
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, file_identity, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -21,7 +22,8 @@ class Data:
     """A data set on disk.
 
     images: {name: file}, slides or crops; labels: {name: {"label", "patient", "split", "mpp"}}. patient is
-    what has to stay in one split: a patient, or a source tile or group of ready-cut crops.
+    what has to stay in one split: a patient, or a source tile or group of ready-cut crops. pretrain_only has
+    the rows of slides without a label, absent those of slides without a file, which still place a patient.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Data:
     slide_mpp: float = None  # um/px of slides that record none, as the user said
     prior: str = "auto"  # whose cells: one of PRIORS
     labels: dict = field(default_factory=dict)
+    pretrain_only: dict = field(default_factory=dict)
+    absent: dict = field(default_factory=dict)
     classes: list = field(default_factory=list)
 
     def split(self, *parts):
@@ -41,15 +45,34 @@ class Data:
         split_of = split_of or dict.fromkeys(self.images, "train")
         return [name for part in parts for name in sorted(split_of) if split_of[name] == part]
 
+    def crops_of_part(self, part):
+        """How captions name the crops of a part; without labels.csv every crop is for training."""
+        return f"{part} crops" if self.labels else "training crops (no labels)"
+
     def said_mpp(self, name):
         """um/px of a slide by the column mpp of labels.csv, or None."""
-        return self.labels.get(name, {}).get("mpp")
+        row = self.labels.get(name) or self.pretrain_only.get(name, {})
+        return row.get("mpp")
+
+    def names_of_patients(self):
+        """same_patients of all rows: of labels.csv, and of slides that split.csv alone still names."""
+        rows = self.absent | self.pretrain_only | self.labels
+        return same_patients((name, row["patient"]) for name, row in rows.items())
 
     def unlabelled(self):
-        """Slides that labels.csv does not name, for pre-training; none of a patient of the test part."""
-        tested = {row["patient"] for row in self.labels.values() if row["split"] == "test"}
-        names = sorted(self.images.keys() - self.labels.keys()) if self.labels else []
-        return [name for name in names if patient_of(name) not in tested]
+        """Slides without a label that join pre-training: their patient is known and has no test slide.
+
+        The patient is known by a row of labels.csv with an empty label, or by a TCGA name.
+        """
+        if not self.labels:
+            return []
+        names_of, tested = self.names_of_patients(), set()
+        for row in (self.absent | self.labels).values():
+            if row["split"] == "test":
+                tested |= names_of[row["patient"]]
+        patients = {name: tcga_patient(name) for name in self.images if name not in self.labels}
+        patients |= {name: row["patient"] for name, row in self.pretrain_only.items()}
+        return sorted(name for name, patient in patients.items() if patient and patient not in tested)
 
 
 def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
@@ -71,11 +94,13 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     kind, images, rows = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
-        raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})")
+        others = not_read(source) if kind == "slides" else []
+        raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})"
+                         f"{'; ' + others[0] if others else ''}")
     mpp = mpp or (DATASETS[data][0] if known else None)
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
-        found.labels = check_rows(rows, images, kind)
+        found.labels, found.pretrain_only, found.absent = check_rows(rows, images, kind)
         found.classes = CLASSES.get(data) or sorted({row["label"] for row in found.labels.values()})
     return found
 
@@ -92,11 +117,9 @@ def read_layout(data, source):
         rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
         return "crops", image_files(rows, source), rows
     if (source / "crops").is_dir() and not (source / "slides").is_dir():
-        files = sorted(path for path in (source / "crops").rglob("*")
-                       if path.suffix.lower() in CROP_TYPES and path.is_file())
+        files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
-    folder = source / "slides"
-    images = find_slides(folder.rglob("*") if folder.is_dir() else files_in(source))
+    images = find_slides(files_in(source))
     rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
     return "slides", images, bright_rows(rows, data) if FOLDERS.get(data) == "bright" else rows
 
@@ -112,11 +135,49 @@ def find_table(source):
 
 
 def files_in(source):
-    """The files of a folder without slides/; names its subfolders with slides, which are not used."""
-    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name != "cells"):
-        if any(path.suffix.lower() in SLIDE_TYPES for path in folder.iterdir()):
-            print(f"note: {folder}: has slides, but subfolders are used in {source}/slides/ only")
-    return source.iterdir()
+    """The files among which a folder's slides are: all under its slides/, else its own."""
+    if (source / "slides").is_dir():
+        return files_under(source / "slides")
+    return (path for path in source.iterdir() if path.is_file())
+
+
+def not_read(source):
+    """What looks like slides in a folder and is not read: a line for each file, one for all subfolders."""
+    lines = [f"{path}: {why}" for path in sorted(files_in(source)) if (why := why_not_read(path))]
+    beside = slides_beside(source)
+    if beside:
+        names = ", ".join(beside[:3]) + (", ..." if len(beside) > 3 else "")
+        lines.append(f"{source}: {len(beside)} subfolders or files in it hold slides ({names}), but only "
+                     f"{source}/slides/ is read, with its subfolders; move them there")
+    return lines
+
+
+def slides_beside(source):
+    """Names in a folder that are slides, or folders of slides, and are not where slides are read.
+
+    Next to slides/, plain images are no slides.
+    """
+    apart = (source / "slides").is_dir()
+    types = SLIDE_TYPES - PLAIN_TYPES if apart else SLIDE_TYPES
+    out = []
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in ("slides", "cells", "crops"):
+            continue
+        files = path.iterdir() if path.is_dir() else [path] if apart else []
+        if any(file.suffix.lower() in types and not file.name.startswith(".") for file in files):
+            out.append(path.name)
+    return out
+
+
+def tell_source(found):
+    """Prints a warning if what is kept of a data set was made from another folder of its name."""
+    kept, folder = found.work / "source.json", str(found.source.resolve())
+    before = read_json(kept).get("folder", folder)
+    if before != folder:
+        print(printable(f"warning: {found.work} was made from {before} and is now used for {folder}; what "
+                        "differs is recomputed. Rename one of the two folders to keep both"))
+    if read_json(kept) != {"folder": folder} and found.work.resolve() != found.source.resolve():
+        write_json(kept, {"folder": folder})
 
 
 def image_files(rows, folder):
@@ -154,9 +215,31 @@ def read_table(path):
     return names, rows
 
 
+def tcga_patient(name):
+    """The patient in a TCGA barcode, its first 12 characters (TCGA-55-1234); "" for any other name."""
+    barcode = re.match(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Za-z0-9])", name.rsplit("/", 1)[-1])
+    return barcode[0] if barcode else ""
+
+
 def patient_of(name):
-    """The patient of an image where labels.csv names none: TCGA's first 12 characters, else the image."""
-    return name[:12] if name.startswith("TCGA-") else name
+    """The patient of an image where labels.csv names none: TCGA's, else the image itself."""
+    return tcga_patient(name) or name
+
+
+def same_patients(named):
+    """{name of a patient: all names of that patient} of (slide, patient) pairs.
+
+    A slide with a TCGA name is also of the patient in that name, whatever labels.csv says: two patients of
+    labels.csv that share one are one.
+    """
+    names_of = {}
+    for slide, patient in named:
+        barcodes = {tcga_patient(patient), tcga_patient(slide)} - {""}
+        names = {patient} | barcodes
+        for known in names & names_of.keys():
+            names = names | names_of[known]
+        names_of |= dict.fromkeys(names, names)
+    return names_of
 
 
 def labels_row(path, line, row, name):
@@ -167,7 +250,7 @@ def labels_row(path, line, row, name):
     except (ValueError, InputError):
         raise InputError(f"{path}: line {line}: mpp {row['mpp']!r} is not the um/px of a slide "
                          "(0.5 is 20x)") from None
-    patient = row.get("patient") or row.get("group") or row.get("source_tile") or patient_of(name)
+    patient = row.get("patient") or row.get("group") or row.get("source_tile") or ""
     return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""), "patient": patient,
             "split": row.get("split", "").lower(), "mpp": mpp}
 
@@ -176,6 +259,8 @@ def bright_rows(rows, data):
     """BRIGHT's rows with their three or six classes; its official validation part is the test part (A.1)."""
     has_test = any(SPLITS.get(row["split"]) == "test" for row in rows)
     for row in rows:
+        if not row["label"]:
+            continue  # check_rows decides
         if row["label"] not in BRIGHT3:
             raise InputError(f"{row['where']}: label {row['label']!r} is none of {', '.join(BRIGHT3)}")
         if data == "bright3":
@@ -233,70 +318,130 @@ def check_patch_rows(rows, data):
 
 
 def check_rows(rows, images, kind):
-    """{name: {"label", "patient", "split", "mpp"}} of the rows that have a file; split is "" if left open.
+    """Returns three {name: {"label", "patient", "split", "mpp"}}; split is "" if left open.
 
-    Slides without a row and rows without a slide are counted and named, for downloads are often partial.
-    InputError for: no label, an unknown split, a name twice, a crop without a file, fewer than two classes, a
-    split for some rows only.
+    They hold the rows with a label and a file, the rows of slides for pre-training only (a patient, and an
+    empty label), and the rows of slides without a file. Slides without a row and rows without a slide are
+    counted and named, for downloads are often partial. InputError for: no label and no patient, an unknown
+    split, a name twice, a crop without a file, fewer than two classes, a split for some rows only.
     """
-    out, missing = {}, []
+    labels, pretrain_only, absent = {}, {}, {}
     for row in rows:
         where, name = row["where"], row["name"]
-        if not row["label"]:
-            raise InputError(f"{where} has no label for {name!r}")
-        if name in out or name in missing:
+        if name in labels or name in pretrain_only or name in absent:
             raise InputError(f"{where} names {name!r} a second time; take one out")
         if row["split"] and row["split"] not in SPLITS:
             raise InputError(f"{where}: split {row['split']!r} is none of train, val, test")
-        if name in images:
-            split = SPLITS.get(row["split"], "")
-            out[name] = {"label": row["label"], "patient": row["patient"], "split": split,
-                         "mpp": row.get("mpp")}
-        elif kind == "crops" or Path(name).name != name:
-            raise InputError(f"{where}: there is no file of {name!r}; take the line out or fetch it")
+        checked = {"label": row["label"], "patient": row["patient"] or patient_of(name),
+                   "split": SPLITS.get(row["split"], ""), "mpp": row.get("mpp")}
+        if not row["label"]:
+            check_no_label(row, kind)
+        if name not in images:
+            if kind == "crops" or Path(name).name != name:
+                raise InputError(f"{where}: there is no file of {name!r}; take the line out or fetch it")
+            absent[name] = checked
+        elif row["label"]:
+            labels[name] = checked
         else:
-            missing.append(name)
+            pretrain_only[name] = checked
     table = rows[0]["where"].split(": ")[0]
-    note(missing, f"{table}: {len(missing)} of {len(rows)} rows have no file and are left out")
-    unlabelled = sorted(images.keys() - out.keys())
-    note(unlabelled, f"{table}: {len(unlabelled)} of {len(images)} slides have no row; they only pre-train")
-    if len({row["label"] for row in out.values()}) < 2:
-        raise InputError(f"{table}: fewer than two classes among the {len(out)} rows that have a file")
-    given = [bool(row["split"]) for row in out.values()]
+    note(list(absent), f"{table}: {len(absent)} of {len(rows)} rows have no file and are left out")
+    no_row = sorted(images.keys() - labels.keys() - pretrain_only.keys())
+    of_tcga = [name for name in no_row if tcga_patient(name)]
+    note(of_tcga, f"{table}: {len(of_tcga)} of {len(images)} slides have no row; they only pre-train, "
+         "those of test patients excepted")
+    unknown = [name for name in no_row if not tcga_patient(name)]
+    note(unknown, f"{table}: {len(unknown)} of {len(images)} slides have no row and are left out of "
+         "pre-training; to use them there, add rows with their patient and an empty label")
+    if len({row["label"] for row in labels.values()}) < 2:
+        raise InputError(f"{table}: fewer than two classes among the {len(labels)} rows that have a file")
+    given = [bool(row["split"]) for row in labels.values()]
     if any(given) and not all(given):
         raise InputError(f"{table}: some lines have a split and some have none; give all or none")
-    return out
+    join_patients(labels | pretrain_only | absent, table)
+    return labels, pretrain_only, absent
+
+
+def check_no_label(row, kind):
+    """InputError for a row without a label, unless it is of a slide for pre-training only."""
+    where, name = row["where"], row["name"]
+    if kind == "crops":
+        raise InputError(f"{where} has no label for {name!r}")
+    if not row["patient"]:
+        raise InputError(f"{where} has no label for {name!r}; for pre-training only, give its patient")
+    if SPLITS.get(row["split"], "train") != "train":
+        raise InputError(f"{where} has split {row['split']} and no label for {name!r}: without a label it is "
+                         "for pre-training only; take the line out, or give its label")
+
+
+def join_patients(rows, table):
+    """Gives patients of labels.csv who share a patient of TCGA one name, in place, with a warning.
+
+    rows: {slide: row}. A patient of their own name only keeps it.
+    """
+    names_of = same_patients((name, row["patient"]) for name, row in rows.items())
+    given = {row["patient"] for row in rows.values()}
+    joined = {}
+    for row in rows.values():
+        names = names_of[row["patient"]] & given
+        row["patient"] = min(names)
+        if len(names) > 1:
+            joined[row["patient"]] = " = ".join(sorted(names))
+    note(list(joined.values()), f"{table}: {len(joined)} patients have several names, by the TCGA names of "
+         "their slides; each counts as one")
 
 
 def note(names, text):
     """Prints the text and the first of the names, if there are any."""
     if names:
-        print(f"note: {text}: {printable(', '.join(names[:3]))}{', ...' if len(names) > 3 else ''}")
+        print(f"warning: {text}: {printable(first_of(names))}")
+
+
+def first_of(names):
+    """The first three names as text."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # ---------------------------------------------------------------- what an encoder has seen
 
 def what_was_seen(found, names):
     """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
-    sizes = {name: file_identity(found.images[name])["file_bytes"] for name in names}
-    patients = {found.labels[name]["patient"] if name in found.labels else patient_of(name) for name in names}
-    return {"data": found.name, "images": sizes, "patients": sorted(patients)}
+    hashes = {name: file_identity(found.images[name])["file_hash"] for name in names}
+    names_of, rows, patients = found.names_of_patients(), found.labels | found.pretrain_only, set()
+    for name in names:
+        patient = rows[name]["patient"] if name in rows else patient_of(name)
+        patients |= names_of.get(patient, {patient})
+    return {"data": found.name, "images": hashes, "patients": sorted(patients)}
 
 
 def check_unseen(found, names, seen, path):
     """InputError if the encoder at path was trained on one of these images or on one of their patients.
 
-    seen: what_was_seen of its run. An image is the same if its name and its size in bytes are; a patient's
-    name counts within one data set, and everywhere for TCGA's.
+    seen: what_was_seen of its run. An image is the same if its name and file_hash are (its size, in an older
+    encoder.pt); a patient's name counts within one data set, and everywhere for TCGA's. Also InputError if
+    the encoder saw a slide of this data set whose patient nothing tells: it may be a test patient.
     """
+    same_data, names_of = seen["data"] == found.name, found.names_of_patients()
+    rows = found.absent | found.pretrain_only | found.labels
+    patients = set(seen["patients"]) | {tcga_patient(name) for name in seen["images"]}
+    if same_data:  # labels.csv may name more patients than when the encoder was trained
+        patients |= {rows[name]["patient"] for name in seen["images"] if name in rows}
+    else:
+        patients = {patient for patient in patients if tcga_patient(patient)}
     leaks = []
     for name in names:
-        patient = found.labels[name]["patient"]
-        comparable = seen["data"] == found.name or patient.startswith("TCGA-")
-        same_image = seen["images"].get(name) == file_identity(found.images[name])["file_bytes"]
-        if same_image or comparable and (patient in seen["patients"] or name in seen["images"]):
+        identity = file_identity(found.images[name])
+        same_image = seen["images"].get(name) in (identity["file_hash"], identity["file_bytes"])
+        same_name = same_data and name in seen["images"]
+        same_patient = patients & names_of[found.labels[name]["patient"]]
+        if same_image or same_name or same_patient:
             leaks.append(name)
     if leaks:
-        shown = ", ".join(leaks[:3]) + (", ..." if len(leaks) > 3 else "")
         raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
-                         f"patients ({shown}); use another encoder, or pre-train again with this split")
+                         f"patients ({first_of(leaks)}); use another encoder, or pre-train again with this "
+                         "split")
+    unknown = [name for name in seen["images"] if name in seen["patients"] and name not in rows]
+    if same_data and found.kind == "slides" and names and unknown:
+        raise InputError(f"{path}: was trained on {len(unknown)} slides without a row in labels.csv "
+                         f"({first_of(unknown)}), perhaps of test patients; add rows with their patient and "
+                         "an empty label, or pre-train again")

@@ -15,7 +15,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from tqdm import tqdm
 
 from common.errors import InputError, one_line, printable
-from common.files import atomic_write, read_csv, write_csv
+from common.files import atomic_write, files_under, read_csv, write_csv
 
 SERVER = "https://api.gdc.cancer.gov"
 PROJECTS = {"lung": ["TCGA-LUAD", "TCGA-LUSC"], "brca": ["TCGA-BRCA"]}
@@ -155,7 +155,7 @@ def write(folder, slides, force):
 
 def unfinished(folder):
     """Names of the files under a folder whose download is unfinished (a .partial is there), sorted."""
-    return sorted(path.stem for path in Path(folder).rglob("*.partial") if path.is_file())
+    return sorted(path.stem for path in files_under(folder) if path.suffix == ".partial")
 
 
 def file_status(row, files):
@@ -180,7 +180,7 @@ def md5_check(folder, manifest_path, workers=4):
     rows = [row for _, row in read_csv(manifest_path)[1]]
     if not rows or any("filename" not in row or "md5" not in row for row in rows):
         raise InputError(f"{manifest_path}: no rows of filename, md5; python data.py manifest writes it")
-    files = {path.name: path for path in Path(folder).rglob("*") if path.is_file()}
+    files = {path.name: path for path in files_under(folder)}
     with ThreadPoolExecutor(workers) as pool:  # hashlib releases the interpreter's lock
         statuses = pool.map(lambda row: file_status(row, files), rows)
         bar = tqdm(statuses, "md5", len(rows), leave=False)

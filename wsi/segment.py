@@ -166,16 +166,19 @@ def merge_seams(regions, near):
 def source_of(path, slide_mpp, segmenter="builtin", mpp=WORK_MPP):
     """What cells are made from, as text: the segmenter and the um/px it sees, the image and its um/px."""
     version = f" {DETECTOR}" if segmenter == "builtin" else ""
-    image = "{file_name} {file_bytes}".format_map(file_identity(path))
+    image = "{file_name} {file_bytes} {file_hash} pixels {pixels}".format_map(file_identity(path))
     return f"{segmenter}{version} at {mpp} um/px; {image} at {slide_mpp} um/px"
 
 
-def save_cells(path, xy, source):
-    """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and source: what they were made from."""
+def save_cells(path, xy, source, **more):
+    """Writes x and y (K,) float32 in level-0 px, sorted by y then x, and source: what they were made from.
+
+    more: other values to keep with them.
+    """
     xy = np.clip(xy, -1e9, 1e9)  # far beyond any slide; float32 has a limit
     xy = xy[np.lexsort((xy[:, 0], xy[:, 1]))].astype(np.float32)
     with atomic_write(path) as temp, open(temp, "wb") as file:
-        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source)
+        np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source, **more)
 
 
 def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MPP):
@@ -200,8 +203,9 @@ def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MP
         left[path] -= 1
         if not left[path] and path not in failed:
             parts, px = [xy for _, xy in sorted(found.pop(path).items())], slide_mpp[path]
-            save_cells(folder / segmenter / f"{slide_name(path)}.npz", merge_seams(parts, SEAM / px),
-                       source_of(path, px, segmenter, mpp))
+            file, cells = folder / segmenter / f"{slide_name(path)}.npz", merge_seams(parts, SEAM / px)
+            _, error = call(save_cells, (file, cells, source_of(path, px, segmenter, mpp)))
+            failed |= {path: error} if error else {}
     return failed
 
 
@@ -234,9 +238,7 @@ def arguments(argv):
 
 def um_per_px(path, slide_mpp, gigapixels):
     """um/px of a slide's level 0; InputError if it has none or too many px."""
-    slide = Slide(path, slide_mpp)
-    slide.check_size(gigapixels)
-    return slide.mpp
+    return Slide(path, slide_mpp, gigapixels=gigapixels).mpp
 
 
 def segment(args):

@@ -2,10 +2,14 @@
 
 Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a slide are level-0 px, x first.
 """
+import hashlib
+import math
+import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +20,19 @@ from scipy import ndimage
 from common.errors import InputError
 from common.files import part_of, write_json
 from common.parallel import LIMITS
+from wsi.headers import UM, dicom_series, parts_of, tiff_properties
+from wsi.pixels import PIXELS, is_grey, on_white, read_image
 
 CROP = 224  # px
-FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
-SLIDE_TYPES = {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif", ".dcm",
-               ".png", ".jpg", ".jpeg"}
+PLAIN_TYPES = {".png", ".jpg", ".jpeg"}
+SLIDE_TYPES = PLAIN_TYPES | {
+    ".svs", ".tif", ".tiff", ".btf", ".qptiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif",
+    ".dcm", ".czi", ".avs"}
+PACKED_TYPES = {".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
+OTHER_TYPES = {  # of other scanners and microscopes, and images that are not read
+    ".vsi", ".isyntax", ".i2syntax", ".kfb", ".sdpc", ".mds", ".tmap", ".afi", ".lif", ".lsm", ".nd2", ".zvi",
+    ".oib", ".oir", ".ims", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jpx", ".jxl"}
+NAME_LIMIT = 200  # bytes of a slide's name: what is written adds up to 31, and a file system takes 255
 
 
 def slide_name(path):
@@ -32,21 +44,51 @@ def find_slides(files):
     """{name: file} of the slides among files; InputError if two have one name.
 
     The .dcm files of a folder are one series and so one slide, by its first file: openslide finds the others.
+    InputError for two series in a folder. The images that a .vms or .vmu names are no slides themselves.
     """
-    out = {}
-    for path in sorted(files):
-        if path.suffix.lower() not in SLIDE_TYPES or path.name.startswith(".") or not path.is_file():
+    files = [path for path in sorted(files) if path.suffix.lower() in SLIDE_TYPES
+             and not path.name.startswith(".") and path.is_file()]
+    parts = set()
+    for path in files:
+        parts |= parts_of(path) if path.suffix.lower() in (".vms", ".vmu") else set()
+    out, series = {}, {}
+    for path in files:
+        if path in parts:
             continue
         other = out.setdefault(slide_name(path), path)
-        one_series = path.suffix.lower() == ".dcm" and other.parent == path.parent
-        if other != path and not one_series:
+        is_dicom = path.suffix.lower() == ".dcm"
+        if other != path and not (is_dicom and other.parent == path.parent):
             raise InputError(f"{path}: has the name of {other}; rename one of the two")
+        uid = dicom_series(path) if is_dicom else None
+        if series.setdefault(other, uid) != uid:
+            raise InputError(f"{path}: is of another DICOM series than {other.name}; "
+                             "put each series into a folder of its own")
     return out
+
+
+def why_not_read(path):
+    """Why a file that looks like a slide is not taken as one, with the way out; "" for any other file."""
+    ending = path.suffix.lower()
+    if ending in SLIDE_TYPES or ending in (".dat", ".partial"):  # MIRAX's data; downloads have their own line
+        return ""
+    if ending in PACKED_TYPES:
+        return "is not unpacked; unpack it, or take it out"
+    if ending in OTHER_TYPES:
+        return f"{ending} is not read; convert it to a pyramidal TIFF, or take it out"
+    vendor = openslide.OpenSlide.detect_format(path)
+    ending = ".dcm" if vendor == "dicom" else ".tif"
+    return f"is a slide ({vendor}) by its content; rename it to {ending}, or take it out" if vendor else ""
 
 
 # ---------------------------------------------------------------- slides
 
 MPP_LIMITS, POWER_LIMITS = (0.05, 20), (0.5, 200)  # um/px; "unknown", 0 and 10^6 count as missing
+POWER_NAMES = ("openslide.objective-power", "aperio.AppMag")
+BOUNDS_NAMES = ("openslide.bounds-x", "openslide.bounds-y")
+
+
+class NoScale(InputError):
+    """A slide records no um/px and none is given."""
 
 
 def number(text, low, high):
@@ -58,23 +100,44 @@ def number(text, low, high):
     return value if low < value < high else None
 
 
+OTHER_AXIS = {"openslide.mpp-x": "openslide.mpp-y", "OME.PhysicalSizeX": "OME.PhysicalSizeY"}
+RECORDS = ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX", "openslide.objective-power", "aperio.AppMag",
+           "tiff.XResolution", "tiff.ResolutionUnit")
+
+
+def check_square(x, y):
+    """ValueError if px of x um by y um are not square; y is None if it is not known."""
+    if y and not 0.95 < x / y < 1 / 0.95:
+        raise ValueError(f"its px are not square: {x:g} by {y:g} um")
+
+
+def mpp_by_resolution(properties, axis):
+    """um/px by the TIFF's resolution tags, or None."""
+    unit = UM.get(properties.get("tiff.ResolutionUnit", "inch"), 0)
+    per_unit = number(properties.get(f"tiff.{axis}Resolution"), 0, 1e9)
+    return number(unit / per_unit, *MPP_LIMITS) if per_unit else None
+
+
+def first_number(properties, names, limits):
+    """Returns the first of the named properties that is a number within limits, and its name; or None, ""."""
+    for name in names:
+        value = number(properties.get(name), *limits)
+        if value is not None:
+            return value, name
+    return None, ""
+
+
 def recorded_mpp(properties):
     """um/px of level 0 as the file records it, the property that says so, and a warning or "".
 
-    The order is openslide.mpp-x and -y, aperio.MPP, 10 / objective power, TIFF resolution; (None, "", "")
-    if there is none. Where mpp and power differ by more than 1.5 times, mpp counts, with a warning.
-    ValueError if the px are not square (to 5 %).
+    The order is openslide.mpp-x and -y, aperio.MPP, OME's PhysicalSizeX, 10 / objective power, TIFF
+    resolution; (None, "", "") if there is none. Where mpp and power differ by more than 1.5 times, mpp
+    counts, with a warning. ValueError if the px are not square (to 5 %).
     """
-    def first(names, limits):
-        found = ((number(properties.get(name), *limits), name) for name in names)
-        return next((pair for pair in found if pair[0]), (None, ""))
-
-    mpp, name = first(("openslide.mpp-x", "aperio.MPP"), MPP_LIMITS)
-    power, power_name = first(("openslide.objective-power", "aperio.AppMag"), POWER_LIMITS)
-    if name == "openslide.mpp-x":
-        other = number(properties.get("openslide.mpp-y"), *MPP_LIMITS) or mpp
-        if not 0.95 < mpp / other < 1 / 0.95:
-            raise ValueError(f"its px are not square: {mpp:g} by {other:g} um")
+    mpp, name = first_number(properties, ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX"), MPP_LIMITS)
+    power, power_name = first_number(properties, POWER_NAMES, POWER_LIMITS)
+    if name in OTHER_AXIS:
+        check_square(mpp, number(properties.get(OTHER_AXIS[name]), *MPP_LIMITS))
     if mpp:
         warning = ""
         if power and not 1 / 1.5 <= mpp * power / 10 <= 1.5:
@@ -83,20 +146,26 @@ def recorded_mpp(properties):
         return mpp, name, warning
     if power:
         return 10 / power, power_name, ""
-    unit = {"inch": 25400, "centimeter": 10000}.get(properties.get("tiff.ResolutionUnit", "inch"), 0)  # um
-    per_unit = number(properties.get("tiff.XResolution"), 0, 1e9)
-    mpp = number(unit / per_unit, *MPP_LIMITS) if per_unit else None
+    mpp = mpp_by_resolution(properties, "X")
+    if mpp:
+        check_square(mpp, mpp_by_resolution(properties, "Y"))
     return mpp, "tiff.XResolution" if mpp else "", ""
 
 
-def on_white(rgba):
-    """RGBA to RGB."""
-    alpha = rgba.getchannel("A")
-    if alpha.getextrema()[0] == 255:
-        return rgba.convert("RGB")
-    rgb = Image.new("RGB", rgba.size, "white")
-    rgb.paste(rgba, mask=alpha)
-    return rgb
+def recorded_bounds(properties):
+    """Returns where QuPath's picture of a slide begins, (x, y) in level-0 px; (0, 0) if none is recorded."""
+    x, y = (number(properties.get(name), -1e9, 1e9) for name in BOUNDS_NAMES)
+    return int(x or 0), int(y or 0)
+
+
+def matching_levels(sizes):
+    """The levels of these (width, height) that are level 0 made smaller: one ratio, to 1 % and one px.
+
+    A level of other proportions is another picture, such as a macro image that is marked as a level.
+    """
+    width, height = sizes[0]
+    return [level for level, (w, h) in enumerate(sizes)
+            if abs(w * height - h * width) <= 0.01 * w * height + width + height]
 
 
 class Slide:
@@ -104,21 +173,32 @@ class Slide:
 
     slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
     mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
-    InputError, with the file's name, if it cannot be read or there is no um/px.
+    power: the objective power that the file records, or None, whatever mpp is. bounds: see recorded_bounds.
+    InputError, with the file's name, if it cannot be read or it claims more px than gigapixels
+    (--max-gigapixels), as a broken file may (whoever opens a slide again need not check that); NoScale if
+    there is no um/px.
     """
 
-    def __init__(self, path, slide_mpp=None, said_mpp=None):
+    def __init__(self, path, slide_mpp=None, said_mpp=None, gigapixels=math.inf):
         self.path = Path(path)
+        if len(os.fsencode(slide_name(self.path))) > NAME_LIMIT:
+            raise InputError(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
+        most = gigapixels * 1e9
+        limit = f"--max-gigapixels {gigapixels:g}; raise it if the slide is that large"
         try:
-            try:
-                self.handle = openslide.OpenSlide(str(path))
-            except openslide.OpenSlideUnsupportedFormatError:
-                self.handle = openslide.ImageSlide(Image.open(path, formats=FORMATS))
-        except (openslide.OpenSlideError, OSError, ValueError, Image.DecompressionBombError) as error:
+            self.handle = openslide.OpenSlide(str(path))
+        except openslide.OpenSlideUnsupportedFormatError:
+            self.handle = openslide.ImageSlide(read_image(path, most, limit))
+        except (openslide.OpenSlideError, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
                              "is the file whole?") from None
+        self.width, self.height = self.handle.dimensions
+        properties = dict(self.handle.properties)
         try:
-            self.mpp, self.source, self.warning = recorded_mpp(self.handle.properties)
+            self.mpp, self.source, self.warning = recorded_mpp(properties)
+            if not self.mpp and not said_mpp:
+                properties |= tiff_properties(path, self.width)
+                self.mpp, self.source, self.warning = recorded_mpp(properties)
         except ValueError as error:
             raise InputError(f"{path}: {error}; convert it to square px") from None
         if said_mpp:
@@ -128,20 +208,28 @@ class Slide:
         if not self.mpp:
             self.mpp, self.source = slide_mpp, "--slide-mpp"
         if not self.mpp:
-            raise InputError(f"{path}: no um/px and no magnification is recorded in it; give it with "
-                             "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
-        self.width, self.height = self.handle.dimensions
-
-    def check_size(self, gigapixels):
-        """InputError if it claims more than so many px (--max-gigapixels): a broken file may claim any."""
-        if self.width * self.height > gigapixels * 1e9:
-            raise InputError(f"{self.path}: {self.width} x {self.height} px are more than --max-gigapixels "
-                             f"{gigapixels:g}; raise it if the slide is that large")
+            found = ", ".join(f"{name} {properties[name]}" for name in RECORDS if name in properties)
+            raise NoScale(f"{path}: no um/px and no magnification is recorded in it "
+                          f"(found: {found or 'nothing'}); give it with "
+                          "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
+        if self.width * self.height > most:
+            raise InputError(f"{path}: {self.width:,} x {self.height:,} px are more than {limit}")
+        self.levels = matching_levels(self.handle.level_dimensions)
+        others = [size for level, size in enumerate(self.handle.level_dimensions) if level not in self.levels]
+        if others:
+            sizes = ", ".join(f"{w} x {h}" for w, h in others)
+            unused = f"its levels of {sizes} px are not used: level 0 has other proportions"
+            self.warning = f"{self.warning}; {unused}" if self.warning else unused
+        self.power = first_number(properties, POWER_NAMES, POWER_LIMITS)[0]
+        self.bounds = recorded_bounds(properties)
 
     def level_for(self, mpp):
-        """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample."""
+        """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample.
+
+        Only matching_levels count.
+        """
         downs = self.handle.level_downsamples
-        fine = [i for i, down in enumerate(downs) if down * self.mpp <= mpp * 1.05]
+        fine = [i for i in self.levels if downs[i] * self.mpp <= mpp * 1.05]
         level = max(fine, key=lambda i: downs[i], default=0)
         return level, downs[level]
 
@@ -150,7 +238,7 @@ class Slide:
         down = self.handle.level_downsamples[level]
         try:
             return self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
-        except (openslide.OpenSlideError, OSError) as error:
+        except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
                              "is the file whole?") from None
 
@@ -273,9 +361,31 @@ def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
     return len(kept)
 
 
+SAMPLE = 1 << 14  # bytes at a file's start, middle and end that are compared
+
+
 def file_identity(path):
-    """What tells a replaced file from the original: its name and its size in bytes."""
-    return {"file_name": Path(path).name, "file_bytes": Path(path).stat().st_size}
+    """What tells a replaced file from the original: its name, size in bytes and a hash of samples.
+
+    pixels: the version of ours that decodes it.
+    """
+    status = Path(path).stat()
+    return {"file_name": Path(path).name, "file_bytes": status.st_size,
+            "file_hash": sample_hash(Path(path), status.st_size, status.st_mtime_ns), "pixels": PIXELS}
+
+
+@lru_cache(maxsize=None)  # each file is read once in a process, unless it changes
+def sample_hash(path, size, changed):
+    """16 hex digits of the SHA-256 of a file's size, start, middle and end; "" if it cannot be read."""
+    digest = hashlib.sha256(str(size).encode())
+    try:
+        with open(path, "rb") as file:
+            for start in (0, (size - SAMPLE) // 2, size - SAMPLE):
+                file.seek(max(0, start))
+                digest.update(file.read(SAMPLE))
+    except OSError:
+        return ""
+    return digest.hexdigest()[:16]
 
 
 def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIMITS.gigapixels):
@@ -285,8 +395,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
     takes them. One thread reads blocks, another resamples and writes them; at most three blocks are held, so
     memory stays flat.
     """
-    slide = Slide(path, slide_mpp, said_mpp)
-    slide.check_size(gigapixels)
+    slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     if slide.mpp > 1.25 * mpp:
         raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; "
                          "give a larger --mpp")
@@ -301,6 +410,8 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
                 while len(waiting) > 2:
                     count += waiting.popleft().result()
             count += sum(job.result() for job in waiting)
+        if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
+            raise InputError(f"{path}: has no colour; H&E is needed")
         if not count:
             raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
                              "lower --tissue or --mpp")
@@ -309,7 +420,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
         write_json(crops / f"{name}.json", {
             "slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp,
             "mpp_source": slide.source, "tissue": tissue, "tiles": count, "width": slide.width,
-            "height": slide.height})
+            "height": slide.height, "power": slide.power, "bounds": slide.bounds})
     except OSError as error:
         raise InputError(f"{crops / name}: cannot be written ({error.strerror}); "
                          "make room or run where you may write") from None

@@ -1,0 +1,112 @@
+"""Tests of wsi/cell_files.py: which files of cells/ belong to which image, and what is said of the others."""
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from synthetic import prepared, saved, tissue, write
+
+import data
+import train
+from data import Crops, find_data
+from wsi.cell_files import cell_file, cell_files, image_names, unmatched_files, unused_cell_files
+
+POINT = json.dumps({"type": "Feature", "geometry": {"type": "Point", "coordinates": [20, 30]}})
+
+
+@pytest.mark.parametrize("name", [
+    "CMU 1.geojson", "CMU 1.svs.geojson", "CMU 1.svs.json", "CMU 1.SVS.json", "CMU 1.GEOJSON",
+    "CMU 1.geojson.gz", "CMU 1.svs.GeoJSON.gz", "CMU 1.svs - Series 0.geojson", "CMU 1 - Series 0.geojson",
+    "CMU 1.svs - 20x.geojson", "CMU 1.png.json", "CMU 1.ome.tif - CMU 1.geojson"])
+def test_cells_named_as_qupath_names_images_are_read(place, name):
+    saved(place / "in" / "slides" / "CMU 1.png", array=tissue(seed=1))
+    write(place / "in" / "cells" / name, gzip.compress(POINT.encode()) if name.endswith("gz") else POINT)
+    found, failed = prepared()
+    belongs = ".ome" not in name
+    assert failed == [] and (Crops(found, ["CMU 1"]).cells(0).tolist() == [[20, 30]]) == belongs
+    assert unused_cell_files(found) == [] if belongs else name in unused_cell_files(found)[0]
+
+
+def test_names_an_image_may_have_by_hand():
+    assert image_names("a.svs - Series 0") == [
+        "a.svs - Series 0", "a", "a.svs", "a.svs - Series 0.ome", "a.ome", "a.svs.ome"]
+    assert image_names("a.b - c") == ["a.b - c", "a.b - c.ome"]
+    assert image_names("a.tif.SVS")[:2] == ["a.tif.SVS", "a.tif"]
+
+
+def found_in(folder, slides, files, prior="auto"):
+    """The data set of empty files."""
+    for name in slides:
+        write(folder / "slides" / name, "x")
+    for name in files:
+        write(folder / "cells" / name, "x,y\n1,2\n")
+    return find_data(str(folder), 1.0, prior)
+
+
+def test_a_file_belongs_to_the_slide_that_it_is_most_exactly_named_after(place):
+    slides = ["a.svs", "a.tif.png", "a - Series 1.png", "b.ome.tif", "b.svs", "c.ome.tif", "d.svs"]
+    files = {"a": "a.svs.csv", "a.tif": "a.tif.csv", "a - Series 1": "a - Series 1.csv", "b": "b.csv",
+             "b.ome": "b.ome.csv", "c.ome": "c.csv"}
+    found = found_in(Path("x"), slides, files.values())
+    assert {name: path and path.name for name, path in cell_files(found).items()} == {**files, "d": None}
+    for name, path in cell_files(found).items():
+        assert cell_file(found, name) == path
+    assert unused_cell_files(found) == []
+
+
+def test_of_several_files_the_first_is_read_and_named(place):
+    files = ["a.csv", "a.json", "b.svs.json", "b.tsv", "c_seg.npy", "c_cp_masks.png", "d_cp_masks.tif",
+             "e.svs - Series 1.csv", "e.svs - Series 0.csv", "f_seg.npy"]
+    found = found_in(Path("x"), [f"{name}.svs" for name in "abcdef"], files)
+    assert [path.name for path in cell_files(found).values()] == [
+        "a.json", "b.tsv", "c_cp_masks.png", "d_cp_masks.tif", "e.svs - Series 0.csv", "f_seg.npy"]
+    line, = unused_cell_files(found)
+    assert "several files of cells: 3;" in line
+    assert "a.json, not a.csv, b.tsv, not b.svs.json, e.svs - Series 0.csv, not e.svs - Series 1.csv;" in line
+
+
+def test_files_that_match_no_slide_are_named(place):
+    files = ["a.csv", "b.csv", "c.zip", "a_notes.csv", "sub/a.csv", ".hidden.csv", "._a.csv",
+             "hovernet/a.json", "hovernet/z.json", "builtin/z.npz", "level0/auto/z.npz", "crops_auto.npz"]
+    found = found_in(Path("x"), ["a.svs"], files)
+    names = [path.relative_to("x/cells").as_posix() for path in unmatched_files(found)]
+    assert names == ["a_notes.csv", "b.csv", "c.zip", "sub/a.csv"]
+    line, = unused_cell_files(found)
+    assert line.startswith("x/cells: files that match no slide and are not read: 4 "
+                           "(a_notes.csv, b.csv, c.zip, ...); name each after its slide")
+    names = [path.name for path in unmatched_files(find_data("x", 1.0, "hovernet"))]
+    assert names == ["a_notes.csv", "b.csv", "c.zip", "z.json", "a.csv"]
+
+
+def test_crops_have_their_files_beside_each_other(place):
+    for name in ("a", "sub/a", "sub/b.c"):
+        saved(place / "c" / "crops" / f"{name}.png", array=tissue(224))
+    for i, name in enumerate(("a.png.csv", "sub/a.CSV", "sub/b.c.png.csv", "b.c.csv", "sub/other.csv")):
+        write(place / "c" / "cells" / name, f"x,y\n{i},2\n")
+    found, failed = prepared("c")
+    crops = Crops(found, found.split("train"))
+    assert failed == [] and crops.owner == ["a.png", "sub/a.png", "sub/b.c.png"]
+    assert [crops.cells(i).tolist() for i in range(3)] == [[[0, 2]], [[1, 2]], [[2, 2]]]
+    line, = unused_cell_files(found)
+    assert "match no crop and are not read: 2 (b.c.csv, sub/other.csv);" in line
+
+
+def test_check_and_the_start_of_training_name_them_once(place, capsys):
+    write(place / "in" / "cells" / "goood.geojson", POINT)
+    assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("goood.geojson") == 1 and "the built-in detector" not in out
+    argv = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--workers", "1",
+            "--device", "cpu", "--max-steps", "1", "--method", "baseline", "--out-dim", "8",
+            "--local-crops", "0", "--global-size", "32", "--epochs", "1", "--warmup-epochs", "0"]
+    assert train.main(argv) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if "goood" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: in/cells: files that match no slide")
+
+
+def test_a_shard_does_not_name_the_files_of_other_shards(place, capsys):
+    saved(place / "in" / "slides" / "other.png")
+    for name in ("good.geojson", "other.geojson"):
+        write(place / "in" / "cells" / name, POINT)
+    argv = ["prepare", "--data", "in", "--mpp", "1", "--slide-mpp", "1", "--workers", "1", "--shard", "0/2"]
+    assert data.main(argv) == 0 and "warning: in/cells" not in capsys.readouterr().out

@@ -1,0 +1,252 @@
+"""From the px of other programs to level-0 px and back, and the check of cells against their slide."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import prepared, saved, scn, svs, tissue, write, write_table
+
+import data
+from common.export import export_geojson
+from data import Crops
+from experiments import heatmap, priors
+from wsi import check, plausible, slides
+from wsi import prepare as prepare_py
+from wsi.cells import read_cells
+from wsi.prepare import prepare, ready_cells, tile_info, tile_side
+from wsi.slides import Slide
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TRUE = np.array([[30.5, 40], [200, 100.25], [90, 210]])  # level-0 px
+
+
+# ---------------------------------------------------------------- HoVer-Net
+
+def hovernet(path, xy, power, mag):
+    """What HoVer-Net writes of cells (K, 2): its px are level-0 px x mag / the slide's objective power."""
+    nuclei = {str(i): {"centroid": point} for i, point in enumerate((xy * mag / power).tolist())}
+    return write(path, {"mag": mag, "nuc": nuclei})
+
+
+@pytest.mark.parametrize("mpp, power, true_x", [
+    (0.2525, 40, 80000), (0.2465, 40, 80000), (0.504, 20, 40000), (0.2325, 20, 40000)])
+def test_hovernet_counts_from_the_recorded_power_whatever_the_um_per_px(tmp_path, capsys, mpp, power, true_x):
+    path = write(tmp_path / "s.json", {"mag": 40, "nuc": {"1": {"centroid": [80000, 500]}}})
+    want = [[true_x, 500 * power / 40]]
+    np.testing.assert_allclose(read_cells(path, mpp, power=power), want)
+    assert "warning" not in capsys.readouterr().out
+    np.testing.assert_allclose(read_cells(path, mpp), [[80000 * 10 / mpp / 40, 500 * 10 / mpp / 40]])
+    out = capsys.readouterr().out
+    assert out.startswith("warning:") and "no objective power" in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("mag", [40, 20])
+@pytest.mark.parametrize("mpp, power", [(0.2525, 40), (0.2465, 40), (0.504, 20), (0.2325, 20)])
+def test_hovernet_cells_of_a_slide_stay_where_they_are(place, capsys, mpp, power, mag):
+    path = place / "in" / "slides" / "good.png"
+    path.unlink()
+    svs(path.with_suffix(".svs"), tissue(1024), f"Aperio|AppMag = {power}|MPP = {mpp}")
+    hovernet(place / "in" / "cells" / "good.json", TRUE, power, mag)
+    saved(place / "in" / "slides" / "other.png")
+    for said in (None, 0.4):  # um/px in labels.csv; they move no cell
+        rows = [f"good,A,{said or ''}", "other,B,"]
+        write_table(place / "in" / "labels.csv", "slide,label,mpp", rows)
+        found, failed = prepared(mpp=1.0)
+        info = tile_info(found, "good")
+        assert failed == [] and info["power"] == power and info["slide_mpp"] == (said or mpp)
+        np.testing.assert_allclose(ready_cells(found, "good"), TRUE[TRUE[:, 1].argsort()], rtol=1e-6)
+    assert "no objective power" not in capsys.readouterr().out
+
+
+def test_cells_that_an_older_version_converted_are_read_again(place):
+    path = place / "in" / "slides" / "good.png"
+    path.unlink()
+    svs(path.with_suffix(".svs"), tissue(300), "Aperio|AppMag = 40|MPP = 0.504")
+    hovernet(place / "in" / "cells" / "good.json", TRUE, 40, 40)
+    found, _ = prepared(mpp=0.5, slide_mpp=None)
+    kept = place / "datasets" / "in" / "cells" / "level0" / "auto" / "good.npz"
+    now = str(np.load(kept)["source"])
+    old = now.replace(f", readers {prepare_py.READERS}", "")
+    assert old != now
+    np.savez(kept, x=TRUE[:, 0] * 0.5, y=TRUE[:, 1] * 0.5, source=old)
+    assert ready_cells(found, "good") is None
+    tiles = place / "datasets" / "in" / "crops" / "0.5um" / "good.json"
+    info = json.loads(tiles.read_text())
+    tiles.write_text(json.dumps({name: info[name] for name in info if name not in ("power", "bounds")}))
+    assert tile_info(found, "good") is None  # what it would lack: QuPath's corner and the power
+    assert prepare(found, workers=1) == []
+    np.testing.assert_allclose(ready_cells(found, "good"), TRUE[TRUE[:, 1].argsort()], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- QuPath's picture
+
+@pytest.mark.parametrize("properties, want", [
+    ({}, (0, 0)), ({"openslide.bounds-x": "1500", "openslide.bounds-y": "900"}, (1500, 900)),
+    ({"openslide.bounds-x": "-7", "openslide.bounds-y": "-12"}, (-7, -12)),
+    ({"openslide.bounds-x": "unknown", "openslide.bounds-y": "3"}, (0, 3))])
+def test_bounds_as_recorded(properties, want):
+    assert slides.recorded_bounds(properties) == want
+
+
+FILES = {
+    "good.geojson": [{"type": "Feature", "properties": {"objectType": "cell"},
+                      "geometry": {"type": "Point", "coordinates": point}} for point in TRUE.tolist()],
+    "good.csv": "x,y\n" + "".join(f"{x},{y}\n" for x, y in TRUE.tolist()),
+    "hovernet.json": {"mag": 20, "nuc": {str(i): {"centroid": p} for i, p in enumerate(TRUE.tolist())}},
+    "histomicstk.json": {"elements": [{"type": "point", "center": [*p, 0]} for p in TRUE.tolist()]}}
+
+
+@pytest.mark.parametrize("bounds", [(1500, 900), (-7, -12)])
+@pytest.mark.parametrize("name", FILES)
+def test_geojson_and_nothing_else_counts_from_the_corner_of_qupaths_picture(tmp_path, name, bounds):
+    path = write(tmp_path / name, FILES[name])
+    shift = bounds if name == "good.geojson" else (0, 0)
+    np.testing.assert_allclose(read_cells(path, 0.5, power=20, bounds=bounds), TRUE + shift)
+
+
+CORNER = (448, 224)  # of the scanned area, in level-0 px; at 0.5 um/px tiles begin there
+
+
+@pytest.fixture
+def leica(place):
+    """in/slides/good.scn: 1,000 x 900 px at 0.5 um/px, tissue of 448 x 448 px at CORNER; QuPath's cells."""
+    (place / "in" / "slides" / "good.png").unlink()
+    scn(place / "in" / "slides" / "good.scn", tissue(448), CORNER, (1000, 900), 0.5, 20)
+    write(place / "in" / "cells" / "good.geojson", FILES["good.geojson"])
+    return place / "in"
+
+
+def test_a_slide_with_bounds_from_qupath_and_back(leica, tmp_path):
+    slide = Slide(leica / "slides" / "good.scn")
+    assert (slide.bounds, slide.power, slide.mpp) == (CORNER, 20, 0.5)
+    assert (np.asarray(slide.read_level(0, *CORNER, 448, 448)) == tissue(448)).all()
+    found, failed = prepared(mpp=0.5, slide_mpp=None)
+    info = tile_info(found, "good")
+    assert failed == [] and info["bounds"] == list(CORNER) and info["tiles"] == 4
+    xy, crops = ready_cells(found, "good"), Crops(found, ["good"])
+    np.testing.assert_allclose(xy[xy[:, 1].argsort()], TRUE[TRUE[:, 1].argsort()] + CORNER)
+    assert sum(len(crops.cells(i)) for i in range(4)) == 3  # none was in a tile without the shift
+    folder_cells = priors.cells_from_folder(leica / "cells", found, "good")
+    np.testing.assert_allclose(folder_cells, TRUE + CORNER)
+
+    out = tmp_path / "good.geojson"
+    export_geojson(out, crops.corners, info | {"side": tile_side(info)}, xy)
+    np.testing.assert_allclose(read_cells(out), xy - CORNER, atol=0.006)
+    objects = json.loads(out.read_text())["features"]
+    for corner, shape in zip(crops.corners, objects):
+        first = shape["geometry"]["coordinates"][0][0]
+        assert first == (corner - CORNER).tolist()
+        assert shape["properties"]["name"] == "tile {},{}".format(*corner)
+    heatmap.write_geojson(out, np.full((4, 196), 3.0), crops.corners, tile_side(info), slide.bounds, {})
+    objects = json.loads(out.read_text())["features"]
+    tiles = [shape for shape in objects if shape["properties"]["objectType"] == "annotation"]
+    assert [shape["geometry"]["coordinates"][0][0] for shape in tiles] == (crops.corners - CORNER).tolist()
+    token = objects[1 + 15]["geometry"]["coordinates"][0]  # the 16th of the first tile: row 1, column 1
+    assert token[0] == (crops.corners[0] - CORNER + 16).tolist()
+
+
+# ---------------------------------------------------------------- cells against their slide
+
+def write_xy(path, xy):
+    return write(path, "x,y\n" + "".join(f"{x:.2f},{y:.2f}\n" for x, y in xy))
+
+
+def test_misplaced_is_brute_force(tmp_path):
+    image = np.full((160, 320, 3), 243, np.uint8)
+    image[:, :160] = tissue(160)
+    saved(tmp_path / "a.png", array=image)
+    slide, rng = Slide(tmp_path / "a.png", 8.0), np.random.default_rng(0)
+    mask = slides.tissue_mask(image, 8.0)
+    xy = np.concatenate([rng.uniform(-100, 420, (500, 2)), [[0, 0], [319.99, 159.99], [320, 5], [5, 160]]])
+    outside = on_glass = 0
+    for x, y in xy:
+        if not (0 <= x < 320 and 0 <= y < 160):
+            outside += 1
+        elif not mask[int(y), int(x)]:
+            on_glass += 1
+    assert outside > 100 and on_glass > 20
+    np.testing.assert_allclose(plausible.misplaced(xy, slide), (outside / 504, on_glass / 504))
+    assert plausible.misplaced(np.zeros((0, 2)), slide) == (0, 0)
+    assert plausible.where_cells_are_odd(0.03, 0.03, "f") == ""
+    assert "9% of the cells in f" in plausible.where_cells_are_odd(0.09, 0, "f")
+    assert "9% on its glass" in plausible.where_cells_are_odd(0, 0.09, "f")
+
+
+WRONG = {"exchanged": lambda xy: xy[:, ::-1], "twice": lambda xy: 2 * xy, "um": lambda xy: 0.25 * xy}
+
+
+@pytest.fixture
+def oblong(place):
+    """in/slides/good.png: 600 x 300 px of tissue at 0.25 um/px, 200 px of glass to its left and above it."""
+    image = np.full((500, 800, 3), 243, np.uint8)
+    image[200:, 200:] = np.concatenate([tissue(300), tissue(300, seed=1)], 1)
+    saved(place / "in" / "slides" / "good.png", array=image)
+    return np.random.default_rng(0).uniform((210, 210), (800, 500), (300, 2))
+
+
+FLAGS = ["--data", "in", "--slide-mpp", "0.25", "--workers", "1"]
+
+
+def warned(text):
+    """The lines that warn of good.csv, and that there is one at most."""
+    lines = [line for line in text.splitlines() if "good.csv" in line and "% of the cells" in line]
+    assert len(lines) <= 1
+    return lines
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_cells_that_do_not_fit_their_slide_are_reported(oblong, capsys, how):
+    file = write_xy(Path("in/cells/good.csv"), oblong)
+    for xy, count in ((oblong, 0), (WRONG[how](oblong), 1)):
+        write_xy(file, xy)
+        data.main(["check", *FLAGS])
+        first = warned(capsys.readouterr().out)
+        _, failed = prepared(mpp=0.25, slide_mpp=0.25)
+        then = warned(capsys.readouterr().out)
+        assert failed == [] and len(first) == len(then) == count
+        assert all(line.startswith("warning: in/slides/good.png: ") for line in then)
+        _, failed = prepared(mpp=0.25, slide_mpp=0.25)
+        assert failed == [] and warned(capsys.readouterr().out) == []  # read once, said once
+        argv = ["look", "in/slides/good.png", "--cells", str(file), "--mpp", "0.25", *FLAGS[2:]]
+        assert data.main([*argv, "--tissue", "0.3"]) == 0
+        assert len(warned(capsys.readouterr().out)) == count
+
+
+def test_check_does_not_read_again_what_was_read(oblong, capsys, monkeypatch):
+    write_xy(Path("in/cells/good.csv"), oblong * 2)
+    found, failed = prepared(mpp=0.25, slide_mpp=0.25)
+    assert failed == []
+    capsys.readouterr()
+    monkeypatch.setattr(check, "read_slide_cells", None)
+    argv = [*FLAGS, "--mpp", "0.25"]
+    assert data.main(["check", *argv]) == 1 and len(warned(capsys.readouterr().out)) == 1
+
+
+def test_check_names_a_file_of_cells_that_cannot_be_read_once(place, capsys):
+    write(place / "in" / "cells" / "good.json", '{"nuc": {"1": {"type": 1}}}')
+    assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("good.json") == 1 and "1 to look at" in out
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
+def test_true_cells_of_real_images_are_not_reported():
+    files = sorted((SHARED / "nuclei").glob("*.json"))
+    assert len(files) == 35
+    for file in files:
+        truth = json.loads(file.read_text())
+        slide = Slide(file.with_suffix(".png"), truth["mpp"])
+        shares = plausible.misplaced(np.array(truth["centroids"], float), slide)
+        assert plausible.where_cells_are_odd(*shares, file) == "", shares
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
+def test_wrong_cells_of_a_real_slide_are_reported(tmp_path):
+    path = SHARED / "slides" / "cmu-1-small-region.svs"
+    slide, other = Slide(path), Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
+    assert prepare_py.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
+    xy = read_cells(tmp_path / "builtin" / "cmu-1-small-region.npz")
+    assert plausible.where_cells_are_odd(*plausible.misplaced(xy, slide), "f") == ""
+    wrong = [(xy[:, ::-1], slide), (xy * 2, slide), (xy / 2, slide), (xy * slide.mpp, slide), (xy, other)]
+    for places, on in wrong:
+        assert plausible.where_cells_are_odd(*plausible.misplaced(places, on), "f")

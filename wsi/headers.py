@@ -1,0 +1,72 @@
+"""What the headers of TIFF, DICOM and Hamamatsu files say that openslide does not tell."""
+import logging
+import os
+import re
+from xml.etree import ElementTree
+
+from tifffile import TiffFile
+
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its remarks on broken tags name no file
+
+UM = {"inch": 25400, "centimeter": 10_000, "cm": 10_000, "mm": 1000, "nm": 0.001, "micron": 1, "um": 1,
+      "\u00b5m": 1, "\u03bcm": 1, "\\u00B5m": 1}  # um in a unit, as TIFF, OME and ImageJ spell it
+RESOLUTION_UNITS = {1: "none", 2: "inch", 3: "centimeter"}
+
+# (0020,000D), the study's UID, and (0020,000E), the series', in explicit or implicit VR. They are neighbours
+# at the top level of a DICOM file only: sequences that refer to a series hold the latter alone.
+SERIES = re.compile(rb"\x20\0\x0d\0(?:UI..|.\0\0\0)[0-9.]*\0?"
+                    rb"\x20\0\x0e\0(?:UI..|.\0\0\0)([0-9.]+)", re.DOTALL)
+
+
+def tiff_properties(path, width):
+    """Returns the um/px that a TIFF records, as properties like openslide's; {} for any other file.
+
+    OME.PhysicalSizeX and -Y in um, of the image of that width, and the resolution tags; their unit may be
+    ImageJ's.
+    """
+    try:
+        with TiffFile(path) as file:
+            tags, imagej = file.pages[0].tags, file.imagej_metadata or {}
+            resolutions = {name: tags.valueof(name, (0, 0)) for name in ("XResolution", "YResolution")}
+            unit = imagej.get("unit") or RESOLUTION_UNITS.get(tags.valueof("ResolutionUnit", 2), "none")
+            out = ome_properties(file.ome_metadata, width)
+    except Exception:  # tifffile raises many kinds for a broken file
+        return {}
+    for name, (pixels, units) in resolutions.items():
+        if units:
+            out |= {f"tiff.{name}": f"{pixels / units:g}", "tiff.ResolutionUnit": unit}
+    return out
+
+
+def ome_properties(xml, width):
+    """Returns OME-XML's px size for the image of that width, in um; as spelled if its unit is no length."""
+    out = {}
+    for image in ElementTree.fromstring(xml or "<none/>").iter():
+        if not image.tag.endswith("Pixels") or image.get("SizeX") != str(width):
+            continue
+        for name in ("PhysicalSizeX", "PhysicalSizeY"):
+            size, unit = image.get(name), image.get(f"{name}Unit", "um")
+            if size:
+                out[f"OME.{name}"] = f"{float(size) * UM[unit]:g}" if unit in UM else f"{size} {unit}"
+    return out
+
+
+def dicom_series(path):
+    """Returns the SeriesInstanceUID of a DICOM file as bytes, b"" if it has none."""
+    found = SERIES.search(first_bytes(path))
+    return found[1] if found else b""
+
+
+def parts_of(path):
+    """Returns the files that a Hamamatsu .vms or .vmu names as its own, next to it."""
+    lines = os.fsdecode(first_bytes(path)).splitlines()
+    return {path.parent / line.partition("=")[2].strip() for line in lines if "=" in line}
+
+
+def first_bytes(path):
+    """Returns the first 64 KB of a file; b"" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 16)
+    except OSError:
+        return b""

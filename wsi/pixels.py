@@ -1,0 +1,120 @@
+"""Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
+import os
+from threading import Lock
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common.errors import InputError
+
+PIXELS = 2  # version of the decoding: raise it with every change, so that tiles and cells are recomputed
+FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of a 16-bit number
+INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+BITS_PER_SAMPLE, PLANES = 258, 284  # TIFF tags
+COLOR = 4  # of 255: an image whose channels differ by no more anywhere has no color
+CROP_PIXELS = 2 ** 27  # about what Pillow allows by itself
+CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
+WAY_OUT = "save it as 8-bit RGB"
+OPENING = Lock()
+
+
+def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
+    """Returns a plain image as 8-bit RGB, upright by its EXIF orientation; InputError if it cannot be used.
+
+    most: px that it may have, limit: what the message says if it has more.
+    """
+    try:
+        with open_image(path) as image:
+            check_size(path, image, most, limit)
+            return to_rgb(path, image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); is the file whole? Plain images: "
+                         "PNG, JPEG or TIFF, best of 8-bit RGB") from None
+
+
+def open_image(path):
+    """Returns an image of any size, opened but not decoded.
+
+    Pillow's limit is a global of the whole program: it is lifted only while a header is read, for one thread
+    at a time.
+    """
+    with OPENING:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(path, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def check_size(path, image, most, limit):
+    """InputError for more px than allowed, or than fit into memory: Pillow takes 4 bytes a px."""
+    size = f"{image.width:,} x {image.height:,} px"
+    count = image.width * image.height
+    if count > most:
+        raise InputError(f"{path}: {size} are more than {limit}")
+    if 4 * count > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, "
+                         "since a plain image is decoded whole; convert it to a tiled TIFF with levels")
+
+
+def to_rgb(path, image):
+    """Returns an opened image as 8-bit RGB: transparent px become white, 16 bits are scaled by their range.
+
+    The range is that of the fewest bits of DEPTHS that hold the largest value, since 12 bits often come in
+    16-bit numbers; the image's own least and largest value would change the stain from crop to crop. Of
+    16-bit color Pillow keeps the upper 8 bits: where 14 bits or fewer are used, too little is left, and the
+    image is refused.
+    """
+    if image.mode == "F":
+        raise InputError(f"{path}: its px are floating-point numbers without a known range; {WAY_OUT}")
+    color16 = has_color16(image)
+    if color16 and image.format == "TIFF" and image.tag_v2.get(PLANES) == 2:
+        raise InputError(f"{path}: its 16-bit channels are separate planes, which Pillow cannot read; "
+                         f"{WAY_OUT}")
+    ImageOps.exif_transpose(image, in_place=True)  # loads it
+    if image.mode in INTEGERS:
+        return scaled(path, np.asarray(image))
+    if color16 and max(high for _, high in image.getextrema()[:3]) < 64:
+        raise InputError(f"{path}: uses at most 14 of its 16 bits; scale it to 16, or {WAY_OUT}")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in TRANSPARENT or "transparency" in image.info:
+        return on_white(image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def has_color16(image):
+    """Does the file of an opened image hold RGB or RGBA of 16 bits a channel?"""
+    if image.mode not in ("RGB", "RGBA"):
+        return False
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+    return ";16" in str(image.tile)  # the raw mode of a PNG, such as RGB;16B
+
+
+def scaled(path, grey):
+    """Returns grey px (H, W), integers, as an 8-bit RGB image."""
+    white = next((2 ** bits - 1 for bits in DEPTHS if grey.max() < 2 ** bits), None)
+    if white is None or grey.min() < 0:
+        raise InputError(f"{path}: its px are {grey.min()} to {grey.max()}, no range of 8 to 16 bits; "
+                         f"{WAY_OUT}")
+    return Image.fromarray((grey * np.float32(255 / white)).round().astype(np.uint8)).convert("RGB")
+
+
+def on_white(rgba):
+    """RGBA to RGB."""
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return rgba.convert("RGB")
+    rgb = Image.new("RGB", rgba.size, "white")
+    rgb.paste(rgba, mask=alpha)
+    return rgb
+
+
+def is_grey(pixels):
+    """Does an image (H, W, 3) of uint8 show something, but without color?"""
+    darkest, brightest = pixels.min(2), pixels.max(2)
+    return bool((brightest - darkest).max() <= COLOR < brightest.max() - darkest.min())

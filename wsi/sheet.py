@@ -1,0 +1,100 @@
+"""python data.py look FOLDER: all slides of a folder in one picture, to see which one is odd."""
+from dataclasses import dataclass
+from textwrap import fill
+
+import numpy as np
+from PIL import Image
+
+from common.errors import printable
+from common.figures import save_figure
+from common.parallel import in_processes
+from wsi.plausible import scale_suggested
+from wsi.slides import CROP, MASK_MPP, Slide, tissue_mask, tissue_shares
+
+PER_PAGE, COLUMNS = 60, 6  # slides of a picture and of a row
+THUMBNAIL = 360  # px of its longer side, at most
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A slide at a glance: thumbnail RGB (h, w, 3), its tissue (h, w), and about how many tiles it gives."""
+
+    thumbnail: np.ndarray
+    tissue: np.ndarray
+    tiles: int
+    mpp: float  # of level 0, and where it is from
+    source: str
+
+
+def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
+    """Returns the Overview of a slide for tiles at mpp um/px with that share of tissue.
+
+    Tiles are counted on a picture of MASK_MPP and not cut: the number may differ a little from what is cut.
+    """
+    with scale_suggested(path, gigapixels):
+        slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
+    side = CROP * mpp / slide.mpp  # level-0 px of a tile
+    edges = [np.arange(int(n / side + 1e-9) + 1) * side / unit for n in (slide.width, slide.height)]
+    tiles = int((tissue_shares(picture, unit * slide.mpp, *edges) >= tissue).sum())
+    mask = Image.fromarray(tissue_mask(picture, unit * slide.mpp))
+    thumbnail = Image.fromarray(picture)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    small = np.asarray(mask.resize(thumbnail.size))
+    return Overview(np.asarray(thumbnail), small, tiles, slide.mpp, slide.source)
+
+
+def draw_sheet(found, mpp, tissue, workers, limits, out):
+    """Draws the slides of a wsi.folders.Data, PER_PAGE to a picture, and prints a line for each.
+
+    The second picture is <out>_2.png, and so on. Returns a line for each slide that cannot be used.
+    """
+    failed, all_names = [], sorted(found.images)
+    pages = [all_names[i: i + PER_PAGE] for i in range(0, len(all_names), PER_PAGE)]
+    for number, names in enumerate(pages, 1):
+        tasks = {(found.images[name], found.slide_mpp, found.said_mpp(name), mpp, tissue,
+                  limits.gigapixels): name for name in names}
+        entries = {}
+        for task, result, error in in_processes(overview, list(tasks), workers, "slides", limits.seconds):
+            entries[tasks[task]] = result or error.removeprefix(f"{task[0]}: ")
+        entries = {name: entries[name] for name in names}
+        for name, entry in entries.items():
+            if isinstance(entry, Overview):
+                print(printable(f"{found.images[name]}: {caption(entry)}"))
+            else:
+                failed.append(f"{found.images[name]}: {entry}")
+                print("skipped:", printable(failed[-1]))
+        page = out if number == 1 else out.with_stem(f"{out.stem}_{number}")
+        title = f"{found.source.name}: {len(found.images)} slides, tiles of {CROP} px at {mpp:g} um/px"
+        title += f" (picture {number} of {len(pages)})" if len(pages) > 1 else ""
+        draw_page(title, entries, page)
+        print(f"Wrote {page}.")
+    return failed
+
+
+def caption(slide):
+    """What is written under an Overview."""
+    return f"tiles: about {slide.tiles}; {slide.mpp:.3g} um/px by {slide.source}"
+
+
+def draw_page(title, entries, out):
+    """A picture of slides in rows. entries: {name: Overview, or why there is none}."""
+    from matplotlib.figure import Figure
+    columns = min(COLUMNS, len(entries))
+    rows = -(-len(entries) // columns)
+    figure = Figure(figsize=(max(6, 2.6 * columns), 3.2 * rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (name, entry) in zip(axes, entries.items()):
+        label = fill(name if len(name) < 70 else name[:66] + "...", 34)
+        if isinstance(entry, Overview):
+            axis.imshow(entry.thumbnail)
+            if entry.tissue.any() and not entry.tissue.all():
+                axis.contour(entry.tissue, [0.5], colors="#00a040", linewidths=0.8)
+            label += "\n" + fill(caption(entry), 34)
+        else:
+            axis.text(0.5, 0.5, fill(entry, 40), ha="center", va="center", fontsize=7, color="#d00000")
+        axis.text(0.5, -0.02, label, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+    save_figure(figure, out, dpi=100)
