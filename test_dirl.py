@@ -14,6 +14,7 @@ import dirl
 import mil
 import prior
 import train
+from common import optimization
 from common.datasets import DATASETS
 
 
@@ -569,9 +570,10 @@ def test_views_have_dinos_shapes_and_repeat_with_their_seed():
 # ---------------------------------------------------------------- schedules, clipping, order of the crops
 
 def test_schedules_by_hand():
-    assert train.cosine(1.0, 0.0, 5, 20, 10) == 0.5 and train.cosine(1.0, 0.0, 10, 20, 10) == 1.0
-    assert train.cosine(1.0, 0.0, 15, 20, 10) == pytest.approx(0.5)
-    assert train.cosine(0.996, 1, 20, 20) == pytest.approx(1)
+    assert optimization.cosine(1.0, 0.0, 5, 20, 10) == 0.5
+    assert optimization.cosine(1.0, 0.0, 10, 20, 10) == 1.0
+    assert optimization.cosine(1.0, 0.0, 15, 20, 10) == pytest.approx(0.5)
+    assert optimization.cosine(0.996, 1, 20, 20) == pytest.approx(1)
 
 
 def test_defaults_are_the_papers_and_dinos(monkeypatch):
@@ -588,14 +590,14 @@ def test_defaults_are_the_papers_and_dinos(monkeypatch):
 def test_gradients_are_clipped_parameter_by_parameter():
     a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     a.grad, b.grad = torch.tensor([30.0, 40.0]), torch.tensor([0.3, 0.4])
-    train.clip_gradients([a, b], 3.0)
+    optimization.clip_gradients([a, b], 3.0)
     torch.testing.assert_close(a.grad, torch.tensor([1.8, 2.4]))
     torch.testing.assert_close(b.grad, torch.tensor([0.3, 0.4]))
 
 
 def test_every_epoch_sees_every_crop_once_and_goes_on_in_the_middle():
-    whole = list(train.batches(10, 3, 0, 9, seed=1))
-    assert whole[4:] == list(train.batches(10, 3, 4, 9, seed=1))
+    whole = list(optimization.batches(10, 3, 0, 9, seed=1))
+    assert whole[4:] == list(optimization.batches(10, 3, 4, 9, seed=1))
     for epoch in range(3):
         seen = sum(whole[3 * epoch: 3 * epoch + 3], [])
         assert len(set(seen)) == 9

@@ -18,34 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
 import dirl
+from common import encoders, optimization
 from common.checkpoint import Run
-from common.datasets import DATASETS, run_name
+from common.datasets import DATASETS, DEMO, run_name
 from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
-from common.encoders import (
-    MAX_DEPTH,
-    MEAN,
-    STD,
-    check_device,
-    fit_weights,
-    init_encoder,
-    make_encoder,
-    represent,
-    stats_of_crops,
-    use_bf16,
-)
+from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.files import stamp_of
 from common.flags import RUNNING, SEED, SHARE, add_data_flags, between, running_flags, side, whole
 from common.log import Log
-from common.optimization import (
-    Schedules,
-    batches,
-    build_optimizer,
-    clip_gradients,
-    freeze_last_layers,
-    set_rates,
-)
 from common.parallel import limits_of
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
@@ -55,17 +37,6 @@ from wsi.folders import what_was_seen
 from wsi.prepare import crop_mpp, describe_cells, prepare, warn_of_cell_files
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
-
-# The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
-# --stats data is what lets it: with ImageNet's mean all tissue is one pink, and f hardly differs between
-# crops. Views of 64 px at the scale that crops have in eval.py make steps cheap. Some hundred steps are few:
-# hence a fast and sharp teacher and a centre that follows at once; the last layers stay frozen, so that the
-# outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
-DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,
-            global_size=64, global_scale=(0.1, 0.5), lr=4e-3, momentum=0.99, teacher_temp=0.02,
-            center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
-            solarize=0.0, blur=0.3)
-
 
 def argument_parser(prog="python train.py"):
     """The parser of train.py, which experiments add their own flags to."""
@@ -87,7 +58,7 @@ def argument_parser(prog="python train.py"):
     add("--method", default="dirl", choices=list(dirl.METHODS),
         help="baseline is DINO; cellback is DiRL without its block")
     add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="vit_s for 10^5 crops or more")
-    add("--depth", type=whole(1, MAX_DEPTH), help="blocks of the encoder, instead of the --arch's own")
+    add("--depth", type=whole(1, encoders.MAX_DEPTH), help="blocks of the encoder, if not the --arch's")
     add("--init", metavar="FILE",
         help="starts the encoder from other weights: an encoder.pt, a state dict in timm's or DINO's names, "
              "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); better than random weights with some "
@@ -186,7 +157,7 @@ def parse(parser, argv):
     if args.batch % (processes() * args.accumulate):
         raise InputError(f"--batch {args.batch}: has to be a multiple of {processes()} processes times "
                          f"--accumulate {args.accumulate}")
-    check_device(args.device)
+    encoders.check_device(args.device)
     args.device = device_of_process(args.device)
     args.run = args.run or default_run(args)
     return args
@@ -230,9 +201,9 @@ class Recipe:
 def start_encoder(args, mean, std):
     """The encoder that a run's flags ask for, as training starts with it; seeded."""
     torch.manual_seed(args.seed)
-    encoder = make_encoder(args.arch, mean, std, args.depth, args.drop_path)
+    encoder = encoders.make_encoder(args.arch, mean, std, args.depth, args.drop_path)
     if args.init:
-        init_encoder(encoder, args.init)
+        encoders.init_encoder(encoder, args.init)
     return encoder
 
 
@@ -252,7 +223,7 @@ class StepSettings:
     """What every step of a run shares."""
 
     augmentation: Augmentation
-    schedules: Schedules
+    schedules: optimization.Schedules
     seed: int
     device: torch.device
     bf16: bool
@@ -260,25 +231,20 @@ class StepSettings:
     accumulate: int = 1
 
 
-def schedules_of(args, per_epoch):
-    """The Schedules of a run's flags, with per_epoch steps in an epoch."""
-    return Schedules(
+def settings_of(args, per_epoch, mean, std):
+    """The StepSettings of a run's flags, with per_epoch steps in an epoch."""
+    augmentation = Augmentation(
+        args.local_crops, tuple(args.global_scale), tuple(args.local_scale), args.global_size,
+        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, mean, std)
+    schedules = optimization.Schedules(
         steps=args.epochs * per_epoch, lr=args.lr * args.batch / 256, min_lr=args.min_lr,
         warmup_steps=args.warmup_epochs * per_epoch, weight_decay=args.weight_decay,
         weight_decay_end=args.weight_decay_end, momentum=args.momentum, teacher_temp=args.teacher_temp,
         warmup_teacher_temp=args.warmup_teacher_temp,
         warmup_temp_steps=args.warmup_teacher_temp_epochs * per_epoch,
         frozen_steps=args.freeze_last_layer * per_epoch)
-
-
-def settings_of(args, per_epoch, mean, std):
-    """The StepSettings of a run's flags."""
-    augmentation = Augmentation(
-        args.local_crops, tuple(args.global_scale), tuple(args.local_scale), args.global_size,
-        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, mean, std)
-    return StepSettings(
-        augmentation, schedules_of(args, per_epoch), args.seed, torch.device(args.device),
-        use_bf16(args.precision, args.device), args.clip, args.accumulate)
+    return StepSettings(augmentation, schedules, args.seed, torch.device(args.device),
+                        encoders.use_bf16(args.precision, args.device), args.clip, args.accumulate)
 
 
 def shards_of(images, cells, accumulate):
@@ -319,7 +285,7 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
     """
     # Learning rate, weight decay, the teacher's momentum and temperature of this step.
     now = how.schedules.at(step)
-    set_rates(optimizer, now)
+    optimization.set_rates(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
     shards = []
 
@@ -345,9 +311,9 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
 
     # Every parameter's gradient is clipped on its own; the last layers are frozen in the first epoch.
     with section("clipping and optimiser"):
-        finite = clip_gradients(list(recipe.student.parameters()), how.clip)
+        finite = optimization.clip_gradients(list(recipe.student.parameters()), how.clip)
         if step < how.schedules.frozen_steps:
-            freeze_last_layers(recipe.student)
+            optimization.freeze_last_layers(recipe.student)
         optimizer.step()
 
     # The teacher follows the student: theta_t = m theta_t + (1 - m) theta_s; the centres follow the teacher.
@@ -396,7 +362,7 @@ def training_crops(args):
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
     mean, std = MEAN, STD
     if args.stats == "data":
-        mean, std = stats_of_crops(some_of(crops, 128))
+        mean, std = encoders.stats_of_crops(some_of(crops, 128))
     return TrainingData(found, crops, skipped, what_was_seen(found, sorted(set(owners))), mean, std)
 
 
@@ -409,7 +375,7 @@ def loader_of(crops, args, start, steps):
     """Batches of crops with their cells, from step start to the last, or for --max-steps."""
     last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     cuda = torch.device(args.device).type == "cuda"
-    order = batches(len(crops), args.batch, start, last, args.seed, (rank(), processes()))
+    order = optimization.batches(len(crops), args.batch, start, last, args.seed, (rank(), processes()))
     return DataLoader(crops, batch_sampler=order, collate_fn=collate,
                       num_workers=args.workers if cuda else 0, pin_memory=cuda)
 
@@ -437,7 +403,7 @@ def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
     # A bad --init or --probe is refused before slides are prepared, which may take hours.
     if args.init:
-        fit_weights(make_encoder(args.arch, MEAN, STD, args.depth), args.init)
+        encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
 
     # Data: crops with their cells, of the training and validation splits only.
@@ -449,7 +415,7 @@ def train(args, build=build_dirl):
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     recipe = build(start_encoder(args, data.mean, data.std), args)
-    optimizer = build_optimizer(recipe.student)
+    optimizer = optimization.build_optimizer(recipe.student)
 
     # Files: a stopped run is resumed, if its settings are the same.
     run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,
@@ -469,7 +435,7 @@ def train(args, build=build_dirl):
             # The log; at an epoch's end the features' rank and the probe; now and then a checkpoint.
             rank_of_f, probed = None, None
             if step % per_epoch == 0 and not rank():
-                rank_of_f = effective_rank(represent(recipe.teacher.encoder, rank_images))
+                rank_of_f = effective_rank(encoders.represent(recipe.teacher.encoder, rank_images))
             probe_is_due = step == steps or step % (per_epoch * args.probe_epochs) == 0
             if probe_sets and probe_is_due and not rank():
                 probed = probe(recipe.teacher.encoder, *probe_sets)

@@ -15,6 +15,7 @@ import train
 from common.errors import InputError, run_script
 from common.files import print_table
 from common.flags import whole
+from common.optimization import build_optimizer
 from dirl import DINOHead
 
 WARM_UP = 3  # steps that are not counted
@@ -83,7 +84,7 @@ def benchmark(args, build=train.build_dirl):
     per_epoch = len(data.crops) // args.batch
     how = train.settings_of(args, per_epoch, data.mean, data.std)
     recipe = build(train.start_encoder(args, data.mean, data.std), args)
-    optimizer = train.build_optimizer(recipe.student)
+    optimizer = build_optimizer(recipe.student)
     model = torch.compile(recipe.student) if args.compile else recipe.student
     timer = Timer(how.device)
     if not args.compile:  # a hook would split the compiled graph

@@ -13,6 +13,7 @@ import dirl
 import eval as eval_py
 import mil
 import train
+from common import optimization
 from common.files import load_tensors
 
 cuda = pytest.mark.cuda
@@ -42,13 +43,13 @@ def one_step(student, device):
     student = student.to(device)
     teacher, loss_fn = dirl.make_teacher(student), dirl.DiRLLoss(student).to(device)
     views, priors = made_views(device)
-    optimizer = train.build_optimizer(student)
+    optimizer = optimization.build_optimizer(student)
     with torch.no_grad():
         target = teacher(views[:1], priors[:1])
     loss, each = loss_fn(student(views, priors), target)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in student.named_parameters()}
-    train.clip_gradients(list(student.parameters()), 3.0)
+    optimization.clip_gradients(list(student.parameters()), 3.0)
     optimizer.step()
     dirl.update_teacher(student, teacher, 0.9)
     loss_fn.update_centers()
@@ -65,7 +66,7 @@ def test_a_step_makes_no_tensor_on_another_device(method):
     views, priors = made_views("meta")
     loss, each = loss_fn(student(views, priors), teacher(views[:1], priors[:1]))
     loss.backward()
-    finite = train.clip_gradients(list(student.parameters()), 3.0)
+    finite = optimization.clip_gradients(list(student.parameters()), 3.0)
     dirl.update_teacher(student, teacher, 0.9)
     loss_fn.update_centers()
     assert {t.device.type for t in (loss, finite, *each.values())} == {"meta"}
@@ -145,7 +146,7 @@ def test_a_step_on_cuda_does_not_wait_for_the_gpu():
     student = model_of("dirl").cuda()
     teacher, loss_fn = dirl.make_teacher(student), dirl.DiRLLoss(student).cuda()
     crops = torch.randint(0, 256, (4, 3, 96, 96)).byte().cuda()
-    cells, optimizer = torch.rand(4, 20, 2).cuda() * 96, train.build_optimizer(student)
+    cells, optimizer = torch.rand(4, 20, 2).cuda() * 96, optimization.build_optimizer(student)
     for warm in (True, False):
         torch.cuda.set_sync_debug_mode("default" if warm else "error")
         try:
@@ -155,7 +156,7 @@ def test_a_step_on_cuda_does_not_wait_for_the_gpu():
             loss, _ = loss_fn(student(views, priors), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            train.clip_gradients(list(student.parameters()), 3.0)
+            optimization.clip_gradients(list(student.parameters()), 3.0)
             optimizer.step()
             dirl.update_teacher(student, teacher, 0.9)
             loss_fn.update_centers()
