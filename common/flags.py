@@ -43,7 +43,9 @@ def arguments(argv):
     add("--benchmark", type=int, metavar="STEPS",
         help="trains nothing and prints what each part of a step takes with these flags on this machine")
     add("--run", help="folder of the run, to keep several apart (runs/<data>_<arch>_<method>)")
-    add("--mpp", type=float, help="um/px of the crops; a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
+    add("--mpp", type=float,
+        help="um/px of the crops, of ready-cut ones in their files; a folder needs it (2.0 is 5x, 1.0 10x, "
+             "0.5 20x)")
     add("--slide-mpp", type=float, help="um/px of slides and images that record none")
     add("--tissue", type=float, default=0.5, help="least share of tissue in a tile; lower for thin biopsies")
     add("--split-seed", type=int, default=0,
