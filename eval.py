@@ -44,7 +44,8 @@ from wsi.slides import CROP
 from wsi.truth import check_with_truth, draw_slide
 
 MEASURES = ("accuracy", "AUC", "macro F1")
-FEW_SLIDES, FEW_DECAY = 100, 5e-3  # below so many training slides this weight decay of DSMIL does better
+FEW_SLIDES = 100  # training slides; with fewer DSMIL needs other settings than the paper's
+FEW_DECAY = 5e-3  # DSMIL's weight decay for these, the demo's
 
 
 # ---------------------------------------------------------------- flags

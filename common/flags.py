@@ -40,7 +40,9 @@ def side(text):
 def add_data_flags(add, default="demo"):
     """The flags that name a data set and say how its slides become crops."""
     add("--data", default=default, help=f"{', '.join(DATASETS)}, or a folder with slides or crops")
-    add("--mpp", type=MPP, help="um/px of the crops: 2.0 is 5x, 1.0 10x, 0.5 20x; a folder needs it")
+    add("--mpp", type=MPP,
+        help="um/px of the crops, of ready-cut ones in their files; 2.0 is 5x, 1.0 10x, 0.5 20x; a folder "
+             "needs it")
     add("--slide-mpp", type=MPP, help="um/px of slides and images that record none")
     add("--tissue", type=SHARE, default=0.5,
         help="least share of tissue in a tile; lower it for thin biopsies")

@@ -17,7 +17,8 @@ UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond whi
 MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs, or weaken the colour "
                  "augmentation (--jitter, --greyscale, --solarize, --blur)")
 LESS_CONTRAST = "Raise --teacher-temp, or lower --center-momentum or --lr"
-MIDDLE, EVERY_TOKEN = "tokens with attention 0.5 to 2", 0.9995  # the share that is printed as 1.000
+MIDDLE = "tokens with attention 0.5 to 2"
+EVERY_TOKEN = 0.9995  # the share of tokens from which on 1.000 is printed
 PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
 
 

@@ -83,7 +83,7 @@ def arguments(argv):
         check_mpp(args.mpp, "--mpp")
         if args.rest or args.crops < 1:
             wrong = " ".join(args.rest) or "--crops below 1"
-            raise InputError(f"{wrong}: not known to show; see show --help")
+            raise InputError(f"{wrong}: not known to show; see python -m experiments.claim show --help")
         return args
     check_ranges(args, folds=(2, 1000), tune_epochs=(0, 1e4), tune_folds=(1, 1000), bag_groups=(1, 1e4),
                  bag_seeds=(0, 1000))

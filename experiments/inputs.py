@@ -110,8 +110,9 @@ def open_all(args):
     names = found.split(args.part)
     if not names:
         raise InputError(f"--part {args.part}: {found.source} has no {found.kind} in it; take another part")
-    for _, path, about in networks.values() if args.part == "test" else ():
-        check_unseen(found, names, about["trained_on"], path)
+    if args.part == "test":
+        for _, path, about in networks.values():
+            check_unseen(found, names, about["trained_on"], path)
     encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
     return encoders, {name: path for name, (_, path, _) in networks.items()}, found, names
 

@@ -335,6 +335,7 @@ def test_attention_scripts(here, capsys):
     assert attention.main(["distribution", *ON, *TWO]) == 0
     wrote(here / "runs/attention_distribution.png", 2)
     row = rows_of(here / "runs/attention_distribution.csv")[0]
+    assert row["0.5 to 2"] == "1" and "a network that has learned nothing" in capsys.readouterr().out
     assert sum(float(row[bin]) for bin in attention.BINS) == pytest.approx(1, abs=1e-5)
     assert attention.main(["overlay", *ON, *TWO, "--crops", "2", "--out", "o.png"]) == 0
     wrote(here / "o.png", 4)

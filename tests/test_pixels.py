@@ -142,6 +142,15 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, ending):
     assert (slide.width, slide.height) == (32, 16)
 
 
+def test_damaged_exif_costs_its_own_image(tmp_path):
+    entries = struct.pack("<HHIIHHII", 259, 4, 1, 70_000, 0x112, 3, 1, 6)  # Compression is a SHORT
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    saved(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(InputError, match="a.jpg: cannot be read as an image") as error:
+        read_image(tmp_path / "a.jpg")
+    assert "\n" not in str(error.value)
+
+
 def test_cells_of_a_slide_of_16_bits_are_those_of_8_bits(place):
     png16(place / "in" / "slides" / "deep.png", tissue().astype(np.uint16) * 257)
     found, failed = prepared()

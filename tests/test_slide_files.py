@@ -20,7 +20,7 @@ from wsi import folders, gdc, segment
 from wsi.folders import find_folder
 from wsi.headers import dicom_series
 from wsi.prepare import ready_cells, tile_info, tiles_folder
-from wsi.slides import file_identity
+from wsi.slides import file_identity, sample_hash
 
 FP32 = SimpleNamespace(bf16=False)
 CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
@@ -111,6 +111,9 @@ def test_hidden_files_are_ignored_everywhere(place, capsys):
     assert list(found.images) == ["good"] and failed == []
     assert data.main(CHECK) == 0 and "look at" not in capsys.readouterr().out
     assert list(find_folder("c").images) == ["a.png"]
+    saved(place / "flat" / "a.png")
+    write(place / "flat" / "._a.vsi", b"\0\5\x16\7")
+    assert list(find_folder("flat").images) == ["a"] and folders.not_read(place / "flat") == []
     assert [path.name for path in files_under(place / "c")] == ["a.png"]
     write_table(place / "in" / "manifest.tsv", "filename\tmd5", ["._b.svs\t0"])
     assert gdc.md5_check(place / "in" / "slides", place / "in" / "manifest.tsv") == [("._b.svs", "missing")]
@@ -225,6 +228,7 @@ def test_a_byte_at_the_start_middle_or_end_makes_another_file(tmp_path, at):
     assert one["file_bytes"] == other["file_bytes"] and one["file_hash"] != other["file_hash"]
     write(tmp_path / "a", bytes(whole))
     assert file_identity(tmp_path / "a") == other  # read again since it changed
+    assert sample_hash(tmp_path / "gone", 1, 1) == ""
 
 
 def test_an_encoder_of_before_is_compared_by_size(place):

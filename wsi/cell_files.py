@@ -57,7 +57,7 @@ def files_by_name(folder, names, start=""):
             continue
         possible = image_names(file_name[: -len(ending)])
         rank = next((rank for rank, name in enumerate(possible) if name in names), None)
-        if rank is not None and (folder / file_name).is_file():
+        if rank is not None and os.path.isfile(folder / file_name):
             place = rank, CELL_ENDINGS.index(ending), file_name
             ranked.setdefault(possible[rank], []).append(place)
     return {name: [folder / place[-1] for place in sorted(places)] for name, places in ranked.items()}

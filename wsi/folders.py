@@ -135,10 +135,10 @@ def find_table(source):
 
 
 def files_in(source):
-    """The files among which a folder's slides are: all under its slides/, else its own."""
+    """The files among which a folder's slides are: all under its slides/, else its own; no hidden ones."""
     if (source / "slides").is_dir():
         return files_under(source / "slides")
-    return (path for path in source.iterdir() if path.is_file())
+    return (path for path in source.iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def not_read(source):

@@ -39,7 +39,7 @@ def tiff_properties(path, width):
 
 
 def ome_properties(xml, width):
-    """Returns OME-XML's px size for the image of that width, in um; as spelled if its unit is no length."""
+    """Returns OME-XML's px size of the image of that width, in um; as spelled if its unit is no length."""
     out = {}
     for image in ElementTree.fromstring(xml or "<none/>").iter():
         if not image.tag.endswith("Pixels") or image.get("SizeX") != str(width):

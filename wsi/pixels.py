@@ -5,7 +5,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.errors import InputError
+from common.errors import InputError, one_line
 
 PIXELS = 2  # version of the decoding: raise it with every change, so that tiles and cells are recomputed
 FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
@@ -29,9 +29,11 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
         with open_image(path) as image:
             check_size(path, image, most, limit)
             return to_rgb(path, image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({error}); is the file whole? Plain images: "
-                         "PNG, JPEG or TIFF, best of 8-bit RGB") from None
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file whole? Plain "
+                         "images: PNG, JPEG or TIFF, best of 8-bit RGB") from None
 
 
 def open_image(path):

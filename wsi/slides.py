@@ -67,7 +67,7 @@ def find_slides(files):
 
 
 def why_not_read(path):
-    """Why a file that looks like a slide is not taken as one, with the way out; "" for any other file."""
+    """Returns why a file that looks like a slide is not read, with the way out; "" for any other file."""
     ending = path.suffix.lower()
     if ending in SLIDE_TYPES or ending in (".dat", ".partial"):  # MIRAX's data; downloads have their own line
         return ""
@@ -112,7 +112,7 @@ def check_square(x, y):
 
 
 def mpp_by_resolution(properties, axis):
-    """um/px by the TIFF's resolution tags, or None."""
+    """Returns the um/px of the TIFF's resolution tags, or None."""
     unit = UM.get(properties.get("tiff.ResolutionUnit", "inch"), 0)
     per_unit = number(properties.get(f"tiff.{axis}Resolution"), 0, 1e9)
     return number(unit / per_unit, *MPP_LIMITS) if per_unit else None
@@ -159,7 +159,7 @@ def recorded_bounds(properties):
 
 
 def matching_levels(sizes):
-    """The levels of these (width, height) that are level 0 made smaller: one ratio, to 1 % and one px.
+    """Returns the levels of these (width, height) that are level 0 reduced: one ratio, to 1 % and one px.
 
     A level of other proportions is another picture, such as a macro image that is marked as a level.
     """
@@ -365,7 +365,7 @@ SAMPLE = 1 << 14  # bytes at a file's start, middle and end that are compared
 
 
 def file_identity(path):
-    """What tells a replaced file from the original: its name, size in bytes and a hash of samples.
+    """Returns what tells a replaced file from the original: its name, size in bytes and hash of samples.
 
     pixels: the version of ours that decodes it.
     """
@@ -376,7 +376,7 @@ def file_identity(path):
 
 @lru_cache(maxsize=None)  # each file is read once in a process, unless it changes
 def sample_hash(path, size, changed):
-    """16 hex digits of the SHA-256 of a file's size, start, middle and end; "" if it cannot be read."""
+    """Returns 16 hex digits of the SHA-256 of a file's size, start, middle and end; "" if unreadable."""
     digest = hashlib.sha256(str(size).encode())
     try:
         with open(path, "rb") as file:
