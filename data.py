@@ -1,4 +1,4 @@
-"""Crops with their cells, splits, and views with their priors (3.2, 3.5, A.1).
+"""Crops with their cells, and views with their priors (3.2, 3.5, A.1).
 
     python data.py manifest --data lung    the list of slides for gdc-client, labels.csv and the split
     python data.py check --data NAME       what is there, what is missing and where to get it
@@ -21,25 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.datasets import DATASETS, PRIORS
 from common.encoders import MEAN, STD, normalize
-from common.errors import InputError, Parser, print_skipped, run_script
-from common.files import read_csv, write_csv
-from common.parallel import add_limits, add_shard, call
+from common.errors import InputError, print_skipped
 from prior import view_prior
-from wsi import check, gdc, look
-from wsi.folders import SPLITS, find_folder, patient_of, same_patients
-from wsi.prepare import (
-    load_crops,
-    read_crop,
-    read_crop_cells,
-    ready_cells,
-    run_shard,
-    tile_info,
-    tile_side,
-    tiles_folder,
-)
+from wsi.cache import load_crops, read_crop, read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
+from wsi.cli import main
+from wsi.datasets import DATASETS
 from wsi.slides import CROP
+from wsi.splits import find_data
 
 # ---------------------------------------------------------------- crops with their cells
 
@@ -356,97 +345,6 @@ def apply_where(chosen, function, images, *values):
     return images
 
 
-# ---------------------------------------------------------------- data sets and their split
-
-def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide_mpp=None):
-    """The data set of a name or a folder with every label's split: a wsi.folders.Data.
-
-    The split is labels.csv's; what that leaves open is in datasets/<name>/split.csv, made once by patient
-    with split_seed. InputError in one line for what is missing or if a patient is in two splits.
-    """
-    found = find_folder(data, mpp, prior, root, slide_mpp)
-    kept = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
-    found.absent |= {name: row for name, row in kept.items() if name not in found.labels}
-    split_of = {}
-    for name, row in found.labels.items():
-        other = split_of.setdefault(row["patient"], row["split"])
-        if other != row["split"]:
-            raise InputError(
-                f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} ({name}); "
-                f"keep a patient in one split, in labels.csv or {found.work}/split.csv")
-    return found
-
-
-def complete_split(labels, kind, path, seed):
-    """Fills in the split that labels.csv leaves open, in place: all of it, or the validation part of slides.
-
-    labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path stay where they
-    are; new ones are drawn (draw_split) and added to it. The file may be edited. Returns its rows, {} if
-    labels.csv leaves nothing open.
-    """
-    given, slides = {row["split"] for row in labels.values()}, kind == "slides"
-    if "" in given:
-        parts = ["test", "val"] if slides else ["test"]  # ready-cut crops are evaluated in folds
-    elif given and "val" not in given and slides:
-        parts = ["val"]
-    else:
-        return {}
-    rows = read_split(path) if path.is_file() else {}
-    undecided = {name: row for name, row in labels.items() if row["split"] in ("", "train")}
-    names_of = same_patients((name, row["patient"]) for name, row in [*rows.items(), *labels.items()])
-    kept = {}
-    for row in rows.values():
-        kept |= dict.fromkeys(names_of[row["patient"]], row["split"])
-    kept |= {row["patient"]: rows[name]["split"] for name, row in undecided.items() if name in rows}
-    split_of = draw_split(undecided, kept, parts, seed)
-    for name, row in undecided.items():
-        row["split"] = rows[name]["split"] if name in rows else split_of[row["patient"]]
-    new = undecided.keys() - rows.keys()
-    if new:
-        rows |= {name: labels[name] for name in new}
-        write_csv(path, [("name", "patient", "split")] + [
-            (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
-        print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
-    return rows
-
-
-def read_split(path):
-    """{name: {"patient", "split"}} of a split.csv."""
-    names, rows = read_csv(path)
-    if not {"name", "patient", "split"} <= set(names):
-        raise InputError(f"{path}: its first line has to name the columns name,patient,split")
-    out = {}
-    for line, row in rows:
-        split, name = SPLITS.get(row.get("split", "").lower()), row["name"]
-        if not split or name in out:
-            raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
-        out[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
-    return out
-
-
-def draw_split(rows, kept, parts, seed):
-    """{patient: split} of all patients in rows ({name: {"label", "patient"}}), by class and seeded.
-
-    kept {patient: split} stay. Of each class a fifth of the patients goes to the first of parts, a fifth of
-    the others to the second (at least one if there are two), the rest to train.
-    """
-    label_of, rng, out = {}, np.random.default_rng(seed), dict(kept)
-    for name in sorted(rows):
-        label_of.setdefault(rows[name]["patient"], rows[name]["label"])
-    for label in sorted(set(label_of.values())):
-        patients = sorted(patient for patient in label_of if label_of[patient] == label)
-        undecided = [patient for patient in rng.permutation(patients).tolist() if patient not in out]
-        left = len(patients)
-        for part in parts:
-            wanted = max(1, round(0.2 * left)) if left > 1 else 0
-            there = sum(kept.get(patient) == part for patient in patients)
-            for _ in range(min(wanted - there, len(undecided))):
-                out[undecided.pop()] = part
-            left -= wanted
-        out |= dict.fromkeys(undecided, "train")
-    return out
-
-
 # ---------------------------------------------------------------- the probe
 
 def read_probe(folder, count, seed):
@@ -473,62 +371,5 @@ def read_probe(folder, count, seed):
     return *out, len(found.classes)
 
 
-# ---------------------------------------------------------------- script
-
-def arguments(argv):
-    parser = Parser(prog="python data.py",
-                    description="What is on disk and what is missing, before training.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    manifest = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes "
-                                   "manifest.tsv, labels.csv and the split")
-    manifest.add_argument("--data", required=True, choices=list(gdc.PROJECTS), help="which TCGA data set")
-    gdc.add_arguments(manifest)
-    checked = commands.add_parser("check", help="what is there, what is missing, where to get it")
-    checked.add_argument("--md5", action="store_true",
-                         help="compares with the manifest's md5 sums; reads every byte")
-    prepared = commands.add_parser("prepare", help="cuts tiles and finds cells, as train.py does before it "
-                                   "trains; for a machine without a GPU, or many machines")
-    add_shard(prepared.add_argument)
-    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue, tile grid, cells")
-    looked.add_argument("slide", help="a slide or an image")
-    looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
-    looked.add_argument("--tile", nargs="+", metavar="X,Y",
-                        help="shows the tiles that hold these points in level-0 px; default: three of them")
-    looked.add_argument("--out", help="the picture (runs/look_<slide>.png)")
-    for sub in (checked, prepared):
-        sub.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
-        sub.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")
-    for sub in (looked, prepared):
-        sub.add_argument("--tissue", type=float, default=0.5,
-                         help="least share of tissue in a tile, as in train.py")
-    for sub in (checked, looked, prepared):
-        sub.add_argument("--mpp", type=float, help="um/px of the crops (2.0 is the paper's 5x)")
-        sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")
-        sub.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-        add_limits(sub.add_argument)
-    for sub in (manifest, checked, prepared):
-        sub.add_argument("--root", default="datasets", help="folder of the data sets")
-        sub.add_argument("--split-seed", type=int, default=0, help="seed of the split, when it is first made")
-    return parser.parse_args(argv)
-
-
-def run(args):
-    if args.command == "look":
-        return look.look(args)
-    if args.command == "manifest":
-        labels = {slide["slide"]: slide | {"split": ""} for slide in gdc.manifest(
-            args.data, args.root, args.limit, args.server, args.timeout, args.force)}
-        complete_split(labels, "slides", Path(args.root, args.data, "split.csv"), args.split_seed)
-        return 0
-    how = args.data, args.mpp, args.prior, args.split_seed, args.root, args.slide_mpp
-    if args.command == "prepare":
-        return run_shard(find_data(*how), args)
-    return check.check(args, *call(find_data, how))
-
-
-def main(argv=None):
-    return run_script("data.py", lambda: run(arguments(argv)))
-
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # manifest, check, prepare, look: wsi/cli.py
     sys.exit(main())

@@ -26,22 +26,22 @@ from tqdm import tqdm
 import dirl
 import mil
 from common import classify, encoders
-from common.datasets import DATASETS, PRIORS, run_name
 from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
-from common.measures import measures_of
-from common.parallel import add_limits, add_shard, limits_of
+from common.metrics import measures_of
 from common.patches import PATCH_KEYS, fold_results, report_folds
-from common.results import last_losses, row_of, write_results
-from data import Crops, collate, find_data
+from common.pool import add_limits, add_shard, limits_of
+from common.report import last_losses, row_of, write_results
+from data import Crops, collate
+from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
-from wsi.folders import check_unseen
-from wsi.prepare import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.datasets import DATASETS, PRIORS, run_name
 from wsi.slides import CROP
-from wsi.truth import check_with_truth, draw_slide
+from wsi.splits import check_unseen, find_data
 
 MEASURES = ("accuracy", "AUC", "macro F1")
 FEW_SLIDES = 100  # training slides; with fewer DSMIL needs other settings than the paper's

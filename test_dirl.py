@@ -15,7 +15,7 @@ import mil
 import prior
 import train
 from common import optimization
-from common.datasets import DATASETS
+from wsi.datasets import DATASETS
 
 
 @pytest.fixture(autouse=True)

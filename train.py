@@ -20,21 +20,21 @@ from torch.utils.data import DataLoader, Subset
 import dirl
 from common import encoders, optimization
 from common.checkpoint import Run
-from common.datasets import DATASETS, DEMO, run_name
 from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
 from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.figures import spread
 from common.files import stamp_of
-from common.flags import RUNNING, SEED, SHARE, add_data_flags, between, running_flags, side, whole
+from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole
 from common.log import Log
-from common.parallel import limits_of
+from common.pool import limits_of
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
-from data import Augmentation, Crops, collate, find_data, make_views, read_probe
-from wsi.demo import make_demo
-from wsi.folders import what_was_seen
-from wsi.prepare import crop_mpp, describe_cells, prepare, warn_of_cell_files
+from data import Augmentation, Crops, collate, make_views, read_probe
+from demo.slides import make_demo
+from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
+from wsi.datasets import DATASETS, DEMO, add_data_flags, run_name
+from wsi.splits import find_data, what_was_seen
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 
@@ -333,7 +333,7 @@ class TrainingData:
     found: object  # wsi.folders.Data
     crops: torch.utils.data.Dataset
     skipped: list  # a line for each file that could not be used
-    trained_on: dict  # wsi.folders.what_was_seen
+    trained_on: dict  # wsi.splits.what_was_seen
     mean: tuple  # of the pixels (--stats)
     std: tuple
 

@@ -46,7 +46,7 @@ def lock_folder(folder):
 class Run:
     """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt; locked from resume to exit.
 
-    config: what a resumed run has to have, too; trained_on: wsi.folders.what_was_seen; parts: {name: what has
+    config: what a resumed run has to have, too; trained_on: wsi.splits.what_was_seen; parts: {name: what has
     a state_dict}, all that resuming needs, a "teacher" with an encoder among them.
     """
 

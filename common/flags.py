@@ -1,11 +1,10 @@
-"""What the flags of several scripts share: ranges as argparse types, and the flags of a data set."""
+"""What the flags of several scripts share: ranges as argparse types, and how a run is carried out."""
 import argparse
 import os
 
 import torch
 
-from common.datasets import DATASETS, PRIORS
-from common.parallel import add_limits
+from common.pool import add_limits
 
 
 def between(low, high, kind=float):
@@ -35,22 +34,6 @@ def side(text):
     if value % 16:
         raise argparse.ArgumentTypeError(f"{text} has to be a multiple of 16 px")
     return value
-
-
-def add_data_flags(add, default="demo"):
-    """The flags that name a data set and say how its slides become crops."""
-    add("--data", default=default, help=f"{', '.join(DATASETS)}, or a folder with slides or crops")
-    add("--mpp", type=MPP,
-        help="um/px of the crops, of ready-cut ones in their files; 2.0 is 5x, 1.0 10x, 0.5 20x; a folder "
-             "needs it")
-    add("--slide-mpp", type=MPP, help="um/px of slides and images that record none")
-    add("--tissue", type=SHARE, default=0.5,
-        help="least share of tissue in a tile; lower it for thin biopsies")
-    add("--prior", default="auto", choices=PRIORS,
-        help="whose cells P_c is made from (Table 7): files in cells/<prior>/ or cells/; auto takes your own "
-             "if there are any, else the built-in detector's")
-    add("--split-seed", type=SEED, default=0,
-        help="seed of the split when it is first made; afterwards datasets/<data>/split.csv counts")
 
 
 def running_flags():

@@ -4,7 +4,7 @@ import numpy as np
 from common import classify
 from common.encoders import in_batches, represent
 from common.files import merge_csv
-from common.measures import DRAWS, bootstrap, measures_of
+from common.metrics import DRAWS, bootstrap, measures_of
 
 PATCH_KEYS = ("data", "encoder", "training")  # rows of patches.csv with other keys stay
 

@@ -24,17 +24,18 @@ import train
 from common import encoders
 from common.checkpoint import check_config
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
-from common.datasets import run_name
 from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped, run_script
 from common.files import atomic_write, file_stamp, stamp_of, write_json
 from common.flags import RUNNING
 from common.log import is_finished
-from data import find_data, resample
+from data import resample
 from experiments import compare
 from experiments.claim_table import ABOUT, ARMS, BAGS, COMPARED, read_measures, show
-from wsi.prepare import load_crops
+from wsi.cache import load_crops
+from wsi.datasets import run_name
 from wsi.slides import CROP
+from wsi.splits import find_data
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "train.py"

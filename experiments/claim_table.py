@@ -11,12 +11,13 @@ from common.errors import InputError, print_skipped
 from common.figures import draw_distribution, plot_overlays, save_figure, spread
 from common.files import file_stamp, print_table, read_json, read_npz, write_csv
 from common.log import MIDDLE, PROBED, read_log, symbol_of
-from common.measures import DRAWS, auc, bootstrap_indices
-from common.results import note_on_middle
-from data import Crops, find_data
+from common.metrics import DRAWS, auc, bootstrap_indices
+from common.report import note_on_middle
+from data import Crops
 from prior import bin_centroids
-from wsi.prepare import file_mpp, prepare
+from wsi.cache import file_mpp, prepare
 from wsi.slides import CROP
+from wsi.splits import find_data
 
 # What is compared: flags of train.py, or of experiments.compare. "random" is an untrained encoder; "shuffled"
 # and those after it are controls and comparisons.

@@ -18,9 +18,9 @@ import torch
 import train
 from common.errors import InputError, run_script
 from common.flags import between, whole
-from experiments import auxiliary, blocks, byol_simclr, esvit, imix, selfpatch
+from experiments.ssl import byol_simclr, esvit, heads, imix, lsup, selfpatch
 
-BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": auxiliary.build}
+BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build}
 BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
 
 
@@ -73,7 +73,7 @@ def check(args):
 
 def build(encoder, args):
     """The Recipe of a comparison."""
-    return blocks.build(encoder, args) if args.heads else BUILD[args.ssl](encoder, args)
+    return heads.build(encoder, args) if args.heads else BUILD[args.ssl](encoder, args)
 
 
 def main(argv=None):

@@ -30,18 +30,18 @@ import mil
 from common.encoders import check_device, find_encoder, load_encoder
 from common.errors import InputError, check_ranges, run_script
 from common.files import print_table, read_csv, write_csv
-from common.measures import measures_of
-from common.parallel import call
-from data import find_data
-from experiments import inputs
+from common.metrics import measures_of
+from common.pool import call
+from experiments.figures import shared
 from experiments.table import sd_of
-from wsi.folders import check_unseen, find_folder, slide_of
+from wsi.folders import find_folder, slide_of
+from wsi.splits import check_unseen, find_data
 
 PARTS, SEEN = ("train", "val", "test"), "test slides seen in pre-training"
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of("folds", "DSMIL on the features of runs, by folds from split files.")
+    parser, add = shared.parser_of("folds", "DSMIL on the features of runs, by folds from split files.")
     add("--data", required=True, help="a data set's name or folder, as in train.py")
     add("--splits", required=True, help="folder with splits_0.csv, splits_1.csv, ... (train,val,test)")
     add("--checkpoint", nargs="+", metavar="[NAME=]RUN", help="runs with features/; {fold} in it stands for "
@@ -114,12 +114,12 @@ def write_split(found, fold, number, data):
 def measure_fold(found, fold, path, args):
     """(accuracy, AUC, macro F1) on a fold's test slides of DSMIL trained and validated on its others."""
     names = [name for part in PARTS for name in fold[part]]
-    bags = inputs.read_bags(path.parent, names, path)
+    bags = shared.read_bags(path.parent, names, path)
     lacking = [name for name in names if name not in bags]
     if lacking:
         raise InputError(f"{path.parent}/features: {len(lacking)} slides are not in it ({lacking[0]}, ..); "
                          f"python eval.py --data {args.data} --checkpoint {path.parent}, or take them out")
-    sets = {part: inputs.labelled(bags, fold[part], found, args.device) for part in PARTS}
+    sets = {part: shared.labelled(bags, fold[part], found, args.device) for part in PARTS}
     model = mil.train_dsmil(sets["train"], sets["val"], len(found.classes), args.epochs, seed=args.seed,
                             weight_decay=args.mil_weight_decay)
     scores = torch.stack([mil.dsmil_predict(model, x) for x, _ in sets["test"]]).cpu().numpy()
@@ -154,7 +154,7 @@ def run(args):
         write_split(found, folds[args.write_split], args.write_split, args.data)
         return 0
     rows, table = [], [("network", "arch", "accuracy", "AUC", "macro F1", "folds", SEEN)]
-    for name, pattern in inputs.named(args.checkpoint, "--checkpoint").items():
+    for name, pattern in shared.named(args.checkpoint, "--checkpoint").items():
         mine = measure_network(name, pattern, found, folds, args)
         columns = list(zip(*mine))
         means = [f"{np.mean(v):.4f} ± {sd_of(v) or '(one fold)'}" for v in columns[3:6]]

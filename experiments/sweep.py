@@ -16,20 +16,20 @@ from matplotlib.figure import Figure
 
 import dirl
 import train
-from common.datasets import PRIORS, run_name
 from common.errors import InputError, check_ranges, run_script
 from common.files import file_stamp, read_json, write_json
-from data import find_data
-from experiments import inputs
 from experiments.claim import TRAIN, pre_train
+from experiments.figures import shared
 from experiments.table import METHODS, read_values, sd_of
+from wsi.datasets import PRIORS, run_name
+from wsi.splits import find_data
 
 VALUES = {"fraction": ["0.2", "0.4", "0.6", "0.8", "1"], "prior": ["histomicstk", "cellpose", "hovernet"]}
 SHOWN = {"accuracy": "accuracy", "auc": "AUC"}
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of(
+    parser, add = shared.parser_of(
         "sweep", "Pre-trains and measures methods over the values of a flag.", allow_abbrev=False,
         epilog="All other flags are train.py's, the same for every run: --data, --epochs, --arch, ...")
     add("what", choices=list(VALUES), help="fraction: Fig. 6; prior: Table 7 (the baseline has none, and "
@@ -108,7 +108,7 @@ def draw(values, found, args):
     numbers = args.what == "fraction"
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     for axis, (measure, title) in zip(figure.subplots(1, 2), SHOWN.items()):
-        for k, (method, color) in enumerate(zip(METHODS, inputs.COLORS)):
+        for k, (method, color) in enumerate(zip(METHODS, shared.COLORS)):
             mine = {value: of[measure] for (name, value), of in found.items()
                     if name == method and measure in of}
             if not mine:
@@ -141,7 +141,7 @@ def report(out, jobs, args):
     rows = [(args.what, "method", "measure", "mean", "sd", "repeats")]
     for (method, value), measures in found.items():
         rows += [(value, method, measure, np.mean(v), sd_of(v), len(v)) for measure, v in measures.items()]
-    inputs.save_both(draw(args.values, found, args), rows, out / "sweep.png")
+    shared.save_both(draw(args.values, found, args), rows, out / "sweep.png")
 
 
 def run(args):

@@ -17,8 +17,9 @@ from common.errors import InputError, run_script
 from common.files import atomic_write, read_json, write_csv
 from common.flags import RUNNING
 from common.log import MIDDLE, read_log
-from common.results import note_on_middle
-from experiments import compare, inputs
+from common.report import note_on_middle
+from experiments import compare
+from experiments.figures import shared
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
 SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfPatch", "imix": "i-mix",
@@ -30,7 +31,7 @@ IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels"}  
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of("table", "The paper's table from the runs below a folder.")
+    parser, add = shared.parser_of("table", "The paper's table from the runs below a folder.")
     add("folder", nargs="?", default="runs", help="every run in it and below counts")
     add("--format", default="markdown", choices=["markdown", "latex"], help="latex needs booktabs")
     add("--measures", nargs="+", default=["accuracy", "auc"], choices=list(MEASURES),

@@ -2,7 +2,7 @@
 
 A slide is pink stroma with spindle cells, glands (a ring of nuclei around a white lumen), clusters of
 lymphocytes and fat; a positive one has a round focus of tumour in it, a sheet of large, uneven nuclei without
-glands. Colours follow Beer-Lambert. The slides that the project itself is tried on are others: wsi/demo.py.
+glands. Colours follow Beer-Lambert. The slides of the demo are others: demo/slides.py.
 """
 import numpy as np
 from scipy import ndimage

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from synthetic import saved, write_table
 
-from wsi import demo
+from demo import slides as demo
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 torch.set_num_threads(1)

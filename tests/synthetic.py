@@ -8,9 +8,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from data import find_data
 from prior import STAINS
-from wsi.prepare import prepare
+from wsi.cache import prepare
+from wsi.splits import find_data
 
 
 def discs(mpp, centres_um, width_um=120, height_um=120, radius_um=3.5):

@@ -15,9 +15,11 @@ import train
 from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import file_stamp
-from data import Draws, find_data, random_boxes
-from experiments import attention, folds, heatmap, inputs, priors, sweep, table, tokens, views
+from data import Draws, random_boxes
+from experiments import folds, sweep, table
+from experiments.figures import attention, heatmap, priors, shared, tokens, views
 from prior import STAINS, bin_centroids
+from wsi.splits import find_data
 
 WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
 ON = [*WHERE, "--device", "cpu"]
@@ -194,7 +196,7 @@ def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
     image[416: 512, 384: 512] = (60, 20, 70)
     saved(tmp_path / "in/slides/s.png", array=image)
     about = {"it": (Dark(), tmp_path / "encoder.pt", {"mpp": 2.0})}
-    monkeypatch.setattr(inputs, "load_networks", lambda args: about)
+    monkeypatch.setattr(shared, "load_networks", lambda args: about)
     drawn, draw = [], heatmap.draw
     monkeypatch.setattr(heatmap, "draw", lambda *what: drawn.extend(what) or draw(*what))
     argv = ["--checkpoint", "it", "--data", "in", "--mpp", "2", "--slide-mpp", "1", "--part", "train",
@@ -354,7 +356,7 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
     for name in ("nests_3", "glands_3"):
         (here / f"plain/{name}.png").symlink_to(here / f"tiny/slides/{name}.png")
     titles = []
-    monkeypatch.setattr(inputs, "save_both", lambda figure, *rest: titles.append(figure.axes[0].get_title()))
+    monkeypatch.setattr(shared, "save_both", lambda figure, *rest: titles.append(figure.axes[0].get_title()))
     for folder in ("tiny", "plain"):
         flags = ["--data", folder, *ON[2:], "--checkpoint", ONE]
         assert attention.main(["distribution", *flags]) == 0

@@ -8,8 +8,9 @@ from synthetic import prepared, saved, tissue, write
 
 import data
 import train
-from data import Crops, find_data
+from data import Crops
 from wsi.cell_files import cell_file, cell_files, image_names, unmatched_files, unused_cell_files
+from wsi.splits import find_data
 
 POINT = json.dumps({"type": "Feature", "geometry": {"type": "Point", "coordinates": [20, 30]}})
 

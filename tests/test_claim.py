@@ -10,14 +10,14 @@ from synthetic import arrays_of, refused, rows_of, saved, times, tissue, write, 
 
 import dirl
 import train
-from common import measures
+from common import metrics
 from common.classify import nearest
 from common.encoders import MEAN, STD, load_encoder, normalize
 from common.figures import draw_distribution
 from common.files import file_stamp, load_tensors, read_json, save_tensors
 from common.log import is_finished
-from data import find_data
 from experiments import claim, claim_table, compare, lc25000
+from wsi.splits import find_data
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
         "--global-size", "32", "--local-size", "16", "--local-crops", "1", "--probe-images", "24",
@@ -47,7 +47,7 @@ def crops(tmp_path_factory):
 def here(tmp_path, crops, monkeypatch):
     """An empty folder to work in, with a copy of the crops as "c"."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measures, "DRAWS", 50)
+    monkeypatch.setattr(metrics, "DRAWS", 50)
     monkeypatch.setattr(claim, "DSMIL_EPOCHS", 3)
     shutil.copytree(crops, tmp_path / "c")
     return tmp_path
@@ -100,7 +100,7 @@ def test_statistics_are_means_over_folds_and_draws_take_whole_groups():
     hits = (scores[0].argmax(1) == truth)
     want = [hits[index].mean() for index in claim_table.draws_of(groups)]
     np.testing.assert_allclose(out["accuracy, x"], want)
-    assert len(want) == 1 + measures.DRAWS
+    assert len(want) == 1 + metrics.DRAWS
     assert [out[name][3] for name in claim_table.BINS] == [0.25, 0.5, 0.25]
     assert out[claim_table.SPREAD][3] == pytest.approx(np.std([0.4, 0.5, 2, 2.5], ddof=1))
 

@@ -16,7 +16,8 @@ from common.encoders import load_encoder
 from common.files import load_tensors, read_json
 from common.watch import effective_rank
 from data import Augmentation, make_views
-from experiments import auxiliary, benchmark, blocks, byol_simclr, compare, esvit, imix, selfpatch
+from experiments import benchmark, compare
+from experiments.ssl import byol_simclr, esvit, heads, imix, lsup, selfpatch
 from prior import bin_centroids, view_prior
 
 
@@ -180,14 +181,14 @@ def test_counts_go_through_the_views_geometry():
     assert counts[1].sum() == 1 and torch.equal(prior, (counts > 0).float())
     whole = view_prior(cells[:1], boxes[:1], torch.tensor([False]), 48, counts=True)
     assert torch.equal((whole[0] > 0).float(), bin_centroids(cells[0], 48))
-    torch.testing.assert_close(auxiliary.count_loss([torch.tensor([[[1., 2]]]), torch.tensor([[[0.]]])],
+    torch.testing.assert_close(lsup.count_loss([torch.tensor([[[1., 2]]]), torch.tensor([[[0.]]])],
                                                     [torch.tensor([[[1, 0]]]), torch.tensor([[[1]]])]),
                                torch.tensor((0 + 4 + 1) / 3))
 
 
 def test_heads_sit_after_their_blocks():
     encoder, x = tiny(), torch.randn(2, 3, 48, 48)
-    f, present = blocks.HeadsAfterBlocks(encoder, [2, 3, 3], 8).represent(x, None)
+    f, present = heads.HeadsAfterBlocks(encoder, [2, 3, 3], 8).represent(x, None)
     assert list(f) == ["f1_block2", "f2_block3", "f3_block3"] and all(p.all() for p in present.values())
     torch.testing.assert_close(f["f3_block3"], encoder(x).mean(1))
     torch.testing.assert_close(f["f1_block2"], encoder.norm(encoder.blocks[:2](encoder.embed(x))).mean(1))
@@ -219,7 +220,7 @@ def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
     args = SimpleNamespace(ssl=ssl, method=method, device="cpu", out_dim=64, disentangled_dim=32,
                            norm_last_layer=True, student_temp=0.1, center_momentum=0.3, lambda_1=0.5,
                            lambda_2=0.025, sup_weight=1, heads=[2, 3])
-    build = blocks.build if ssl == "heads" else compare.BUILD[ssl]
+    build = heads.build if ssl == "heads" else compare.BUILD[ssl]
     recipe = build(tiny(), args)
     student, teacher = recipe.student, recipe.teacher
     optimizer, fits = torch.optim.AdamW(student.parameters(), 1e-3), []

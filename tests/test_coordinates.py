@@ -9,11 +9,10 @@ from synthetic import prepared, saved, scn, svs, tissue, write, write_table
 import data
 from common.export import export_geojson
 from data import Crops
-from experiments import heatmap, priors
-from wsi import check, plausible, slides
-from wsi import prepare as prepare_py
+from experiments.figures import heatmap, priors
+from wsi import cache, check, sanity, slides
+from wsi.cache import prepare, ready_cells, tile_info, tile_side
 from wsi.cells import read_cells
-from wsi.prepare import prepare, ready_cells, tile_info, tile_side
 from wsi.slides import Slide
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -66,7 +65,7 @@ def test_cells_that_an_older_version_converted_are_read_again(place):
     found, _ = prepared(mpp=0.5, slide_mpp=None)
     kept = place / "datasets" / "in" / "cells" / "level0" / "auto" / "good.npz"
     now = str(np.load(kept)["source"])
-    old = now.replace(f", readers {prepare_py.READERS}", "")
+    old = now.replace(f", readers {cache.READERS}", "")
     assert old != now
     np.savez(kept, x=TRUE[:, 0] * 0.5, y=TRUE[:, 1] * 0.5, source=old)
     assert ready_cells(found, "good") is None
@@ -165,11 +164,11 @@ def test_misplaced_is_brute_force(tmp_path):
         elif not mask[int(y), int(x)]:
             on_glass += 1
     assert outside > 100 and on_glass > 20
-    np.testing.assert_allclose(plausible.misplaced(xy, slide), (outside / 504, on_glass / 504))
-    assert plausible.misplaced(np.zeros((0, 2)), slide) == (0, 0)
-    assert plausible.where_cells_are_odd(0.03, 0.03, "f") == ""
-    assert "9% of the cells in f" in plausible.where_cells_are_odd(0.09, 0, "f")
-    assert "9% on its glass" in plausible.where_cells_are_odd(0, 0.09, "f")
+    np.testing.assert_allclose(sanity.misplaced(xy, slide), (outside / 504, on_glass / 504))
+    assert sanity.misplaced(np.zeros((0, 2)), slide) == (0, 0)
+    assert sanity.where_cells_are_odd(0.03, 0.03, "f") == ""
+    assert "9% of the cells in f" in sanity.where_cells_are_odd(0.09, 0, "f")
+    assert "9% on its glass" in sanity.where_cells_are_odd(0, 0.09, "f")
 
 
 WRONG = {"exchanged": lambda xy: xy[:, ::-1], "twice": lambda xy: 2 * xy, "um": lambda xy: 0.25 * xy}
@@ -236,17 +235,17 @@ def test_true_cells_of_real_images_are_not_reported():
     for file in files:
         truth = json.loads(file.read_text())
         slide = Slide(file.with_suffix(".png"), truth["mpp"])
-        shares = plausible.misplaced(np.array(truth["centroids"], float), slide)
-        assert plausible.where_cells_are_odd(*shares, file) == "", shares
+        shares = sanity.misplaced(np.array(truth["centroids"], float), slide)
+        assert sanity.where_cells_are_odd(*shares, file) == "", shares
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
 def test_wrong_cells_of_a_real_slide_are_reported(tmp_path):
     path = SHARED / "slides" / "cmu-1-small-region.svs"
     slide, other = Slide(path), Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
-    assert prepare_py.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
+    assert cache.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
     xy = read_cells(tmp_path / "builtin" / "cmu-1-small-region.npz")
-    assert plausible.where_cells_are_odd(*plausible.misplaced(xy, slide), "f") == ""
+    assert sanity.where_cells_are_odd(*sanity.misplaced(xy, slide), "f") == ""
     wrong = [(xy[:, ::-1], slide), (xy * 2, slide), (xy / 2, slide), (xy * slide.mpp, slide), (xy, other)]
     for places, on in wrong:
-        assert plausible.where_cells_are_odd(*plausible.misplaced(places, on), "f")
+        assert sanity.where_cells_are_odd(*sanity.misplaced(places, on), "f")

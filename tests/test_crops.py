@@ -12,9 +12,10 @@ import data
 import eval as eval_py
 import train
 from common.files import load_tensors
-from data import Crops, find_data
+from data import Crops
 from prior import segment_nuclei
-from wsi.prepare import crop_mpp, file_mpp, load_crops, prepare
+from wsi.cache import crop_mpp, file_mpp, load_crops, prepare
+from wsi.splits import find_data
 
 CENTRES = np.array([[x, y] for y in range(20, 240, 20) for x in range(20, 240, 20)], float)  # um
 

@@ -22,14 +22,15 @@ from synthetic import (
 
 import data
 import train
-from common.datasets import BRIGHT3, DATASETS
 from common.errors import InputError
 from common.files import read_csv
-from data import Crops, find_data
+from data import Crops
 from prior import bin_centroids, segment_nuclei
-from wsi import prepare as prepare_py
+from wsi import cache
+from wsi.cache import describe_cells, prepare, ready_cells, tile_info
 from wsi.cells import read_cells
-from wsi.prepare import describe_cells, prepare, ready_cells, tile_info
+from wsi.datasets import BRIGHT3, DATASETS
+from wsi.splits import find_data
 
 # ---------------------------------------------------------------- labels
 
@@ -266,12 +267,12 @@ def test_prior_of_a_segmenter_reads_its_files_and_no_others(place):
 def dies_on_killer(path, *rest):
     if Path(path).stem == "killer":
         os._exit(9)  # as the kernel does when memory runs out
-    return prepare_py.cut(path, *rest)
+    return cache.cut(path, *rest)
 
 
 def test_a_worker_that_is_killed_costs_its_own_slide(place, monkeypatch):
     saved(place / "in" / "slides" / "killer.png")
-    monkeypatch.setattr(prepare_py, "cut", dies_on_killer)
+    monkeypatch.setattr(cache, "cut", dies_on_killer)
     found = find_data("in", mpp=1.0, slide_mpp=1.0)
     failed = prepare(found, 0.5, workers=2)
     assert len(failed) == 1 and "killer.png" in failed[0]

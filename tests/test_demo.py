@@ -14,9 +14,10 @@ import eval as eval_py
 import train
 from common.encoders import MEAN, STD, normalize, random_encoder, save_encoder
 from common.errors import InputError
-from common.measures import area_under
-from common.results import beside, last_losses, write_results
-from wsi import demo, truth
+from common.metrics import area_under
+from common.report import beside, last_losses, write_results
+from demo import slides as demo
+from demo import truth
 
 CPU = ["--device", "cpu", "--workers", "1"]
 

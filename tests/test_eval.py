@@ -14,13 +14,13 @@ from synthetic import arrays_of, refused, replace, rows_of, saved, times, write,
 
 import dirl
 import eval as eval_py
-from common import classify, export, measures
+from common import classify, export, metrics
 from common.encoders import random_encoder, save_encoder
 from common.files import save_tensors
-from common.measures import auc, bootstrap, macro_f1
-from data import find_data
+from common.metrics import auc, bootstrap, macro_f1
+from wsi.cache import load_crops, prepare_cells, ready_cells
 from wsi.cells import read_cells
-from wsi.prepare import load_crops, prepare_cells, ready_cells
+from wsi.splits import find_data
 
 CPU = ["--device", "cpu", "--workers", "1"]
 STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's
@@ -31,7 +31,7 @@ TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 def here(tmp_path, monkeypatch):
     """Every test runs in a folder of its own; the bootstrap draws a few times only."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measures, "DRAWS", 50)
+    monkeypatch.setattr(metrics, "DRAWS", 50)
 
 
 def patch(path, label, seed, size=224):
@@ -287,7 +287,7 @@ def test_macro_f1_by_hand():
 
 
 def test_bootstrap_draws_groups_and_repeats_with_its_seed(monkeypatch):
-    monkeypatch.setattr(measures, "DRAWS", 200)
+    monkeypatch.setattr(metrics, "DRAWS", 200)
     rng = np.random.default_rng(0)
     truth = np.arange(200) % 2
     right = rng.random(200) < 0.8

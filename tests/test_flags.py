@@ -15,17 +15,17 @@ SCRIPTS = {  # a command line of each script that is right but for its flags
     "wsi.segment": [["s.svs"]],
     "experiments.benchmark": [[]],
     "experiments.curves": [["run"]],
-    "experiments.attention": [["overlay", "--checkpoint", "run"]],
+    "experiments.figures.attention": [["overlay", "--checkpoint", "run"]],
     "experiments.claim": [["run", "--data", "demo"], ["show"]],
     "experiments.compare": [[], ["--ssl", "byol"]],
     "experiments.folds": [["--data", "demo", "--splits", "here", "--checkpoint", "run"]],
-    "experiments.heatmap": [["--checkpoint", "run"]],
+    "experiments.figures.heatmap": [["--checkpoint", "run"]],
     "experiments.lc25000": [["images"]],
-    "experiments.priors": [["--prior", "builtin", "truth"]],
+    "experiments.figures.priors": [["--prior", "builtin", "truth"]],
     "experiments.sweep": [["fraction"]],
     "experiments.table": [[]],
-    "experiments.tokens": [["--checkpoint", "run"]],
-    "experiments.views": [[]],
+    "experiments.figures.tokens": [["--checkpoint", "run"]],
+    "experiments.figures.views": [[]],
 }
 WITHOUT_FLAGS = {"prior", "lab.run", "lab.small"}
 CASES = [(script, argv) for script, lines in SCRIPTS.items() for argv in lines]

@@ -19,13 +19,13 @@ from common import files
 from common.encoders import load_encoder
 from common.errors import InputError, printable
 from common.files import load_tensors, save_tensors
-from common.parallel import Limits
-from data import Crops, find_data
-from wsi import cells
-from wsi import prepare as prepare_py
+from common.pool import Limits
+from data import Crops
+from wsi import cache, cells
+from wsi.cache import prepare, tile_info
 from wsi.folders import find_folder
-from wsi.plausible import nucleus_size
-from wsi.prepare import prepare, tile_info
+from wsi.sanity import nucleus_size
+from wsi.splits import find_data
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1",
@@ -129,7 +129,7 @@ def test_a_file_that_would_take_for_ever_is_skipped_within_limits_that_are_named
     found, failed = prepared()
     assert len(failed) == 1 and "sparse.tif" in failed[0] and "--max-gigapixels 40" in failed[0]
     sparse.unlink()
-    monkeypatch.setattr(prepare_py, "cut_tiles", lambda *how: time.sleep(60))
+    monkeypatch.setattr(cache, "cut_tiles", lambda *how: time.sleep(60))
     saved(place / "in" / "slides" / "slow.png")
     began = time.monotonic()
     assert [line for line in prepare(find_data("in", 1.0, slide_mpp=1.0), 0.5, 1, Limits(0.2))] == [

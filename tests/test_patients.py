@@ -6,8 +6,8 @@ from synthetic import slides_named, tcga, write_table
 
 import data
 from common.errors import InputError
-from data import find_data
-from wsi import folders
+from wsi import splits
+from wsi.splits import find_data
 
 
 def set_of(place, rows, more=(), header="slide,label,patient,split", split_seed=0):
@@ -101,22 +101,22 @@ def test_new_slides_stay_with_their_patient_under_another_name(place):
 def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
     tcga(place / "s", range(20))
     found = find_data("s")
-    seen = folders.what_was_seen(found, found.split("train", "val"))
+    seen = splits.what_was_seen(found, found.split("train", "val"))
     test = found.split("test")
-    folders.check_unseen(found, test, seen, "encoder.pt")
-    leaking = folders.what_was_seen(found, found.split("train") + test[:1])
+    splits.check_unseen(found, test, seen, "encoder.pt")
+    leaking = splits.what_was_seen(found, found.split("train") + test[:1])
     with pytest.raises(InputError, match=f"encoder.pt: was trained on 2 of these 8 test .*{test[0]}"):
-        folders.check_unseen(found, test, leaking, "encoder.pt")  # the slide, and its patient's other one
+        splits.check_unseen(found, test, leaking, "encoder.pt")  # the slide, and its patient's other one
     elsewhere = leaking | {"data": "another"}  # TCGA's patients are the same everywhere
     with pytest.raises(InputError, match="2 of these 8"):
-        folders.check_unseen(found, test, elsewhere, "encoder.pt")
+        splits.check_unseen(found, test, elsewhere, "encoder.pt")
     rows = [f"s{i},{'AB'[i % 2]},p{i},{'test' if i < 2 else 'train'}" for i in range(6)]
     found = set_of(place, rows)
     one = {"data": "another", "images": {"s0": 1}, "patients": ["p0", "p1"]}
     with pytest.raises(InputError, match="1 of these 2"):
-        folders.check_unseen(found, ["s0", "s1"], one, "encoder.pt")  # the same name and size
+        splits.check_unseen(found, ["s0", "s1"], one, "encoder.pt")  # the same name and size
     other = one | {"images": {"s0": 2}}  # the same name, another file; a patient p1 of another data set
-    folders.check_unseen(found, ["s0", "s1"], other, "encoder.pt")
+    splits.check_unseen(found, ["s0", "s1"], other, "encoder.pt")
 
 
 def test_an_encoder_that_saw_an_unlabelled_slide_of_a_test_patient_is_refused(place):
@@ -125,13 +125,13 @@ def test_an_encoder_that_saw_an_unlabelled_slide_of_a_test_patient_is_refused(pl
     seen = {"data": "s", "images": {"P001_A": 1, "P002_B": 1}, "patients": ["P001", "P002_B"]}
     found = set_of(place, LABELLED + only)
     with pytest.raises(InputError, match="trained on 1 of these 2 .*P002_A"):
-        folders.check_unseen(found, found.split("test"), seen, "encoder.pt")
-    good = folders.what_was_seen(found, found.split("train", "val") + found.unlabelled())
+        splits.check_unseen(found, found.split("test"), seen, "encoder.pt")
+    good = splits.what_was_seen(found, found.split("train", "val") + found.unlabelled())
     assert good["patients"] == ["P001", "P003", "P005"] and "P001_B" in good["images"]
-    folders.check_unseen(found, found.split("test"), good, "encoder.pt")
+    splits.check_unseen(found, found.split("test"), good, "encoder.pt")
     unknown = set_of(place, LABELLED, more=["P001_B", "P002_B"])
     with pytest.raises(InputError, match=r"1 slides without a row in labels.csv \(P002_B\).* empty label"):
-        folders.check_unseen(unknown, unknown.split("test"), seen, "encoder.pt")
+        splits.check_unseen(unknown, unknown.split("test"), seen, "encoder.pt")
 
 
 @pytest.mark.parametrize("trained_in", ["s", "elsewhere"])
@@ -142,6 +142,6 @@ def test_an_encoder_that_saw_a_frozen_slide_of_a_tcga_test_patient_is_refused(pl
     for patients in (["TCGA-55-0007"], ["case 7 of another column"]):
         seen = {"data": trained_in, "images": {"TCGA-55-0007-01A-01-TS1": 1}, "patients": patients}
         with pytest.raises(InputError, match="trained on 1 of these 2 .*0007"):
-            folders.check_unseen(found, found.split("test"), seen, "encoder.pt")
+            splits.check_unseen(found, found.split("test"), seen, "encoder.pt")
     seen["images"] = {"TCGA-55-0008-01A-01-TS1": 1}
-    folders.check_unseen(found, found.split("test"), seen, "encoder.pt")
+    splits.check_unseen(found, found.split("test"), seen, "encoder.pt")

@@ -13,8 +13,8 @@ import data
 import eval as eval_py
 from common.errors import InputError
 from data import Crops
+from wsi.cache import load_crops, read_crop, ready_cells
 from wsi.pixels import is_grey, open_image, read_image
-from wsi.prepare import load_crops, read_crop, ready_cells
 from wsi.slides import Slide
 
 COLOR = tissue(64)

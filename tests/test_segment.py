@@ -14,8 +14,9 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 from synthetic import arrays_of, discs, halve, refused, saved, times, write
 
+from demo import slides as demo
 from prior import segment_nuclei
-from wsi import demo, segment
+from wsi import segment
 from wsi.cells import label_centroids
 
 NUCLEI = Path(__file__).resolve().parents[2] / "shared" / "data" / "nuclei"

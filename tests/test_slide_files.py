@@ -14,13 +14,13 @@ import data
 import train
 from common.errors import InputError
 from common.files import files_under
-from data import find_data
 from eval import features_stamp
-from wsi import folders, gdc, segment
+from wsi import folders, gdc, segment, splits
+from wsi.cache import ready_cells, tile_info, tiles_folder
 from wsi.folders import find_folder
 from wsi.headers import dicom_series
-from wsi.prepare import ready_cells, tile_info, tiles_folder
 from wsi.slides import file_identity, sample_hash
+from wsi.splits import find_data
 
 FP32 = SimpleNamespace(bf16=False)
 CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
@@ -204,7 +204,7 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     assert all(tiles[path.name] != path.read_bytes() for path in tiles_folder(second).rglob("*.jpg"))
     assert not np.array_equal(ready_cells(second, "core1"), cells)
     assert features_stamp(second, "core1", "e", FP32) != stamp
-    seen = folders.what_was_seen(first, ["core1"]), folders.what_was_seen(second, ["core1"])
+    seen = splits.what_was_seen(first, ["core1"]), splits.what_was_seen(second, ["core1"])
     assert seen[0] != seen[1]
     prepared("two/cores")
     assert "warning" not in capsys.readouterr().out  # only when it changes
@@ -242,9 +242,9 @@ def test_an_encoder_of_before_is_compared_by_size(place):
         seen = {"data": "another", "images": images, "patients": []}
         if leaks:
             with pytest.raises(InputError, match="1 of these 1"):
-                folders.check_unseen(found, ["good"], seen, "encoder.pt")
+                splits.check_unseen(found, ["good"], seen, "encoder.pt")
         else:
-            folders.check_unseen(found, ["good"], seen, "encoder.pt")
+            splits.check_unseen(found, ["good"], seen, "encoder.pt")
 
 
 # ---------------------------------------------------------------- long names

@@ -10,10 +10,11 @@ from synthetic import halve, prepared, pyramid, saved, svs, tissue, write
 
 from common.errors import InputError
 from data import Crops
+from demo import slides as demo
 from prior import STAINS
-from wsi import demo, slides
+from wsi import slides
+from wsi.cache import tile_info
 from wsi.cells import read_cells
-from wsi.prepare import tile_info
 
 
 @pytest.mark.parametrize("properties, mpp", [

@@ -7,9 +7,9 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-from common.datasets import PRIORS
 from common.errors import InputError
 from wsi.cells import cell_format
+from wsi.datasets import PRIORS
 from wsi.slides import SLIDE_TYPES
 
 CELL_ENDINGS = (  # the preferred first; cellpose always writes _seg.npy, a pickle, which is not read

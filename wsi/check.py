@@ -4,16 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets import CLASSES, DATASETS, FOLDERS
 from common.errors import InputError, printable
-from common.parallel import in_processes, limits_of
+from common.pool import in_processes, limits_of
 from wsi import gdc
-from wsi.cell_files import cell_files, unused_cell_files
-from wsi.cells import cell_format
-from wsi.folders import not_read
-from wsi.pixels import is_grey
-from wsi.plausible import misplaced, suggested_scale, what_is_odd, where_cells_are_odd
-from wsi.prepare import (
+from wsi.cache import (
     describe_side,
     is_builtin,
     kept_shares,
@@ -24,27 +18,15 @@ from wsi.prepare import (
     usual_side,
     without_color,
 )
+from wsi.cell_files import cell_files, unused_cell_files
+from wsi.cells import cell_format
+from wsi.datasets import CLASSES, DATASETS, FOLDERS, OWN, WHERE
+from wsi.folders import not_read
+from wsi.pixels import is_grey
+from wsi.sanity import misplaced, suggested_scale, what_is_odd, where_cells_are_odd
 from wsi.slides import CROP, NoScale, Slide
 
-SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
-                 "{0}/cells/<slide>.*")
-WHERE = {  # where to get a data set, and its layout
-    "demo": ("made by python train.py; synthetic", SLIDES_LAYOUT),
-    "lung": ("the GDC: python data.py manifest --data lung; LUAD, LUSC", SLIDES_LAYOUT),
-    "brca": ("the GDC: python data.py manifest --data brca; IDC, ILC", SLIDES_LAYOUT),
-    "paad": ("slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or "
-             "classical per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for "
-             "labels.csv", SLIDES_LAYOUT),
-    "bright": ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB, UDH, FEA, ADH, DCIS, "
-               "IC, split train or validation (the paper tests on the official validation part); for bright3 "
-               "and bright6", SLIDES_LAYOUT),
-    "mhist": ("bmirds.github.io/MHIST, after registering",
-              "{0}/images/*.png, {0}/annotations.csv as it comes"),
-    "chaoyang": ("bupt-ai-cz.github.io/HSA-NRL, after registering",
-                 "{0}/train.json, {0}/test.json, images at the names in them"),
-}
 NO_SCALE = "not recorded"
-OWN = ("your own", SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
 
 
 def check(args, found, error):

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
 from common.errors import InputError, check_mpp, printable
 from common.files import files_under, read_csv, read_json, write_json
-from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, file_identity, find_slides, why_not_read
+from wsi.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -400,48 +400,3 @@ def note(names, text):
 def first_of(names):
     """The first three names as text."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-# ---------------------------------------------------------------- what an encoder has seen
-
-def what_was_seen(found, names):
-    """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
-    hashes = {name: file_identity(found.images[name])["file_hash"] for name in names}
-    names_of, rows, patients = found.names_of_patients(), found.labels | found.pretrain_only, set()
-    for name in names:
-        patient = rows[name]["patient"] if name in rows else patient_of(name)
-        patients |= names_of.get(patient, {patient})
-    return {"data": found.name, "images": hashes, "patients": sorted(patients)}
-
-
-def check_unseen(found, names, seen, path):
-    """InputError if the encoder at path was trained on one of these images or on one of their patients.
-
-    seen: what_was_seen of its run. An image is the same if its name and file_hash are (its size, in an older
-    encoder.pt); a patient's name counts within one data set, and everywhere for TCGA's. Also InputError if
-    the encoder saw a slide of this data set whose patient nothing tells: it may be a test patient.
-    """
-    same_data, names_of = seen["data"] == found.name, found.names_of_patients()
-    rows = found.absent | found.pretrain_only | found.labels
-    patients = set(seen["patients"]) | {tcga_patient(name) for name in seen["images"]}
-    if same_data:  # labels.csv may name more patients than when the encoder was trained
-        patients |= {rows[name]["patient"] for name in seen["images"] if name in rows}
-    else:
-        patients = {patient for patient in patients if tcga_patient(patient)}
-    leaks = []
-    for name in names:
-        identity = file_identity(found.images[name])
-        same_image = seen["images"].get(name) in (identity["file_hash"], identity["file_bytes"])
-        same_name = same_data and name in seen["images"]
-        same_patient = patients & names_of[found.labels[name]["patient"]]
-        if same_image or same_name or same_patient:
-            leaks.append(name)
-    if leaks:
-        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
-                         f"patients ({first_of(leaks)}); use another encoder, or pre-train again with this "
-                         "split")
-    unknown = [name for name in seen["images"] if name in seen["patients"] and name not in rows]
-    if same_data and found.kind == "slides" and names and unknown:
-        raise InputError(f"{path}: was trained on {len(unknown)} slides without a row in labels.csv "
-                         f"({first_of(unknown)}), perhaps of test patients; add rows with their patient and "
-                         "an empty label, or pre-train again")

@@ -12,12 +12,12 @@ from PIL import Image
 
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of
 from common.figures import save_figure
-from common.parallel import limits_of, time_limit
+from common.pool import limits_of, time_limit
 from prior import bin_centroids
+from wsi.cache import describe_cells, read_slide_cells
 from wsi.cells import read_cells
 from wsi.folders import find_folder
-from wsi.plausible import USUAL, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
-from wsi.prepare import describe_cells, read_slide_cells
+from wsi.sanity import USUAL, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask

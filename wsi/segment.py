@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 
 from common.errors import InputError, Parser, check_mpp, one_line, run_script
 from common.files import atomic_write
-from common.parallel import LIMITS, add_limits, call, in_processes, limits_of
+from common.pool import LIMITS, add_limits, call, in_processes, limits_of
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
 from wsi.cells import label_centroids
 from wsi.slides import (

@@ -7,8 +7,8 @@ from PIL import Image
 
 from common.errors import printable
 from common.figures import save_figure
-from common.parallel import in_processes
-from wsi.plausible import scale_suggested
+from common.pool import in_processes
+from wsi.sanity import scale_suggested
 from wsi.slides import CROP, MASK_MPP, Slide, tissue_mask, tissue_shares
 
 PER_PAGE, COLUMNS = 60, 6  # slides of a picture and of a row

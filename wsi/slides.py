@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from common.errors import InputError
 from common.files import part_of, write_json
-from common.parallel import LIMITS
+from common.pool import LIMITS
 from wsi.headers import UM, dicom_series, parts_of, tiff_properties
 from wsi.pixels import PIXELS, is_grey, on_white, read_image
 

@@ -1,10 +1,10 @@
 """Where encoders look (4.2, A.6): Fig. 4, 7 to 9 and 11, Fig. 5 and 12, Fig. 13.
 
-    python -m experiments.attention distribution --checkpoint Baseline=RUN DiRL=RUN [--data demo]
-    python -m experiments.attention overlay ...     crops, aggregated attention over them, bars of the bins
-    python -m experiments.attention query ...       what single tokens attend to
+    python -m experiments.figures.attention distribution --checkpoint Baseline=RUN DiRL=RUN [--data demo]
+    python -m experiments.figures.attention overlay ...     crops with aggregated attention, bars of the bins
+    python -m experiments.figures.attention query ...       what single tokens attend to
 
-Each writes a picture and its numbers as CSV beside it. Whole slides: experiments/heatmap.py.
+Each writes a picture and its numbers as CSV beside it. Whole slides: experiments/figures/heatmap.py.
 """
 import argparse
 import sys
@@ -19,17 +19,17 @@ import dirl
 from common.encoders import attention_of, in_batches, inputs_of
 from common.errors import InputError, run_script
 from common.figures import BRIGHTEST, HEAT, draw_distribution, spread
-from common.results import note_on_middle
-from experiments import inputs
+from common.report import note_on_middle
+from experiments.figures import shared
 from wsi.slides import CROP
 
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-BLACK = inputs.COLORS[0]
+BLACK = shared.COLORS[0]
 
 
 def arguments(argv):
-    parser, _ = inputs.parser_of("attention", "Aggregated attention of encoders, side by side.")
+    parser, _ = shared.parser_of("attention", "Aggregated attention of encoders, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     style = argparse.ArgumentDefaultsHelpFormatter
     about = {"distribution": "Fig. 4, 7 to 9, 11: the distribution over all tokens, and its three bins",
@@ -37,7 +37,7 @@ def arguments(argv):
              "query": "Fig. 13: the row of the attention of single tokens"}
     for command, help in about.items():
         sub = commands.add_parser(command, help=help, description=help, formatter_class=style)
-        inputs.add_networks(sub.add_argument)
+        shared.add_networks(sub.add_argument)
         sub.add_argument("--out", default=f"runs/attention_{command}.png", help="the picture")
         if command == "distribution":
             sub.add_argument("--crops", type=int, default=1000, help="most crops; more is steadier, slower")
@@ -52,7 +52,7 @@ def arguments(argv):
                              help="points in px of the crop (0 to 224) whose tokens ask; one number k: a "
                                   "grid of k x k")
     args = parser.parse_args(argv)
-    inputs.check_flags(args, crops=(1, 1e9))
+    shared.check_flags(args, crops=(1, 1e9))
     return args
 
 
@@ -86,7 +86,7 @@ def tokens_at(queries, grid, size=CROP):
 def choose(crops, args):
     """Indices of the crops of --show, else of --crops of them that have both regions."""
     if not args.show:
-        mixed = inputs.with_both_regions(crops.priors())
+        mixed = shared.with_both_regions(crops.priors())
         return mixed[spread(len(mixed), args.crops)].tolist()
     chosen = []
     for name in args.show:
@@ -107,13 +107,13 @@ def name_of(crops, i):
 
 def distribution(encoders, found, names, args):
     """Fig. 4: the distribution of aggregated attention of each network; shares of the bins as CSV."""
-    crops = inputs.crops_of(found, names, args, with_cells=False)
-    images = inputs.images_of(crops, spread(len(crops), args.crops))
+    crops = shared.crops_of(found, names, args, with_cells=False)
+    images = shared.images_of(crops, spread(len(crops), args.crops))
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64, name)
                   for name, encoder in encoders.items()}
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    draw_distribution(axis, aggregated, dict(zip(aggregated, inputs.COLORS)))
+    draw_distribution(axis, aggregated, dict(zip(aggregated, shared.COLORS)))
     axis.set_title(f"{found.name}, {len(images)} {found.crops_of_part(args.part)}", fontsize=9)
     rows = [("network", "crops", "tokens", *BINS, *(f"quantile {q:g}" for q in QUANTILES))]
     for name, values in aggregated.items():
@@ -122,7 +122,7 @@ def distribution(encoders, found, names, args):
         print(f"{name}: " + ", ".join(f"{v:.1%} of the tokens {b}" for v, b in zip(numbers, BINS)))
     if note := note_on_middle([row[4] for row in rows[1:]]):
         print(note)
-    inputs.save_both(figure, rows, args.out)
+    shared.save_both(figure, rows, args.out)
 
 
 def show_heat(axis, image, heat):
@@ -136,7 +136,7 @@ def show_heat(axis, image, heat):
 def draw_bars(axis, of_network):
     """Fig. 5: the three bins' shares of each network's tokens (n,), in the order of the networks."""
     width = 0.8 / len(of_network)
-    for k, (values, color) in enumerate(zip(of_network.values(), inputs.COLORS)):
+    for k, (values, color) in enumerate(zip(of_network.values(), shared.COLORS)):
         shares = [100 * share for share in dirl.attention_bins(values)]
         axis.bar(np.arange(3) + (k + 0.5) * width - 0.4, shares, width, color=color)
     axis.set_xticks(range(3), BINS, fontsize=8)
@@ -147,9 +147,9 @@ def draw_bars(axis, of_network):
 
 def overlay(encoders, found, names, args):
     """Fig. 5 and 12: each crop, P_c, the aggregated attention of each network, bars of its bins."""
-    crops = inputs.crops_of(found, names, args)
+    crops = shared.crops_of(found, names, args)
     chosen = choose(crops, args)
-    images, priors = inputs.images_of(crops, chosen), crops.priors()[chosen]
+    images, priors = shared.images_of(crops, chosen), crops.priors()[chosen]
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64)
                   for name, encoder in encoders.items()}
     columns = 3 + len(encoders)
@@ -167,10 +167,10 @@ def overlay(encoders, found, names, args):
         draw_bars(line[-1], {name: values[k] for name, values in aggregated.items()})
         rows += [(crop, name, *dirl.attention_bins(values[k])) for name, values in aggregated.items()]
     titles = ["crop", "P_c: a cell (bright)", *aggregated, "tokens in the bins, %"]
-    for axis, title, color in zip(axes[0], titles, [BLACK, BLACK, *inputs.COLORS[:len(encoders)], BLACK]):
+    for axis, title, color in zip(axes[0], titles, [BLACK, BLACK, *shared.COLORS[:len(encoders)], BLACK]):
         axis.set_title(title, fontsize=9, color=color)
     add_bar(figure, shown, axes[:, -2], "aggregated attention (even: 1)")
-    inputs.save_both(figure, rows, args.out, dpi=110)
+    shared.save_both(figure, rows, args.out, dpi=110)
 
 
 def add_bar(figure, shown, axes, label):
@@ -182,7 +182,7 @@ def add_bar(figure, shown, axes, label):
 
 def query(encoders, found, names, args):
     """Fig. 13: the rows of query tokens (boxed, yellow) in the last block's attention, a line a network."""
-    crops = inputs.crops_of(found, names, args)
+    crops = shared.crops_of(found, names, args)
     chosen = choose(crops, args)
     rows = [("crop", "network", "query x", "query y", "token x", "token y", "attention times n")]
     lines = [(i, name) for i in range(len(chosen)) for name in encoders]
@@ -192,7 +192,7 @@ def query(encoders, found, names, args):
     figure = Figure(figsize=(1.6 * len(tokens) + 1.4, 1.8 * len(lines) + 0.2), layout="constrained")
     axes = figure.subplots(len(lines), len(tokens), squeeze=False)
     for (i, name), line in zip(lines, axes):
-        image, encoder = inputs.images_of(crops, [chosen[i]]), encoders[name]
+        image, encoder = shared.images_of(crops, [chosen[i]]), encoders[name]
         crop = name_of(crops, chosen[i])
         with torch.no_grad():
             attention = encoder.last_attention(inputs_of(encoder, image))[0].cpu()
@@ -206,11 +206,11 @@ def query(encoders, found, names, args):
             rows += [(crop, name, x, y, *corner[t], v) for t, v in enumerate(values.tolist())]
         line[0].set_ylabel(name if len(chosen) == 1 else f"{name}\n{crop}", fontsize=8)
     add_bar(figure, shown, axes[:, -1], "attention to a token (even: 1)")
-    inputs.save_both(figure, rows, args.out, dpi=110)
+    shared.save_both(figure, rows, args.out, dpi=110)
 
 
 def run(args):
-    encoders, _, found, names = inputs.open_all(args)
+    encoders, _, found, names = shared.open_all(args)
     {"distribution": distribution, "overlay": overlay, "query": query}[args.command](
         encoders, found, names, args)
     return 0

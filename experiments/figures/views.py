@@ -1,6 +1,6 @@
 """How often views have both regions (A.5, Fig. 14): over crop scales, at 5x and 10x.
 
-    python -m experiments.views --data demo [--mpp 2.0 1.0] [flags of train.py]
+    python -m experiments.figures.views --data demo [--mpp 2.0 1.0] [flags of train.py]
 
 In a view of one region alone, tokens have nothing to attend to across regions (M_cross, eq. 4). Writes the
 shares as a plot and as CSV; under the plot, views as the network sees them, patches with a cell outlined.
@@ -15,19 +15,20 @@ import train
 from common.encoders import MEAN, STD
 from common.errors import InputError, check_mpp, check_ranges, run_script
 from common.figures import spread
-from data import Draws, collate, find_data, make_views, random_boxes
+from data import Draws, collate, make_views, random_boxes
 from dirl import regions_present
-from experiments import inputs
+from experiments.figures import shared
 from prior import view_prior
 from wsi.look import squares
 from wsi.slides import CROP
+from wsi.splits import find_data
 
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LOCALS = 4  # local views that are drawn, at most
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of(
+    parser, add = shared.parser_of(
         "views", "Share of views that have cells and background, over crop scales.", allow_abbrev=False,
         epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
     add("--mpp", type=float, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
@@ -39,7 +40,7 @@ def arguments(argv):
     for mpp in args.mpp:
         check_mpp(mpp, "--mpp")
     check_ranges(args, crops=(1, 1e9), show=(1, 20))
-    inputs.check_out(args.out)
+    shared.check_out(args.out)
     return args
 
 
@@ -80,7 +81,7 @@ def draw_view(axis, image, prior, title):
 
 def draw_shares(axis, rows, settings):
     """Share of views with both regions over their scale: a colour for each um/px, a line for each size."""
-    for color, mpp in zip(inputs.COLORS[1:], dict.fromkeys(row[0] for row in rows)):
+    for color, mpp in zip(shared.COLORS[1:], dict.fromkeys(row[0] for row in rows)):
         for style, kind in zip(("-", "--"), dict.fromkeys(row[1] for row in rows)):
             mine = [row for row in rows if row[:2] == (mpp, kind)]
             axis.plot([row[3] for row in mine], [100 * row[4] for row in mine], style, marker=".",
@@ -98,7 +99,7 @@ def run(args):
         found = find_data(settings.data, mpp, settings.prior, slide_mpp=settings.slide_mpp)
         if found.kind != "slides":
             raise InputError(f"--data {settings.data}: ready-cut crops have one um/px; slides are needed")
-        crops = inputs.crops_of(found, found.split("train", "val"), settings)
+        crops = shared.crops_of(found, found.split("train", "val"), settings)
         cells = [torch.from_numpy(crops.cells(i)) for i in spread(len(crops), args.crops)]
         cells = torch.nn.utils.rnn.pad_sequence(cells, True, float("nan"))  # (B, K, 2)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -108,7 +109,7 @@ def run(args):
         for kind, size in sizes.items():
             for scale in SCALES:
                 rows.append((mpp, kind, size, scale, *region_shares(cells, scale, size, generator)))
-        mixed = inputs.with_both_regions(crops.priors())
+        mixed = shared.with_both_regions(crops.priors())
         shown[mpp] = views_of(crops, mixed[spread(len(mixed), args.show)].tolist(), settings)
         whole = regions_present(crops.priors())
         print(f"{mpp:g} um/px: {(whole[0] & whole[1]).float().mean():.1%} of {len(crops)} crops have both "
@@ -126,7 +127,7 @@ def run(args):
             for k, (axis, (view, prior)) in enumerate(zip(line[1:], views)):
                 draw_view(axis, view, prior, f"{'local' if k > 1 else 'global'}, {prior.mean():.0%} cells")
     header = ("um/px", "view", "px", "scale", "both regions", "cells alone", "background alone")
-    inputs.save_both(figure, [header, *rows], args.out)
+    shared.save_both(figure, [header, *rows], args.out)
     return 0
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.dense import through, tokens_of
+from experiments.ssl.dense import through, tokens_of
 from train import Recipe
 
 NEIGHBOURS = 4  # of 8

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dirl
-from experiments.dense import through, tokens_of
+from experiments.ssl.dense import through, tokens_of
 from train import Recipe
 
 

@@ -1,6 +1,6 @@
 """Do tokens tell cells from background (A.4)? Fig. 10 and Table 10.
 
-    python -m experiments.tokens --checkpoint Baseline=RUN Cellback=RUN DiRL=RUN [--data demo] [--tokens N]
+    python -m experiments.figures.tokens --checkpoint Baseline=RUN DiRL=RUN [--data demo] [--tokens N]
 
 Tokens of T_L, N with a cell and N without, drawn from crops of the test part, go through t-SNE; a Gaussian is
 fitted to either kind of points, and the two are compared: Jensen-Shannon divergence, Bhattacharyya distance.
@@ -17,14 +17,14 @@ from tqdm import tqdm
 
 from common.encoders import inputs_of
 from common.errors import InputError, run_script
-from experiments import inputs
+from experiments.figures import shared
 
 KINDS = {"cell": "#D55E00", "background": "#0072B2"}
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of("tokens", "t-SNE of cell and background tokens, and their distance.")
-    inputs.add_networks(add)
+    parser, add = shared.parser_of("tokens", "t-SNE of cell and background tokens, and their distance.")
+    shared.add_networks(add)
     add("--tokens", type=int, default=30_000,
         help="of either kind, the paper's; 30,000 take t-SNE some half an hour a network, 3,000 minutes")
     add("--crops", type=int, default=2000, help="most crops that they are drawn from")
@@ -32,7 +32,7 @@ def arguments(argv):
     add("--seed", type=int, default=0, help="of the drawing and of t-SNE; another says what is luck")
     add("--out", default="runs/tokens.png", help="the picture")
     args = parser.parse_args(argv)
-    inputs.check_flags(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
+    shared.check_flags(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
                        perplexity=(1, (2 * args.tokens - 1) / 3))
     return args
 
@@ -127,11 +127,11 @@ def draw(axis, points, fitted, title):
 
 
 def run(args):
-    encoders, _, found, names = inputs.open_all(args)
-    crops = inputs.crops_of(found, names, args)
+    encoders, _, found, names = shared.open_all(args)
+    crops = shared.crops_of(found, names, args)
     order = np.random.default_rng(args.seed).permutation(len(crops))[: args.crops]
     places = draw_places(crops.priors()[order], args.tokens, args.seed)
-    images = inputs.images_of(crops, order)
+    images = shared.images_of(crops, order)
     figure = Figure(figsize=(3.6 * len(encoders), 4.2), layout="constrained")
     axes = figure.subplots(1, len(encoders), squeeze=False)[0]
     rows = [("network", "tokens of each kind", "Jensen-Shannon", "Bhattacharyya")]
@@ -148,7 +148,7 @@ def run(args):
         print(f"{name}: Jensen-Shannon {js:.4f}, Bhattacharyya {bd:.4f}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(2, len(encoders)), fontsize=8)
-    inputs.save_both(figure, rows, args.out)
+    shared.save_both(figure, rows, args.out)
     return 0
 
 

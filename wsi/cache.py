@@ -14,13 +14,13 @@ from tqdm import tqdm
 
 from common.errors import InputError, check_mpp, exit_code_of, print_skipped, printable
 from common.files import atomic_write, read_json, read_npz
-from common.parallel import LIMITS, call, in_processes, limits_of, shard_of
+from common.pool import LIMITS, call, in_processes, limits_of, shard_of
 from prior import segment_nuclei
 from wsi.cell_files import cell_file, cell_files, unused_cell_files
 from wsi.cells import READERS, read_cells
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.plausible import misplaced, scale_suggested, what_is_odd, where_cells_are_odd
+from wsi.sanity import misplaced, scale_suggested, what_is_odd, where_cells_are_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 

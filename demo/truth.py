@@ -4,9 +4,9 @@ import numpy as np
 from common.classify import nearest
 from common.figures import plot_slide
 from common.files import read_csv, read_npz
-from common.measures import area_under
-from common.results import row_of
-from wsi.prepare import tile_info, tile_side
+from common.metrics import area_under
+from common.report import row_of
+from wsi.cache import tile_info, tile_side
 from wsi.slides import Slide
 
 

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 
 from common.errors import InputError
 from common.files import atomic_write, read_csv, write_csv
-from common.parallel import in_processes
+from common.pool import in_processes
 from prior import STAINS
 
 MPP = 1.0  # um/px of the slides, 10x

@@ -1,6 +1,6 @@
 """The cells of several segmenters on the same crops, and how far they agree (Table 7, Fig. 15 and 16).
 
-    python -m experiments.priors --data demo --prior builtin truth=datasets/demo/truth
+    python -m experiments.figures.priors --data demo --prior builtin truth=datasets/demo/truth
 
 A segmenter is a --prior of train.py or a folder with a file of cells for each slide. Writes a picture and the
 agreement of each pair as CSV: F1 of the nuclei within 3 um, and share and kappa of the patches' P_c. What the
@@ -19,33 +19,33 @@ from scipy.spatial import cKDTree
 from sklearn.metrics import cohen_kappa_score
 from tqdm import tqdm
 
-from common.datasets import DATASETS, PRIORS
 from common.errors import InputError, run_script
 from common.figures import spread
 from common.files import print_table
-from data import find_data
-from experiments import inputs
+from experiments.figures import shared
 from prior import bin_centroids
+from wsi.cache import describe_cells, tile_info, tile_side
 from wsi.cell_files import files_by_name
 from wsi.cells import read_cells
+from wsi.datasets import DATASETS, PRIORS
 from wsi.look import Shown, close_up, draw_inset, draw_tile
-from wsi.prepare import describe_cells, tile_info, tile_side
 from wsi.slides import CROP, Slide
+from wsi.splits import find_data
 
 NEAR = 3.0  # um: two centroids nearer than this may be the same nucleus
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of("priors", "Cells of several segmenters on the same crops.")
+    parser, add = shared.parser_of("priors", "Cells of several segmenters on the same crops.")
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
-    inputs.add_data(add)
+    shared.add_data(add)
     add("--mpp", type=float, help="um/px of the crops (2.0 is 5x); default: the data set's")
     add("--crops", type=int, default=500, help="most crops whose cells are compared")
     add("--show", type=int, default=3, help="crops that are drawn")
     add("--out", default="runs/priors.png", help="the picture")
     args = parser.parse_args(argv)
-    inputs.check_flags(args, crops=(1, 1e9), show=(1, 20))
+    shared.check_flags(args, crops=(1, 1e9), show=(1, 20))
     if len(args.prior) < 2:
         raise InputError("--prior: two segmenters are needed to compare them")
     if args.mpp is None and args.data not in DATASETS:
@@ -93,7 +93,7 @@ def cells_of(value, crops, found, args):
     """{(slide, x, y): cells (K, 2) in px of the crop} by one segmenter, where it has cells."""
     if value in PRIORS:
         own = find_data(args.data, args.mpp, value, slide_mpp=args.slide_mpp)
-        mine = inputs.crops_of(own, sorted(set(crops.owner)), args)
+        mine = shared.crops_of(own, sorted(set(crops.owner)), args)
         return {key: mine.cells(i) for i, key in enumerate(keys_of(mine))}
     if not Path(value).is_dir():
         raise InputError(f"--prior {value}: neither a folder nor one of {', '.join(PRIORS)}")
@@ -138,7 +138,7 @@ def shown_crops(crops, found, cells, indices):
     cells: {segmenter: [(K, 2) in px of each of these crops]}.
     """
     rows = []
-    images = inputs.images_of(crops, indices).permute(0, 2, 3, 1).numpy()
+    images = shared.images_of(crops, indices).permute(0, 2, 3, 1).numpy()
     for k, (i, image) in enumerate(zip(indices, images)):
         info = tile_info(found, crops.owner[i])
         side = tile_side(info)
@@ -152,18 +152,18 @@ def shown_crops(crops, found, cells, indices):
 
 
 def run(args):
-    segmenters = inputs.named(args.prior, "--prior")
+    segmenters = shared.named(args.prior, "--prior")
     found = find_data(args.data, args.mpp, slide_mpp=args.slide_mpp)
     if found.kind != "slides":
         raise InputError(f"--data {args.data}: holds crops; slides are compared here")
-    crops = inputs.crops_of(found, sorted(found.images), args, with_cells=False)
+    crops = shared.crops_of(found, sorted(found.images), args, with_cells=False)
     of = {name: cells_of(value, crops, found, args) for name, value in segmenters.items()}
-    shared = [i for i, key in enumerate(keys_of(crops)) if all(key in cells for cells in of.values())]
-    if not shared:
+    common = [i for i, key in enumerate(keys_of(crops)) if all(key in cells for cells in of.values())]
+    if not common:
         counts = ", ".join(f"{name} of {len(cells)}" for name, cells in of.items())
         raise InputError(f"--prior: no crop has the cells of all ({counts} crops); docs/data.md says where "
                          "cells go")
-    chosen = [shared[i] for i in spread(len(shared), args.crops)]
+    chosen = [common[i] for i in spread(len(common), args.crops)]
     keys = keys_of(crops)
     cells = {name: [mine[keys[i]] for i in chosen] for name, mine in of.items()}
     rows = [("segmenter", "other", "F1 within 3 um", "P_c the same", "kappa of P_c", "crops")]
@@ -175,11 +175,11 @@ def run(args):
         values = agreement(cells[a], cells[b], found.mpp)
         rows.append((a, b, *(f"{v:.4f}" for v in values), str(len(chosen))))
     print_table(rows)
-    mixed = inputs.with_both_regions(priors)
+    mixed = shared.with_both_regions(priors)
     drawn = mixed[spread(len(mixed), args.show)].tolist()
     of_drawn = {name: [of_crops[i] for i in drawn] for name, of_crops in cells.items()}
     shown = shown_crops(crops, found, of_drawn, [chosen[i] for i in drawn])
-    inputs.save_both(draw(shown, list(cells), found.mpp), rows, args.out)
+    shared.save_both(draw(shown, list(cells), found.mpp), rows, args.out)
     return 0
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.dense import through, tokens_of
+from experiments.ssl.dense import through, tokens_of
 from train import Recipe
 
 

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.datasets import DATASETS, PRIORS
 from common.encoders import check_device, find_encoder, load_encoder
 from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped
 from common.figures import save_figure
 from common.files import file_stamp, read_npz, write_csv
-from common.parallel import add_limits, limits_of
-from data import Crops, find_data
-from wsi.folders import check_unseen
-from wsi.prepare import file_mpp, prepare, prepare_tiles
+from common.pool import add_limits, limits_of
+from data import Crops
+from wsi.cache import file_mpp, prepare, prepare_tiles
+from wsi.datasets import DATASETS, PRIORS
+from wsi.splits import check_unseen, find_data
 
 COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
 

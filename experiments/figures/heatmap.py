@@ -1,6 +1,6 @@
 """Attention over whole slides: of the encoder's tokens (4.2) and of DSMIL's instances (3.6).
 
-    python -m experiments.heatmap --checkpoint Baseline=RUN DiRL=RUN [--data demo] [--slide NAME]
+    python -m experiments.figures.heatmap --checkpoint Baseline=RUN DiRL=RUN [--data demo] [--slide NAME]
 
 Writes a picture, a CSV with a line per tile, and for each network a .geojson that QuPath opens (drag it onto
 the open slide): tiles as annotations with their measurements, tokens of the two sparse bins as detections.
@@ -21,16 +21,16 @@ from common.encoders import attention_of, in_batches
 from common.errors import InputError, run_script
 from common.export import feature, square, write_features
 from common.figures import BRIGHTEST, HEAT
-from experiments import inputs
-from wsi.prepare import tile_info, tile_side
+from experiments.figures import shared
+from wsi.cache import tile_info, tile_side
 from wsi.slides import Slide
 
 SPARSE = {"attention 0 to 0.5": (68, 1, 84), "attention over 2": (253, 231, 37)}  # the ends of viridis
 
 
 def arguments(argv):
-    parser, add = inputs.parser_of("heatmap", "Heat maps of attention over a slide, and for QuPath.")
-    inputs.add_networks(add)
+    parser, add = shared.parser_of("heatmap", "Heat maps of attention over a slide, and for QuPath.")
+    shared.add_networks(add)
     add("--slide", help="its name; default: the first of --part")
     add("--pixels", type=int, default=900, help="longer side of the picture of the slide; more for print")
     add("--repeats", type=int, default=3, help="trainings of DSMIL, whose attention is averaged; 0: none")
@@ -40,7 +40,7 @@ def arguments(argv):
     add("--standardize", action="store_true", help="features before DSMIL, as eval.py on the demo")
     add("--out", help="the picture; default: runs/heatmap_<slide>.png")
     args = parser.parse_args(argv)
-    inputs.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
+    shared.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
                        mil_weight_decay=(0, 10))
     return args
 
@@ -98,15 +98,15 @@ def dsmil_attention(found, path, name, corners, args):
     if not args.repeats or not found.labels:
         return None
     try:
-        bags = inputs.read_bags(path.parent, dict.fromkeys([*found.split("train", "val"), name]), path)
+        bags = shared.read_bags(path.parent, dict.fromkeys([*found.split("train", "val"), name]), path)
     except InputError as error:
         print(f"note: DSMIL is left out: {error}")
         return None
-    train, val = (inputs.labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
+    train, val = (shared.labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
     if name not in bags or not np.array_equal(bags[name]["coords"], corners) or not train or not val:
         raise InputError(f"{path.parent}/features: {name} is of other tiles or not there, or no training or "
                          f"validation slide is; python eval.py --checkpoint {path.parent}")
-    of = {"train": train, "val": val, "slide": inputs.labelled(bags, [name], found, args.device)}
+    of = {"train": train, "val": val, "slide": shared.labelled(bags, [name], found, args.device)}
     train, val, ((x, label),) = (classify.standardize(of) if args.standardize else of).values()
     out = []
     for seed in tqdm(range(args.repeats), "DSMIL", leave=False):
@@ -139,16 +139,16 @@ def draw(picture, maps, title):
 
 
 def run(args):
-    encoders, paths, found, names = inputs.open_all(args)
+    encoders, paths, found, names = shared.open_all(args)
     name = args.slide or names[0]
     if found.kind != "slides" or name not in names:
         raise InputError(f"--slide {name}: is no slide in the {args.part} part of {found.source}; see --part")
-    crops = inputs.crops_of(found, [name], args, with_cells=False)
+    crops = shared.crops_of(found, [name], args, with_cells=False)
     info = tile_info(found, name)
     side, slide = tile_side(info), Slide(found.images[name], said_mpp=info["slide_mpp"])
     picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / args.pixels)
     out = Path(args.out or f"runs/heatmap_{name}.png")
-    images, shape = inputs.images_of(crops, range(len(crops))), picture.shape[:2]
+    images, shape = shared.images_of(crops, range(len(crops))), picture.shape[:2]
     maps, for_qupath = {}, {}
     rows = [("network", "x", "y", "tokens 0 to 0.5", "tokens 0.5 to 2", "tokens over 2", "DSMIL")]
     for network, encoder in encoders.items():
@@ -168,7 +168,7 @@ def run(args):
     label = "training slide (no labels)"
     if found.labels:
         label = f"{found.labels[name]['label']}, {args.part} part"
-    inputs.save_both(draw(picture, maps, f"{name}, {label}"), rows, out)
+    shared.save_both(draw(picture, maps, f"{name}, {label}"), rows, out)
     for path, (attention, of_tile) in for_qupath.items():
         write_geojson(path, attention, crops.corners, side, slide.bounds, of_tile)
     print(f"For QuPath, beside it: {', '.join(path.name for path in for_qupath)}")

@@ -1,0 +1,1 @@
+"""The synthetic data set: its slides, and what is known of them."""

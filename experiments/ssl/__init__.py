@@ -1,0 +1,1 @@
+"""What the paper compares with: other ways of self-supervised learning."""
