@@ -39,9 +39,10 @@ def cells_of(slide, args, limits):
 
 
 def chosen_tiles(corners, side, counts, points):
-    """[(index of a tile, point)] for the tiles that hold the points ("x,y" in level-0 px).
+    """Returns (index of a tile, point) for the tiles that hold the points ("x,y" in level-0 px).
 
-    Without points, SHOWN tiles from the median to the largest count of cells, and None for a point. InputError for a point that is no two numbers or lies in no tile.
+    Without points, SHOWN tiles from the median to the largest count of cells, each with None for its point.
+    InputError for a point that is no two numbers or lies in no tile.
     """
     if not points:
         ranks = np.linspace(0.5, 1, SHOWN) * (len(counts) - 1)
@@ -206,7 +207,8 @@ def draw(slide, scale, corners, side, shown, mpp, out):
         axis.set_axis_off()
     for i, tile in enumerate(shown):
         x, y = tile.corner
-        axes[0, i].set_title(f"tile {x},{y}: {len(tile.cells)} cells; green: patches with a cell", fontsize=10)
+        title = f"tile {x},{y}: {len(tile.cells)} cells; green: patches with a cell"
+        axes[0, i].set_title(title, fontsize=10)
         draw_tile(axes[0, i], tile, mpp)
         count = draw_inset(axes[1, i], tile, mpp)
         axes[1, i].set_title(f"the box above, {slide.mpp:g} um/px: {count} cells", fontsize=10)
