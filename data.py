@@ -2,7 +2,7 @@
 
     python data.py manifest --data lung    the list of slides for gdc-client, labels.csv and the split
     python data.py check --data NAME       what is there, what is missing and where to get it
-    python data.py look SLIDE              a picture: slide, tissue, tiles, cells
+    python data.py look SLIDE              a picture: slide, tissue, tiles, cells; of a folder: all its slides
 
 Views are DINO's (Caron et al. 2021), made on the device for a whole batch, and the cells go through the same
 geometry. Two things differ, for speed: crops are resampled bilinearly and without antialiasing (DINO:

@@ -1,6 +1,8 @@
 """The lab: its notebook runs in order without Jupyter, and its checks tell right answers from wrong ones."""
 import base64
+import inspect
 import math
+import re
 
 import matplotlib
 import pytest
@@ -138,6 +140,17 @@ def test_outputs_are_stored_and_small():
     assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
     pictures = [output["data"]["image/png"] for output in outputs if "data" in output]
     assert len(pictures) >= 9 and all(base64.b64decode(png).startswith(b"\x89PNG") for png in pictures)
+
+
+def test_stored_sources_are_the_sources_now(lab):
+    """What cells printed with inspect.getsource is the code as it is; else: python -m lab.run."""
+    compared = 0
+    for cell, source in run.code_cells(NOTEBOOK):
+        stored = "".join(text for output in cell["outputs"] for text in output.get("text", []))
+        for name in re.findall(r"inspect\.getsource\(([\w.]+)\)", source):
+            assert inspect.getsource(eval(name, lab[0])) in stored, f"{name}: python -m lab.run stores it"
+            compared += 1
+    assert compared >= 8
 
 
 def test_small_encoders_stand_in_the_lab_and_their_command_trains():

@@ -24,12 +24,13 @@ def arguments(argv):
     prepared = commands.add_parser("prepare", help="cuts tiles and finds cells, as train.py does before it "
                                    "trains; for a machine without a GPU, or many machines")
     add_shard(prepared.add_argument)
-    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue, tile grid, cells")
-    looked.add_argument("slide", help="a slide or an image")
+    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue, tile grid, cells; "
+                                 "or of all slides of a folder")
+    looked.add_argument("slide", help="a slide or an image, a folder of DICOM files, or a folder of slides")
     looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
     looked.add_argument("--tile", nargs="+", metavar="X,Y",
                         help="shows the tiles that hold these points in level-0 px; default: three of them")
-    looked.add_argument("--out", help="the picture (runs/look_<slide>.png)")
+    looked.add_argument("--out", help="the picture (runs/look_<slide>.png, runs/look_<folder>.png)")
     for sub in (checked, prepared):
         sub.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
         sub.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")

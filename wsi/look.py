@@ -43,9 +43,10 @@ def cells_of(slide, args, limits):
 
 
 def chosen_tiles(corners, side, counts, points):
-    """[(index of a tile, point)] for the tiles that hold the points ("x,y" in level-0 px).
+    """Returns (index of a tile, point) for the tiles that hold the points ("x,y" in level-0 px).
 
-    Without points, SHOWN tiles from the median to the largest count of cells, and None for a point. InputError for a point that is no two numbers or lies in no tile.
+    Without points, SHOWN tiles from the median to the largest count of cells, each with None for its point.
+    InputError for a point that is no two numbers or lies in no tile.
     """
     if not points:
         ranks = np.linspace(0.5, 1, SHOWN) * (len(counts) - 1)
@@ -112,7 +113,7 @@ def look_at_folder(folder, mpp, args, limits):
     found = find_folder(str(folder.resolve()), slide_mpp=args.slide_mpp)
     if found.kind != "slides":
         raise InputError(f"{folder}: holds crops, not slides; name one of them to see it")
-    out = Path(args.out or f"look_{found.name}.png")
+    out = Path(args.out or f"runs/look_{found.name}.png")
     return exit_code_of(draw_sheet(found, mpp, args.tissue, args.workers, limits, out))
 
 
@@ -210,7 +211,8 @@ def draw(slide, scale, corners, side, shown, mpp, out):
         axis.set_axis_off()
     for i, tile in enumerate(shown):
         x, y = tile.corner
-        axes[0, i].set_title(f"tile {x},{y}: {len(tile.cells)} cells; green: patches with a cell", fontsize=10)
+        title = f"tile {x},{y}: {len(tile.cells)} cells; green: patches with a cell"
+        axes[0, i].set_title(title, fontsize=10)
         draw_tile(axes[0, i], tile, mpp)
         count = draw_inset(axes[1, i], tile, mpp)
         axes[1, i].set_title(f"the box above, {slide.mpp:g} um/px: {count} cells", fontsize=10)

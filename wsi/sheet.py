@@ -33,15 +33,15 @@ def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
     """
     with scale_suggested(path, gigapixels):
         slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    slide.check_target(mpp)
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
     side = CROP * mpp / slide.mpp  # level-0 px of a tile
     edges = [np.arange(int(n / side + 1e-9) + 1) * side / unit for n in (slide.width, slide.height)]
     tiles = int((tissue_shares(picture, unit * slide.mpp, *edges) >= tissue).sum())
-    mask = Image.fromarray(tissue_mask(picture, unit * slide.mpp))
     thumbnail = Image.fromarray(picture)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-    small = np.asarray(mask.resize(thumbnail.size))
-    return Overview(np.asarray(thumbnail), small, tiles, slide.mpp, slide.source)
+    mask = Image.fromarray(tissue_mask(picture, unit * slide.mpp)).resize(thumbnail.size)
+    return Overview(np.asarray(thumbnail), np.asarray(mask), tiles, slide.mpp, slide.source)
 
 
 def draw_sheet(found, mpp, tissue, workers, limits, out):

@@ -223,6 +223,12 @@ class Slide:
         self.power = first_number(properties, POWER_NAMES, POWER_LIMITS)[0]
         self.bounds = recorded_bounds(properties)
 
+    def check_target(self, mpp):
+        """InputError if the slide is too coarse for tiles at mpp um/px."""
+        if self.mpp > 1.25 * mpp:
+            raise InputError(f"{self.path}: recorded at {self.mpp:g} um/px, too coarse for {mpp:g}; "
+                             "give a larger --mpp")
+
     def level_for(self, mpp):
         """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample.
 
@@ -396,9 +402,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIM
     memory stays flat.
     """
     slide = Slide(path, slide_mpp, said_mpp, gigapixels)
-    if slide.mpp > 1.25 * mpp:
-        raise InputError(f"{path}: recorded at {slide.mpp:g} um/px, too coarse for {mpp:g}; "
-                         "give a larger --mpp")
+    slide.check_target(mpp)
     name, down = slide_name(Path(path)), slide.level_for(mpp)[1]
     part, count, waiting = part_of(crops / name), 0, deque()
     shutil.rmtree(part, ignore_errors=True)
