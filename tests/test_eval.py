@@ -180,7 +180,8 @@ def test_an_encoder_that_saw_a_test_image_is_refused(capsys):
     test = found.split("test")
     save_tensors(path, about | {"trained_on": {"data": "given", "images": {test[0]: 1}, "patients": []}})
     argv = ["patches", "--data", "given", "--linear", *TINY]
-    refused(capsys, eval_py.main, argv, f"{path}: was trained on 1 of these 4 test images", test[0])
+    says = f"{path}: was trained on 2 of these 4 test images"  # the image, and the other of its group
+    refused(capsys, eval_py.main, argv, says, test[0])
 
 
 # ---------------------------------------------------------------- patches: training
