@@ -281,7 +281,7 @@ class DINOHead(nn.Module):
 
     def forward(self, f):
         z = self.mlp(f)  # (N, 256)
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
             prototypes = F.normalize(self.last_layer.weight, dim=-1)  # (K, 256)
             logits = F.linear(F.normalize(z.to(prototypes.dtype), dim=-1), prototypes)
         return logits if self.last_norm is None else logits * self.last_norm.squeeze(1)
