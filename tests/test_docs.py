@@ -8,50 +8,55 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
 
 
-def results_row(measure):
-    """The numbers of the table row in docs/results.md that begins with the measure; None for no number."""
-    line = re.search(rf"^\| {re.escape(measure)}(?: \(.*?\))? \|(.*)\|$", RESULTS, re.MULTILINE)
-    numbers = [re.match(r"\s*(-?[\d.]+)", cell) for cell in line[1].split("|")]
-    return [number and float(number[1]) for number in numbers]
+def cells_of(line):
+    """The texts of a Markdown table's row."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def readme_table():
-    """{measure: [trained, random start or None]} of what eval.py prints, as README shows it."""
-    block = re.search(r"```\n(measure .*?)```", README, re.DOTALL)[1].splitlines()
-    starts = [block[0].index(name) for name in ("trained", "random start", "over")]
-    out = {}
-    for line in block[1:]:
-        columns = line[starts[0]: starts[1]], line[starts[1]: starts[2]]
-        numbers = [float(text.split()[0]) if text.strip() else None for text in columns]
-        out[line[: starts[0]].strip()] = numbers
-    return out
+def first_table(text, heading):
+    """[{column: text}, ...] of the rows of the first table below a heading; of equal columns the first counts."""
+    below = text.split(f"\n{heading}\n", 1)[1]
+    header, _, *rows = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)[0].splitlines()
+    names = cells_of(header)
+    return [dict(zip(reversed(names), reversed(cells_of(row)))) for row in rows]
 
 
-@pytest.mark.parametrize("measure", [
-    "kind of a tile, 20-NN", "slide AUC, DSMIL", "telling tiles by DSMIL's attention, AUC",
-    "tokens with attention 0.5 to 2", "loss of f_c, last epoch", "loss of f_b, last epoch"])
-def test_the_demo_in_readme_is_seed_0_in_results(measure):
-    shown = readme_table()[measure]
-    for value, given in zip(shown, results_row(measure)[:2], strict=True):
-        assert (value is None) == (given is None)
-        assert value is None or abs(value - given) < (0.00051 if "loss" not in measure else 0.0051)
+def printed_table():
+    """{measure: [trained, random start]} of what eval.py prints, as README shows it; None for no number."""
+    header, *lines = re.search(r"```\n(measure .*?)```", README, re.DOTALL)[1].splitlines()
+    starts = [header.index(name) for name in ("trained", "random start", "over")]
+    table = {}
+    for line in lines:
+        columns = [line[start:end].split() for start, end in zip(starts, starts[1:])]
+        table[line[:starts[0]].strip()] = [float(column[0]) if column else None for column in columns]
+    return table
 
 
-def readme_numbers(pattern):
-    """The numbers in what the pattern's group finds in README, however its lines are broken."""
-    text = re.search(pattern, " ".join(README.split()))[1]
-    return [float(number) for number in re.findall(r"[\d.]*\d", text)]
+@pytest.mark.parametrize("measure, half_of_last_digit", [
+    ("kind of a tile, 20-NN", 0.0005), ("slide AUC, DSMIL", 0.0005),
+    ("telling tiles by DSMIL's attention, AUC", 0.0005), ("tokens with attention 0.5 to 2", 0.0005),
+    ("loss of f_c, last epoch", 0.005), ("loss of f_b, last epoch", 0.005)])
+def test_the_demo_in_readme_is_seed_0_in_results(measure, half_of_last_digit):
+    rows = first_table(RESULTS, "## The demo")
+    row = next(row for row in rows if row["measure"].split(" (uniform")[0] == measure)
+    for shown, column in zip(printed_table()[measure], ("seed 0", "random start"), strict=True):
+        assert (shown is None) == (row[column] == "")
+        assert shown is None or abs(shown - float(row[column])) <= half_of_last_digit + 1e-9
 
 
-@pytest.mark.parametrize("pattern, measure, columns, unit", [
-    (r"kind of a synthetic tile in ([\d, and]+) %", "kind of a tile, 20-NN", (0, 2, 4), 0.01),
-    (r"random start in ([\d, and]+) %", "kind of a tile, 20-NN", (1, 3, 5), 0.01),
-    (r"positive slides with AUC ([\d., and]+) \(", "slide AUC, DSMIL", (0, 2, 4), 1),
-    (r"telling tiles with ([\d., and]+)\. On", "telling tiles by DSMIL's attention, AUC", (0, 2, 4), 1),
-    (r"goes sparse \((\d+) %", "tokens, attention 0.5 to 2", (1,), 0.01),
-    (r"hardly does \((\d+) %", "tokens, attention 0.5 to 2", (3,), 0.01)])
-def test_what_readme_says_is_in_results(pattern, measure, columns, unit):
-    """A number is given to two digits: it may differ by half of the last one."""
-    row = results_row(measure)
-    for value, column in zip(readme_numbers(pattern), columns, strict=True):
-        assert abs(value * unit - row[column]) <= 0.005 + 1e-9, (value, row)
+@pytest.mark.parametrize("measure, heading", [
+    ("tokens with attention 0.5 to 2", "### Tokens with attention 0.5 to 2"),
+    ("20-NN accuracy", "### 20-NN accuracy")])
+def test_the_claim_in_readme_is_that_in_results(measure, heading):
+    shown = next(row for row in first_table(README, "## What was measured") if row[""] == measure)
+    means = {row["arm"]: row["mean"] for row in first_table(RESULTS, heading)}
+    for name, value in shown.items():
+        if name:
+            assert value == means[name.removesuffix(" (DINO)")]
+
+
+def test_the_counterexample_in_readme_is_in_results():
+    *_, shown = first_table(README, "## What was measured")
+    depth = RESULTS[RESULTS.index("**Depth, heads and colour**"):]
+    for arm, column in (("baseline", "baseline (DINO)"), ("DiRL", "DiRL")):
+        assert re.search(rf"^\| 12 \| weaker \| {arm} \| {re.escape(shown[column])} \|", depth, re.MULTILINE)
