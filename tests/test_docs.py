@@ -14,7 +14,7 @@ def cells_of(line):
 
 
 def first_table(text, heading):
-    """[{column: text}, ...] of the rows of the first table below a heading; of equal columns the first counts."""
+    """The rows of the first table below a heading, {column: text} each; of equal columns the first counts."""
     below = text.split(f"\n{heading}\n", 1)[1]
     header, _, *rows = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)[0].splitlines()
     names = cells_of(header)
