@@ -1,4 +1,4 @@
-"""Figures that README and docs/results.md both give are the same."""
+"""What README and docs/ say: figures that both give are the same, and commands and files exist."""
 import re
 from pathlib import Path
 
@@ -60,3 +60,14 @@ def test_the_counterexample_in_readme_is_in_results():
     depth = RESULTS[RESULTS.index("**Depth, heads and colour**"):]
     for arm, column in (("baseline", "baseline (DINO)"), ("DiRL", "DiRL")):
         assert re.search(rf"^\| 12 \| weaker \| {arm} \| {re.escape(shown[column])} \|", depth, re.MULTILINE)
+
+
+def test_modules_files_and_links_in_the_docs_exist():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        modules = [name.replace(".", "/") + ".py" for name in re.findall(r"python -m ([\w.]*\w)", text)]
+        scripts = re.findall(r"(?<![\w/.])(?:\w+/)*\w+\.py\b", text)
+        links = re.findall(r"\]\(([^)#:]+)[^):]*\)", text)
+        missing = [name for name in modules + scripts if not (ROOT / name).is_file()]
+        missing += [link for link in links if not (document.parent / link).is_file()]
+        assert not missing, (document.name, missing)
