@@ -1,4 +1,4 @@
-"""Figures that README and docs/results.md both give are the same."""
+"""What README and docs/ say: figures that both give are the same, and commands and files exist."""
 import re
 from pathlib import Path
 
@@ -8,50 +8,64 @@ ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
 
 
-def results_row(measure):
-    """The numbers of the table row in docs/results.md that begins with the measure; None for no number."""
-    line = re.search(rf"^\| {re.escape(measure)}(?: \(.*?\))? \|(.*)\|$", RESULTS, re.MULTILINE)
-    numbers = [re.match(r"\s*(-?[\d.]+)", cell) for cell in line[1].split("|")]
-    return [number and float(number[1]) for number in numbers]
+def cells_of(line):
+    """The texts of a Markdown table's row."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def readme_table():
-    """{measure: [trained, random start or None]} of what eval.py prints, as README shows it."""
-    block = re.search(r"```\n(measure .*?)```", README, re.DOTALL)[1].splitlines()
-    starts = [block[0].index(name) for name in ("trained", "random start", "over")]
-    out = {}
-    for line in block[1:]:
-        columns = line[starts[0]: starts[1]], line[starts[1]: starts[2]]
-        numbers = [float(text.split()[0]) if text.strip() else None for text in columns]
-        out[line[: starts[0]].strip()] = numbers
-    return out
+def first_table(text, heading):
+    """The rows of the first table below a heading, {column: text} each; of equal columns the first counts."""
+    below = text.split(f"\n{heading}\n", 1)[1]
+    header, _, *rows = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)[0].splitlines()
+    names = cells_of(header)
+    return [dict(zip(reversed(names), reversed(cells_of(row)))) for row in rows]
+
+
+def printed_table():
+    """{measure: [trained, random start]} of what eval.py prints, as README shows it."""
+    header, *lines = re.search(r"```\n(measure .*?)```", README, re.DOTALL)[1].splitlines()
+    starts = [header.index(name) for name in ("trained", "random start", "over")]
+    table = {}
+    for line in lines:
+        columns = [line[start:end] for start, end in zip(starts, starts[1:])]
+        table[line[:starts[0]].strip()] = [float(column.split()[0]) for column in columns]
+    return table
 
 
 @pytest.mark.parametrize("measure", [
     "kind of a tile, 20-NN", "slide AUC, DSMIL", "telling tiles by DSMIL's attention, AUC",
-    "tokens with attention 0.5 to 2", "loss of f_c, last epoch", "loss of f_b, last epoch"])
+    "tokens with attention 0.5 to 2"])
 def test_the_demo_in_readme_is_seed_0_in_results(measure):
-    shown = readme_table()[measure]
-    for value, given in zip(shown, results_row(measure)[:2], strict=True):
-        assert (value is None) == (given is None)
-        assert value is None or abs(value - given) < (0.00051 if "loss" not in measure else 0.0051)
+    rows = first_table(RESULTS, "## The demo")
+    row = next(row for row in rows if row["measure"] == measure)
+    for shown, column in zip(printed_table()[measure], ("seed 0", "random start"), strict=True):
+        assert abs(shown - float(row[column])) <= 0.0005 + 1e-9
 
 
-def readme_numbers(pattern):
-    """The numbers in what the pattern's group finds in README, however its lines are broken."""
-    text = re.search(pattern, " ".join(README.split()))[1]
-    return [float(number) for number in re.findall(r"[\d.]*\d", text)]
+@pytest.mark.parametrize("measure, heading", [
+    ("tokens with attention 0.5 to 2", "### Tokens with attention 0.5 to 2"),
+    ("20-NN accuracy", "### 20-NN accuracy")])
+def test_the_claim_in_readme_is_that_in_results(measure, heading):
+    shown = next(row for row in first_table(README, "## What was measured") if row[""] == measure)
+    means = {row["arm"]: row["mean"] for row in first_table(RESULTS, heading)}
+    for name, value in shown.items():
+        if name:
+            assert value == means[name.removesuffix(" (DINO)")]
 
 
-@pytest.mark.parametrize("pattern, measure, columns, unit", [
-    (r"kind of a synthetic tile in ([\d, and]+) %", "kind of a tile, 20-NN", (0, 2, 4), 0.01),
-    (r"random start in ([\d, and]+) %", "kind of a tile, 20-NN", (1, 3, 5), 0.01),
-    (r"positive slides with AUC ([\d., and]+) \(", "slide AUC, DSMIL", (0, 2, 4), 1),
-    (r"telling tiles with ([\d., and]+)\. On", "telling tiles by DSMIL's attention, AUC", (0, 2, 4), 1),
-    (r"goes sparse \((\d+) %", "tokens, attention 0.5 to 2", (1,), 0.01),
-    (r"hardly does \((\d+) %", "tokens, attention 0.5 to 2", (3,), 0.01)])
-def test_what_readme_says_is_in_results(pattern, measure, columns, unit):
-    """A number is given to two digits: it may differ by half of the last one."""
-    row = results_row(measure)
-    for value, column in zip(readme_numbers(pattern), columns, strict=True):
-        assert abs(value * unit - row[column]) <= 0.005 + 1e-9, (value, row)
+def test_the_counterexample_in_readme_is_in_results():
+    *_, shown = first_table(README, "## What was measured")
+    depth = RESULTS[RESULTS.index("**Depth, heads and colour**"):]
+    for arm, column in (("baseline", "baseline (DINO)"), ("DiRL", "DiRL")):
+        assert re.search(rf"^\| 12 \| weaker \| {arm} \| {re.escape(shown[column])} \|", depth, re.MULTILINE)
+
+
+def test_modules_files_and_links_in_the_docs_exist():
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = document.read_text()
+        modules = [name.replace(".", "/") + ".py" for name in re.findall(r"python -m ([\w.]*\w)", text)]
+        scripts = re.findall(r"(?<![\w/.])(?:\w+/)*\w+\.py\b", text)
+        links = re.findall(r"\]\(([^)#:]+)[^):]*\)", text)
+        missing = [name for name in modules + scripts if not (ROOT / name).is_file()]
+        missing += [link for link in links if not (document.parent / link).is_file()]
+        assert not missing, (document.name, missing)
