@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import InputError, check_mpp, printable
 from common.files import files_under, read_csv, read_json, write_json
-from wsi.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
+from wsi.datasets import BRIGHT3, DATASETS, PATCH_SETS, folder_of, safe_name
 from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -84,30 +84,32 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     check_mpp(mpp, "--mpp")
     check_mpp(slide_mpp, "--slide-mpp")
     known = data in DATASETS
-    source = Path(root) / FOLDERS.get(data, data) if known else Path(data)
+    source = folder_of(data, root)
     if not source.is_dir():
         raise InputError(
             f"{source}/ is not there; "
             f"python data.py check --data {data} says where to get it and what goes where"
             if known else f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}")
-    name = FOLDERS.get(data, data) if known else safe_name(source)
+    name = source.name if known else safe_name(source)
     kind, images, rows = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
         others = not_read(source) if kind == "slides" else []
         raise InputError(f"{source}: no {kind} in it ({' '.join(sorted(types))})"
                          f"{'; ' + others[0] if others else ''}")
-    mpp = mpp or (DATASETS[data][0] if known else None)
+    mpp = mpp or (DATASETS[data].mpp if known else None)
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
         found.labels, found.pretrain_only, found.absent = check_rows(rows, images, kind)
-        found.classes = CLASSES.get(data) or sorted({row["label"] for row in found.labels.values()})
+        found.classes = sorted({row["label"] for row in found.labels.values()})
+    if data in PATCH_SETS:
+        found.classes = list(DATASETS[data].classes)
     return found
 
 
 def read_layout(data, source):
     """(kind, {name: file}, label rows or []) of a folder; rows have where, name, label, patient, split."""
-    if data in CLASSES:
+    if data in PATCH_SETS:
         rows = read_mhist(source) if data == "mhist" else read_chaoyang(source)
         folder = source / "images" if data == "mhist" else source
         return "crops", image_files(rows, folder), rows
@@ -121,7 +123,7 @@ def read_layout(data, source):
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
     images = find_slides(files_in(source))
     rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
-    return "slides", images, bright_rows(rows, data) if FOLDERS.get(data) == "bright" else rows
+    return "slides", images, bright_rows(rows, data) if data in ("bright3", "bright6") else rows
 
 
 def find_table(source):
@@ -287,7 +289,7 @@ def read_mhist(source):
 
 def read_chaoyang(source):
     """Rows of Chaoyang as distributed: train.json and test.json, lists of {"name": file, "label": 0 to 3}."""
-    out, classes = [], CLASSES["chaoyang"]
+    out, classes = [], DATASETS["chaoyang"].classes
     for part in ("train", "test"):
         table = source / f"{part}.json"
         try:
@@ -308,9 +310,9 @@ def read_chaoyang(source):
 def check_patch_rows(rows, data):
     """InputError if a row of MHIST or Chaoyang has a label or split that the data set does not have."""
     for row in rows:
-        if row["label"] not in CLASSES[data]:
+        if row["label"] not in DATASETS[data].classes:
             raise InputError(f"{row['where']}: label {row['label']!r} of {row['name']} is none of "
-                             f"{', '.join(CLASSES[data])}")
+                             f"{', '.join(DATASETS[data].classes)}")
         if row["split"] not in ("train", "test"):
             raise InputError(f"{row['where']}: Partition {row['split']!r} of {row['name']} "
                              "is neither train nor test")

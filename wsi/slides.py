@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from common.errors import InputError
 from common.files import part_of, write_json
-from common.pool import LIMITS
+from common.flags import MAX_GIGAPIXELS
 from wsi.headers import UM, dicom_series, parts_of, tiff_properties
 from wsi.pixels import PIXELS, is_grey, on_white, read_image
 
@@ -394,7 +394,7 @@ def sample_hash(path, size, changed):
     return digest.hexdigest()[:16]
 
 
-def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIMITS.gigapixels):
+def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX_GIGAPIXELS):
     """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives the Slide.
 
     The JSON holds what they were cut from and how. mpp: um/px of the tiles; slide_mpp, said_mpp: as Slide
