@@ -225,8 +225,8 @@ def test_a_log_with_other_bytes_in_it_is_no_harm(place):
     assert train.main(RUN) == 0 and len(log.read_text().splitlines()) == 3
 
 
-def test_part_files_of_dead_processes_are_removed(tmp_path):
-    left = files.part_of(tmp_path / "a")
+def test_temporary_files_of_dead_processes_are_removed(tmp_path):
+    left = files.temp_path(tmp_path / "a")
     alive = left.with_name(left.name.replace(str(os.getpid()), "1"))
     dead = left.with_name(left.name.replace(str(os.getpid()), "4194305"))  # above the largest number
     elsewhere = dead.with_name(dead.name.replace("-", "x-"))  # of another machine
