@@ -58,7 +58,7 @@ def test_a_dicom_series_is_one_slide_named_by_its_folder(tmp_path):
     assert {name: path.name for name, path in found.images.items()} == {
         "a": "a.png", "series": "0.dcm", "other": "0.dcm"}
     write(tmp_path / "slides" / "p3" / "series" / "0.dcm", "x")
-    with pytest.raises(InputError, match="has the name of"):
+    with pytest.raises(InputError, match="has the same name as"):
         find_folder(str(tmp_path))
 
 
