@@ -1,64 +1,57 @@
 """Crops with their cells, and views with their priors (3.2, 3.5, A.1).
 
     python data.py manifest --data lung    the list of slides for gdc-client, labels.csv and the split
-    python data.py check --data NAME       what is there, what is missing and where to get it
-    python data.py look SLIDE              a picture: slide, tissue, tiles, cells; of a folder: all its slides
+    python data.py check --data NAME       what exists, what is missing and where to get it
+    python data.py look SLIDE              draws a slide: tissue, tiles, cells; or all slides of a folder
+    python data.py prepare --data NAME     cuts tiles and finds cells, as train.py does before it trains
 
-Views are DINO's (Caron et al. 2021), made on the device for a whole batch, and the cells go through the same
-geometry. Two things differ, for speed: crops are resampled bilinearly and without antialiasing (DINO:
-bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`) in which hue turns about the grey
-axis and only the end result is clipped.
+Views are DINO's (Caron et al. 2021), computed on the device for a whole batch, and the cells go through the
+same geometry. Two things differ, for speed: crops are resampled bilinearly and without antialiasing (DINO:
+bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`), in which hue turns about the
+grey axis and only the result is clipped.
 """
 import math
-import os
-import re
 import sys
 from array import array
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.encoders import MEAN, STD, normalize
-from common.errors import InputError, print_skipped
 from prior import view_prior
-from wsi.cache import load_crops, read_crop, read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
+from wsi.cache import read_crop
 from wsi.cli import main
-from wsi.datasets import DATASETS
+from wsi.crops import crops_of
 from wsi.slides import CROP
-from wsi.splits import find_data
 
 # ---------------------------------------------------------------- crops with their cells
 
 class Crops(torch.utils.data.Dataset):
     """The crops of some slides, or ready-cut ones: item i is (uint8 (3, 224, 224), cells (K, 2) in px of it).
 
-    files[i], owner[i] (the slide), corners[i] (level-0 px) and cells(i) say what it is. What could not be
-    prepared is left out; with_cells=False needs no cells. shuffle_seed: for shuffle_places, as a control.
+    files[i], owner[i] (its slide), corners[i] (level-0 px) and cells(i) describe it. Images that could not be
+    prepared are skipped. with_cells=False needs no cells. shuffle_seed: for shuffle_places, as a control.
     """
 
     def __init__(self, data, names, with_cells=True, shuffle_seed=None):
-        self.files, self.owner, corners, counts, cells = [], [], array("q"), [], array("f")
-        ready_cut = dict.fromkeys(names, np.zeros((0, 2)))
-        if data.kind == "crops" and with_cells:
-            ready_cut = read_crop_cells(data)
-        for name in names:
-            if data.kind == "slides":
-                found = slide_crops(data, name, with_cells)
-            else:
-                found = [(data.images[name], (0, 0), ready_cut[name])] if name in ready_cut else []
-            for path, corner, xy in found:
-                if shuffle_seed is not None:
-                    xy = shuffle_places(xy, np.random.default_rng([shuffle_seed, len(self.files)]))
-                self.files.append(path)
-                self.owner.append(name)
-                corners.extend(corner)
-                counts.append(len(xy))
-                cells.frombytes(xy.astype(np.float32).tobytes())
+        self.files = []
+        self.owner = []
+        corners = array("q")
+        counts = [0]
+        cells = array("f")
+        for name, file, corner, xy in crops_of(data, names, with_cells):
+            if shuffle_seed is not None:
+                xy = shuffle_places(xy, np.random.default_rng([shuffle_seed, len(self.files)]))
+            self.files.append(file)
+            self.owner.append(name)
+            corners.extend(corner)
+            counts.append(len(xy))
+            cells.frombytes(xy.astype(np.float32).tobytes())
+        # Flat arrays, which worker processes share uncopied; crop i has xy[start[i]: start[i + 1]].
         self.corners = np.frombuffer(corners, np.int64).reshape(-1, 2)
-        self.start = np.cumsum([0] + counts)  # flat arrays: workers share them uncopied
+        self.start = np.cumsum(counts)
         self.xy = np.frombuffer(cells, np.float32).reshape(-1, 2)
 
     def __len__(self):
@@ -68,64 +61,47 @@ class Crops(torch.utils.data.Dataset):
         return self.xy[self.start[i]: self.start[i + 1]]
 
     def priors(self):
-        """P_c of every crop as a whole, (N, n)."""
-        p, grid = 16, CROP // 16
+        """Returns P_c of every whole crop, (N, n)."""
+        p = 16
+        grid = CROP // p
         inside = ((self.xy >= 0) & (self.xy < CROP)).all(1)
-        x, y = (self.xy[inside] // p).astype(np.int64).T
-        out = torch.zeros(len(self), grid * grid)
+        column, row = (self.xy[inside] // p).astype(np.int64).T
         crop = np.repeat(np.arange(len(self)), np.diff(self.start))[inside]  # of each cell
-        out[crop, y * grid + x] = 1
+        out = torch.zeros(len(self), grid * grid)
+        out[crop, row * grid + column] = 1
         return out
 
     def __getitem__(self, i):
-        image = torch.from_numpy(np.asarray(read_crop(self.files[i])[0]).copy())
-        return image.permute(2, 0, 1), torch.from_numpy(self.cells(i))
-
-
-def slide_crops(data, name, with_cells):
-    """[(file, (x, y) in level-0 px, cells (K, 2) in px of the crop), ...] of a slide; [] if skipped."""
-    info, xy = tile_info(data, name), ready_cells(data, name) if with_cells else np.zeros((0, 2))
-    if info is None or xy is None:
-        return []
-    side, scale, folder = tile_side(info), info["slide_mpp"] / info["mpp"], str(tiles_folder(data) / name)
-    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    files = [file for file in files if re.fullmatch(r"\d+_\d+\.jpg", file)]  # not what somebody put there
-    corners = np.array([file[:-4].split("_") for file in files]).astype(np.int64).reshape(-1, 2)
-    cells = [None] * len(files)
-    for y in np.unique(corners[:, 1]):
-        row = np.flatnonzero(corners[:, 1] == y)
-        band = xy[slice(*np.searchsorted(xy[:, 1], (y, y + side)))]
-        band = band[band[:, 0].argsort()]
-        for k, ends in zip(row, np.searchsorted(band[:, 0], corners[row, :1] + (0, side))):
-            cells[k] = ((band[slice(*ends)] - corners[k]) * scale).astype(np.float32)
-    return [(f"{folder}/{file}", *rest) for file, *rest in zip(files, corners.tolist(), cells)]
+        image, _ = read_crop(self.files[i])
+        pixels = torch.from_numpy(np.array(image))
+        return pixels.permute(2, 0, 1), torch.from_numpy(self.cells(i))
 
 
 def shuffle_places(xy, rng, patch_size=16):
-    """Cells (K, 2) of a crop with its patches permuted: each cell patch keeps its cells but moves."""
+    """Permutes the patches of a crop: the cells (K, 2) of a patch move to another place together."""
     grid = CROP // patch_size
     column, row = (np.clip(xy, 0, CROP - 1) // patch_size).astype(int).T
-    to = rng.permutation(grid * grid)[row * grid + column]
-    return np.stack([to % grid, to // grid], 1) * patch_size + xy % patch_size
+    place = rng.permutation(grid * grid)[row * grid + column]
+    return np.stack([place % grid, place // grid], 1) * patch_size + xy % patch_size
 
 
 def collate(items):
-    """Crops (B, 3, H, W) uint8 and their cells (B, K, 2), padded with NaN."""
+    """Returns crops uint8 (B, 3, H, W) and their cells (B, K, 2), padded with NaN."""
     cells = torch.nn.utils.rnn.pad_sequence([xy for _, xy in items], True, float("nan"))
     return torch.stack([image for image, _ in items]), cells
 
 
 # ---------------------------------------------------------------- views with their priors
 
-BLUR_SIGMA = (0.1, 2.0)  # px
-GREY = (0.299, 0.587, 0.114)  # luma, as Pillow's "L"
 JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1  # strengths
+BLUR_SIGMA = (0.1, 2.0)  # px
+LUMA = (0.299, 0.587, 0.114)  # weights of RGB in grey, as in Pillow's "L"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Probabilities of blur and of solarising in one kind of view."""
+    """Probabilities of blur and of solarising in a kind of view."""
 
     blur: float
     solarize: float
@@ -140,8 +116,8 @@ LOCAL = Kind(blur=0.5, solarize=0.0)
 class Augmentation:
     """How views are drawn; the defaults are DINO's.
 
-    Scales are shares of the crop's area, sizes px. jitter, greyscale, solarize and blur multiply DINO's
-    probabilities (jitter its strengths, too). mean and std (RGB, of 0 to 1) are the encoder's.
+    Scales are shares of the crop's area, sizes are px. jitter, greyscale, solarize and blur multiply DINO's
+    probabilities, and jitter its strengths, too. mean and std (RGB in 0 to 1) are the encoder's.
     """
 
     local_crops: int = 8
@@ -158,7 +134,7 @@ class Augmentation:
 
 
 class Draws:
-    """Random numbers for a shard of a batch, as a process or an accumulated step has it.
+    """Random numbers for one shard of a batch, which is divided over processes and accumulated steps.
 
     Draws the whole batch's numbers and keeps the shard's, so that a crop's views do not depend on how the
     batch is divided. All come from the generator, on its device; shard is (index, count).
@@ -170,7 +146,7 @@ class Draws:
         self.index, self.count = shard
 
     def uniform(self, shape, low, high):
-        """Numbers of shape (B, ..), B the crops of the shard."""
+        """Returns uniform numbers of that shape (B, ..), where B is the number of crops in the shard."""
         B = shape[0]
         whole = torch.empty((self.count * B, *shape[1:]), device=self.device)
         whole.uniform_(low, high, generator=self.generator)
@@ -178,10 +154,10 @@ class Draws:
 
 
 def random_boxes(count, size, scale, draws, ratio=(3 / 4, 4 / 3), tries=10):
-    """Random resized crops of a size x size image: (count, 4) as left, top, width, height in whole px.
+    """Draws random resized crops of a size x size image: (count, 4), left, top, width, height in whole px.
 
-    The area is uniform in scale, the log of the aspect ratio uniform; the first of ten tries that fits is
-    taken, else the whole image.
+    The share of the area is uniform in scale, the log of the aspect ratio is uniform; the first of ten tries
+    that fits is taken, else the whole image.
     """
     area = draws.uniform((count, tries), *scale) * size * size
     aspect = draws.uniform((count, tries), math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -202,19 +178,21 @@ def random_boxes(count, size, scale, draws, ratio=(3 / 4, 4 / 3), tries=10):
 
 
 def resample(images, boxes, flip, size):
-    """Boxes of images (B, 3, H, W), resampled to (B, 3, size, size), mirrored where flip (B,); bilinear."""
+    """Resamples boxes of images (B, 3, H, W) to (B, 3, size, size), bilinearly; mirrored where flip (B,)."""
     B, _, H, W = images.shape
     left, top, w, h = boxes.unbind(1)
     sign = 1 - 2 * flip.float()
     theta = torch.zeros(B, 2, 3, device=images.device)  # from view to image coordinates, both -1 to 1
-    theta[:, 0, 0], theta[:, 0, 2] = sign * w / W, (2 * left + w) / W - 1
-    theta[:, 1, 1], theta[:, 1, 2] = h / H, (2 * top + h) / H - 1
+    theta[:, 0, 0] = sign * w / W
+    theta[:, 0, 2] = (2 * left + w) / W - 1
+    theta[:, 1, 1] = h / H
+    theta[:, 1, 2] = (2 * top + h) / H - 1
     grid = F.affine_grid(theta, (B, 3, size, size), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def affine(matrix, offset=None):
-    """rgb -> matrix rgb + offset as (B, 4, 4): matrix (B, 3, 3), offset (B, 3)."""
+    """Returns rgb -> matrix rgb + offset as (B, 4, 4), from matrix (B, 3, 3) and offset (B, 3)."""
     out = torch.eye(4, device=matrix.device).repeat(len(matrix), 1, 1)
     out[:, :3, :3] = matrix
     if offset is not None:
@@ -223,28 +201,35 @@ def affine(matrix, offset=None):
 
 
 def hue_matrix(turn):
-    """Colours turned about the grey axis by that share of a circle (B,), in YIQ: (B, 3, 3)."""
-    yiq = torch.tensor([GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=turn.device)
-    cos, sin = torch.cos(2 * math.pi * turn), torch.sin(2 * math.pi * turn)
+    """Returns (B, 3, 3) that turn colours about the grey axis, in YIQ, by a share of a circle (B,)."""
+    yiq = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=turn.device)
+    cos = torch.cos(2 * math.pi * turn)
+    sin = torch.sin(2 * math.pi * turn)
     rotation = torch.eye(3, device=turn.device).repeat(len(turn), 1, 1)
-    rotation[:, 1, 1], rotation[:, 1, 2], rotation[:, 2, 1], rotation[:, 2, 2] = cos, sin, -sin, cos
+    rotation[:, 1, 1] = cos
+    rotation[:, 1, 2] = sin
+    rotation[:, 2, 1] = -sin
+    rotation[:, 2, 2] = cos
     return torch.linalg.inv(yiq) @ rotation @ yiq
 
 
 def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
-    """Colour jitter and grey as one affine map of RGB: (B, 3, 4), rgb -> A rgb + b.
+    """Returns colour jitter and grey as one affine map of RGB: (B, 3, 4), rgb -> A rgb + b.
 
     mean (B, 3): each image's mean colour. brightness, contrast, saturation (B,): factors as Pillow's
     ImageEnhance takes them, 1 changes nothing; hue (B,): turn about the grey axis as a share of a circle;
-    grey (B,) bool, done last. order (B, 4): the order of the four, each row a permutation of 0 to 3.
+    grey (B,) bool, applied last. order (B, 4): the order of the four, each row a permutation of 0 to 3.
     """
-    B, device = len(mean), mean.device
-    eye, luma = torch.eye(3, device=device), torch.tensor(GREY, device=device)
+    B = len(mean)
+    device = mean.device
+    eye = torch.eye(3, device=device)
+    luma = torch.tensor(LUMA, device=device)
     to_grey = luma.expand(3, 3)
     mean = torch.cat([mean, torch.ones(B, 1, device=device)], 1).unsqueeze(-1)  # (B, 4, 1)
-    brightness, contrast, saturation = (v[:, None, None] for v in (brightness, contrast, saturation))
-    brighten, turn_hue = affine(brightness * eye), affine(hue_matrix(hue))
-    saturate = affine(to_grey + saturation * (eye - to_grey))
+    contrast = contrast[:, None, None]
+    brighten = affine(brightness[:, None, None] * eye)
+    saturate = affine(to_grey + saturation[:, None, None] * (eye - to_grey))
+    turn_hue = affine(hue_matrix(hue))
     total = affine(eye.expand(B, 3, 3))
     for step in range(4):
         mean_grey = (total @ mean)[:, :3, 0] @ luma  # of the image so far: contrast pivots on it
@@ -257,15 +242,15 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
 
 
 def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
-    """Brightness and contrast 0.4, saturation 0.2, hue 0.1 with probability 0.8; then grey with 0.2.
+    """Jitters the colours of images (B, 3, H, W) with probability JITTER, then turns GREYSCALE of them grey.
 
-    jitter multiplies the strengths and their probability, greyscale that of grey.
+    jitter multiplies the strengths and their probability, greyscale multiplies that of grey.
     """
     B = len(images)
-    on = (draws.uniform((B,), 0, 1) < JITTER * jitter).float()
+    jittered = (draws.uniform((B,), 0, 1) < JITTER * jitter).float()
 
     def change(strength):
-        return on * draws.uniform((B,), -strength * jitter, strength * jitter)
+        return jittered * draws.uniform((B,), -strength * jitter, strength * jitter)
     brightness = 1 + change(BRIGHTNESS)
     contrast = 1 + change(CONTRAST)
     saturation = 1 + change(SATURATION)
@@ -278,7 +263,7 @@ def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
 
 
 def blur(images, sigma):
-    """Gaussian blur, sigma (B,) px, edges replicated. (B, 3, H, W)."""
+    """Gaussian blur of images (B, 3, H, W), sigma (B,) px, edges replicated."""
     B, C, H, W = images.shape
     radius = math.ceil(3 * BLUR_SIGMA[1])
     offset = torch.arange(-radius, radius + 1, device=images.device)
@@ -290,12 +275,12 @@ def blur(images, sigma):
 
 
 def solarize(images):
-    """Inverts values of a half and above: x to 1 - x."""
+    """Inverts values of a half and above: x -> 1 - x."""
     return torch.where(images >= 0.5, 1 - images, images)
 
 
 def make_view(images, cells, kind, size, scale, draws, augmentation, counts=False):
-    """One view of every image (B, 3, S, S) of 0 to 1: (B, 3, size, size), normalised, and its P_c (B, n)."""
+    """Images (B, 3, S, S) in 0 to 1 -> a normalised view of each (B, 3, size, size), and its P_c (B, n)."""
     B = len(images)
     boxes = random_boxes(B, images.shape[-1], scale, draws)
     flip = draws.uniform((B,), 0, 1) < FLIP
@@ -311,31 +296,30 @@ def make_view(images, cells, kind, size, scale, draws, augmentation, counts=Fals
 
 
 def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1), counts=False):
-    """Global views, then local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
+    """Draws the global views, then the local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
     Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on
-    the device of the generator, which all random numbers come from. shard: (index, count) of these crops in
-    their batch. counts: cells per patch in the place of P_c (view_prior).
+    the device of the generator, which draws all random numbers. shard: (index, count) of these crops in their
+    batch. counts: returns cells per patch instead of P_c (view_prior).
     """
     draws = Draws(generator, shard)
     images = crops.to(draws.device).float() / 255
     cells = cells.to(draws.device)
-    how = augmentation
-    groups = [([GLOBAL_1, GLOBAL_2], how.global_size, how.global_scale),
-              ([LOCAL] * how.local_crops, how.local_size, how.local_scale)]
+    groups = [([GLOBAL_1, GLOBAL_2], augmentation.global_size, augmentation.global_scale),
+              ([LOCAL] * augmentation.local_crops, augmentation.local_size, augmentation.local_scale)]
     views, priors = [], []
     for kinds, size, scale in groups:
-        made = [make_view(images, cells, kind, size, scale, draws, how, counts) for kind in kinds]
-        if made:
-            views.append(torch.stack([x for x, _ in made]))
-            priors.append(torch.stack([p for _, p in made]))
+        group = [make_view(images, cells, kind, size, scale, draws, augmentation, counts) for kind in kinds]
+        if group:
+            views.append(torch.stack([view for view, _ in group]))
+            priors.append(torch.stack([prior for _, prior in group]))
     return views, priors
 
 
 def apply_where(chosen, function, images, *values):
-    """function(images, *values) where chosen (B,), the image unchanged elsewhere; values (B,).
+    """Applies function(images, *values) where chosen (B,) and keeps the other images; values (B,).
 
-    On CUDA all are computed and selected from: boolean indexing would force a sync.
+    On CUDA, applies to all and selects: boolean indexing would force a sync.
     """
     if images.is_cuda:
         return torch.where(chosen[:, None, None, None], function(images, *values), images)
@@ -343,32 +327,6 @@ def apply_where(chosen, function, images, *values):
     if len(rows):
         images[rows] = function(images[rows], *(value[rows] for value in values))
     return images
-
-
-# ---------------------------------------------------------------- the probe
-
-def read_probe(folder, count, seed):
-    """The training and the test split of --probe, each (images, labels) of at most count, and the classes."""
-    if folder not in DATASETS and not Path(folder).is_dir():
-        raise InputError(f"--probe {folder}: is missing; a folder of images with labels.csv is expected")
-    found = find_data(folder)
-    if not found.labels or found.kind != "crops":
-        raise InputError(f"--probe {folder}: a folder of images with labels.csv (image,label,split) "
-                         "is expected")
-    generator = torch.Generator().manual_seed(seed)
-    out = []
-    for splits in (("train", "val"), ("test",)):
-        names = [name for name, row in found.labels.items() if row["split"] in splits]
-        order = torch.randperm(len(names), generator=generator)[:count].tolist()
-        names = [names[i] for i in order]
-        images, good, failed = load_crops([found.images[name] for name in names], 4)
-        print_skipped(failed)
-        if len(good) < 20:
-            raise InputError(f"--probe {folder}: {len(good)} {splits[0]} images can be read; "
-                             "at least 20 are needed")
-        labels = [found.classes.index(found.labels[names[i]]["label"]) for i in good]
-        out.append((images, np.array(labels)))
-    return *out, len(found.classes)
 
 
 if __name__ == "__main__":  # manifest, check, prepare, look: wsi/cli.py

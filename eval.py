@@ -27,19 +27,20 @@ import dirl
 import mil
 from common import classify, encoders
 from common.encoders import attention_of, represent
-from common.errors import InputError, Parser, check_mpp, check_ranges, exit_code_of, print_skipped, run_script
+from common.errors import InputError, Parser, check_ranges, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson, read_features
 from common.figures import plot_distribution, plot_overlays, spread
 from common.files import atomic_write, file_stamp, merge_csv, read_json, read_npz, write_csv
+from common.flags import add_max_gigapixels
 from common.metrics import measures_of
 from common.patches import PATCH_KEYS, fold_results, report_folds
-from common.pool import add_limits, add_shard, limits_of
+from common.pool import add_shard
 from common.report import last_losses, row_of, write_results
 from data import Crops, collate
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
-from wsi.datasets import DATASETS, PRIORS, run_name
+from wsi.datasets import DATASETS, add_data_flags, run_name
 from wsi.slides import CROP
 from wsi.splits import check_unseen, find_data
 
@@ -53,7 +54,6 @@ FEW_DECAY = 5e-3  # DSMIL's weight decay for these, the demo's
 def add_common(add, batch, seed):
     """Flags of both commands."""
     add("--checkpoint", help="encoder.pt or its run (default: the newest run)")
-    add("--split-seed", type=int, default=0, help="seed of the split, when it is first made, as in train.py")
     add("--batch", type=int, default=batch, help="images at a time; lower it if memory runs out")
     add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
         help="auto is faster if bf16 is native")
@@ -69,11 +69,7 @@ def slides_arguments(argv):
         description="Features, DSMIL and attention of a pre-trained encoder.",
         epilog="Patch-level classification: python eval.py patches --help")
     add = parser.add_argument
-    add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder, as in train.py")
-    add("--mpp", type=float, help="um/px of the crops; default: what the encoder was trained at")
-    add("--slide-mpp", type=float, help="um/px of slides that record none, as in train.py")
-    add("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
-    add("--prior", default="auto", choices=PRIORS, help="whose cells the overlay shows, as in train.py")
+    add_data_flags(add)
     add("--compare", default="none", choices=["none", "random"],
         help="random: the same measures of the same network as it started, in columns beside the trained "
              "one; says what the training is worth, and takes as long again")
@@ -92,15 +88,13 @@ def slides_arguments(argv):
     add("--attention-crops", type=int, default=1000,
         help="test crops whose attention is counted; more is steadier and slower")
     add("--overlays", type=int, default=4, help="crops in the attention picture")
-    add_limits(add)
+    add_max_gigapixels(add)
     add_shard(add)
     add_common(add, 64, "of DSMIL's first training")
     if parser.parse_known_args(argv)[0].data == "demo":
         parser.set_defaults(compare="random", mil_weight_decay=FEW_DECAY, standardize=True, repeats=3)
     args = parser.parse_args(argv)
-    check_mpp(args.mpp, "--mpp")
-    check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, attention_crops=(1, 1e9), overlays=(1, 100), repeats=(1, 1e4), tissue=(0, 1),
+    check_ranges(args, attention_crops=(1, 1e9), overlays=(1, 100), repeats=(1, 1e4),
                  mil_weight_decay=(0, 10))
     return check_common(args)
 
@@ -125,6 +119,7 @@ def patches_arguments(argv):
     add("--weight-decay", type=float, help="of AdamW (the paper names no optimizer); higher if it overfits")
     add("--milestones", type=int, nargs="*",
         help="epochs after which lr is divided by 10; change with --epochs; 20 30 40 for chaoyang")
+    add_data_flags(add, "--split-seed")
     add_common(add, 128, "of folds, training, random encoder and bootstrap")
     parser.set_defaults(**classify.SETTINGS["mhist"])
     parser.set_defaults(**classify.SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
@@ -134,8 +129,7 @@ def patches_arguments(argv):
 
 
 def check_common(args):
-    check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(0, 1024), seed=(0, 2 ** 31),
-                 split_seed=(0, 2 ** 31))
+    check_ranges(args, epochs=(1, 1e6), batch=(1, 1e6), workers=(0, 1024), seed=(0, 2 ** 31))
     encoders.check_device(args.device)
     args.bf16 = encoders.use_bf16(args.precision, args.device)
     return args
@@ -187,7 +181,7 @@ def extract(encoder, found, folder, encoder_stamp, args):
 def extract_shard(encoder, found, path, args):
     """Tiles and the trained network's features of the slides of --shard; gives the exit code."""
     keep_shard(found, args.shard)
-    failed = prepare_tiles(found, args.tissue, args.workers, limits_of(args)) if found.images else []
+    failed = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if found.images else []
     print_skipped(failed)
     names = extract(encoder, found, path.parent / "features", file_stamp(path), args)
     print(f"Wrote {path.parent}/features/ of the {len(names)} slides of --shard {args.shard}. "
@@ -332,7 +326,7 @@ def evaluate_slides(args):
     if slides and found.labels:
         check_classes(found, found.images)  # now, rather than hours later
     check_unseen(found, found.split("test"), about["trained_on"], path)
-    failed = prepare_tiles(found, args.tissue, args.workers, limits_of(args)) if slides else []
+    failed = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if slides else []
     print_skipped(failed)
     if slides and found.labels:  # again, without those that cannot be used: before hours of features
         check_classes(found, {name for name in found.images if tile_info(found, name)})

@@ -584,7 +584,7 @@ def test_defaults_are_the_papers_and_dinos(monkeypatch):
     assert (args.clip, args.drop_path, args.center_momentum, args.freeze_last_layer) == (3.0, 0.1, 0.9, 1)
     epochs = {d: train.arguments(["--data", d]).epochs for d in ("brca", "paad", "bright3", "bright6")}
     assert epochs == {"brca": 30, "paad": 100, "bright3": 50, "bright6": 50}
-    assert [DATASETS[d][0] for d in ("lung", "brca", "paad", "bright3")] == [2.0, 2.0, 2.0, 1.0]
+    assert [DATASETS[d].mpp for d in ("lung", "brca", "paad", "bright3")] == [2.0, 2.0, 2.0, 1.0]
 
 
 def test_gradients_are_clipped_parameter_by_parameter():

@@ -27,13 +27,13 @@ from common.figures import spread
 from common.files import stamp
 from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole
 from common.log import Log
-from common.pool import limits_of
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
-from data import Augmentation, Crops, collate, make_views, read_probe
+from data import Augmentation, Crops, collate, make_views
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, add_data_flags, run_name
+from wsi.probe import read_probe
 from wsi.splits import find_data, training_record
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
@@ -144,7 +144,8 @@ def parse(parser, argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     if args.epochs is None:
-        args.epochs = DATASETS.get(args.data, (None, None))[1] or 100
+        known = DATASETS.get(args.data)
+        args.epochs = known.epochs if known and known.epochs else 100
     if args.warmup_epochs is None:
         args.warmup_epochs = min(1 if args.data == "demo" else 10, args.epochs // 3)
     if args.warmup_epochs >= args.epochs:
@@ -345,7 +346,7 @@ def training_crops(args):
             make_demo(Path("datasets/demo"), workers=args.workers)
         found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
         warn_of_cell_files(found)
-        skipped = prepare(found, args.tissue, args.workers, limits_of(args))
+        skipped = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(skipped)
     names = found.split("train", "val") + found.unlabelled()
     crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from common.pool import add_limits
+MAX_GIGAPIXELS = 40  # of a slide; broken files claim more
 
 
 def between(low, high, kind=float):
@@ -36,6 +36,12 @@ def side(text):
     return value
 
 
+def add_max_gigapixels(add):
+    """Adds the flag of a script that reads slides."""
+    add("--max-gigapixels", type=between(1e-6, 1e6), default=MAX_GIGAPIXELS,
+        help="a slide that claims more px is skipped, as broken files do")
+
+
 def running_flags():
     """A parser of the flags that say how a run is carried out: they may change when it is resumed."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -58,7 +64,7 @@ def running_flags():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--workers", type=whole(0, 1024), default=min(8, os.cpu_count() or 1),
         help="processes that cut tiles and read crops")
-    add_limits(add)
+    add_max_gigapixels(add)
     return parser
 
 

@@ -15,11 +15,12 @@ from common.errors import InputError
 from common.files import atomic_write, read_csv, write_csv
 from common.pool import in_processes
 from prior import STAINS
+from wsi.datasets import DATASETS
 
 MPP = 1.0  # um/px of the slides, 10x
 WIDTH, HEIGHT = 2688, 1792  # px: 6 x 4 tiles
 TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
-CLASSES = ("negative", "positive")
+CLASSES = DATASETS["demo"].classes
 PATIENTS = {"train": 10, "val": 3, "test": 5}  # of each class; every other patient has a second slide
 KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosis", "small glands",
          "large glands", "nests")

@@ -225,7 +225,7 @@ def test_check_names_a_file_of_cells_that_cannot_be_read_once(place, capsys):
     write(place / "in" / "cells" / "good.json", '{"nuc": {"1": {"type": 1}}}')
     assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
     out = capsys.readouterr().out
-    assert out.count("good.json") == 1 and "1 to look at" in out
+    assert out.count("good.json") == 1 and "warnings: 1" in out
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")

@@ -110,7 +110,7 @@ def test_crops_of_another_side_are_skipped_by_name(place, capsys):
     assert data.main(["check", "--data", "c", "--mpp", "0.5", "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert "px a side: 500 (2), 448 (1)" in out and "500 px crops at 0.5 um/px become 224 px at 1.116" in out
-    assert "look at: c/crops/other.png: is 448 px a side" in out and "1 to look at" in out
+    assert "warning: c/crops/other.png: is 448 px a side" in out and "warnings: 1" in out
 
 
 def test_oblong_crops_are_skipped_by_name_and_never_distorted(place):

@@ -244,9 +244,9 @@ def test_cells_far_out_and_cells_twice_are_no_harm(place):
     crops = Crops(found, ["good"])
     assert crops.cells(0).tolist() == [[20, 30], [20, 30]] and crops.priors().sum() == 1
     line = describe_cells(2, 1, crops.priors().mean().item(), 1.0)
-    assert "Warning: tissue has" in line and "0.5%" in line and "40 per mm2" in line  # one of 196 patches
+    assert "\nwarning: tissue has" in line and "0.5%" in line and "40 per mm2" in line  # one of 196 patches
     assert "finer --mpp" in describe_cells(500, 1, 0.9, 1.0)
-    assert "Warning" not in describe_cells(500, 1, 0.6, 1.0)
+    assert "warning" not in describe_cells(500, 1, 0.6, 1.0)
 
 
 def test_prior_of_a_segmenter_reads_its_files_and_no_others(place):
@@ -347,7 +347,7 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
     out = capsys.readouterr().out
     for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut: 0 of 3", "A 1 of 1 patients",
                  "hovernet 1", "cannot be read: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
-                 "no usable train image of B", "no usable test image of A", "5 to look at"):
+                 "no usable train image of B", "no usable test image of A", "warnings: 5"):
         assert says in out, says
 
 
@@ -355,7 +355,7 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
 def test_check_of_every_data_set_says_where_to_get_it(place, capsys, name):
     assert data.main(["check", "--data", name]) == 1
     out = capsys.readouterr().out
-    assert "expected: datasets/" in out and "missing: datasets/" in out
+    assert "expected: datasets/" in out and "is missing; see the two lines above" in out
     assert "data.py check" not in out  # the reader has just run it
     assert name != "lung" or "manifest --data lung" in out and "datasets/lung/slides/" in out
 

@@ -55,7 +55,8 @@ def test_a_mistyped_flag_is_one_line_that_names_it_and_the_help(tmp_path, monkey
 @pytest.mark.parametrize("script, argv", [
     ("train", ["--arch", "resnet"]), ("train", ["--epochs", "many"]), ("train", ["--data"]),
     ("eval", ["--repeats", "x"]), ("eval", ["patches", "--encoder", "none"]), ("data", []),
-    ("data", ["check"]), ("data", ["manifest", "--data", "demo"]), ("wsi.segment", []),
+    ("data", ["check"]), ("data", ["manifest", "--data", "demo"]),
+    ("data", ["manifest", "--data", "lung", "--limit", "1"]), ("wsi.segment", []),
     ("experiments.claim", ["run"]), ("experiments.table", ["--format", "word"])])
 def test_a_wrong_value_is_one_line_and_the_help_that_it_names_exists(capsys, script, argv):
     main = importlib.import_module(script).main

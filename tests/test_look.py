@@ -10,14 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 from synthetic import discs, refused, saved, tissue, write, write_table
-from wsi.plausible import nucleus_size, suggested_scale
-from wsi.prepare import tile_info
 
 import data
 import train
 from common.errors import InputError
 from wsi import look, sheet
+from wsi.cache import tile_info
+from wsi.sanity import nucleus_size, suggested_scale
 from wsi.slides import Slide
+from wsi.splits import find_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SUGGESTED = re.compile(r"nuclei are ([\d.]+) px wide; at 7 um that is ([\d.]+) um/px")
@@ -127,7 +128,7 @@ def test_check_names_every_fault_once(place, capsys):
     for _, name, words, _ in FAULTS:
         named = [line for line in out.splitlines() if name in line]
         assert len(named) == 1 and words in named[0], (name, out)
-    assert f"{len(FAULTS)} to look at" in out, out
+    assert f"warnings: {len(FAULTS)}" in out, out
     assert "cannot be read: 2" in out and "slides without um/px: 1" in out
 
 
@@ -196,7 +197,7 @@ def test_a_contact_sheet_counts_the_tiles_that_would_be_cut(place, capsys):
         saved(place / "in" / "slides" / f"{name}.png", array=array)
     flags = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--workers", "1"]
     assert data.main(["prepare", *flags]) == 0
-    found = data.find_data("in", mpp=1.0, slide_mpp=1.0)
+    found = find_data("in", mpp=1.0, slide_mpp=1.0)
     for name in ("good", "half", "full"):
         seen = sheet.overview(found.images[name], 1.0, None, 1.0, 0.5, 40)
         assert seen.tiles == tile_info(found, name)["tiles"] == {"good": 1, "half": 6, "full": 9}[name]

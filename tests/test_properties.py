@@ -149,7 +149,7 @@ NUMBERS = [
     "--epochs", "--batch", "--local-crops", "--global-size", "--out-dim", "--lambda-1", "--lr", "--min-lr",
     "--weight-decay", "--clip", "--drop-path", "--momentum", "--student-temp", "--teacher-temp", "--seed",
     "--center-momentum", "--save-minutes", "--max-steps", "--fraction", "--tissue", "--mpp", "--slide-mpp",
-    "--max-seconds", "--max-gigapixels", "--warmup-epochs", "--probe-images", "--workers"]
+    "--max-gigapixels", "--warmup-epochs", "--probe-images", "--workers"]
 
 
 @given(flag=st.sampled_from(NUMBERS), value=st.integers() | FLOATS | st.text(max_size=4))

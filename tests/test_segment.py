@@ -207,7 +207,7 @@ def test_a_region_that_fails_costs_its_slide_alone(slide, cellpose, capsys, monk
 
 @pytest.mark.parametrize("argv, says", [
     (["s.png", "--segmenter", "hovernet"], "invalid choice"), (["s.png", "--mpp", "0"], "um/px"),
-    (["s.png", "--slide-mpp", "nan"], "um/px"), (["s.png", "--workers", "0"], "--workers 0"),
+    (["s.png", "--slide-mpp", "nan"], "--slide-mpp: nan"), (["s.png", "--workers", "0"], "--workers: 0"),
     (["s.png", "a/s.png"], "rename"), (["empty"], "no slide")])
 def test_bad_flags_end_with_2(slide, capsys, argv, says):
     Path("empty").mkdir()

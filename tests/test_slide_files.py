@@ -140,7 +140,7 @@ def test_check_names_every_file_that_looks_like_a_slide_and_is_not_read(place, c
     for name in ("Data0000.dat", "Slidedat.ini", "annotations.txt", "logs.parcel", "m.xml"):
         write(folder / "good" / name, "x")
     assert data.main(CHECK) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("look at:")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
     for name in (*UNREAD, "k.sys", "l"):
         assert sum(f"/{name}: " in line for line in lines) == 1, name
     assert len(lines) == len(UNREAD) + 2

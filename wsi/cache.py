@@ -1,7 +1,7 @@
-"""Tiles and cells of a data set, made once under datasets/<name>/ (layout: docs/data.md).
+"""Tiles and cells of a data set, computed once and kept under datasets/<name>/ (layout: docs/data.md).
 
-crops/2um/<slide>/<x>_<y>.jpg (at 2 um/px) have crops/2um/<slide>.json beside them, and cells/ are in level-0
-px. What was made from another file or with other settings than now is recomputed or refused, never used.
+Tiles at 2 um/px are crops/2um/<slide>/<x>_<y>.jpg, with crops/2um/<slide>.json next to them; cells/ are in
+level-0 px. What was computed from another file or with other settings is recomputed or refused, never used.
 """
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.errors import InputError, check_mpp, exit_code_of, print_skipped, printable
+from common.errors import InputError, check_mpp, printable
 from common.files import atomic_write, read_json, read_npz
-from common.pool import LIMITS, call, in_processes, limits_of, shard_of
+from common.flags import MAX_GIGAPIXELS
+from common.pool import call, in_processes, shard_of
 from prior import segment_nuclei
 from wsi.cell_files import cell_file, cell_files, unused_cell_files
 from wsi.cells import READERS, read_cells
@@ -25,105 +26,97 @@ from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
 
-def prepare(data, tissue=0.5, workers=2, limits=LIMITS):
-    """Cuts the tiles and finds the cells that are not there yet; one line for each image that was skipped."""
+def prepare(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
+    """Cuts the missing tiles and finds the missing cells; returns a line for each image that was skipped."""
     if data.kind == "crops":
-        return prepare_crop_cells(data, workers, limits)
-    return prepare_tiles(data, tissue, workers, limits) + prepare_cells(data, workers, limits)
+        return prepare_crop_cells(data, workers)
+    return prepare_tiles(data, tissue, workers, gigapixels) + prepare_cells(data, workers)
 
 
 def warn_of_cell_files(data):
-    """Prints a line on the files of cells/ that match no image, and on those that another one hides."""
+    """Prints a warning for files of cells/ that match no image, and for those that another file hides."""
     for line in unused_cell_files(data):
         print("warning:", printable(line))
 
 
 def keep_shard(data, shard):
-    """Leaves only the slides of a --shard in a data set, all for None; InputError if it holds crops."""
+    """Keeps only a shard's slides in a data set, all for None; InputError if it holds crops."""
     if shard and data.kind != "slides":
         raise InputError(f"--shard: {data.source} holds crops and no slides; leave the flag out")
     data.images = {name: data.images[name] for name in shard_of(data.images, shard)}
 
 
-def run_shard(data, args):
-    """data.py prepare: prepare() of all images, or of a shard of the slides; gives the exit code."""
-    warn_of_cell_files(data)  # before the other shards' slides are left out
-    keep_shard(data, args.shard)
-    failed = prepare(data, args.tissue, args.workers, limits_of(args)) if data.images else []
-    print_skipped(failed)
-    print(f"Prepared {len(data.images) - len(failed)} {data.kind} in {data.work}/. "
-          f"Next: python train.py --data {args.data}")
-    return exit_code_of(failed)
-
-
 def need_mpp(data):
-    """InputError if the um/px of the crops is not given."""
+    """InputError if the um/px of the crops is unknown."""
     if data.mpp is None:
         raise InputError(f"--data {data.source}: give the um/px of its crops with --mpp "
                          "(2.0 is 5x, 1.0 10x, 0.5 20x)")
 
 
-USUAL_SHARE, USUAL_DENSITY = (0.05, 0.8), (100, 20_000)  # of patches with a cell; nuclei per mm2 of tissue
+USUAL_SHARE = (0.05, 0.8)  # of patches with a cell
+USUAL_DENSITY = (100, 20_000)  # nuclei per mm2 of tissue
 
 
 def describe_cells(count, crops, share, mpp):
-    """One line on cells in crops of CROP px at mpp um/px, with a warning for what tissue does not have.
+    """Returns a line on cells in crops of CROP px at mpp um/px, and a warning below it if they are unusual.
 
     share: of the patches that hold a cell.
     """
     density = count / (crops * (CROP * mpp / 1000) ** 2)  # per mm2
     line = f"{count} cells in {crops} crops, {density:.0f} per mm2; a cell in {share:.1%} of the patches"
     if not USUAL_DENSITY[0] <= density <= USUAL_DENSITY[1]:
-        line += (". Warning: tissue has {:,} to {:,} nuclei per mm2; is the um/px right, and the stain H&E? "
-                 "python data.py look SLIDE shows it").format(*USUAL_DENSITY)
-    elif not USUAL_SHARE[0] <= share <= USUAL_SHARE[1]:
-        line += (". Warning: P_c is nearly all one region and tells little apart, as in dense tissue at 5x; "
-                 "try a finer --mpp (of slides), smaller crops, or another --prior")
+        return (f"{line}\nwarning: tissue has {USUAL_DENSITY[0]:,} to {USUAL_DENSITY[1]:,} nuclei per mm2; "
+                "are the um/px right, and is the stain H&E? python data.py look SLIDE shows it")
+    if not USUAL_SHARE[0] <= share <= USUAL_SHARE[1]:
+        return (f"{line}\nwarning: nearly all patches are in one region, so that P_c tells little apart, as "
+                "in dense tissue at 5x; try a finer --mpp (of slides), smaller crops, or another --prior")
     return line
 
 
 # ---------------------------------------------------------------- tiles
 
-TILES = ("file_name", "file_bytes", "file_hash", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles", "width",
-         "height", "power", "bounds")
+TILE_INFO = {"file_name", "file_bytes", "file_hash", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles",
+             "width", "height", "power", "bounds"}
 
 
 def tiles_folder(data):
-    """Where the tiles of a um/px are: several um/px of one slide can be side by side."""
+    """Returns the folder of the tiles at the data set's um/px; each um/px has its own."""
     return data.work / "crops" / f"{data.mpp:g}um"
 
 
 def tile_info(data, name):
-    """What a slide's tiles were cut from and with; None without tiles, or if they are of other input.
+    """Returns what a slide's tiles were cut from and with; None without tiles, or if their input has changed.
 
-    Other input is a slide's file of another name, size or hash, or other um/px than it was cut with, by
-    --slide-mpp or labels.csv.
+    It has changed if the slide's file has another name, size or hash, or if --slide-mpp or labels.csv give
+    other um/px than it was cut with.
     """
     info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
-    if not info.keys() >= set(TILES) or not file_identity(data.images[name]).items() <= info.items():
+    if not TILE_INFO <= info.keys() or not file_identity(data.images[name]).items() <= info.items():
         return None
-    said, used, source = data.said_mpp(name), info["slide_mpp"], info["mpp_source"]
-    if said != (used if source == "labels.csv" else None):
+    used, source = info["slide_mpp"], info["mpp_source"]
+    if data.said_mpp(name) != (used if source == "labels.csv" else None):
         return None
-    return None if source == "--slide-mpp" and data.slide_mpp not in (None, used) else info
+    if source == "--slide-mpp" and data.slide_mpp not in (None, used):
+        return None
+    return info
 
 
 def tile_side(info):
-    """A tile's side in level-0 px, of a slide's tile_info."""
+    """Returns a tile's side in level-0 px; info: its slide's tile_info."""
     return CROP * info["mpp"] / info["slide_mpp"]
 
 
 def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):
-    """Cuts the tiles of a slide; returns what is odd about the slide, as a list of texts."""
+    """Cuts the tiles of a slide; returns what is odd about the slide, a list of texts."""
     with scale_suggested(path, gigapixels):
         slide = cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels)
     return what_is_odd(slide)
 
 
-def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):
-    """Cuts the slides that have no tiles yet; one line for each that was skipped.
+def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
+    """Cuts the slides that have no tiles yet; returns a line for each slide that was skipped.
 
-    InputError if no slide can be used, or tiles are there that were cut with another --tissue.
+    InputError if no slide can be used, or if tiles were cut with another --tissue.
     """
     need_mpp(data)
     tell_source(data)
@@ -131,38 +124,44 @@ def prepare_tiles(data, tissue=0.5, workers=2, limits=LIMITS):
     if others:
         print(printable(f"warning: {len(others)} files or folders look like slides and are not read; "
                         f"python data.py check names each: {others[0]}"))
-    crops, todo, failed = tiles_folder(data), [], []
+    folder = tiles_folder(data)
+    tasks = []
     for name, path in data.images.items():
         info = tile_info(data, name)
         if info is None:
-            todo.append((path, crops, data.mpp, data.slide_mpp, tissue, data.said_mpp(name),
-                         limits.gigapixels))
+            tasks.append((path, folder, data.mpp, data.slide_mpp, tissue, data.said_mpp(name), gigapixels))
         elif info["tissue"] != tissue:
-            raise InputError(f"{crops / name}: cut with --tissue {info['tissue']:g} (now {tissue:g}); "
-                             f"use the same, or delete {crops}")
-    for (path, *_), odd, error in in_processes(cut, todo, workers, "tiles, slides", limits.seconds):
+            raise InputError(f"{folder / name}: cut with --tissue {info['tissue']:g} (now {tissue:g}); "
+                             f"use the same, or delete {folder}")
+    failed = []
+    for (path, *_), odd, error in in_processes(cut, tasks, workers, "tiles, slides"):
         if error:
             failed.append(error)
         if odd:
-            tqdm.write(printable(f"note: {path}: {'; '.join(odd)}"))
+            tqdm.write(printable(f"warning: {path}: {'; '.join(odd)}"))
     if len(failed) == len(data.images):
-        raise InputError(failed[0] if len(failed) == 1 else
-                         f"none of the {len(failed)} slides could be used: {failed[0]}")
+        raise none_usable(failed, "slides")
     return failed
+
+
+def none_usable(failed, kind):
+    """Returns the InputError for a data set whose images all failed, with the first line of failed."""
+    only = failed[0] if len(failed) == 1 else f"none of the {len(failed)} {kind} could be used: {failed[0]}"
+    return InputError(only)
 
 
 # ---------------------------------------------------------------- cells of slides
 
 def is_builtin(data, file):
-    """Is this what the built-in detector found here?"""
+    """Whether a file of cells was written by the built-in detector, here."""
     return file.parent == data.work / "cells" / "builtin"
 
 
 def made_from(data, name, cells):
-    """What an image's cells are made from, as text, to be kept with them and compared.
+    """Returns what an image's cells are computed from, a text that is kept with them and compared later.
 
-    The file of cells with its size and time and the version of the readers, or the detector and its version;
-    the image's file and um/px.
+    It holds the file of cells with its size, time and the version of the readers, or the detector and its
+    version; and the image's file and um/px.
     """
     mpp = round(data.mpp, 6) if data.kind == "crops" else tile_info(data, name)["slide_mpp"]
     if cells is None or is_builtin(data, cells):
@@ -173,7 +172,7 @@ def made_from(data, name, cells):
 
 
 def level0_copy(data, name):
-    """Where the cells of the user's file are kept in level-0 px."""
+    """Returns the file that keeps the cells of a user's file in level-0 px."""
     return data.work / "cells" / "level0" / data.prior / f"{name}.npz"
 
 
@@ -183,7 +182,7 @@ def read_slide_cells(file, slide):
 
 
 def copy_level0(file, copy, path, slide_mpp, source):
-    """Reads a segmentation result once, whatever its format, and writes its cells in level-0 px.
+    """Reads a segmentation result of any format once, and writes its cells in level-0 px.
 
     Returns a warning if many of them lie outside of the slide or on its glass, else "".
     """
@@ -195,51 +194,51 @@ def copy_level0(file, copy, path, slide_mpp, source):
 
 
 def ready_cells(data, name):
-    """A slide's cells (K, 2) in level-0 px, sorted by y; None if prepare_cells has to find them first."""
+    """Returns a slide's cells (K, 2) in level-0 px, sorted by y; None if prepare_cells has to run first."""
     file = cell_file(data, name)
     if file is None or tile_info(data, name) is None:
         return None
-    kept = read_npz(file if is_builtin(data, file) else level0_copy(data, name), "source", "x", "y")
+    copy = file if is_builtin(data, file) else level0_copy(data, name)
+    kept = read_npz(copy, "source", "x", "y")
     if not kept or str(kept["source"]) != made_from(data, name, file):
         return None
     return np.stack([kept["x"], kept["y"]], 1).astype(np.float64)
 
 
 def kept_shares(data, name, file):
-    """Returns the shares of a slide's cells from the file that are misplaced; None if it has to be read."""
+    """Returns the shares of a slide's cells that are misplaced; None if their file has to be read first."""
     kept = read_npz(level0_copy(data, name), "source", "misplaced")
     if not kept or tile_info(data, name) is None or str(kept["source"]) != made_from(data, name, file):
         return None
     return kept["misplaced"]
 
 
-def prepare_cells(data, workers=2, limits=LIMITS):
-    """Finds or reads the cells of the slides that have tiles; one line for each slide that was skipped."""
-    todo, missing, given = [], [], []
+def prepare_cells(data, workers=2):
+    """Finds or reads the cells of slides that have tiles; returns a line for each slide that was skipped."""
     files = cell_files(data)
-    ready = {name: info for name in data.images if (info := tile_info(data, name))}
-    for name, info in ready.items():
+    tiled = {name: info for name in data.images if (info := tile_info(data, name))}
+    to_read, to_detect, without_cells = [], [], []
+    for name, info in tiled.items():
         if ready_cells(data, name) is not None:
             continue
-        file, path = files[name], data.images[name]
+        path, file = data.images[name], files[name]
         if file and not is_builtin(data, file):
-            copy, source = level0_copy(data, name), made_from(data, name, file)
-            given.append((file, copy, path, info["slide_mpp"], source))
+            source = made_from(data, name, file)
+            to_read.append((file, level0_copy(data, name), path, info["slide_mpp"], source))
         elif file or data.prior in ("auto", "builtin"):
-            todo.append((path, info["slide_mpp"]))
+            to_detect.append((path, info["slide_mpp"]))
         else:
-            missing.append(path)
-    way_out = f"put them into {data.source}/cells/{data.prior}/, or use --prior builtin"
-    if missing and len(missing) == len(ready):
-        raise InputError(f"--prior {data.prior}: no cells of it for any slide; {way_out}")
-    failed = [f"{path}: no cells of {data.prior}; {way_out}" for path in missing]
-    for (_, _, path, *_), odd, error in in_processes(copy_level0, given, workers, "cells, files",
-                                                     limits.seconds):
+            without_cells.append(path)
+    advice = f"put them into {data.source}/cells/{data.prior}/, or use --prior builtin"
+    if without_cells and len(without_cells) == len(tiled):
+        raise InputError(f"--prior {data.prior}: no slide has such cells; {advice}")
+    failed = [f"{path}: no cells of {data.prior}; {advice}" for path in without_cells]
+    for (_, _, path, *_), odd, error in in_processes(copy_level0, to_read, workers, "cells, files"):
         if error:
             failed.append(error)
         if odd:
             tqdm.write(printable(f"warning: {path}: {odd}"))
-    return failed + list(segment_slides(todo, "builtin", data.work / "cells", workers, limits).values())
+    return failed + list(segment_slides(to_detect, "builtin", data.work / "cells", workers).values())
 
 
 # ---------------------------------------------------------------- ready-cut crops and their cells
@@ -253,7 +252,7 @@ class CropCells(NamedTuple):
 
 
 def read_square(path):
-    """Returns the image of a crop as it is in the file; InputError if it cannot be read or is oblong."""
+    """Returns the image of a crop at the file's own size; InputError if unreadable or not square."""
     image = read_image(path)
     if image.width != image.height:
         raise InputError(f"{path}: is {image.width:,} x {image.height:,} px, and crops are square; cut it to "
@@ -264,22 +263,28 @@ def read_square(path):
 def read_crop(path):
     """Returns a crop as an RGB image of CROP px a side, and its side in the file."""
     image = read_square(path)
-    return image if image.width == CROP else image.resize((CROP, CROP), Image.BICUBIC), image.width
+    side = image.width
+    if side != CROP:
+        image = image.resize((CROP, CROP), Image.BICUBIC)
+    return image, side
 
 
 def cells_of_crop(path, mpp, cells):
     """Returns the CropCells of an image file: from a file of cells, or by the detector on the file's own px.
 
-    mpp: um/px of the image file.
+    mpp: um/px of the image file. cells: the file of cells, or None.
     """
     image = read_square(path)
     pixels = np.asarray(image)
-    xy = segment_nuclei(pixels, mpp) if cells is None else read_cells(cells, slide_size=image.size)
+    if cells is None:
+        xy = segment_nuclei(pixels, mpp)
+    else:
+        xy = read_cells(cells, slide_size=image.size)
     return CropCells(image.width, is_grey(pixels), xy * (CROP / image.width))
 
 
 def usual_side(sides):
-    """Returns the most common of crops' sides, of two the larger."""
+    """Returns the most common of crops' sides, the larger of two that tie."""
     counts = Counter(sides)
     return max(counts, key=lambda side: (counts[side], side))
 
@@ -287,7 +292,7 @@ def usual_side(sides):
 def crop_side(data):
     """Returns the side in px of a data set's ready-cut crops in their files; None before cells are found.
 
-    Crops of another side would have another um/px at CROP px: read_crop_cells leaves them out.
+    Crops of another side would have other um/px at CROP px: read_crop_cells skips them.
     """
     kept = read_npz(crop_cells_file(data), "names", "side")
     if kept is None:
@@ -303,71 +308,71 @@ def crop_mpp(data):
 
 
 def file_mpp(data, mpp):
-    """Returns the um/px of the files of ready-cut crops that the network sees at mpp; None if unknown."""
+    """Returns the um/px that ready-cut crops have in their files if the network sees mpp; None if unknown."""
     side = crop_side(data)
     return mpp / (side / CROP) if side else None
 
 
 def other_sides(paths, sides):
-    """Returns a line for each of the crops whose side is not the usual one."""
+    """Returns a line for each crop whose side is not the usual one."""
     usual = usual_side(sides)
-    text = (f"px a side, and most of the other crops are {usual:,}, so that their um/px at {CROP} px would "
-            "differ; put it in its own folder")
-    return [f"{path}: is {side:,} {text}" for path, side in zip(paths, sides) if side != usual]
+    return [f"{path}: is {side:,} px a side, and most of the other crops are {usual:,}, so that their um/px "
+            f"at {CROP} px would differ; put it in its own folder"
+            for path, side in zip(paths, sides) if side != usual]
 
 
 def describe_side(side, mpp):
-    """Returns what becomes of crops of that side at mpp um/px."""
+    """Returns a text on what crops of that side at mpp um/px become."""
     return (f"{side:,} px crops at {mpp:g} um/px become {CROP} px at {mpp * side / CROP:.4g}; to cut them "
             "into tiles put them in slides/")
 
 
 def without_color(grey):
-    """Returns a line if most of some crops have no colour, else ""; grey: whether each of them has none."""
+    """Returns a warning if most crops have no colour, else ""; grey: whether each has none."""
     if 2 * sum(grey) <= len(grey):
         return ""
     return f"{sum(grey):,} of {len(grey):,} crops have no colour; H&E is needed"
 
 
 def crop_cells_file(data):
-    """All cells of a data set's crops."""
+    """Returns the file that keeps all cells of a data set's crops."""
     return data.work / "cells" / f"crops_{data.prior}.npz"
 
 
 def cell_files_of_crops(data):
-    """{crop: its file of cells, or None}."""
+    """Returns {crop: its file of cells, or None}."""
     if not (data.source / "cells").is_dir() and data.prior in ("auto", "builtin"):
         return dict.fromkeys(data.images)
     return cell_files(data)
 
 
-def prepare_crop_cells(data, workers, limits=LIMITS):
-    """Finds or reads the cells of the crops that have none yet, or that were made from another file.
+def prepare_crop_cells(data, workers):
+    """Finds or reads the cells of the crops that have none yet, or whose cells came from another file.
 
-    All go into one file, cells/crops_<prior>.npz: x, y in px of the CROP px square and each cell's crop; the
-    crops' names, sides, whether they are grey, and what each was made from. Returns one line for each crop
-    that was skipped.
+    All are kept in one file, cells/crops_<prior>.npz: x, y in px of the CROP px square and each cell's crop;
+    the crops' names, sides, whether they are grey, and what their cells were computed from. Returns a line
+    for each crop that was skipped.
     """
     need_mpp(data)
     tell_source(data)
-    done, files, failed, todo = kept_crops(data), cell_files_of_crops(data), [], {}
+    done = kept_crops(data)
+    files = cell_files_of_crops(data)
+    tasks, failed = {}, []
     for name in sorted(data.images.keys() - done.keys()):
         if files[name] or data.prior in ("auto", "builtin"):
-            todo[data.images[name], data.mpp, files[name]] = name
+            tasks[data.images[name], data.mpp, files[name]] = name
         else:
             failed.append(f"{data.images[name]}: no cells of {data.prior}; "
                           f"put them into {data.source}/cells/{data.prior}/")
-    for task, result, error in in_processes(cells_of_crop, list(todo), workers, "cells, crops",
-                                            limits.seconds):
+    for task, result, error in in_processes(cells_of_crop, list(tasks), workers, "cells, crops"):
         if error:
             failed.append(error)
         else:
-            done[todo[task]] = result
-    if todo and done:
-        write_crop_cells(data, done, files)
+            done[tasks[task]] = result
     if not done:
-        raise InputError(failed[0] if len(failed) == 1 else
-                         f"none of the {len(failed)} crops could be used: {failed[0]}")
+        raise none_usable(failed, "crops")
+    if tasks:
+        write_crop_cells(data, done, files)
     side = crop_side(data)
     if side != CROP:
         print(describe_side(side, data.mpp))
@@ -379,29 +384,30 @@ def prepare_crop_cells(data, workers, limits=LIMITS):
 
 
 def write_crop_cells(data, done, files):
-    """done: {crop: its CropCells}; files: {crop: its file of cells, or None}."""
-    cells = [crop.xy for crop in done.values()]
-    xy = np.clip(np.concatenate(cells), -1e9, 1e9).astype(np.float32)
-    owner = np.repeat(np.arange(len(done)), [len(of_crop) for of_crop in cells])
+    """Writes crop_cells_file. done: {crop: its CropCells}; files: {crop: its file of cells, or None}."""
+    crops = done.values()
+    xy = np.concatenate([crop.xy for crop in crops])
+    xy = np.clip(xy, -1e9, 1e9).astype(np.float32)
+    owner = np.repeat(np.arange(len(done)), [len(crop.xy) for crop in crops])
     source = [made_from(data, name, files[name]) for name in done]
     with atomic_write(crop_cells_file(data)) as temp, open(temp, "wb") as file:
         np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], crop=owner, names=list(done), source=source,
-                            side=[crop.side for crop in done.values()],
-                            grey=[crop.grey for crop in done.values()])
+                            side=[crop.side for crop in crops], grey=[crop.grey for crop in crops])
 
 
 def kept_crops(data):
-    """Returns {crop: its CropCells} where cells are kept and were made from the files found now."""
+    """Returns {crop: its CropCells} of the kept cells that were computed from the files found now."""
     path = crop_cells_file(data)
     kept = read_npz(path, "x", "y", "crop", "names", "source", "side", "grey")
     if kept is None:
         if path.is_file():
-            print(f"warning: {path}: is damaged or of an older version; its cells are recomputed")
+            print(f"warning: {path}: is corrupt or of an older version; its cells are recomputed")
         return {}
     xy = np.stack([kept["x"], kept["y"]], 1)
     names, source, side, grey = (kept[key].tolist() for key in ("names", "source", "side", "grey"))
     ends = np.searchsorted(kept["crop"], range(len(names) + 1))
-    files, out = cell_files_of_crops(data), {}
+    files = cell_files_of_crops(data)
+    out = {}
     for i, name in enumerate(names):
         if name in files and source[i] == made_from(data, name, files[name]):
             out[name] = CropCells(side[i], grey[i], xy[ends[i]: ends[i + 1]])
@@ -409,7 +415,7 @@ def kept_crops(data):
 
 
 def read_crop_cells(data):
-    """Returns {crop: cells (K, 2) in px of its CROP px square} of the kept crops of the usual side."""
+    """Returns {crop: cells (K, 2) in px of its CROP px square} of the kept crops that have the usual side."""
     side = crop_side(data)
     return {name: crop.xy for name, crop in kept_crops(data).items() if crop.side == side}
 
@@ -417,29 +423,36 @@ def read_crop_cells(data):
 # ---------------------------------------------------------------- images in memory
 
 def load_crops(paths, workers):
-    """Images uint8 (N, 3, CROP, CROP), indices of the paths that were read, a line for each of the others.
+    """Returns images uint8 (N, 3, CROP, CROP), the indices of the paths read, a line for each other path.
 
     Prints a warning if their sides in the files differ, or if most of them have no colour.
     """
     images = torch.empty(len(paths), 3, CROP, CROP, dtype=torch.uint8)
+    read, sides, grey, failed = [], [], [], []
 
     def load(i):
         result, error = call(read_crop, (paths[i],))
         if error:
-            return 0, False, error
+            return None, None, error
         image, side = result
         pixels = np.array(image)
         images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         return side, is_grey(pixels), None
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        loaded = list(tqdm(pool.map(load, range(len(paths))), "images", len(paths), leave=False))
-    good = [i for i, (_, _, error) in enumerate(loaded) if error is None]
-    sides = Counter(loaded[i][0] for i in good)
-    if len(sides) > 1:
-        counts = ", ".join(f"{side:,} px ({count:,})" for side, count in sorted(sides.items()))
-        print(f"warning: images of {counts} a side all become {CROP} px, so their um/px differ")
-    grey = without_color([loaded[i][1] for i in good])
-    if grey:
-        print(f"warning: {grey}")
-    images = images if len(good) == len(paths) else images[good]
-    return images, good, [error for _, _, error in loaded if error]
+        loading = tqdm(pool.map(load, range(len(paths))), "images", len(paths), leave=False)
+        for i, (side, has_no_color, error) in enumerate(loading):
+            if error:
+                failed.append(error)
+                continue
+            read.append(i)
+            sides.append(side)
+            grey.append(has_no_color)
+    counts = sorted(Counter(sides).items())
+    if len(counts) > 1:
+        listed = ", ".join(f"{side:,} px ({count:,})" for side, count in counts)
+        print(f"warning: images of {listed} a side all become {CROP} px, so their um/px differ")
+    warning = without_color(grey)
+    if warning:
+        print(f"warning: {warning}")
+    return (images[read] if failed else images), read, failed

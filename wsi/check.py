@@ -1,11 +1,11 @@
-"""python data.py check --data NAME: what is in a data set's folder, what is missing and where to get it."""
+"""python data.py check --data NAME: what a data set's folder holds, what is missing and where to get it."""
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
 from common.errors import InputError, printable
-from common.pool import in_processes, limits_of
+from common.flags import MAX_GIGAPIXELS
+from common.pool import in_processes
 from wsi import gdc
 from wsi.cache import (
     describe_side,
@@ -20,7 +20,7 @@ from wsi.cache import (
 )
 from wsi.cell_files import cell_files, unused_cell_files
 from wsi.cells import cell_format
-from wsi.datasets import CLASSES, DATASETS, FOLDERS, OWN, WHERE
+from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import not_read
 from wsi.pixels import is_grey
 from wsi.sanity import misplaced, suggested_scale, what_is_odd, where_cells_are_odd
@@ -29,37 +29,42 @@ from wsi.slides import CROP, NoScale, Slide
 NO_SCALE = "not recorded"
 
 
-def check(args, found, error):
-    """Prints what is there; 1 if something is missing or has to be looked at, else 0.
+def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIXELS):
+    """Prints what a data set's folder holds, and a warning for whatever is missing or odd.
 
-    found: the wsi.folders.Data, or None with the error that kept it from being read.
+    data, root: as given to find_data; found: the wsi.folders.Data, or None with the error of find_data. md5:
+    compares slides with the manifest. Returns the exit code, 1 if there are warnings.
     """
-    name = FOLDERS.get(args.data, args.data)
-    folder = Path(args.root) / name if args.data in DATASETS else Path(args.data)
-    where, layout = WHERE.get(name, OWN)
-    print(f"{args.data}: {where}\nexpected: {layout.format(folder)}")
-    is_slides = found.kind == "slides" if found else folder.is_dir() and args.data not in CLASSES
+    known = DATASETS.get(data, OWN)
+    folder = folder_of(data, root)
+    print(f"{data}: {known.source}\nexpected: {known.layout.format(folder)}")
+    if found:
+        is_slides = found.kind == "slides"
+    else:
+        is_slides = folder.is_dir() and data not in PATCH_SETS
     others = not_read(folder) if is_slides else []
     if error:
-        print("missing:", error if folder.is_dir() else f"{folder}/; see the two lines above")
-        for line in others:
-            if line not in error:
-                print("look at:", printable(line))
-        return 1
-    problems = [f"{path}: unfinished; run gdc-client download again"
+        warnings = [error if folder.is_dir() else f"{folder}/ is missing; see the two lines above"]
+        return report(warnings + [line for line in others if line not in error])
+    warnings = [f"{path}: unfinished; run gdc-client download again"
                 for path in gdc.unfinished(folder / "slides")] + others
     print(f"{found.kind}: {len(found.images)}")
-    broken, lines = check_images(found, args)
-    problems += lines + check_split(found, broken)
-    if args.data not in CLASSES:
-        problems += check_cells(found, broken, args)
-    if args.md5:
-        problems += [f"{file}: {status}" for file, status in
-                     gdc.md5_check(folder / "slides", folder / "manifest.tsv") if status != "ok"]
-    for line in problems:
-        print("look at:", printable(line))
-    print(f"{len(problems)} to look at" if problems else "all is there")
-    return int(bool(problems))
+    broken, lines = check_images(found, workers, gigapixels)
+    warnings += lines + check_split(found, broken)
+    if data not in PATCH_SETS:
+        warnings += check_cells(found, broken, workers)
+    if md5:
+        statuses = gdc.md5_check(folder / "slides", folder / "manifest.tsv")
+        warnings += [f"{file}: {status}" for file, status in statuses if status != "ok"]
+    return report(warnings)
+
+
+def report(warnings):
+    """Prints the warnings and their number; returns the exit code."""
+    for line in warnings:
+        print("warning:", printable(line))
+    print(f"warnings: {len(warnings)}" if warnings else "nothing is missing")
+    return int(bool(warnings))
 
 
 def look_at_slide(path, slide_mpp, said_mpp, gigapixels):
@@ -78,69 +83,88 @@ def look_at_crop(path):
     return image.width, is_grey(np.asarray(image))
 
 
-def check_images(found, args):
+def check_images(found, workers, gigapixels):
     """Opens every image and prints where the um/px of slides are from, or the sides of crops.
 
-    Returns the names of those that cannot be used (not readable, or no um/px), and a line for each of these
-    and for what is odd.
+    Returns the names of the images that cannot be used (unreadable, or no um/px), and a warning for each of
+    these and for whatever is odd.
     """
-    problems, broken, results, limits = [], set(), {}, limits_of(args)
-    slides = found.kind == "slides"
-    tasks = {(path, args.slide_mpp, found.said_mpp(name), limits.gigapixels) if slides else (path,): name
-             for name, path in found.images.items()}
-    look = look_at_slide if slides else look_at_crop
-    for task, result, error in in_processes(look, list(tasks), args.workers, found.kind, limits.seconds):
+    if found.kind == "slides":
+        look = look_at_slide
+        tasks = {(path, found.slide_mpp, found.said_mpp(name), gigapixels): name
+                 for name, path in found.images.items()}
+    else:
+        look = look_at_crop
+        tasks = {(path,): name for name, path in found.images.items()}
+    results, broken, warnings = {}, set(), []
+    for task, result, error in in_processes(look, list(tasks), workers, found.kind):
         if error:
-            problems.append(error)
+            warnings.append(error)
             broken.add(tasks[task])
         else:
-            results[task[0]] = result
+            results[tasks[task]] = result
     print(f"{found.kind} that cannot be read: {len(broken)}")
-    if slides:
-        sources = Counter(source for source, _, _ in results.values())
-        values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values() if mpp)
-        problems += [f"{path}: {'; '.join(odd)}" for path, (_, _, odd) in results.items() if odd]
-        broken |= {name for task, name in tasks.items() if results.get(task[0], [""])[0] == NO_SCALE}
-        print("slides without um/px:", sources[NO_SCALE])
-        print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
-        print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
-        made = sum(tile_info(found, name) is not None for name in found.images)
-        print(f"tiles cut: {made} of {len(found.images)} slides")
+    if found.kind == "slides":
+        broken |= {name for name, (source, _, _) in results.items() if source == NO_SCALE}
+        warnings += check_slides(found, results)
     elif results:
-        problems += check_crops(found, results)
-    return broken, problems
+        warnings += check_crops(found, results)
+    return broken, warnings
+
+
+def check_slides(found, results):
+    """Prints the um/px of slides; returns a warning for each odd slide.
+
+    results: {slide: what look_at_slide returned}.
+    """
+    sources = Counter(source for source, _, _ in results.values())
+    values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values() if mpp)
+    cut = sum(tile_info(found, name) is not None for name in found.images)
+    print("slides without um/px:", sources[NO_SCALE])
+    print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
+    print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
+    print(f"tiles cut: {cut} of {len(found.images)} slides")
+    return [f"{found.images[name]}: {'; '.join(odd)}" for name, (_, _, odd) in results.items() if odd]
 
 
 def check_crops(found, results):
-    """Prints the sides of crops; returns a line for what is odd. results: {file: its side, is it grey}."""
+    """Prints the sides of crops; returns a warning for each odd one. results: {crop: (side, is it grey)}."""
     sides = [side for side, _ in results.values()]
-    print("px a side:", ", ".join(f"{side:,} ({n})" for side, n in Counter(sides).most_common(8)))
     usual = usual_side(sides)
+    print("px a side:", ", ".join(f"{side:,} ({n})" for side, n in Counter(sides).most_common(8)))
     if found.mpp and usual != CROP:
         print(describe_side(usual, found.mpp))
+    warnings = other_sides([found.images[name] for name in results], sides)
     grey = without_color([grey for _, grey in results.values()])
-    return other_sides(list(results), sides) + ([f"{found.source}: {grey}"] if grey else [])
+    if grey:
+        warnings.append(f"{found.source}: {grey}")
+    return warnings
 
 
 def check_split(found, broken):
-    """Prints readable images and patients of each class in each split; a line for each class without any."""
+    """Prints readable images and patients of each class in each split; returns a warning for each gap.
+
+    broken: names of the images that cannot be used.
+    """
     if not found.labels:
         print("no labels.csv: all is for pre-training")
         return []
+    splits = ("train", "test")
     if found.kind == "slides":
+        splits = ("train", "val", "test")
         print(f"without a label, for pre-training only: {len(found.unlabelled())}")
-    problems, parts = [], ("train", "val", "test") if found.kind == "slides" else ("train", "test")
-    for part in parts:
-        rows = [found.labels[name] for name in found.split(part) if name not in broken]
-        counts = Counter(row["label"] for row in rows)
-        patients = {label: len({row["patient"] for row in rows if row["label"] == label})
-                    for label in found.classes}
-        print(f"{part}: " + ", ".join(f"{label} {counts[label]} of {patients[label]} patients or groups"
-                                      for label in found.classes))
-        missing = [label for label in found.classes if not counts[label]]
-        if missing and (part != "val" or not rows):
-            problems.append(f"labels.csv: no usable {part} image of {', '.join(missing)}: eval.py needs one")
-    return problems
+    warnings = []
+    for split in splits:
+        rows = [found.labels[name] for name in found.split(split) if name not in broken]
+        images = Counter(row["label"] for row in rows)
+        patients_of_classes = {(row["label"], row["patient"]) for row in rows}
+        patients = Counter(label for label, _ in patients_of_classes)
+        print(f"{split}: " + ", ".join(f"{label} {images[label]} of {patients[label]} patients or groups"
+                                       for label in found.classes))
+        empty = [label for label in found.classes if not images[label]]
+        if empty and (split != "val" or not rows):
+            warnings.append(f"labels.csv: no usable {split} image of {', '.join(empty)}: eval.py needs one")
+    return warnings
 
 
 def look_at_cells(path, slide_mpp, said_mpp, file):
@@ -149,50 +173,51 @@ def look_at_cells(path, slide_mpp, said_mpp, file):
     return misplaced(read_slide_cells(file, slide), slide)
 
 
-def check_places(found, files, args):
-    """Returns a line for each slide whose cells do not lie on its tissue; files: {slide: its file of cells}.
+def check_places(found, files, workers):
+    """Returns a warning for each slide whose cells do not lie on its tissue; files: {slide: file of cells}.
 
     Files that prepare() has read are not read again.
     """
-    problems, tasks, places = [], [], []
+    tasks, places, warnings = [], [], []
     for name, file in files.items():
         path, shares = found.images[name], kept_shares(found, name, file)
         if shares is None:
-            tasks.append((path, args.slide_mpp, found.said_mpp(name), file))
+            tasks.append((path, found.slide_mpp, found.said_mpp(name), file))
         else:
             places.append((path, file, shares))
-    seconds = limits_of(args).seconds
-    for task, shares, error in in_processes(look_at_cells, tasks, args.workers, "cells, files", seconds):
+    for task, shares, error in in_processes(look_at_cells, tasks, workers, "cells, files"):
         if error:
-            problems.append(error)
+            warnings.append(error)
         else:
             places.append((task[0], task[-1], shares))
     for path, file, shares in places:
         odd = where_cells_are_odd(*shares, file)
-        problems += [f"{path}: {odd}"] if odd else []
-    return problems
+        if odd:
+            warnings.append(f"{path}: {odd}")
+    return warnings
 
 
-def check_cells(found, broken, args):
-    """Prints whose cells exist; returns a line for each image whose cells are missing, broken or misplaced.
+def check_cells(found, broken, workers):
+    """Prints whose cells exist; returns a warning for each image with missing, corrupt or misplaced cells.
 
-    broken: names of the images that cannot be read.
+    broken: names of the images that cannot be used.
     """
-    problems, cells, given = unused_cell_files(found), Counter(), {}
+    warnings = unused_cell_files(found)
     files = cell_files(found)
+    counts, to_place = Counter(), {}
     for name, path in found.images.items():
         file = files[name]
         if file is None:
-            cells["none yet"] += 1
+            counts["none yet"] += 1
             if found.prior not in ("auto", "builtin"):
-                problems.append(f"{path}: no cells of {found.prior}")
+                warnings.append(f"{path}: no cells of {found.prior}")
             continue
         try:
-            cells["the built-in detector" if file.parent.name == "builtin" else cell_format(file)] += 1
+            counts["the built-in detector" if file.parent.name == "builtin" else cell_format(file)] += 1
         except InputError as error:
-            problems.append(str(error))
+            warnings.append(str(error))
             continue
         if found.kind == "slides" and name not in broken and not is_builtin(found, file):
-            given[name] = file
-    print("cells:", ", ".join(f"{kind} {n}" for kind, n in cells.most_common()))
-    return problems + check_places(found, given, args)
+            to_place[name] = file
+    print("cells:", ", ".join(f"{kind} {n}" for kind, n in counts.most_common()))
+    return warnings + check_places(found, to_place, workers)

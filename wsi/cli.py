@@ -2,65 +2,87 @@
 import os
 from pathlib import Path
 
-from common.errors import Parser, run_script
-from common.pool import add_limits, add_shard, call
-from wsi import check, gdc, look
-from wsi.cache import run_shard
-from wsi.datasets import DATASETS, PRIORS
+from common.errors import Parser, exit_code_of, print_skipped, run_script
+from common.flags import add_max_gigapixels, whole
+from common.pool import add_shard, call
+from wsi.cache import keep_shard, prepare, warn_of_cell_files
+from wsi.check import check
+from wsi.datasets import add_data_flags
+from wsi.gdc import PROJECTS, SERVER, manifest
+from wsi.look import Cutting, look
 from wsi.splits import complete_split, find_data
 
 
 def arguments(argv):
-    parser = Parser(prog="python data.py",
-                    description="What is on disk and what is missing, before training.")
+    parser = Parser(prog="python data.py", description="Data sets before training: get, check, see, prepare.")
     commands = parser.add_subparsers(dest="command", required=True)
-    manifest = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes "
-                                   "manifest.tsv, labels.csv and the split")
-    manifest.add_argument("--data", required=True, choices=list(gdc.PROJECTS), help="which TCGA data set")
-    gdc.add_arguments(manifest)
-    checked = commands.add_parser("check", help="what is there, what is missing, where to get it")
+
+    listed = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes "
+                                 "manifest.tsv, labels.csv and the split")
+    add = listed.add_argument
+    add("--data", required=True, choices=list(PROJECTS), help="which TCGA data set")
+    add("--limit", type=whole(2), help="at most N slides, the same number of each class", metavar="N")
+    add("--server", default=SERVER, help="address of the GDC's API, or of a mirror")
+    add("--timeout", type=float, default=60.0, help="seconds to wait for an answer")
+    add("--force", action="store_true", help="overwrites a labels.csv that differs")
+    add_data_flags(add, "--split-seed")
+
+    checked = commands.add_parser("check", help="what exists, what is missing, and where to get it")
+    add_data_flags(checked.add_argument, "--data", "--mpp", "--slide-mpp", "--prior", "--split-seed",
+                   required=True)
     checked.add_argument("--md5", action="store_true",
-                         help="compares with the manifest's md5 sums; reads every byte")
+                         help="compares slides with the manifest's md5 sums; reads every byte")
+
     prepared = commands.add_parser("prepare", help="cuts tiles and finds cells, as train.py does before it "
                                    "trains; for a machine without a GPU, or many machines")
+    add_data_flags(prepared.add_argument, required=True)
     add_shard(prepared.add_argument)
-    looked = commands.add_parser("look", help="a picture of a slide: thumbnail, tissue, tile grid, cells; "
-                                 "or of all slides of a folder")
-    looked.add_argument("slide", help="a slide or an image, a folder of DICOM files, or a folder of slides")
-    looked.add_argument("--cells", help="a segmentation result of this slide; default: the built-in detector")
-    looked.add_argument("--tile", nargs="+", metavar="X,Y",
-                        help="shows the tiles that hold these points in level-0 px; default: three of them")
-    looked.add_argument("--out", help="the picture (runs/look_<slide>.png, runs/look_<folder>.png)")
-    for sub in (checked, prepared):
-        sub.add_argument("--data", required=True, help=f"{', '.join(DATASETS)}, or a folder")
-        sub.add_argument("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")
-    for sub in (looked, prepared):
-        sub.add_argument("--tissue", type=float, default=0.5,
-                         help="least share of tissue in a tile, as in train.py")
-    for sub in (checked, looked, prepared):
-        sub.add_argument("--mpp", type=float, help="um/px of the crops (2.0 is the paper's 5x)")
-        sub.add_argument("--slide-mpp", type=float, help="um/px of slides that record none")
-        sub.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes")
-        add_limits(sub.add_argument)
-    for sub in (manifest, checked, prepared):
-        sub.add_argument("--root", default="datasets", help="folder of the data sets")
-        sub.add_argument("--split-seed", type=int, default=0, help="seed of the split, when it is first made")
+
+    looked = commands.add_parser("look", help="draws a slide: thumbnail, tissue, tile grid, cells; or all "
+                                 "slides of a folder")
+    add = looked.add_argument
+    add("slide", help="a slide or an image, a folder of DICOM files, or a folder of slides")
+    add_data_flags(add, "--mpp", "--slide-mpp", "--tissue")
+    add("--cells", help="a segmentation result of this slide; default: the built-in detector")
+    add("--tile", nargs="+", metavar="X,Y",
+        help="shows the tiles that hold these points in level-0 px; default: three of them")
+    add("--out", help="the picture (runs/look_<slide>.png, runs/look_<folder>.png)")
+
+    for command in (listed, checked, prepared):
+        command.add_argument("--root", default="datasets", help="folder of the data sets")
+    for command in (checked, prepared, looked):
+        command.add_argument("--workers", type=whole(0, 1024), default=min(8, os.cpu_count() or 1),
+                             help="processes that read files")
+        add_max_gigapixels(command.add_argument)
     return parser.parse_args(argv)
 
 
-def run(args):
+def run(argv):
+    """Runs the command of a command line; returns the exit code."""
+    args = arguments(argv)
     if args.command == "look":
-        return look.look(args)
+        cutting = Cutting(args.mpp or 2.0, args.slide_mpp, args.tissue, args.workers, args.max_gigapixels)
+        return look(Path(args.slide), cutting, args.cells, args.tile, args.out)
     if args.command == "manifest":
-        labels = {slide["slide"]: slide | {"split": ""} for slide in gdc.manifest(
-            args.data, args.root, args.limit, args.server, args.timeout, args.force)}
+        slides = manifest(args.data, args.root, args.limit, args.server, args.timeout, args.force)
+        labels = {slide["slide"]: slide | {"split": ""} for slide in slides}
         complete_split(labels, "slides", Path(args.root, args.data, "split.csv"), args.split_seed)
         return 0
     how = args.data, args.mpp, args.prior, args.split_seed, args.root, args.slide_mpp
-    if args.command == "prepare":
-        return run_shard(find_data(*how), args)
-    return check.check(args, *call(find_data, how))
+    if args.command == "check":
+        found, error = call(find_data, how)
+        return check(args.data, args.root, found, error, args.md5, args.workers, args.max_gigapixels)
+    found = find_data(*how)
+    warn_of_cell_files(found)  # before the other shards' slides are taken out
+    keep_shard(found, args.shard)
+    failed = []
+    if found.images:
+        failed = prepare(found, args.tissue, args.workers, args.max_gigapixels)
+    print_skipped(failed)
+    print(f"Prepared {len(found.images) - len(failed)} {found.kind} in {found.work}/. "
+          f"Next: python train.py --data {args.data}")
+    return exit_code_of(failed)
 
 
 def main(argv=None):
-    return run_script("data.py", lambda: run(arguments(argv)))
+    return run_script("data.py", lambda: run(argv))

@@ -1,69 +1,104 @@
-"""The paper's data sets (A.1): um/px, epochs, classes, layouts, where to get them; their flags."""
+"""The paper's data sets (A.1): um/px, epochs, classes, where to get them, layouts; and the data flags."""
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from common.flags import MPP, SEED, SHARE
 
-DATASETS = {  # name: um/px of the crops (A.1: 5x, BRIGHT 10x), epochs of pre-training (A.1.2)
-    "demo": (2.0, 16), "lung": (2.0, 100), "brca": (2.0, 30), "paad": (2.0, 100),
-    "bright3": (1.0, 50), "bright6": (1.0, 50),
-    "mhist": (None, None), "chaoyang": (None, None)}  # images as they are, for fine-tuning only
-# The demo has to learn within minutes on two CPU cores; everything else starts from the paper's settings.
-# --stats data is what lets it: with ImageNet's mean all tissue is one pink, and f hardly differs between
-# crops. Views of 64 px at the scale that crops have in eval.py make steps cheap. Some hundred steps are few:
-# hence a fast and sharp teacher and a centre that follows at once; the last layers stay frozen, so that the
-# outputs cannot all become the same; colour varies less than in DINO, which drowns what differs.
+SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
+                 "{0}/cells/<slide>.*")
+
+
+class DataSet(NamedTuple):
+    """What is known of a data set before its files are read. mpp and epochs are None for fine-tuning only."""
+
+    mpp: float  # um/px of the crops (A.1: 5x, BRIGHT 10x)
+    epochs: int  # of pre-training (A.1.2)
+    classes: tuple
+    source: str  # where to get it
+    layout: str = SLIDES_LAYOUT  # {0} is its folder
+    folder: str = ""  # if it is not the data set's name
+
+
+BRIGHT3 = {"PB": "non-cancerous", "UDH": "non-cancerous", "ADH": "pre-cancerous", "FEA": "pre-cancerous",
+           "DCIS": "cancerous", "IC": "cancerous"}  # A.1
+BRIGHT = ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB, UDH, FEA, ADH, DCIS, IC, "
+          "split train or validation (the paper tests on the official validation split); for bright3 and "
+          "bright6")
+
+DATASETS = {
+    "demo": DataSet(2.0, 16, ("negative", "positive"), "made by python train.py; synthetic"),
+    "lung": DataSet(2.0, 100, ("LUAD", "LUSC"), "the GDC: python data.py manifest --data lung; LUAD, LUSC"),
+    "brca": DataSet(2.0, 30, ("IDC", "ILC"), "the GDC: python data.py manifest --data brca; IDC, ILC"),
+    "paad": DataSet(
+        2.0, 100, ("basal", "classical"),
+        "slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or "
+        "classical per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for "
+        "labels.csv"),
+    "bright3": DataSet(1.0, 50, tuple(sorted(set(BRIGHT3.values()))), BRIGHT, folder="bright"),
+    "bright6": DataSet(1.0, 50, tuple(sorted(BRIGHT3)), BRIGHT, folder="bright"),  # the same slides
+    "mhist": DataSet(
+        None, None, ("HP", "SSA"), "bmirds.github.io/MHIST, after registering",
+        "{0}/images/*.png, {0}/annotations.csv as distributed"),
+    "chaoyang": DataSet(
+        None, None, ("normal", "serrated", "adenocarcinoma", "adenoma"),
+        "bupt-ai-cz.github.io/HSA-NRL, after registering",
+        "{0}/train.json, {0}/test.json, images at the names in them"),
+}
+PATCH_SETS = ("mhist", "chaoyang")  # ready-cut images with tables of their own format
+OWN = DataSet(None, None, (), "your own",
+              SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
+
+# train.py's defaults for the demo, which has to learn within minutes on two CPU cores; all other data sets
+# start from the paper's settings. --stats data matters most: under ImageNet's mean all tissue is one pink,
+# and f hardly differs between crops. Views of 64 px at the scale that crops have in eval.py make steps cheap.
+# A few hundred steps need a fast and sharp teacher and a centre that follows at once. Frozen last layers keep
+# the outputs from collapsing, and colour varies less than in DINO, whose jitter drowns what differs.
 DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=0,
             global_size=64, global_scale=(0.1, 0.5), lr=4e-3, momentum=0.99, teacher_temp=0.02,
             center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
             solarize=0.0, blur=0.3)
-FOLDERS = {"bright3": "bright", "bright6": "bright"}  # both sub-tasks are on the same slides, with six labels
-BRIGHT3 = {"PB": "non-cancerous", "UDH": "non-cancerous", "ADH": "pre-cancerous", "FEA": "pre-cancerous",
-           "DCIS": "cancerous", "IC": "cancerous"}  # A.1
-CLASSES = {"mhist": ["HP", "SSA"], "chaoyang": ["normal", "serrated", "adenocarcinoma", "adenoma"]}
 PRIORS = ("auto", "builtin", "hovernet", "cellpose", "histomicstk")
 
-SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,patient][,split][,mpp], "
-                 "{0}/cells/<slide>.*")
-WHERE = {  # where to get a data set, and its layout
-    "demo": ("made by python train.py; synthetic", SLIDES_LAYOUT),
-    "lung": ("the GDC: python data.py manifest --data lung; LUAD, LUSC", SLIDES_LAYOUT),
-    "brca": ("the GDC: python data.py manifest --data brca; IDC, ILC", SLIDES_LAYOUT),
-    "paad": ("slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or "
-             "classical per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for "
-             "labels.csv", SLIDES_LAYOUT),
-    "bright": ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB, UDH, FEA, ADH, DCIS, "
-               "IC, split train or validation (the paper tests on the official validation part); for bright3 "
-               "and bright6", SLIDES_LAYOUT),
-    "mhist": ("bmirds.github.io/MHIST, after registering",
-              "{0}/images/*.png, {0}/annotations.csv as it comes"),
-    "chaoyang": ("bupt-ai-cz.github.io/HSA-NRL, after registering",
-                 "{0}/train.json, {0}/test.json, images at the names in them"),
-}
-OWN = ("your own", SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
+
+def folder_of(data, root):
+    """Returns the folder of a data set: a key of DATASETS under root, or the path itself."""
+    known = DATASETS.get(data)
+    return Path(root) / (known.folder or data) if known else Path(data)
 
 
 def safe_name(folder):
-    """The name of a folder's work and runs."""
+    """Returns the name of a folder's work and runs."""
     return re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
 
 
 def run_name(data):
-    """The name of a data set (a key of DATASETS or a folder) in names of runs."""
+    """Returns the name of a data set (a key of DATASETS or a folder) in names of runs."""
     return data if data in DATASETS else safe_name(data)
 
 
-def add_data_flags(add, default="demo"):
-    """The flags that name a data set and say how its slides become crops."""
-    add("--data", default=default, help=f"{', '.join(DATASETS)}, or a folder with slides or crops")
-    add("--mpp", type=MPP,
-        help="um/px of the crops, of ready-cut ones in their files; 2.0 is 5x, 1.0 10x, 0.5 20x; a folder "
-             "needs it")
-    add("--slide-mpp", type=MPP, help="um/px of slides and images that record none")
-    add("--tissue", type=SHARE, default=0.5,
-        help="least share of tissue in a tile; lower it for thin biopsies")
-    add("--prior", default="auto", choices=PRIORS,
+DATA_FLAGS = {
+    "--data": dict(default="demo", help=f"{', '.join(DATASETS)}, or a folder with slides or crops"),
+    "--mpp": dict(
+        type=MPP, help="um/px of the crops, of ready-cut ones in their files; 2.0 is 5x, 1.0 10x, 0.5 20x; a "
+                       "folder needs it to train; default: the data set's, or a trained encoder's"),
+    "--slide-mpp": dict(type=MPP, help="um/px of slides and images that record none"),
+    "--tissue": dict(
+        type=SHARE, default=0.5, help="least share of tissue in a tile; lower it for thin biopsies"),
+    "--prior": dict(
+        default="auto", choices=PRIORS,
         help="whose cells P_c is made from (Table 7): files in cells/<prior>/ or cells/; auto takes your own "
-             "if there are any, else the built-in detector's")
-    add("--split-seed", type=SEED, default=0,
-        help="seed of the split when it is first made; afterwards datasets/<data>/split.csv counts")
+             "if there are any, else the built-in detector's"),
+    "--split-seed": dict(
+        type=SEED, default=0,
+        help="seed of the split when it is first made; afterwards datasets/<data>/split.csv counts"),
+}
+
+
+def add_data_flags(add, *names, required=False):
+    """Adds the flags that name a data set and say how its slides become crops: all, or the named ones.
+
+    required: --data has no default.
+    """
+    for name in names or DATA_FLAGS:
+        add(name, required=required and name == "--data", **DATA_FLAGS[name])

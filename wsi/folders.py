@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import InputError, check_mpp, printable
 from common.files import files_under, read_csv, read_json, write_json
-from wsi.datasets import BRIGHT3, CLASSES, DATASETS, FOLDERS, safe_name
+from wsi.datasets import BRIGHT3, DATASETS, PATCH_SETS, folder_of, safe_name
 from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -90,9 +90,9 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     check_mpp(mpp, "--mpp")
     check_mpp(slide_mpp, "--slide-mpp")
     if data in DATASETS:
-        name = FOLDERS.get(data, data)
-        source = Path(root) / name
-        mpp = mpp or DATASETS[data][0]
+        source = folder_of(data, root)
+        name = source.name
+        mpp = mpp or DATASETS[data].mpp
         missing = (f"{source}/ is missing; python data.py check --data {data} prints where to get it and its "
                    "layout")
     else:
@@ -109,13 +109,15 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
         found.labels, found.pretrain_only, found.absent = check_rows(rows, images, kind)
-        found.classes = CLASSES.get(data) or sorted({row["label"] for row in found.labels.values()})
+        found.classes = sorted({row["label"] for row in found.labels.values()})
+    if data in PATCH_SETS:
+        found.classes = list(DATASETS[data].classes)
     return found
 
 
 def read_layout(data, source):
     """Returns a folder's kind, {name: file} and label rows (see labels_row), [] without labels."""
-    if data in CLASSES:
+    if data in PATCH_SETS:
         rows = read_mhist(source) if data == "mhist" else read_chaoyang(source)
         folder = source / "images" if data == "mhist" else source
         return "crops", image_files(rows, folder), rows
@@ -129,7 +131,7 @@ def read_layout(data, source):
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
     images = find_slides(files_in(source))
     rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
-    return "slides", images, bright_rows(rows, data) if FOLDERS.get(data) == "bright" else rows
+    return "slides", images, bright_rows(rows, data) if data in ("bright3", "bright6") else rows
 
 
 def find_table(source):
@@ -303,7 +305,7 @@ def read_mhist(source):
 
 def read_chaoyang(source):
     """Returns the rows of Chaoyang as distributed: train.json, test.json, lists of {"name", "label": 0-3}."""
-    classes = CLASSES["chaoyang"]
+    classes = DATASETS["chaoyang"].classes
     rows = []
     for split in ("train", "test"):
         table = source / f"{split}.json"
@@ -328,9 +330,9 @@ def read_chaoyang(source):
 def check_patch_rows(rows, data):
     """InputError if a row of MHIST or Chaoyang has a label or split that the data set does not have."""
     for row in rows:
-        if row["label"] not in CLASSES[data]:
+        if row["label"] not in DATASETS[data].classes:
             raise InputError(f"{row['where']}: label {row['label']!r} of {row['name']} is not one of "
-                             f"{', '.join(CLASSES[data])}")
+                             f"{', '.join(DATASETS[data].classes)}")
         if row["split"] not in ("train", "test"):
             raise InputError(f"{row['where']}: Partition {row['split']!r} of {row['name']} "
                              "is neither train nor test")

@@ -1,6 +1,6 @@
-"""python data.py look SLIDE: a slide, its tissue, its tiles and some of them with their cells.
+"""python data.py look SLIDE: draws a slide, its tissue, its tiles and some of them with their cells.
 
-Of a folder: all of its slides in one picture (sheet.py).
+python data.py look FOLDER draws all slides of a folder in one picture (sheet.py).
 """
 import tempfile
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 
-from common.errors import InputError, check_mpp, check_ranges, exit_code_of
+from common.errors import InputError, exit_code_of
 from common.figures import save_figure
-from common.pool import limits_of, time_limit
 from prior import bin_centroids
 from wsi.cache import describe_cells, read_slide_cells
 from wsi.cells import read_cells
@@ -23,30 +25,42 @@ from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask
 
 SHOWN = 3  # tiles that are drawn large
-CROSS, OUTLINE = "#e00000", "#00b848"  # of cells and of P_c
+CROSS = "#e00000"  # color of cells
+OUTLINE = "#00b848"  # color of P_c
 LABEL = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
 
 
-def cells_of(slide, args, limits):
-    """Returns the cells (K, 2) of a slide in level-0 px: those of --cells, or the built-in detector's."""
-    if args.cells:
-        xy = read_slide_cells(args.cells, slide)
-        odd = where_cells_are_odd(*misplaced(xy, slide), args.cells)
+@dataclass(frozen=True)
+class Cutting:
+    """How slides are cut into tiles; the first three are as in train.py."""
+
+    mpp: float  # um/px of the tiles
+    slide_mpp: float  # um/px of slides that record none, or None
+    tissue: float  # least share of tissue in a tile
+    workers: int
+    gigapixels: float  # more px are refused
+
+
+def cells_of(slide, file, workers):
+    """Returns the cells (K, 2) of a slide in level-0 px: those of a file, or the built-in detector's."""
+    if file:
+        xy = read_slide_cells(file, slide)
+        odd = where_cells_are_odd(*misplaced(xy, slide), file)
         if odd:
             print(f"warning: {slide.path}: {odd}")
         return xy
     with tempfile.TemporaryDirectory() as folder:
-        tasks = [(slide.path, slide.mpp)]
-        for error in segment_slides(tasks, "builtin", Path(folder), args.workers, limits).values():
-            raise InputError(error)
+        failed = segment_slides([(slide.path, slide.mpp)], "builtin", Path(folder), workers)
+        if failed:
+            raise InputError(failed[slide.path])
         return read_cells(Path(folder) / "builtin" / f"{slide_name(slide.path)}.npz")
 
 
 def chosen_tiles(corners, side, counts, points):
     """Returns (index of a tile, point) for the tiles that hold the points ("x,y" in level-0 px).
 
-    Without points, SHOWN tiles from the median to the largest count of cells, each with None for its point.
-    InputError for a point that is no two numbers or lies in no tile.
+    Without points, SHOWN tiles from the median to the largest count of cells, each with None as its point.
+    InputError for a point that is not two numbers or lies in no tile.
     """
     if not points:
         ranks = np.linspace(0.5, 1, SHOWN) * (len(counts) - 1)
@@ -60,61 +74,71 @@ def chosen_tiles(corners, side, counts, points):
             raise InputError(f"--tile {point}: x,y in level-0 px is expected, such as 1200,3400") from None
         inside = np.flatnonzero(((corners <= (x, y)) & ((x, y) < corners + side)).all(1))
         if not len(inside):
-            raise InputError(f"--tile {point}: no tile there; lower --tissue, or take another point")
+            raise InputError(f"--tile {point}: no tile holds it; lower --tissue, or take another point")
         chosen.append((int(inside[0]), (x, y)))
     return chosen
 
 
-def look(args):
-    """Draws a slide as training would cut it, or all slides of a folder; returns the exit code."""
-    check_mpp(args.mpp, "--mpp")
-    check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, tissue=(0, 1))
-    path, mpp, limits = Path(args.slide), args.mpp or 2.0, limits_of(args)
+def look(path, cutting, cells=None, points=None, out=None):
+    """Draws a slide as training would cut it, or all slides of a folder; returns the exit code.
+
+    cells: a segmentation result of the slide; points: texts "x,y" for chosen_tiles; out: the picture's name.
+    """
+    slide_file = path
     if path.is_dir():
         slides = find_slides(path.iterdir())
-        path = next(iter(slides.values()), path)
-        if len(slides) != 1 or path.suffix.lower() != ".dcm":  # not one DICOM series
-            return look_at_folder(Path(args.slide), mpp, args, limits)
-    if path.suffix.lower() not in SLIDE_TYPES:
-        raise InputError(f"{path}: not a slide ({' '.join(sorted(SLIDE_TYPES))})")
-    with tempfile.TemporaryDirectory() as folder:
-        with time_limit(limits.seconds, path), scale_suggested(path, limits.gigapixels):
-            slide = cut_tiles(path, Path(folder), mpp, args.slide_mpp, args.tissue, None, limits.gigapixels)
-        files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
-        corners = np.array([[int(v) for v in file.stem.split("_")] for file in files])
-        xy, side = cells_of(slide, args, limits), CROP * mpp / slide.mpp  # level-0 px of a tile
-        inside = [xy[((xy >= corner) & (xy < corner + side)).all(1)] for corner in corners]
-        priors = torch.stack([bin_centroids((found - corner) * (CROP / side), CROP)
-                              for found, corner in zip(inside, corners)])
-        shown = []
-        for i, point in chosen_tiles(corners, side, list(map(len, inside)), args.tile):
-            tile = np.asarray(Image.open(files[i]).convert("RGB"))
-            inset = close_up(slide, corners[i], side, inside[i], point)
-            shown.append(Shown(tile, priors[i], inset, inside[i], corners[i], side))
-    scale = f"{slide.mpp:g} um/px by {slide.source}"
-    print(f"{path}: {slide.width} x {slide.height} px, {scale}")
-    for odd in what_is_odd(slide):
-        print(f"Warning: {odd}")
-    print(f"{len(corners)} tiles at {mpp:g} um/px with {args.tissue:.0%} tissue;",
-          describe_cells(sum(map(len, inside)), len(corners), priors.mean().item(), mpp))
-    out = Path(args.out or f"runs/look_{slide_name(path)}.png")
-    draw(slide, scale, corners, side, shown, mpp, out)
-    print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, training learns from it: "
-          "see --tissue, --mpp, --slide-mpp and --prior of train.py.")
+        slide_file = next(iter(slides.values()), path)
+        is_dicom_series = len(slides) == 1 and slide_file.suffix.lower() == ".dcm"
+        if not is_dicom_series:
+            for flag, value in (("--cells", cells), ("--tile", points)):
+                if value:
+                    raise InputError(f"{flag}: belongs to one slide, and {path} is a folder; name the slide")
+            return look_at_folder(path, cutting, out)
+    if slide_file.suffix.lower() not in SLIDE_TYPES:
+        raise InputError(f"{slide_file}: not a slide ({' '.join(sorted(SLIDE_TYPES))})")
+    look_at_slide(slide_file, cutting, cells, points, out)
     return 0
 
 
-def look_at_folder(folder, mpp, args, limits):
+def look_at_slide(path, cutting, cells, points, out):
+    """Cuts a slide into a temporary folder, finds its cells, draws it and prints what was found."""
+    mpp = cutting.mpp
+    with tempfile.TemporaryDirectory() as folder:
+        with scale_suggested(path, cutting.gigapixels):
+            slide = cut_tiles(path, Path(folder), mpp, cutting.slide_mpp, cutting.tissue, None,
+                              cutting.gigapixels)
+        files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
+        corners = np.array([file.stem.split("_") for file in files]).astype(np.int64)
+        side = CROP * mpp / slide.mpp  # of a tile, in level-0 px
+        xy = cells_of(slide, cells, cutting.workers)
+        cells_of_tiles = [xy[inside_box(xy, corner, side)] for corner in corners]
+        priors = torch.stack([bin_centroids((inside - corner) * (CROP / side), CROP)
+                              for inside, corner in zip(cells_of_tiles, corners)])
+        counts = [len(inside) for inside in cells_of_tiles]
+        shown = []
+        for i, point in chosen_tiles(corners, side, counts, points):
+            tile = np.asarray(Image.open(files[i]).convert("RGB"))
+            inset = close_up(slide, corners[i], side, cells_of_tiles[i], point)
+            shown.append(Shown(tile, priors[i], inset, cells_of_tiles[i], corners[i], side))
+    scale = f"{slide.mpp:g} um/px by {slide.source}"
+    print(f"{path}: {slide.width} x {slide.height} px, {scale}")
+    for odd in what_is_odd(slide):
+        print(f"warning: {odd}")
+    print(f"{len(corners)} tiles at {mpp:g} um/px with {cutting.tissue:.0%} tissue;",
+          describe_cells(sum(counts), len(corners), priors.mean().item(), mpp))
+    out = Path(out or f"runs/look_{slide_name(path)}.png")
+    draw(slide, scale, corners, side, shown, mpp, out)
+    print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, training learns from it: "
+          "see --tissue, --mpp, --slide-mpp and --prior of train.py.")
+
+
+def look_at_folder(folder, cutting, out):
     """Draws the contact sheet of a folder's slides; returns the exit code."""
-    for flag, value in (("--cells", args.cells), ("--tile", args.tile)):
-        if value:
-            raise InputError(f"{flag}: is of one slide, and {folder} is a folder; name the slide")
-    found = find_folder(str(folder.resolve()), slide_mpp=args.slide_mpp)
+    found = find_folder(str(folder.resolve()), slide_mpp=cutting.slide_mpp)
     if found.kind != "slides":
         raise InputError(f"{folder}: holds crops, not slides; name one of them to see it")
-    out = Path(args.out or f"runs/look_{found.name}.png")
-    return exit_code_of(draw_sheet(found, mpp, args.tissue, args.workers, limits, out))
+    out = Path(out or f"runs/look_{found.name}.png")
+    return exit_code_of(draw_sheet(found, cutting, out))
 
 
 # ---------------------------------------------------------------- close-ups
@@ -133,7 +157,7 @@ class Inset:
 
 @dataclass(frozen=True)
 class Shown:
-    """A tile, RGB of CROP px, with its P_c, an inset and cells (K, 2); corner, side, cells in level-0 px."""
+    """A tile (RGB, CROP px), its P_c, an inset and its cells (K, 2); corner, side, cells in level-0 px."""
 
     tile: np.ndarray
     p_c: torch.Tensor
@@ -158,43 +182,43 @@ def close_up(slide, corner, side, cells, point=None):
 
 
 def inside_box(cells, corner, side):
-    """Which cells (K, 2) lie in the square with that upper left corner: bool (K,)."""
+    """Returns which cells (K, 2) lie in the square with that upper left corner: bool (K,)."""
     return ((cells >= corner) & (cells < np.add(corner, side))).all(1)
 
 
 # ---------------------------------------------------------------- drawing
 
 def squares(corners, side, **style):
-    """Squares of that side with these upper left corners, as a collection of patches."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
+    """Returns squares of that side with these upper left corners, as a collection of patches."""
     return PatchCollection([Rectangle(corner, side, side) for corner in corners], **style)
 
 
 def scale_bar(axis, um, um_per_px, width, height):
-    """A bar of so many um in the lower left corner of a picture of width x height px."""
-    left, length, y = 0.04 * width, um / um_per_px, 0.95 * height
-    for colour, linewidth in (("white", 6), ("black", 3)):
-        axis.plot([left, left + length], [y, y], color=colour, linewidth=linewidth, solid_capstyle="butt",
-                  zorder=4)
+    """Draws a scale bar of that length in the lower left corner of a picture of width x height px."""
+    left = 0.04 * width
+    right = left + um / um_per_px
+    y = 0.95 * height
+    for color, linewidth in (("white", 6), ("black", 3)):
+        axis.plot([left, right], [y, y], color=color, linewidth=linewidth, solid_capstyle="butt", zorder=4)
     axis.text(left, y - 0.02 * height, f"{um:g} um", fontsize=8, va="bottom", zorder=4, bbox=LABEL)
 
 
 def round_length(um):
-    """The longest of 1, 2, 5, 10, ... um that is at most um."""
+    """Returns the longest of 1, 2, 5, 10, ... um that is at most um."""
     power = 10 ** np.floor(np.log10(um))
     return power * max(k for k in (1, 2, 5) if k * power <= um * 1.0001)
 
 
 def draw(slide, scale, corners, side, shown, mpp, out):
-    """One picture: the slide, its tissue and its tiles; the Shown tiles; below each its inset with cells."""
-    from matplotlib.figure import Figure
+    """Draws the slide, its tissue and tiles; the Shown tiles; below each its inset with cells."""
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp * max(slide.width, slide.height) / 2000))
-    columns, close = max(3, len(shown)), 2 * 4.7
-    height = 4.5 * min(2, max(0.5, picture.shape[0] / picture.shape[1])) + close
-    figure = Figure(figsize=(13 * columns / 3, height), layout="constrained")
+    rows, width = picture.shape[:2]
+    columns = max(3, len(shown))
+    height_above = 4.5 * min(2, max(0.5, rows / width))  # inches
+    height_below = 2 * 4.7
+    figure = Figure(figsize=(13 * columns / 3, height_above + height_below), layout="constrained")
     figure.suptitle(slide.path.name, fontsize=11, x=0.01, ha="left")
-    above, below = figure.subfigures(2, 1, height_ratios=(height - close, close))
+    above, below = figure.subfigures(2, 1, height_ratios=(height_above, height_below))
     images = (picture, tissue_mask(picture, unit * slide.mpp), picture)
     titles = (scale, "tissue (white)", f"{len(corners)} tiles of {CROP} px at {mpp:g} um/px")
     axes = above.subplots(1, 3)
@@ -202,7 +226,6 @@ def draw(slide, scale, corners, side, shown, mpp, out):
         axis.imshow(image, cmap="gray")
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
-    rows, width = picture.shape[:2]
     scale_bar(axes[0], round_length(width * unit * slide.mpp / 4), unit * slide.mpp, width, rows)
     axes[2].add_collection(squares(
         corners / unit, side / unit, facecolor="none", edgecolor="#00a040", linewidth=0.6))
@@ -220,9 +243,8 @@ def draw(slide, scale, corners, side, shown, mpp, out):
 
 
 def draw_tile(axis, shown, mpp):
-    """The Shown tile with its cell patches outlined, the box of its inset and a scale bar."""
-    from matplotlib.patches import Rectangle
-    px = CROP / shown.side  # of the tile, a level-0 px
+    """Draws the Shown tile with its cell patches outlined, the box of its inset and a scale bar."""
+    px = CROP / shown.side  # px of the tile in a level-0 px
     axis.imshow(shown.tile, extent=(0, CROP, CROP, 0))
     grid = int(len(shown.p_c) ** 0.5)
     p = CROP / grid
@@ -236,22 +258,22 @@ def draw_tile(axis, shown, mpp):
 
 
 def draw_inset(axis, shown, mpp):
-    """The Shown tile's inset: cells as crosses, a scale bar, a usual nucleus as a circle of its true size.
+    """Draws the Shown tile's inset: cells as crosses, a scale bar, a usual nucleus as a circle at true size.
 
     Returns the number of cells in it.
     """
-    from matplotlib.patches import Circle
-    inset, unit = shown.inset, mpp * CROP / shown.side  # um of a level-0 px
+    inset = shown.inset
+    unit = mpp * CROP / shown.side  # um of a level-0 px
     um = inset.side * unit
     cells = shown.cells[inside_box(shown.cells, inset.corner, inset.side)]
     x, y = ((cells - inset.corner) * unit).T
     axis.imshow(inset.image, extent=(0, um, um, 0))
-    for colour, width, size in (("white", 2, 7.5), (CROSS, 1, 7)):
-        axis.plot(x, y, "+", color=colour, markersize=size, markeredgewidth=width)
+    for color, width, size in (("white", 2, 7.5), (CROSS, 1, 7)):
+        axis.plot(x, y, "+", color=color, markersize=size, markeredgewidth=width)
     scale_bar(axis, round_length(um / 4), 1, um, um)
-    for colour, width in (("white", 3), ("black", 1.5)):
+    for color, width in (("white", 3), ("black", 1.5)):
         axis.add_patch(Circle((0.92 * um, 0.92 * um), USUAL / 2, facecolor="none", linewidth=width,
-                              edgecolor=colour, zorder=4))
+                              edgecolor=color, zorder=4))
     axis.text(0.98 * um, 0.9 * um - USUAL / 2, f"nucleus of {USUAL:g} um", fontsize=8, ha="right",
               va="bottom", zorder=4, bbox=LABEL)
     axis.set(xlim=(0, um), ylim=(um, 0))

@@ -1,4 +1,4 @@
-"""Sanity checks: of a slide's colors and nuclei at its um/px, and of where its cells lie.
+"""Sanity checks of a slide's colours and nucleus size at its um/px, and of where its cells lie.
 
 Findings are warnings, never errors.
 """
@@ -11,19 +11,21 @@ from prior import DENSITY, HAEMATOXYLIN, TISSUE, WORK_MPP, otsu
 from wsi.segment import read_box, working_grid
 from wsi.slides import MASK_MPP, NoScale, Slide, tissue_mask
 
-NUCLEUS = (4, 10)  # um: what nucleus_size gives for tissue at its true um/px; half or twice it is outside
+NUCLEUS = (4, 10)  # um: nucleus_size of tissue at its true um/px; half or twice the true um/px is outside
 USUAL = sum(NUCLEUS) / 2  # um: the nucleus that suggests a scale, and that is drawn to compare
-WHITE, CAST = 190, 45  # of 255: background is brighter than that, and its channels no farther apart
+WHITE = 190  # of 255: background is at least that bright
+CAST = 45  # of 255: and its channels differ by at most that much
 H_AND_E = 0.5  # least share of what is not white that has the colours of H&E
 MISPLACED = 0.08  # share of cells outside of the slide or on glass: up to 0.038 for true cells (docs/data.md)
-REGION, REGIONS = 1024, 4  # px a side at about WORK_MPP, and how many regions with most tissue are looked at
+REGIONS = 4  # the regions with most tissue that are measured
+REGION = 1024  # their side in px at about WORK_MPP
 
 
 def nucleus_size(images, mpp):
-    """Median diameter in um of the dark blue blobs in RGB images (H, W, 3), each px counted; NaN if few.
+    """Returns the median diameter in um of the dark blue blobs in RGB images (H, W, 3), weighted by area.
 
-    Blobs are haematoxylin above Otsu's threshold; clumps are left out: a blob counts if the largest circle
-    in it has half of its area. Nothing in it depends on mpp, which only scales the answer.
+    Blobs are haematoxylin above Otsu's threshold. Clumps do not count: the largest circle in a blob has to
+    have half of its area. mpp only scales the result. NaN for fewer than 20 blobs.
     """
     sizes = []
     for image in images:
@@ -36,37 +38,41 @@ def nucleus_size(images, mpp):
         if not count:
             continue
         inside = blobs > 0
-        which, radius = blobs[inside] - 1, np.zeros(count)
-        area = np.bincount(which)
-        np.maximum.at(radius, which, ndimage.distance_transform_edt(inside)[inside])  # ndimage.maximum sorts
+        blob = blobs[inside] - 1  # of each px
+        area = np.bincount(blob)
+        radius = np.zeros(count)
+        np.maximum.at(radius, blob, ndimage.distance_transform_edt(inside)[inside])  # ndimage.maximum sorts
         single = (np.pi * np.square(radius) > area / 2) & (area >= 20)
         sizes.append(2 * np.sqrt(area[single] / np.pi) * mpp)
     sizes = np.sort(np.concatenate(sizes)) if sizes else np.zeros(0)
     if len(sizes) < 20:
         return float("nan")
-    share = np.cumsum(sizes ** 2)
-    return float(sizes[np.searchsorted(share, share[-1] / 2)])
+    area_so_far = np.cumsum(sizes ** 2)
+    return float(sizes[np.searchsorted(area_so_far, area_so_far[-1] / 2)])
 
 
-def odd_colours(picture, mask):
-    """What is odd in the colours of a picture (H, W, 3) of a slide with its tissue mask: a list of texts."""
-    out = []
+def odd_colors(picture, mask):
+    """Returns what is odd in the colours of a picture (H, W, 3) with its tissue mask, a list of texts."""
+    odd = []
     darkness = 255 - picture.min(2)
     background = picture[~mask & (darkness < 128)]
     if len(background) > 0.02 * mask.size:
-        colour = np.median(background, axis=0)
-        if colour.mean() < WHITE or np.ptp(colour) > CAST:
-            named = ", ".join(f"{value:.0f}" for value in colour)
-            out.append(f"its background is not white (red, green, blue: {named})")
-    coloured = darkness > 50
-    share = mask[coloured].mean() if coloured.any() else 0
+        color = np.median(background, axis=0)
+        if color.mean() < WHITE or np.ptp(color) > CAST:
+            values = ", ".join(f"{value:.0f}" for value in color)
+            odd.append(f"its background is not white (red, green, blue: {values})")
+    not_white = darkness > 50
+    share = mask[not_white].mean() if not_white.any() else 0
     if share < H_AND_E:
-        out.append(f"{share:.0%} of what is not white has the colours of H&E")
-    return out
+        odd.append(f"{share:.0%} of what is not white has the colours of H&E")
+    return odd
 
 
 def tissue_regions(slide, mask, unit):
-    """REGIONS images of the slide where the mask has most tissue, and their um/px; unit: level-0 px a px."""
+    """Returns the REGIONS images of the slide with most tissue in the mask, and their um/px.
+
+    unit: level-0 px in a px of the mask.
+    """
     level, factor, px, down = working_grid(slide, WORK_MPP)
     side = max(1, round(REGION * down / unit))  # px of the mask
     rows, columns = (max(1, n // side) for n in mask.shape)
@@ -78,13 +84,15 @@ def tissue_regions(slide, mask, unit):
 
 
 def what_is_odd(slide):
-    """What is odd about an open Slide, a list: its um/px, its colours, the size of its nuclei for them."""
+    """Returns what is odd about an open Slide, a list of texts: its um/px, colours, and size of nuclei."""
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
     mask = tissue_mask(picture, unit * slide.mpp)
-    odd = ([slide.warning] if slide.warning else []) + odd_colours(picture, mask)
+    odd = odd_colors(picture, mask)
+    if slide.warning:
+        odd.insert(0, slide.warning)
     regions, px = tissue_regions(slide, mask, unit)
     size = nucleus_size(regions, px)
-    if size < NUCLEUS[0] or size > NUCLEUS[1]:  # NaN, of too few, is neither
+    if size < NUCLEUS[0] or size > NUCLEUS[1]:  # NaN, of too few nuclei, is neither
         odd.append(f"its nuclei measure {size:.1f} um, where {NUCLEUS[0]} to {NUCLEUS[1]} are usual: "
                    f"are {slide.mpp:g} um/px (by {slide.source}) right?")
     return odd
@@ -103,7 +111,7 @@ def misplaced(xy, slide):
 
 
 def where_cells_are_odd(outside, on_glass, file):
-    """Returns a warning about the file of cells that has these shares misplaced, or ""."""
+    """Returns a warning about a file of cells with these misplaced shares, or ""."""
     if outside + on_glass <= MISPLACED:
         return ""
     return (f"{outside:.0%} of the cells in {file} lie outside of the slide and {on_glass:.0%} on its glass: "
@@ -111,10 +119,10 @@ def where_cells_are_odd(outside, on_glass, file):
 
 
 def suggested_scale(path, gigapixels):
-    """Returns what the nuclei of a slide without um/px suggest, as a text: their size in px, and um/px.
+    """Returns a text with the size of a slide's nuclei in level-0 px, and the um/px that this suggests.
 
-    The um/px is USUAL over the median size of the nuclei, counted in px of level 0. It was 1.1 to 1.4 times
-    the truth on images of known um/px taken together, 0.6 to 2.5 times on single ones: docs/data.md.
+    The um/px are USUAL over the median size of the nuclei. On images of known um/px that was 1.1 to 1.4 times
+    the truth for a whole group, and 0.6 to 2.5 times for single images: docs/data.md.
     """
     slide = Slide(path, None, 1.0, gigapixels)  # 1 um/px, so that um are px
     picture, unit = slide.picture(max(MASK_MPP, max(slide.width, slide.height) / 2000))
@@ -127,7 +135,7 @@ def suggested_scale(path, gigapixels):
 
 @contextmanager
 def scale_suggested(path, gigapixels):
-    """Adds what the nuclei suggest to the refusal, within the block, of a slide without um/px."""
+    """Adds suggested_scale to the error that refuses a slide without um/px in the block."""
     try:
         yield
     except NoScale as error:

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 from scipy.spatial import cKDTree
 
-from common.errors import InputError, Parser, check_mpp, one_line, run_script
+from common.errors import InputError, Parser, one_line, run_script
 from common.files import atomic_write
-from common.pool import LIMITS, add_limits, call, in_processes, limits_of
+from common.flags import MPP, add_max_gigapixels, whole
+from common.pool import call, in_processes
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
 from wsi.cells import label_centroids
+from wsi.datasets import add_data_flags
 from wsi.slides import (
     MASK_MPP,
     SLIDE_TYPES,
@@ -181,22 +183,20 @@ def save_cells(path, xy, source, **more):
         np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], source=source, **more)
 
 
-def segment_slides(tasks, segmenter, folder, workers, limits=LIMITS, mpp=WORK_MPP):
+def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
     """Segments slides by regions over several processes and writes <folder>/<segmenter>/<slide>.npz.
 
     tasks: [(path, um/px of level 0), ...]; mpp: um/px that the segmenter sees. A slide is written as soon as
-    its last region is done; each step of it may take limits.seconds. Gives {path: why it failed}.
+    its last region is done. Returns {path: why it failed}.
     """
     failed, found, regions = {}, {}, []
     todo = [(path, slide_mpp, segmenter, mpp) for path, slide_mpp in tasks]
-    for (path, *_), result, error in in_processes(slide_regions, todo, workers, "tissue, slides",
-                                             limits.seconds):
+    for (path, *_), result, error in in_processes(slide_regions, todo, workers, "tissue, slides"):
         if error:
             failed[path] = error
         regions += result or []
     left, slide_mpp = Counter(path for path, *_ in regions), dict(tasks)
-    for (path, *_, box), xy, error in in_processes(segment_region, regions, workers, f"{segmenter}, regions",
-                                                   limits.seconds):
+    for (path, *_, box), xy, error in in_processes(segment_region, regions, workers, f"{segmenter}, regions"):
         if error:
             failed[path] = error
         found.setdefault(path, {})[box] = xy
@@ -220,19 +220,15 @@ def arguments(argv):
     add("--segmenter", default="builtin", choices=list(SEGMENTERS),
         help="cellpose (slow without a GPU) and histomicstk are packages to install")
     add("--out", default="cells", type=Path, help="cells go to OUT/<segmenter>/<slide>.npz; use <data>/cells")
-    add("--slide-mpp", type=float, help="um/px of slides that record none")
-    add("--mpp", type=float, default=WORK_MPP,
+    add_data_flags(add, "--slide-mpp")
+    add("--mpp", type=MPP, default=WORK_MPP,
         help="approximate um/px that the segmenter sees: whole px are averaged")
-    add("--workers", type=int,
+    add("--workers", type=whole(),
         help="processes (1 for cellpose, as each of them holds its model, else one per core)")
-    add_limits(add)
+    add_max_gigapixels(add)
     args = parser.parse_args(argv)
     if args.workers is None:
         args.workers = 1 if args.segmenter == "cellpose" else os.cpu_count() or 1
-    if args.workers < 1:
-        raise InputError(f"--workers {args.workers}: at least 1 is needed")
-    check_mpp(args.mpp, "--mpp")
-    check_mpp(args.slide_mpp, "--slide-mpp")
     return args
 
 
@@ -252,14 +248,14 @@ def segment(args):
     if not files:
         named = ", ".join(map(str, args.slides))
         raise InputError(f"{named}: no slides in it ({' '.join(sorted(SLIDE_TYPES))})")
-    tasks, failed, limits = [], {}, limits_of(args)
+    tasks, failed = [], {}
     for path in [path for name, path in files.items() if not (folder / f"{name}.npz").is_file()]:
-        mpp, failed[path] = call(um_per_px, (path, args.slide_mpp, limits.gigapixels))
+        mpp, failed[path] = call(um_per_px, (path, args.slide_mpp, args.max_gigapixels))
         tasks += [(path, mpp)] if mpp else []
     failed = {path: error for path, error in failed.items() if error}
     if tasks and args.segmenter != "builtin":
         load_segmenter(args.segmenter)  # a missing package is reported, and weights fetched, before the work
-    failed |= segment_slides(tasks, args.segmenter, args.out, args.workers, limits, args.mpp)
+    failed |= segment_slides(tasks, args.segmenter, args.out, args.workers, args.mpp)
     for error in failed.values():
         print("wsi.segment:", error, file=sys.stderr)
     print(f"{len(files) - len(failed)} of {len(files)} slides have their cells in {folder}/*.npz. "

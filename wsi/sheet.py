@@ -1,8 +1,9 @@
-"""python data.py look FOLDER: all slides of a folder in one picture, to see which one is odd."""
+"""python data.py look FOLDER: draws all slides of a folder in one picture, to see which one is odd."""
 from dataclasses import dataclass
 from textwrap import fill
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from common.errors import printable
@@ -11,19 +12,20 @@ from common.pool import in_processes
 from wsi.sanity import scale_suggested
 from wsi.slides import CROP, MASK_MPP, Slide, tissue_mask, tissue_shares
 
-PER_PAGE, COLUMNS = 60, 6  # slides of a picture and of a row
+PER_PAGE = 60  # slides of a picture
+COLUMNS = 6
 THUMBNAIL = 360  # px of its longer side, at most
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A slide at a glance: thumbnail RGB (h, w, 3), its tissue (h, w), and about how many tiles it gives."""
+    """A slide at a glance: thumbnail RGB (h, w, 3), its tissue (h, w), and about how many tiles it has."""
 
     thumbnail: np.ndarray
     tissue: np.ndarray
     tiles: int
-    mpp: float  # of level 0, and where it is from
-    source: str
+    mpp: float  # of level 0
+    source: str  # where mpp is from
 
 
 def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
@@ -44,42 +46,50 @@ def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
     return Overview(np.asarray(thumbnail), np.asarray(mask), tiles, slide.mpp, slide.source)
 
 
-def draw_sheet(found, mpp, tissue, workers, limits, out):
+def draw_sheet(found, cutting, out):
     """Draws the slides of a wsi.folders.Data, PER_PAGE to a picture, and prints a line for each.
 
-    The second picture is <out>_2.png, and so on. Returns a line for each slide that cannot be used.
+    cutting: the look.Cutting. The second picture is <out>_2.png, and so on. Returns a line for each slide
+    that cannot be used.
     """
-    failed, all_names = [], sorted(found.images)
+    failed = []
+    all_names = sorted(found.images)
     pages = [all_names[i: i + PER_PAGE] for i in range(0, len(all_names), PER_PAGE)]
     for number, names in enumerate(pages, 1):
-        tasks = {(found.images[name], found.slide_mpp, found.said_mpp(name), mpp, tissue,
-                  limits.gigapixels): name for name in names}
-        entries = {}
-        for task, result, error in in_processes(overview, list(tasks), workers, "slides", limits.seconds):
-            entries[tasks[task]] = result or error.removeprefix(f"{task[0]}: ")
-        entries = {name: entries[name] for name in names}
+        entries = overviews(found, names, cutting)
         for name, entry in entries.items():
             if isinstance(entry, Overview):
                 print(printable(f"{found.images[name]}: {caption(entry)}"))
             else:
                 failed.append(f"{found.images[name]}: {entry}")
                 print("skipped:", printable(failed[-1]))
+        tiles = f"tiles of {CROP} px at {cutting.mpp:g} um/px"
+        title = f"{found.source.name}: {len(found.images)} slides, {tiles}"
+        if len(pages) > 1:
+            title += f" (picture {number} of {len(pages)})"
         page = out if number == 1 else out.with_stem(f"{out.stem}_{number}")
-        title = f"{found.source.name}: {len(found.images)} slides, tiles of {CROP} px at {mpp:g} um/px"
-        title += f" (picture {number} of {len(pages)})" if len(pages) > 1 else ""
         draw_page(title, entries, page)
         print(f"Wrote {page}.")
     return failed
 
 
+def overviews(found, names, cutting):
+    """Returns {name: its Overview, or why there is none} of slides."""
+    tasks = {(found.images[name], found.slide_mpp, found.said_mpp(name), cutting.mpp, cutting.tissue,
+              cutting.gigapixels): name for name in names}
+    entries = {}
+    for task, result, error in in_processes(overview, list(tasks), cutting.workers, "slides"):
+        entries[tasks[task]] = result or error.removeprefix(f"{task[0]}: ")
+    return {name: entries[name] for name in names}
+
+
 def caption(slide):
-    """What is written under an Overview."""
+    """Returns the text below an Overview."""
     return f"tiles: about {slide.tiles}; {slide.mpp:.3g} um/px by {slide.source}"
 
 
 def draw_page(title, entries, out):
-    """A picture of slides in rows. entries: {name: Overview, or why there is none}."""
-    from matplotlib.figure import Figure
+    """Draws slides in rows. entries: as overviews returns them."""
     columns = min(COLUMNS, len(entries))
     rows = -(-len(entries) // columns)
     figure = Figure(figsize=(max(6, 2.6 * columns), 3.2 * rows + 0.4), layout="constrained")

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from common.errors import InputError
 from common.files import temp_path, write_json
-from common.pool import LIMITS
+from common.flags import MAX_GIGAPIXELS
 from wsi.headers import UM, dicom_series, hamamatsu_images, tiff_properties
 from wsi.pixels import PIXELS, is_grey, on_white, read_image
 
@@ -423,7 +423,7 @@ def sample_hash(path, size, changed):
     return digest.hexdigest()[:16]
 
 
-def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=LIMITS.gigapixels):
+def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX_GIGAPIXELS):
     """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and then crops/<slide>.json; returns the Slide.
 
     The JSON records the file and the settings that they were cut with. mpp: um/px of the tiles; slide_mpp,

@@ -40,7 +40,6 @@ def arguments(argv):
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
     shared.add_data(add)
-    add("--mpp", type=float, help="um/px of the crops (2.0 is 5x); default: the data set's")
     add("--crops", type=int, default=500, help="most crops whose cells are compared")
     add("--show", type=int, default=3, help="crops that are drawn")
     add("--out", default="runs/priors.png", help="the picture")

@@ -7,13 +7,13 @@ import torch
 from tqdm import tqdm
 
 from common.encoders import check_device, find_encoder, load_encoder
-from common.errors import InputError, Parser, check_mpp, check_ranges, print_skipped
+from common.errors import InputError, Parser, check_ranges, print_skipped
 from common.figures import save_figure
 from common.files import file_stamp, read_npz, write_csv
-from common.pool import add_limits, limits_of
+from common.flags import add_max_gigapixels, whole
 from data import Crops
 from wsi.cache import file_mpp, prepare, prepare_tiles
-from wsi.datasets import DATASETS, PRIORS
+from wsi.datasets import DATASETS, add_data_flags
 from wsi.splits import check_unseen, find_data
 
 COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
@@ -30,11 +30,9 @@ def parser_of(script, description, **more):
 
 def add_data(add):
     """The flags of a script that looks at a data set's crops."""
-    add("--data", default="demo", help=f"{', '.join(DATASETS)}, or a folder, as in train.py")
-    add("--slide-mpp", type=float, help="um/px of slides that record none, as in train.py")
-    add("--tissue", type=float, default=0.5, help="least share of tissue in a tile, as in train.py")
-    add("--workers", type=int, default=2, help="processes that cut tiles which are not there yet")
-    add_limits(add)
+    add_data_flags(add, "--data", "--mpp", "--slide-mpp", "--tissue")
+    add("--workers", type=whole(0, 1024), default=2, help="processes that cut missing tiles")
+    add_max_gigapixels(add)
 
 
 def add_networks(add):
@@ -42,18 +40,15 @@ def add_networks(add):
     add("--checkpoint", nargs="+", required=True, metavar="[NAME=]RUN",
         help="runs, or their encoder.pt; several stand in one figure under their names (the run's folder)")
     add_data(add)
-    add("--mpp", type=float, help="um/px of the crops; default: what the first encoder was trained at")
-    add("--prior", default="auto", choices=PRIORS, help="whose cells, as in train.py")
+    add_data_flags(add, "--prior")
     add("--part", default="test", choices=["test", "val", "train"],
         help="which slides; an encoder that saw one of the test part is refused")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
 
 def check_flags(args, **limits):
-    """InputError for a flag of add_data or add_networks, or one of limits, out of its range."""
-    check_mpp(args.mpp, "--mpp")
-    check_mpp(args.slide_mpp, "--slide-mpp")
-    check_ranges(args, tissue=(0, 1), workers=(0, 1024), **limits)
+    """InputError for a flag of limits out of its range, or a wrong --out or --device."""
+    check_ranges(args, **limits)
     check_out(args.out)
     if "device" in args:
         check_device(args.device)
@@ -119,11 +114,10 @@ def open_all(args):
 
 def crops_of(found, names, args, with_cells=True):
     """Crops of these slides, cut now if they are not there yet, with their cells or without."""
-    limits = limits_of(args)
     if with_cells:
-        print_skipped(prepare(found, args.tissue, args.workers, limits))
+        print_skipped(prepare(found, args.tissue, args.workers, args.max_gigapixels))
     elif found.kind == "slides":
-        print_skipped(prepare_tiles(found, args.tissue, args.workers, limits))
+        print_skipped(prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels))
     crops = Crops(found, names, with_cells)
     if not len(crops):
         raise InputError(f"{found.source}: no crop of these {found.kind}; python data.py check --data "

@@ -1,0 +1,60 @@
+"""From the cache to crops with their cells: which tiles a slide has, and which cells lie in each."""
+import os
+import re
+
+import numpy as np
+
+from wsi.cache import read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
+
+
+def crops_of(data, names, with_cells):
+    """Yields (name, file, (x, y) in level-0 px, cells (K, 2) in px of the crop) of the images' crops."""
+    if data.kind == "slides":
+        for name in names:
+            yield from slide_crops(data, name, with_cells)
+        return
+    cells_of = read_crop_cells(data) if with_cells else dict.fromkeys(names, np.zeros((0, 2)))
+    for name in names:
+        if name in cells_of:
+            yield name, data.images[name], (0, 0), cells_of[name]
+
+
+def slide_crops(data, name, with_cells):
+    """Yields what crops_of does, of one slide; nothing if its tiles or cells could not be prepared."""
+    info = tile_info(data, name)
+    xy = ready_cells(data, name) if with_cells else np.zeros((0, 2))
+    if info is None or xy is None:
+        return
+    files, corners = tiles_of(data, name)
+    scale = info["slide_mpp"] / info["mpp"]  # px of the crop in a level-0 px
+    for file, corner, inside in zip(files, corners, cells_in_tiles(xy, corners, tile_side(info))):
+        yield name, file, corner.tolist(), ((inside - corner) * scale).astype(np.float32)
+
+
+def cells_in_tiles(xy, corners, side):
+    """Returns the cells in each square tile, sorted by x: [(K_i, 2), ...]; all in level-0 px.
+
+    xy (K, 2) are sorted by y; corners (T, 2) are the tiles' upper left ones. A row of tiles is searched at
+    once, which takes seconds for 10^6 tiles.
+    """
+    cells = [None] * len(corners)
+    for top in np.unique(corners[:, 1]):
+        first, last = np.searchsorted(xy[:, 1], (top, top + side))
+        row = xy[first:last]
+        row = row[row[:, 0].argsort()]
+        tiles = np.flatnonzero(corners[:, 1] == top)
+        lefts = corners[tiles, 0]
+        firsts = np.searchsorted(row[:, 0], lefts)
+        lasts = np.searchsorted(row[:, 0], lefts + side)
+        for tile, first, last in zip(tiles, firsts, lasts):
+            cells[tile] = row[first:last]
+    return cells
+
+
+def tiles_of(data, name):
+    """Returns the paths of a slide's tiles, sorted by name, and their corners (T, 2) in level-0 px."""
+    folder = str(tiles_folder(data) / name)
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [file for file in names if re.fullmatch(r"\d+_\d+\.jpg", file)]  # <x>_<y>.jpg and no stray file
+    corners = np.array([file.removesuffix(".jpg").split("_") for file in names])
+    return [f"{folder}/{file}" for file in names], corners.astype(np.int64).reshape(-1, 2)
