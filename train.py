@@ -24,7 +24,7 @@ from common.distributed import any_of, device_of_process, first_before_others, j
 from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.figures import spread
-from common.files import stamp_of
+from common.files import stamp
 from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole
 from common.log import Log
 from common.signals import stop_signals
@@ -34,7 +34,7 @@ from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, OWN, add_data_flags, run_name
 from wsi.probe import read_probe
-from wsi.splits import find_data, what_was_seen
+from wsi.splits import find_data, training_record
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 
@@ -333,7 +333,7 @@ class TrainingData:
     found: object  # wsi.folders.Data
     crops: torch.utils.data.Dataset
     skipped: list  # a line for each file that could not be used
-    trained_on: dict  # wsi.splits.what_was_seen
+    trained_on: dict  # wsi.splits.training_record
     mean: tuple  # of the pixels (--stats)
     std: tuple
 
@@ -363,7 +363,7 @@ def training_crops(args):
     mean, std = MEAN, STD
     if args.stats == "data":
         mean, std = encoders.stats_of_crops(some_of(crops, 128))
-    return TrainingData(found, crops, skipped, what_was_seen(found, sorted(set(owners))), mean, std)
+    return TrainingData(found, crops, skipped, training_record(found, sorted(set(owners))), mean, std)
 
 
 def some_of(crops, count):
@@ -454,7 +454,7 @@ def config_of(args, data, how):
     images = data.trained_on["images"]
     return flags | {
         "data": run_name(args.data), "mpp": crop_mpp(data.found), "precision": "bf16" if how.bf16 else "fp32",
-        "crops": len(data.crops), "images": f"{len(images)} (stamp {stamp_of(data.trained_on)})",
+        "crops": len(data.crops), "images": f"{len(images)} (stamp {stamp(**data.trained_on)})",
         "pixels": [data.mean, data.std]}
 
 

@@ -1,4 +1,4 @@
-"""How scripts fail: one line that names the file or flag and says what to do, and an exit code."""
+"""How scripts fail: with an exit code and one line that names the file or flag and says what to do."""
 import argparse
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -9,24 +9,24 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, but a wrong flag raises InputError instead of printing the usage and exiting."""
+    """An argparse parser that raises InputError for a wrong flag instead of exiting."""
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
 def printable(text):
-    """A text in one line, line breaks and control characters escaped: names of files may hold anything."""
+    """Returns a text with line breaks and control characters escaped, since file names may hold any."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def one_line(error):
-    """An exception in one line of at most 200 characters."""
+    """Returns an exception as one line of at most 200 characters."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 
 class Terminal:
-    """stdout or stderr that may be closed at any time: a run outlives its terminal, and a closed pipe."""
+    """stdout or stderr whose write errors are ignored, so that a run survives a closed terminal or pipe."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -48,7 +48,7 @@ class Terminal:
 
 
 def check_ranges(args, **limits):
-    """InputError if a flag of args is outside its (low, high); NaN is outside every range."""
+    """InputError if a flag is outside its range (low, high), or NaN."""
     for name, (low, high) in limits.items():
         if not low <= getattr(args, name) <= high:
             flag = name.replace("_", "-")
@@ -56,50 +56,51 @@ def check_ranges(args, **limits):
 
 
 def check_mpp(value, flag):
-    """InputError for um/px that no slide has; None is not checked."""
+    """InputError for a um/px outside 0.05 to 20, which no slide has; None passes."""
     if value is not None and not 0.05 <= value <= 20:
         raise InputError(f"{flag} {value:g}: um/px between 0.05 and 20 is expected (0.5 is 20x)")
 
 
 def print_skipped(failed):
-    """Prints one line for each file that could not be used."""
+    """Prints the lines on files that could not be used."""
     for line in failed:
         print("skipped:", printable(line))
 
 
 def exit_code_of(failed):
-    """Prints the number of skipped files, at the end of a run; 1 if there are any, else 0."""
+    """Prints the number of skipped files at the end of a run; returns 1 if any was skipped, else 0."""
     if failed:
         print(f"{len(failed)} files were skipped (see above).")
     return int(bool(failed))
 
 
-def run_script(script, run, memory="--batch", again="run it again to go on"):
-    """The exit code of run(): what it returns, or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
+def run_script(script, run, memory="--batch", again="run it again to resume"):
+    """Returns the exit code of run(), or 2 for bad input, 1 for a failed run, 130 for Ctrl-C.
 
     An error becomes one line on stderr. memory: the flag to lower when memory runs out; again: what to do
-    after a stop.
+    after Ctrl-C.
     """
     with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
         return run_and_report(script, run, memory, again)
 
 
 def run_and_report(script, run, memory, again):
-    """run_script without its care for closed terminals."""
+    """Does the work of run_script; the terminal is assumed to stay open."""
+    def report(message, code):
+        print(f"{script}: {printable(message)}", file=sys.stderr)
+        return code
     try:
         return run()
     except InputError as error:
-        message, code = error, 2
+        return report(error, 2)
     except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}", 2
+        return report(f"{error.filename}: {error.strerror}", 2)
     except FloatingPointError as error:
-        message, code = error, 1
+        return report(error, 1)
     except (MemoryError, RuntimeError) as error:
         out_of_memory = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter is torch's
-        if not (out_of_memory or "allocate memory" in str(error)):  # on a CPU torch says it so
+        if not (out_of_memory or "allocate memory" in str(error)):  # torch's message on a CPU
             raise
-        message, code = f"out of memory; lower {memory}", 1
+        return report(f"out of memory; lower {memory}", 1)
     except KeyboardInterrupt:
-        message, code = f"stopped; {again}", 130
-    print(f"{script}: {printable(message)}", file=sys.stderr)
-    return code
+        return report(f"stopped; {again}", 130)

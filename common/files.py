@@ -1,4 +1,4 @@
-"""Files that are complete or absent: atomic writing, tensors without pickled code, CSV."""
+"""Atomic writing, tensors without pickled code, JSON, npz and CSV."""
 import csv
 import glob
 import gzip
@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,75 +21,90 @@ import torch
 from common.errors import InputError
 
 
-def part_of(path):
-    """A temporary name beside path, of this process; removes what killed processes of this machine left."""
-    host = f"{zlib.crc32(platform.node().encode()):08x}"  # short: names of files may have 255 bytes
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.part"):
-        number = left.name.removesuffix(".part").rsplit("-", 1)[1]
-        if number.isdigit() and not is_alive(int(number)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+def temp_path(path):
+    """Returns this process's temporary name next to path.
+
+    Removes the temporary files for the same path that killed processes of this machine left behind.
+    """
+    host = f"{zlib.crc32(platform.node().encode()):08x}"  # short, since file names are limited to 255 bytes
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{host}-*.part"):
+        process = leftover.name.removesuffix(".part").rsplit("-", 1)[1]
+        if not process.isdigit() or is_alive(int(process)):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     return path.with_name(f".{path.name}.{host}-{os.getpid()}.part")
 
 
 def is_alive(process):
-    """Is there a process of this number on this machine?"""
+    """Returns whether this machine runs a process with this number.
+
+    Always True on Windows, where os.kill with signal 0 would end the process.
+    """
+    if sys.platform == "win32":
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's
+        pass  # another user's process
     return True
 
 
 @contextmanager
 def atomic_write(path):
-    """Gives a temporary name beside path to write to; it takes path's name when the block ends without error.
+    """Yields a temporary path; the file written to it is renamed to path if the block ends without an error.
 
-    The name holds the process number, as two runs may prepare the same slide.
+    The temporary name holds the process number, since two runs may prepare the same slide. InputError if the
+    file cannot be written.
     """
     path = Path(path)
-    temp = part_of(path)
+    temp = temp_path(path)
     try:
         temp.parent.mkdir(parents=True, exist_ok=True)
         yield temp
         os.replace(temp, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); "
-                         "make room or run where you may write") from None
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free disk space, or run in a folder "
+                         "where you may write") from None
     finally:
         with suppress(OSError):
             temp.unlink()
 
 
 def files_under(folder):
-    """Yields the files under a folder. Linked folders are followed, each folder once; hidden names (macOS
-    writes ._*) are left out.
+    """Yields the files under a folder, except hidden ones (macOS writes ._*).
+
+    Linked folders are followed, and each folder is visited once.
     """
     visited = set()
-    for at, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(at)
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            path = Path(at, name)
+            path = Path(parent, name)
             if not name.startswith(".") and path.is_file():
                 yield path
 
 
 def save_tensors(path, state):
-    """Writes a dict of tensors and plain values, which load_tensors reads."""
-    with atomic_write(path) as temp, open(temp, "wb") as file:  # an open file: a full disk is then an OSError
+    """Writes a dict of tensors and plain values, to be read by load_tensors."""
+    with atomic_write(path) as temp, open(temp, "wb") as file:  # given a path, torch hides a full disk
         torch.save(state, file)
 
 
 def load_tensors(path, allowed=()):
-    """A file of tensors and plain values, on the CPU; InputError for anything else, and no code is run.
+    """Returns the contents of a file of tensors and plain values, on the CPU, without running its code.
 
-    allowed: classes that the file may hold besides; building one must run no code.
+    allowed: further classes that the file may hold; constructing them must be harmless. InputError for any
+    other file.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)):
@@ -98,37 +114,47 @@ def load_tensors(path, allowed=()):
 
 
 def why_not_loaded(path, error):
-    """Why torch.load failed with this error, and what to do."""
+    """Returns why torch.load failed with this error, and what to do about it."""
     path = Path(path)
     if not path.is_file():
-        return "is missing, or is no file"
+        return "is missing, or not a file"
     with suppress(OSError), open(path, "rb") as file:
         if file.read(24) == b"version https://git-lfs.":
-            return "is a Git LFS pointer: run git lfs pull, which fetches the file itself"
+            return "is a Git LFS pointer: run git lfs pull to fetch the file itself"
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     if foreign:
-        return (f"holds a Python object ({foreign[1]}), which is not loaded, as it may run code; save the "
-                "state dict alone, or take another copy")
-    return f"cannot be loaded ({type(error).__name__}); delete it or take another copy"
+        return (f"holds a Python object ({foreign[1]}), which is not loaded because it may run code; save "
+                "the state dict alone, or use another copy")
+    return f"cannot be loaded ({type(error).__name__}); delete it or use another copy"
 
 
-def file_stamp(path):
-    """The first 16 hex digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def stamp(**inputs):
+    """Returns 16 hex digits that stand for what something was made from: it is recomputed if they change.
+
+    inputs: plain values by name (file_stamp, or wsi.slides.file_identity, for a file). The digits are the
+    start of the SHA-256 of the inputs as JSON.
+    """
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stamp_of(value):
-    """The first 16 hex digits of the SHA-256 of a plain value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """Returns the stamp of a dict."""
+    return stamp(**value)
+
+
+def file_stamp(path):
+    """Returns the first 16 hex digits of the SHA-256 of a file's contents."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def write_json(path, value):
+    """Writes a plain value as JSON."""
     with atomic_write(path) as temp:
         temp.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def read_json(path):
-    """A JSON object; {} if there is none."""
+    """Returns the JSON object in a file; {} if the file is missing or holds no JSON object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -137,7 +163,7 @@ def read_json(path):
 
 
 def read_npz(path, *names):
-    """{name: array} of an npz; None if the file, or one of the names in it, is not there or is damaged."""
+    """Returns {name: array} of an npz (all arrays by default), or None if one is missing or corrupt."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names or file.files}
@@ -146,20 +172,22 @@ def read_npz(path, *names):
 
 
 def is_gzip(path):
+    """Returns whether a file is compressed by gzip."""
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def open_bytes(path):
-    """Opens a file to read its bytes; those of a gzip file are inflated."""
+    """Opens a file to read its bytes, decompressed if it is a gzip file."""
     return gzip.open(path) if is_gzip(path) else open(path, "rb")
 
 
 def read_csv(path, only=None):
-    """A CSV file as ([column, ...], [(line number, {column: value}), ...]).
+    """Returns a CSV file's contents as ([column, ...], [(line number, {column: value}), ...]).
 
-    Commas, semicolons or tabs; with or without a BOM. Columns are lower-cased, values stripped, blank lines
-    skipped. only: the columns to keep, to save memory. InputError, with the line, for anything else.
+    The delimiter is the comma, semicolon or tab; a BOM is ignored. Columns are lower-cased, values stripped
+    and blank lines skipped. only: the columns to keep, to save memory. InputError for a file that cannot be
+    read, a row with more fields than columns (with its line), or a column that appears twice.
     """
     rows = []
     try:
@@ -180,30 +208,37 @@ def read_csv(path, only=None):
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as CSV ({error}); save it as UTF-8") from None
-    twice = [name for name in names if name and names.count(name) > 1]
-    if twice:
-        raise InputError(f"{path}: two columns are named {twice[0]}; rename one")
+    repeated = [name for name in names if name and names.count(name) > 1]
+    if repeated:
+        raise InputError(f"{path}: two columns are named {repeated[0]}; rename one")
     return names, rows
 
 
 def write_csv(path, rows):
-    """Writes rows (lists), the column names first."""
+    """Writes rows (lists of values) as CSV; the first row holds the column names."""
     with atomic_write(path) as temp, open(temp, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
 def merge_csv(path, keys, rows):
-    """Writes rows (dicts) to a CSV; its rows that differ from all of these in a value of keys are kept."""
-    new, old = {tuple(row[key] for key in keys) for row in rows}, []
+    """Writes rows (dicts) to a CSV file; a row of the file with the same values of keys is replaced."""
+    def key_of(row):
+        return tuple(row.get(key) for key in keys)
+    replaced = set(map(key_of, rows))
+    merged = []
     if path.is_file():
         with open(path, encoding="utf-8", newline="") as file:
-            old = [row for row in csv.DictReader(file) if tuple(row.get(key) for key in keys) not in new]
-    columns = list(dict.fromkeys(name for row in old + rows for name in row))
-    write_csv(path, [columns, *([row.get(name, "") for name in columns] for row in old + rows)])
+            merged = [row for row in csv.DictReader(file) if key_of(row) not in replaced]
+    merged += rows
+    columns = list(dict.fromkeys(name for row in merged for name in row))
+    lines = [columns]
+    for row in merged:
+        lines.append([row.get(name, "") for name in columns])
+    write_csv(path, lines)
 
 
 def print_table(rows):
-    """Prints rows of texts in columns."""
+    """Prints rows of texts in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

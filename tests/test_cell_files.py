@@ -62,7 +62,7 @@ def test_of_several_files_the_first_is_read_and_named(place):
     assert [path.name for path in cell_files(found).values()] == [
         "a.json", "b.tsv", "c_cp_masks.png", "d_cp_masks.tif", "e.svs - Series 0.csv", "f_seg.npy"]
     line, = unused_cell_files(found)
-    assert "several files of cells: 3;" in line
+    assert "several cell files: 3;" in line
     assert "a.json, not a.csv, b.tsv, not b.svs.json, e.svs - Series 0.csv, not e.svs - Series 1.csv;" in line
 
 

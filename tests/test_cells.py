@@ -120,7 +120,7 @@ def test_measurements_that_are_not_finite_do_not_matter(tmp_path, monkeypatch):
         assert cells.read_cells(path).tolist() == [[1, 2]] * 30
 
 
-@pytest.mark.parametrize("kept, left_out, typed", [
+@pytest.mark.parametrize("kept, skipped, typed", [
     (("PathCellObject", "PathDetectionObject"),
      ("PathAnnotationObject", "PathTileObject", "TMACoreObject", "PathRootObject"),
      lambda kind: {"id": kind, "properties": {"isLocked": False}}),  # QuPath 0.2
@@ -129,11 +129,11 @@ def test_measurements_that_are_not_finite_do_not_matter(tmp_path, monkeypatch):
     (("cell", "detection"), ("annotation", "tile", "tmaCore", "root"),
      lambda kind: {"id": "7f1c", "properties": {"objectType": kind}}),  # 0.4 on
     (("cell", "detection", "tumor"), ("annotation", "tile"), lambda kind: {"properties": {"type": kind}})])
-def test_qupath_objects_that_are_no_cells_are_left_out(tmp_path, capsys, kept, left_out, typed):
-    features = [feature(shape("Point", [x, 1]), **typed(kind)) for x, kind in enumerate(kept + left_out)]
+def test_qupath_objects_that_are_no_cells_are_skipped(tmp_path, capsys, kept, skipped, typed):
+    features = [feature(shape("Point", [x, 1]), **typed(kind)) for x, kind in enumerate(kept + skipped)]
     path = write(tmp_path / "s.geojson", features)
     assert cells.read_cells(path).tolist() == [[x, 1] for x in range(len(kept))]
-    count = len(left_out)
+    count = len(skipped)
     says = f"skipped: {path}: {count} of {len(features)} objects, {count} annotations or others"
     assert capsys.readouterr().out.startswith(says)
     assert "export the cells" in refused(write(path, features[len(kept):]))
@@ -168,7 +168,7 @@ def test_cellvit_contours_and_centroids_of_each_class(tmp_path, chunk, wrap, cap
     assert capsys.readouterr().out == ""
 
 
-def test_regions_of_a_class_are_no_cells(tmp_path):
+def test_regions_of_a_class_are_not_cells(tmp_path):
     """QuPath writes them as CellViT does its cells; a pixel classifier leaves many specks beside them."""
     region = (np.array(SQUARE) * 100).tolist()
     regions = cellvit("MultiPolygon", {"Tumor": [[SQUARE]] * 50 + [[region]], "Stroma": [[region]]})

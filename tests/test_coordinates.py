@@ -57,17 +57,17 @@ def test_hovernet_cells_of_a_slide_stay_where_they_are(place, capsys, mpp, power
     assert "no objective power" not in capsys.readouterr().out
 
 
-def test_cells_that_an_older_version_converted_are_read_again(place):
+def test_cells_that_an_older_version_converted_are_read_again(place, monkeypatch):
     path = place / "in" / "slides" / "good.png"
     path.unlink()
     svs(path.with_suffix(".svs"), tissue(300), "Aperio|AppMag = 40|MPP = 0.504")
     hovernet(place / "in" / "cells" / "good.json", TRUE, 40, 40)
-    found, _ = prepared(mpp=0.5, slide_mpp=None)
+    with monkeypatch.context() as older:
+        older.setattr(cache, "READERS", cache.READERS - 1)
+        found, _ = prepared(mpp=0.5, slide_mpp=None)
+        assert ready_cells(found, "good") is not None
     kept = place / "datasets" / "in" / "cells" / "level0" / "auto" / "good.npz"
-    now = str(np.load(kept)["source"])
-    old = now.replace(f", readers {cache.READERS}", "")
-    assert old != now
-    np.savez(kept, x=TRUE[:, 0] * 0.5, y=TRUE[:, 1] * 0.5, source=old)
+    np.savez(kept, x=TRUE[:, 0] * 0.5, y=TRUE[:, 1] * 0.5, source=np.load(kept)["source"])
     assert ready_cells(found, "good") is None
     tiles = place / "datasets" / "in" / "crops" / "0.5um" / "good.json"
     info = json.loads(tiles.read_text())

@@ -57,7 +57,7 @@ def test_a_dicom_series_is_one_slide_named_by_its_folder(tmp_path):
     assert {name: path.name for name, path in found.images.items()} == {
         "a": "a.png", "series": "0.dcm", "other": "0.dcm"}
     write(tmp_path / "slides" / "p3" / "series" / "0.dcm", "x")
-    with pytest.raises(InputError, match="has the name of"):
+    with pytest.raises(InputError, match="has the same name as"):
         find_folder(str(tmp_path))
 
 
@@ -217,8 +217,8 @@ def test_a_log_with_other_bytes_in_it_is_no_harm(place):
     assert train.main(RUN) == 0 and len(log.read_text().splitlines()) == 3
 
 
-def test_part_files_of_dead_processes_are_removed(tmp_path):
-    left = files.part_of(tmp_path / "a")
+def test_temporary_files_of_dead_processes_are_removed(tmp_path):
+    left = files.temp_path(tmp_path / "a")
     alive = left.with_name(left.name.replace(str(os.getpid()), "1"))
     dead = left.with_name(left.name.replace(str(os.getpid()), "4194305"))  # above the largest number
     elsewhere = dead.with_name(dead.name.replace("-", "x-"))  # of another machine

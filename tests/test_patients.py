@@ -1,4 +1,4 @@
-"""No patient in two parts: slides without a label or a row, TCGA names, what an encoder saw."""
+"""No patient is in two splits: slides without a label or a row, TCGA names, an encoder's training data."""
 import shutil
 
 import pytest
@@ -23,10 +23,10 @@ LABELLED = ["P001_A,A,P001,train", "P002_A,B,P002,test", "P003_A,B,P003,train", 
 
 
 def test_a_slide_without_a_label_pre_trains_only_if_its_patient_is_known_and_not_tested(place, capsys):
-    found = set_of(place, LABELLED, more=["P002_B", "P006_A"])  # whose patients nothing tells
+    found = set_of(place, LABELLED, more=["P002_B", "P006_A"])  # slides of unknown patients
     assert found.unlabelled() == []
     out = capsys.readouterr().out
-    assert "2 of 7 slides have no row and are left out of pre-training" in out and "an empty label" in out
+    assert "2 of 7 slides have no row and are not used" in out and "an empty label" in out
     only = ["P001_B,,P001,", "P002_B,,P002,", "P005_B,,P005,train", "P006_A,,P006,"]
     found = set_of(place, LABELLED + only)
     assert found.unlabelled() == ["P001_B", "P005_B", "P006_A"]
@@ -69,7 +69,7 @@ def test_a_test_slide_that_has_no_file_keeps_its_patient_out_of_pre_training(pla
 
 
 def test_patients_who_share_a_tcga_name_are_one(place, capsys):
-    """p1 and p2 by TCGA-55-0001, p2 and p3 by the column: one patient, who is in one part."""
+    """p1 and p2 share TCGA-55-0001, p2 and p3 are one by the column: one patient, who is in one split."""
     rows = ["TCGA-55-0001-01Z-00-DX1,A,p1", "TCGA-55-0001-01Z-00-DX2,A,p2", "TCGA-55-0002-01Z-00-DX1,A,p2"]
     rows += [f"s{i},{'AB'[i % 2]},q{i}" for i in range(20)]
     for seed in range(8):
@@ -78,9 +78,9 @@ def test_patients_who_share_a_tcga_name_are_one(place, capsys):
         found = find_data("s", split_seed=seed)
         assert len({found.labels[row.split(",")[0]]["split"] for row in rows[:3]}) == 1
     assert "1 patients have several names" in (out := capsys.readouterr().out) and "p1 = p2" in out
-    parts = [f"{row},{part}" for row, part in zip(rows[:3], ("train", "train", "test"))]
+    divided = [f"{row},{split}" for row, split in zip(rows[:3], ("train", "train", "test"))]
     with pytest.raises(InputError, match="patient 'p1' is in train and in test"):
-        set_of(place, [*parts, "s1,B,q,train"])
+        set_of(place, [*divided, "s1,B,q,train"])
     tested = [f"{row},test" for row in rows[:2]]
     found = set_of(place, [*tested, "TCGA-55-0002-01Z-00-DX1,,p2,", "s1,B,q,train", "s2,A,r,train"],
                    more=["TCGA-55-0002-01A-01-TS1"])
@@ -96,15 +96,15 @@ def test_new_slides_stay_with_their_patient_under_another_name(place):
     assert {name.replace("DX1", "DX0"): row["split"] for name, row in after.items()} == before
 
 
-# ---------------------------------------------------------------- what an encoder has seen
+# ---------------------------------------------------------------- what an encoder was trained on
 
 def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
     tcga(place / "s", range(20))
     found = find_data("s")
-    seen = splits.what_was_seen(found, found.split("train", "val"))
+    trained_on = splits.training_record(found, found.split("train", "val"))
     test = found.split("test")
-    splits.check_unseen(found, test, seen, "encoder.pt")
-    leaking = splits.what_was_seen(found, found.split("train") + test[:1])
+    splits.check_unseen(found, test, trained_on, "encoder.pt")
+    leaking = splits.training_record(found, found.split("train") + test[:1])
     with pytest.raises(InputError, match=f"encoder.pt: was trained on 2 of these 8 test .*{test[0]}"):
         splits.check_unseen(found, test, leaking, "encoder.pt")  # the slide, and its patient's other one
     elsewhere = leaking | {"data": "another"}  # TCGA's patients are the same everywhere
@@ -122,16 +122,16 @@ def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
 def test_an_encoder_that_saw_an_unlabelled_slide_of_a_test_patient_is_refused(place):
     """As earlier versions trained them: on every slide without a row."""
     only = ["P001_B,,P001,", "P002_B,,P002,"]
-    seen = {"data": "s", "images": {"P001_A": 1, "P002_B": 1}, "patients": ["P001", "P002_B"]}
+    trained_on = {"data": "s", "images": {"P001_A": 1, "P002_B": 1}, "patients": ["P001", "P002_B"]}
     found = set_of(place, LABELLED + only)
     with pytest.raises(InputError, match="trained on 1 of these 2 .*P002_A"):
-        splits.check_unseen(found, found.split("test"), seen, "encoder.pt")
-    good = splits.what_was_seen(found, found.split("train", "val") + found.unlabelled())
+        splits.check_unseen(found, found.split("test"), trained_on, "encoder.pt")
+    good = splits.training_record(found, found.split("train", "val") + found.unlabelled())
     assert good["patients"] == ["P001", "P003", "P005"] and "P001_B" in good["images"]
     splits.check_unseen(found, found.split("test"), good, "encoder.pt")
     unknown = set_of(place, LABELLED, more=["P001_B", "P002_B"])
     with pytest.raises(InputError, match=r"1 slides without a row in labels.csv \(P002_B\).* empty label"):
-        splits.check_unseen(unknown, unknown.split("test"), seen, "encoder.pt")
+        splits.check_unseen(unknown, unknown.split("test"), trained_on, "encoder.pt")
 
 
 @pytest.mark.parametrize("trained_in", ["s", "elsewhere"])
@@ -140,8 +140,8 @@ def test_an_encoder_that_saw_a_frozen_slide_of_a_tcga_test_patient_is_refused(pl
             "TCGA-55-0009-01Z-00-DX1,B,case 9,test", "TCGA-55-0010-01Z-00-DX1,A,case 10,train"]
     found = set_of(place, rows)
     for patients in (["TCGA-55-0007"], ["case 7 of another column"]):
-        seen = {"data": trained_in, "images": {"TCGA-55-0007-01A-01-TS1": 1}, "patients": patients}
+        trained_on = {"data": trained_in, "images": {"TCGA-55-0007-01A-01-TS1": 1}, "patients": patients}
         with pytest.raises(InputError, match="trained on 1 of these 2 .*0007"):
-            splits.check_unseen(found, found.split("test"), seen, "encoder.pt")
-    seen["images"] = {"TCGA-55-0008-01A-01-TS1": 1}
-    splits.check_unseen(found, found.split("test"), seen, "encoder.pt")
+            splits.check_unseen(found, found.split("test"), trained_on, "encoder.pt")
+    trained_on["images"] = {"TCGA-55-0008-01A-01-TS1": 1}
+    splits.check_unseen(found, found.split("test"), trained_on, "encoder.pt")

@@ -65,15 +65,17 @@ def test_detector_on_real_images(group, at_least):
         truth = json.loads(path.read_text())
         xy = segment_nuclei(np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")), truth["mpp"])
         hits += matched(xy, truth["centroids"], 3 / truth["mpp"])
-        found, marked = found + len(xy), marked + len(truth["centroids"])
+        found += len(xy)
+        marked += len(truth["centroids"])
     assert 2 * hits / (found + marked) >= at_least
 
 
 # ---------------------------------------------------------------- slides by regions
 
 class FakeModel:
-    """Stands where Cellpose's network is: labels what is dark in red, and keeps what it was given."""
-    scales, areas = [], []  # of each call: what becomes 0 and 1, the nuclei's areas in px
+    """Replaces Cellpose's network: labels px that are dark in red, and records its arguments."""
+    scales = []  # of each call, the px values that become 0 and 1
+    areas = []  # of all nuclei, px
 
     def __init__(self, gpu=False):
         self.gpu = gpu
@@ -88,9 +90,12 @@ class FakeModel:
 
 @pytest.fixture
 def cellpose(monkeypatch):
-    package, models = types.ModuleType("cellpose"), types.ModuleType("cellpose.models")
-    package.models, models.CellposeModel = models, FakeModel
-    FakeModel.scales, FakeModel.areas = [], []
+    package = types.ModuleType("cellpose")
+    models = types.ModuleType("cellpose.models")
+    package.models = models
+    models.CellposeModel = FakeModel
+    FakeModel.scales = []
+    FakeModel.areas = []
     monkeypatch.setitem(sys.modules, "cellpose", package)
     monkeypatch.setitem(sys.modules, "cellpose.models", models)
     segment.load_segmenter.cache_clear()
@@ -129,7 +134,7 @@ def test_cellpose_by_regions_is_cellpose_of_the_whole(slide, cellpose, capsys):
     whole = label_centroids(ndimage.label(slide[..., 0] < 180)[0])
     assert len(whole) == len(GRID)
     np.testing.assert_allclose(cells("cells/cellpose/s.npz"), in_order(whole), atol=1e-3)
-    assert 15 <= len(FakeModel.scales) < 7 * 5  # regions of glass alone are left out
+    assert 15 <= len(FakeModel.scales) < 7 * 5  # regions of glass alone are skipped
     assert all(np.array_equal(scale, FakeModel.scales[0]) for scale in FakeModel.scales)  # one a slide
     last = capsys.readouterr().out.strip().splitlines()[-1]
     for says in ("1 of 1", "cells/cellpose", "train.py", "--prior cellpose"):
@@ -154,15 +159,16 @@ def test_builtin_by_regions_is_the_detector_of_the_whole(tmp_path, rendered, mon
         saved(path, array=whole)
         tasks = segment.slide_regions(path, mpp, "builtin", segment.WORK_MPP)
         assert len(tasks) >= 4
-        parts = [segment.segment_region(*task) for task in tasks]
-        got = segment.merge_seams(parts, segment.SEAM / mpp)
+        regions = [segment.segment_region(*task) for task in tasks]
+        got = segment.merge_seams(regions, segment.SEAM / mpp)
         want = segment_nuclei(whole, mpp, tasks[0][4])
         assert len(want) > 80
         np.testing.assert_allclose(in_order(got), in_order(want), atol=1e-6)
 
 
 def test_what_two_regions_see_a_little_apart_is_one_cell():
-    left, right = np.array([[99.8, 10], [50, 50], [50.5, 50]]), np.array([[100.3, 10.2], [100.4, 40]])
+    left = np.array([[99.8, 10], [50, 50], [50.5, 50]])
+    right = np.array([[100.3, 10.2], [100.4, 40]])
     none = np.zeros((0, 2))
     merged = segment.merge_seams([left, right, none, np.array([[100.1, 10.1]])], 2.0)
     assert merged.tolist() == [[99.8, 10], [50, 50], [50.5, 50], [100.4, 40]]
@@ -183,9 +189,9 @@ def test_a_broken_slide_is_listed_and_nothing_else_is_lost_or_done_twice(slide, 
     for name in ("cut.png", "white.png", "gone.svs"):
         assert sum(name in line for line in output.err.splitlines()) == 1
     assert "1 of 4 slides" in output.out and "Traceback" not in output.err
-    made = times(Path("in/cells"))
-    assert [path.name for path in made] == ["good.npz"]
-    assert segment.main([*argv, "--workers", "1"]) == 1 and times(Path("in/cells")) == made
+    written = times(Path("in/cells"))
+    assert [path.name for path in written] == ["good.npz"]
+    assert segment.main([*argv, "--workers", "1"]) == 1 and times(Path("in/cells")) == written
     assert segment.main(["in/good.png", "--out", "in/cells"]) == 0  # nothing is left to do
 
 

@@ -81,7 +81,7 @@ def test_two_dicom_series_in_a_folder_are_refused_by_name(tmp_path, explicit):
     assert dicom_series(folder / "0.dcm") == b"1.2.3.5"
     assert list(find_folder(str(tmp_path)).images) == ["p1"]
     dicom(folder / "2.dcm", "1.2.3.55", explicit)
-    with pytest.raises(InputError, match=r"2.dcm: is of another DICOM series than 0.dcm; put each series"):
+    with pytest.raises(InputError, match="2.dcm: belongs to another DICOM series than 0.dcm; put each"):
         find_folder(str(tmp_path))
     dicom(tmp_path / "slides" / "p2" / "2.dcm", "1.2.3.55", explicit)
     (folder / "2.dcm").unlink()
@@ -204,8 +204,8 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     assert all(tiles[path.name] != path.read_bytes() for path in tiles_folder(second).rglob("*.jpg"))
     assert not np.array_equal(ready_cells(second, "core1"), cells)
     assert features_stamp(second, "core1", "e", FP32) != stamp
-    seen = splits.what_was_seen(first, ["core1"]), splits.what_was_seen(second, ["core1"])
-    assert seen[0] != seen[1]
+    trained_on = splits.training_record(first, ["core1"]), splits.training_record(second, ["core1"])
+    assert trained_on[0] != trained_on[1]
     prepared("two/cores")
     assert "warning" not in capsys.readouterr().out  # only when it changes
 
@@ -239,12 +239,12 @@ def test_an_encoder_of_before_is_compared_by_size(place):
     for images, leaks in (({"good": size}, True), ({"good": size + 1}, False),
                           ({"good": file_identity(found.images["good"])["file_hash"]}, True),
                           ({"good": "0" * 16}, False)):
-        seen = {"data": "another", "images": images, "patients": []}
+        trained_on = {"data": "another", "images": images, "patients": []}
         if leaks:
             with pytest.raises(InputError, match="1 of these 1"):
-                splits.check_unseen(found, ["good"], seen, "encoder.pt")
+                splits.check_unseen(found, ["good"], trained_on, "encoder.pt")
         else:
-            splits.check_unseen(found, ["good"], seen, "encoder.pt")
+            splits.check_unseen(found, ["good"], trained_on, "encoder.pt")
 
 
 # ---------------------------------------------------------------- long names

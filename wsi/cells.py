@@ -1,6 +1,6 @@
 """Readers of segmentation results (3.2): HoVer-Net, Cellpose, HistomicsTK, QuPath (GeoJSON) and tables.
 
-Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so that the middle of the first px is 0.5.
+Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the centre of the first px is 0.5.
 "Level-0 px" are the pixels of a slide at full resolution.
 """
 import gzip
@@ -19,14 +19,15 @@ from common.errors import InputError, one_line, printable
 from common.files import is_gzip, open_bytes, read_csv
 
 BAND = 256  # rows of a label image that are counted at once
-READERS = 2  # version of the readers: raise it where a file of cells is read as other cells than before
-MOST_CELLS = 20_000_000  # of one slide in an npz: ten times what the largest hold
+READERS = 2  # version of the readers; raise it when a file is read as other cells than before
+MOST_CELLS = 20_000_000  # of one slide, ten times what the largest slides hold
 BATCH = 1000  # outlines whose centroids are computed at once
 LARGEST_NUCLEUS = 200  # px: 20 um at 0.1 um/px
-QUPATH_OTHERS = (  # QuPath's types that are no cells, since 0.3 and in 0.2
+QUPATH_OTHERS = (  # QuPath's object types other than cells, since 0.3 and in 0.2
     "annotation", "tile", "tmaCore", "tma_core", "root",
     "PathAnnotationObject", "PathTileObject", "TMACoreObject", "PathRootObject")
-OTHERS, NO_SHAPE = "annotations or others that are no cells", "without a geometry"  # reasons to leave one out
+OTHERS = "annotations or others that are not cells"  # reasons to skip an object
+NO_SHAPE = "without a geometry"
 CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
 BOM = b"\xef\xbb\xbf"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
@@ -35,24 +36,24 @@ JSON_KINDS = re.compile(rb"""
     (?P<histomicstk> "elements"\s*:\s*\[ | "annotation"\s*:\s*\{ ) |
     (?P<geojson> "features"\s*:\s*\[ | "geometry"\s*: | "nucleusGeometry"\s*: | "type"\s*:\s*"Feature )
     """, re.VERBOSE)
-PLACES = {  # where the nuclei stand, as ijson names it; "" is a bare list
+PLACES = {  # where the nuclei are, as an ijson prefix; "" is a bare list
     "hovernet": ("nuc",),
     "histomicstk": ("elements", "annotation.elements", "item.elements", "item.annotation.elements"),
     "geojson": ("features", "")}
 
 
 def cell_format(path):
-    """"hovernet", "histomicstk", "geojson", "cellpose" or "table" (csv, npz), by the file's first megabyte.
+    """Returns "hovernet", "histomicstk", "geojson", "cellpose" or "table" (csv, npz).
 
-    JSON and CSV may be packed by gzip. A CSV has no mark of its own: it is one where its name ends in .csv or
-    .tsv. InputError for all else.
+    The format is recognised by the file's first megabyte, except that a CSV is recognised by its name (.csv,
+    .tsv). JSON and CSV may be compressed by gzip. InputError for any other file.
     """
     path = Path(path)
     try:
         with open_bytes(path) as file:
             head = file.read(1 << 20)
     except (gzip.BadGzipFile, zlib.error, EOFError):
-        raise InputError(f"{path}: is a damaged gzip file; write it again") from None
+        raise InputError(f"{path}: is a corrupt gzip file; export it again") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); a file of cells is expected") from None
     if head.startswith((b"\x93NUMPY", b"\x89PNG", *TIFF)):
@@ -64,23 +65,28 @@ def cell_format(path):
     elif head.startswith(b"PK") or head and path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return "table"
     problem = "not a known cell file" if head else "is empty"
-    raise InputError(f"{path}: {problem}; JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's _cp_masks "
-                     "image, .csv or .npz with x and y are read")
+    raise InputError(f"{path}: {problem}; use JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's "
+                     "_cp_masks image, or a .csv or .npz with x and y")
 
 
 def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0)):
     """Returns the cells of a slide from a segmentation result, (K, 2) float64 in level-0 px.
 
-    HoVer-Net: hovernet_scale converts the centroids by the slide's objective power (None: by slide_mpp, um/px
-    of level 0). GeoJSON counts from the corner of QuPath's picture, which is at the slide's bounds.
-    HistomicsTK: point, rectangle, ellipse and circle by their center, polyline as a polygon; other elements
-    (heat maps, arrows) are skipped. GeoJSON: each point and polygon is a cell, those of a MultiPoint or
-    MultiPolygon too; nucleusGeometry counts before geometry; of QuPath's objects only cells and detections
-    count, and the number of the others is printed.
-    Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the
-    masks of a smaller copy of the slide. Table: x and y in level-0 px. InputError for what cannot be read.
+    - HoVer-Net: centroids, converted by the slide's objective power (hovernet_scale; without it by slide_mpp,
+      the um/px of level 0).
+    - HistomicsTK: points, rectangles, ellipses and circles by their centre, polylines as polygons; other
+      elements (heat maps, arrows) are skipped.
+    - GeoJSON: each point and polygon is a cell, also within a MultiPoint or MultiPolygon. nucleusGeometry
+      takes precedence over geometry. QuPath's objects other than cells and detections are skipped, and their
+      number is printed. Coordinates start at the slide's bounds, the corner of QuPath's image.
+    - Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the masks of a
+      smaller copy of the slide.
+    - Table: x and y in level-0 px.
+
+    InputError if the file cannot be read.
     """
-    path, kind = Path(path), cell_format(path)
+    path = Path(path)
+    kind = cell_format(path)
     try:
         check_inflated(path)
         if kind == "cellpose":
@@ -95,58 +101,60 @@ def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0))
             xy = xy + bounds
     except InputError:
         raise
-    except Exception as error:  # whatever a broken file sets off in a reader
-        raise InputError(f"{path}: cells cannot be read ({one_line(error)}); write them again") from None
+    except Exception as error:  # the readers raise many types for a broken file
+        raise InputError(f"{path}: cells cannot be read ({one_line(error)}); export them again") from None
     if not np.isfinite(xy).all():
-        raise InputError(f"{path}: a coordinate is not a finite number; write the cells again")
+        raise InputError(f"{path}: a coordinate is not a finite number; export the cells again")
     return xy
 
 
 def check_inflated(path):
-    """InputError where a gzip file inflates as no file of cells does: to 200 times its size and 320 MB."""
+    """InputError if a gzip file inflates to more than 200 times its size and 320 MB, as no cell file does."""
     if not is_gzip(path):
         return
-    size, limit = 0, max(200 * path.stat().st_size, 16 * MOST_CELLS)
+    size = 0
+    limit = max(200 * path.stat().st_size, 16 * MOST_CELLS)
     with open_bytes(path) as file:
         while chunk := file.read(1 << 20):
             size += len(chunk)
             if size > limit:
                 raise InputError(f"{path}: inflates to more than {limit / 1e6:.0f} MB, which no file of "
-                                 "cells of its size does; write it again")
+                                 "cells of its size does; export it again")
 
 
 # ---------------------------------------------------------------- JSON
 
 class JsonSource:
-    """An open JSON file for ijson: without BOM, and with null for NaN and Infinity.
+    """An open JSON file for ijson, without its BOM and with null instead of NaN and Infinity.
 
-    Neither word is JSON, but QuPath before 0.5 writes such measurements, and so does Python's json.
+    NaN and Infinity are not JSON, but QuPath before 0.5 and Python's json write them.
     """
 
     def __init__(self, file):
-        self.file, self.rest = file, b""
+        self.file = file
+        self.rest = b""
         if file.read(len(BOM)) != BOM:
             file.seek(0)
 
     def read(self, size):
-        """About size bytes, b"" at the end; ValueError where they are nested deeper than any cell file."""
+        """Returns about size bytes, b"" at the end; ValueError if brackets are nested too deep."""
         chunk = self.file.read(size)
         text = self.rest + chunk
-        end = text.rfind(b",") + 1  # behind a comma no word is cut in two
+        end = text.rfind(b",") + 1  # cutting after a comma splits no word
         if not chunk or not end:
             end = len(text)
         text, self.rest = text[:end], text[end:]
         if b"NaN" in text or b"Infinity" in text:
-            text = re.sub(rb"NaN|-?Infinity", b"null", text)  # within quotes too, where it does no harm
+            text = re.sub(rb"NaN|-?Infinity", b"null", text)  # also within quotes, where it does no harm
         opened = text.count(b"[") + text.count(b"{")
         closed = text.count(b"]") + text.count(b"}")
-        if opened - closed > 1000:  # ijson keeps the path to each; those to 30 000 would take 2 GB
+        if opened - closed > 1000:  # ijson keeps the path to each: 2 GB for 30 000
             raise ValueError("its brackets are nested too deep")
         return text
 
 
 def parse_json(function, path, *prefix):
-    """Yields what one of ijson's functions (parse, items, kvitems) gives for the file."""
+    """Yields the results of one of ijson's functions (parse, items, kvitems) on the file."""
     with open_bytes(path) as file:
         yield from function(JsonSource(file), *prefix, use_float=True, buf_size=CHUNK)
 
@@ -154,8 +162,8 @@ def parse_json(function, path, *prefix):
 def hovernet_scale(path, power, slide_mpp):
     """Returns level-0 px per px of HoVer-Net's centroids; 1 where "mag" is null or missing (tile mode).
 
-    In slide mode HoVer-Net resamples the slide from its recorded objective power to "mag". Where no power is
-    recorded, 10 / slide_mpp is taken for it, with a warning.
+    In slide mode HoVer-Net resamples the slide from its recorded objective power to "mag". If no power is
+    recorded, 10 / slide_mpp is used instead, with a warning.
     """
     mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
     if mag is None:
@@ -167,12 +175,12 @@ def hovernet_scale(path, power, slide_mpp):
     if power is None:
         power = 10 / slide_mpp
         print(f"warning: {path}: its cells are px at {mag:g}x, and the slide records no objective power; "
-              f"{power:g}x is taken for {slide_mpp:g} um/px")
+              f"{power:g}x is assumed, from {slide_mpp:g} um/px")
     return power / mag
 
 
 def find_place(path, kind):
-    """The first of PLACES[kind] where the file has a list (HoVer-Net: an object), or None."""
+    """Returns the first of PLACES[kind] where the file has a list (HoVer-Net: an object), or None."""
     start = "start_map" if kind == "hovernet" else "start_array"
     for prefix, event, _ in parse_json(ijson.parse, path):
         if event == start and prefix in PLACES[kind]:
@@ -181,18 +189,18 @@ def find_place(path, kind):
 
 
 def json_members(path, kind, place):
-    """Yields the nuclei, elements or features, one at a time: memory does not grow with the file."""
+    """Yields the nuclei, elements or features one at a time, so that memory does not grow with the file."""
     if kind == "hovernet":
         for _, nucleus in parse_json(ijson.kvitems, path, "nuc"):
             yield nucleus
     elif place is not None:
         yield from parse_json(ijson.items, path, f"{place}.item".removeprefix("."))
-    elif "Feature" in parse_json(ijson.items, path, "type"):  # a single one, in no list
+    elif "Feature" in parse_json(ijson.items, path, "type"):  # a single feature, without a list
         yield from parse_json(ijson.items, path, "")
 
 
 def json_cells(path, kind):
-    """Returns the cells (K, 2) of a JSON file, in its px; prints how many of its objects are no cells."""
+    """Returns the cells (K, 2) of a JSON file, in its px; prints the number of objects that are skipped."""
     place = find_place(path, kind)
     if kind == "geojson" and place is not None and is_by_class(path, place):
         return class_cells(path, place)
@@ -203,16 +211,19 @@ def json_cells(path, kind):
         reasons = " and ".join(f"{number} {reason}" for reason, number in counts.items())
         print(printable(f"skipped: {path}: {counts.total()} of {count} objects, {reasons}"))
     if counts[OTHERS] == count > 0:
-        raise InputError(f"{path}: its {count} objects are QuPath's annotations or tiles, and no cells; "
+        raise InputError(f"{path}: its {count} objects are QuPath's annotations or tiles, not cells; "
                          "export the cells or detections")
     if not len(xy) and (count or place is None):
         raise InputError(f"{path}: looks like {kind}, but has no point and no outline of a cell; "
-                         "write the cells again")
+                         "export the cells again")
     return xy
 
 
 def cell_outlines(members, kind, counts):
-    """Yields the outlines of the members' cells; counts: a Counter of all members and of those left out."""
+    """Yields the outlines of the members' cells.
+
+    counts: a Counter, to which the number of members is added as "all" and that of skipped ones by reason.
+    """
     for member in members:
         counts["all"] += 1
         if kind == "geojson" and not is_cell(member):
@@ -224,8 +235,9 @@ def cell_outlines(members, kind, counts):
 
 
 def centroids_of(outlines):
-    """Returns the centroids (K, 2) of an iterable of outlines, which are not kept in memory."""
-    xy, batch = [], []
+    """Returns the centroids (K, 2) of an iterable of outlines, without keeping the outlines in memory."""
+    xy = []
+    batch = []
     for outline in outlines:
         batch.append(np.array(outline))  # thousands of lists kept alive would start garbage collection often
         if len(batch) >= BATCH:
@@ -235,12 +247,12 @@ def centroids_of(outlines):
 
 
 def nucleus_outlines(nucleus):
-    """The centroid of one of HoVer-Net's nuclei, as an outline of one point."""
+    """Returns the centroid of one of HoVer-Net's nuclei, as an outline of one point."""
     return [[nucleus["centroid"]]]
 
 
 def element_outlines(element):
-    """Outlines (lists of points) of an element of a HistomicsTK annotation; [] for what is no cell."""
+    """Returns the outlines (lists of points) of a HistomicsTK element; [] if it is not a cell."""
     if element["type"] == "polyline":
         return [element["points"]]
     if element["type"] in ("point", "rectangle", "ellipse", "circle"):
@@ -249,10 +261,10 @@ def element_outlines(element):
 
 
 def is_cell(feature):
-    """Is a GeoJSON feature one of QuPath's cells or detections, or another program's, without QuPath's type?
+    """Returns whether a GeoJSON feature is a cell or detection of QuPath's, or has no QuPath type at all.
 
-    QuPath writes the type as objectType (0.4 on), object_type (0.3) or as the feature's id (0.2), and reads
-    "type", too.
+    QuPath writes the type as objectType (0.4 on), object_type (0.3) or the feature's id (0.2), and also reads
+    "type".
     """
     properties = feature.get("properties") or {}
     types = [properties.get(name) for name in ("objectType", "object_type", "type")]
@@ -260,56 +272,61 @@ def is_cell(feature):
 
 
 def cell_shape(feature):
-    """Returns the geometry of a GeoJSON feature, of the nucleus before the cell; None where it is empty."""
+    """Returns the geometry of a GeoJSON feature, preferably of its nucleus; None if it is empty."""
     properties = feature.get("properties") or {}
     shape = feature.get("nucleusGeometry") or properties.get("nucleusGeometry") or feature.get("geometry")
     return shape if shape and shape["coordinates"] else None
 
 
 def feature_outlines(feature):
-    """Outlines (lists of points) of a GeoJSON feature, of the nucleus before the cell."""
+    """Returns the outlines (lists of points) of a GeoJSON feature, preferably of its nucleus."""
     shape = cell_shape(feature)
-    kind, parts = shape["type"], shape["coordinates"]
-    if kind in ("Point", "Polygon"):
-        parts = [parts]
-    if kind in ("Point", "MultiPoint"):
-        return [[point] for point in parts]
-    if kind in ("Polygon", "MultiPolygon"):
-        return [rings[0] for rings in parts]  # the other rings are holes
+    kind = shape["type"]
+    coordinates = shape["coordinates"]
+    if kind == "Point":
+        return [[coordinates]]
+    if kind == "MultiPoint":
+        return [[point] for point in coordinates]
+    if kind == "Polygon":
+        return [coordinates[0]]  # the other rings are holes
+    if kind == "MultiPolygon":
+        return [rings[0] for rings in coordinates]
     raise ValueError(f"a feature is a {kind}: export the cells alone")
 
 
 def is_by_class(path, place):
-    """Is each feature an annotation of many points or polygons, as CellViT writes all cells of a class?"""
-    item, found = f"{place}.item".removeprefix("."), False
+    """Returns whether each feature is an annotation of many points or polygons, a class's cells (CellViT)."""
+    item = f"{place}.item".removeprefix(".")
+    has_annotations = False
     for prefix, _, value in parse_json(ijson.parse, path):
         if prefix == f"{item}.geometry.type" and value not in ("MultiPoint", "MultiPolygon"):
             return False
         if prefix == f"{item}.properties.objectType":
-            found = value == "annotation"
-            if not found:
+            if value != "annotation":
                 return False
-    return found
+            has_annotations = True
+    return has_annotations
 
 
 def class_cells(path, place):
-    """Returns the cells (K, 2) of a file that is_by_class, one polygon or point at a time.
+    """Returns the cells (K, 2) of a file that is_by_class, reading one polygon or point at a time.
 
-    QuPath writes regions of a class in the same way: InputError where most of the area is in polygons larger
+    QuPath writes regions of a class in the same way: InputError if most of the area is in polygons larger
     than a nucleus.
     """
-    parts, area = f"{place}.item.geometry.coordinates.item".removeprefix("."), Counter()
+    coordinates = f"{place}.item.geometry.coordinates.item".removeprefix(".")
+    area = Counter()
 
     def outlines():
-        for part in parse_json(ijson.items, path, parts):
-            outline = part[0] if isinstance(part[0], list) else [part]  # a polygon's outer ring, or a point
+        for shape in parse_json(ijson.items, path, coordinates):
+            outline = shape[0] if isinstance(shape[0], list) else [shape]  # a polygon's outer ring; a point
             width, height = np.ptp(np.array(outline)[:, :2], axis=0).tolist()
             kind = "regions" if max(width, height) > LARGEST_NUCLEUS else "nuclei"
             area[kind] += width * height
             yield outline
     xy = centroids_of(outlines())
     if area["regions"] > area["nuclei"]:
-        raise InputError(f"{path}: its annotations are regions and no cells; export the cells or detections")
+        raise InputError(f"{path}: its annotations are regions, not cells; export the cells or detections")
     return xy
 
 
@@ -317,11 +334,11 @@ OUTLINES = {"hovernet": nucleus_outlines, "histomicstk": element_outlines, "geoj
 
 
 def ring_centroids(rings):
-    """Area centroids (K, 2) of polygons, each a list or array of points [x, y, ..], closed or not.
+    """Returns the centroids (K, 2) of polygons, each a list or array of points [x, y, ..], closed or not.
 
-    A single point is its own centroid. A polygon without area, or whose centroid falls outside its bounding
-    box because it crosses itself, has the mean of its points.
-    ValueError where a ring has no point or a coordinate is not a number.
+    The mean of its points is returned for a single point, a polygon without area, and one that crosses itself
+    so that its centroid is outside its bounding box. ValueError if a ring has no point or a coordinate is not
+    a number.
     """
     if not rings:
         return np.zeros((0, 2))
@@ -334,15 +351,16 @@ def ring_centroids(rings):
     start = np.cumsum(count) - count
     after = np.arange(1, len(points) + 1)
     after[start + count - 1] = start  # the last point of a ring is followed by its first
-    with np.errstate(all="ignore"):  # read_cells refuses what is not finite
+    with np.errstate(all="ignore"):  # read_cells refuses coordinates that are not finite
         origin = points[start].astype(np.float64)
-        here = points - origin.repeat(count, 0)  # far from 0 the sums would lose their digits
-        there = here[after]
-        cross = here[:, 0] * there[:, 1] - there[:, 0] * here[:, 1]
-        area = np.add.reduceat(cross, start)[:, None]  # twice the area, with a sign
-        centroid = np.add.reduceat((here + there) * cross[:, None], start) / (3 * area)
-        mean = np.add.reduceat(here, start) / count[:, None]
-        low, high = np.minimum.reduceat(here, start), np.maximum.reduceat(here, start)
+        point = points - origin.repeat(count, 0)  # far from 0 the sums would lose their digits
+        following = point[after]
+        cross = point[:, 0] * following[:, 1] - following[:, 0] * point[:, 1]
+        area = np.add.reduceat(cross, start)[:, None]  # twice the signed area
+        centroid = np.add.reduceat((point + following) * cross[:, None], start) / (3 * area)
+        mean = np.add.reduceat(point, start) / count[:, None]
+        low = np.minimum.reduceat(point, start)
+        high = np.maximum.reduceat(point, start)
         inside = ((low <= centroid) & (centroid <= high)).all(1, keepdims=True)
         return origin + np.where(inside & (np.abs(area) > 1e-6), centroid, mean)
 
@@ -350,31 +368,35 @@ def ring_centroids(rings):
 # ---------------------------------------------------------------- label images and tables
 
 def mask_cells(path, slide_size):
-    """Cells (K, 2) of a label image, scaled to slide_size (width, height); InputError for another shape."""
+    """Returns the cells (K, 2) of a label image, scaled to slide_size (width, height).
+
+    InputError for other proportions than the slide's, or labels that have wrapped.
+    """
     labels = read_labels(path)
     if labels.dtype == np.uint8 and labels.any() and labels[labels > 0].min() == 255:
         raise ValueError("a mask of 0 and 255, where a label image is needed")
     height, width = labels.shape
     slide_width, slide_height = slide_size or (width, height)
-    scale = slide_width / width, slide_height / height
+    scale = (slide_width / width, slide_height / height)
     if min(scale) < 1 or not 0.99 <= scale[0] / scale[1] <= 1.01:
-        raise InputError(f"{path}: {width} x {height} px, its slide {slide_width} x {slide_height}; masks of "
-                         "the whole slide are needed, at its size or of a smaller copy")
+        raise InputError(f"{path}: is {width} x {height} px, its slide {slide_width} x {slide_height}; masks "
+                         "of the whole slide are needed, at its size or of a smaller copy")
     if has_wrapped(labels):
-        bits, largest = 8 * labels.itemsize, np.iinfo(labels.dtype).max
-        raise InputError(f"{path}: its labels lie in several places each, as they wrap at {largest}, the "
-                         f"most that {bits} bits can number; save the masks with {2 * bits} bits (cellpose's "
+        bits = 8 * labels.itemsize
+        largest = np.iinfo(labels.dtype).max
+        raise InputError(f"{path}: cells share labels, because the labels wrap at {largest}, the largest "
+                         f"number of {bits} bits; save the masks with {2 * bits} bits (as cellpose's "
                          "--save_tif does)")
     return label_centroids(labels) * scale
 
 
 def read_labels(path):
-    """The label image (H, W) of a PNG or TIFF, of integers; ValueError for other images."""
+    """Returns the label image (H, W) of a PNG or TIFF, of integers; ValueError for other images."""
     with open(path, "rb") as file:
         head = file.read(4)
     if head == b"\x93NUM":
-        raise InputError(f"{path}: is a pickle, which can run any program; save the masks by cellpose's "
-                         "--save_tif or --save_png, or by cellpose.io.save_masks, and give "
+        raise InputError(f"{path}: is a pickle, which can run any program; save the masks with cellpose's "
+                         "--save_tif or --save_png, or with cellpose.io.save_masks, and use "
                          f"{path.stem.removesuffix('_seg')}_cp_masks.tif or .png")
     if head in TIFF:
         with tifffile.TiffFile(path) as tiff:
@@ -382,9 +404,10 @@ def read_labels(path):
             paletted = page.photometric == tifffile.PHOTOMETRIC.PALETTE
             if image.ndim != 2 or image.dtype.kind not in "iu" or paletted:
                 raise ValueError(f"an image {image.shape} of {image.dtype}, where a label image is needed")
-            if page.compression != tifffile.COMPRESSION.LZW:  # which tifffile leaves to another package
+            if page.compression != tifffile.COMPRESSION.LZW:  # tifffile needs another package for LZW
                 return image.asarray()
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # a whole slide is no decompression bomb
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # a whole slide is no decompression bomb
     try:
         with Image.open(path, formats=("PNG", "TIFF")) as image:
             if image.mode not in ("L", "I", "I;16", "I;16B"):
@@ -395,11 +418,11 @@ def read_labels(path):
 
 
 def has_wrapped(labels):
-    """Do the labels (H, W) of 8 or 16 bits start over at 1, or is the last of them all the rest?
+    """Returns whether labels (H, W) of 8 or 16 bits start over at 1, or are capped at the largest number.
 
-    Only labels that reach the largest number can. One that is shared is spread much wider than a cell: the
-    variance of its px over their count is 20 or more where three cells of a mask share it, 0.16 in a disc and
-    1 in a line twelve times as long as wide. Up to one in fifty may be so, in separate places by mistake.
+    Only labels that reach the largest number can do so. A label that cells share is spread much wider than a
+    cell: the variance of its px over their count is 20 or more if three cells share it, 0.16 in a disc, and 1
+    in a line twelve times as long as wide. Up to 2 % may be that wide, since a segmenter may err.
     """
     largest = np.iinfo(labels.dtype).max
     if labels.itemsize > 2 or not labels.size or labels.max() < 0.98 * largest:
@@ -408,7 +431,8 @@ def has_wrapped(labels):
     for top in range(0, len(labels), BAND):
         band = labels[top: top + BAND]
         y, x = np.nonzero(band > 0)
-        label, y = band[y, x], y + top
+        label = band[y, x]
+        y += top
         for row, weights in zip(sums, (None, x, y, x ** 2, y ** 2)):
             row += np.bincount(label, weights, largest + 1)
     count, *moments = sums[:, sums[0] > 0]
@@ -418,37 +442,47 @@ def has_wrapped(labels):
 
 
 def label_centroids(labels):
-    """Centroids (K, 2) of an image's labels (H, W), px i spanning i to i + 1, in the order of the labels.
+    """Returns the centroids (K, 2) of an image's labels (H, W), in the order of the labels.
 
-    0 and less is background; labels may have gaps.
+    Labels of 0 and below are background; labels may have gaps.
     """
-    found, sums = [labels[:0].ravel()], [np.zeros((3, 0))]
+    found = [labels[:0].ravel()]
+    sums = [np.zeros((3, 0))]
     for top in range(0, len(labels), BAND):
         band = labels[top: top + BAND]
         y, x = np.nonzero(band > 0)
-        label, which = np.unique(band[y, x], return_inverse=True)
+        label, index = np.unique(band[y, x], return_inverse=True)
         found.append(label)
-        sums.append([np.bincount(which), np.bincount(which, x + 0.5), np.bincount(which, y + top + 0.5)])
-    label, which = np.unique(np.concatenate(found), return_inverse=True)  # a label may lie in several bands
-    count, x, y = (np.bincount(which, values, len(label)) for values in np.concatenate(sums, 1))
+        sums.append([np.bincount(index), np.bincount(index, x + 0.5), np.bincount(index, y + top + 0.5)])
+    label, index = np.unique(np.concatenate(found), return_inverse=True)  # a label may lie in several bands
+    count, x, y = (np.bincount(index, values, len(label)) for values in np.concatenate(sums, 1))
     return np.stack([x / count, y / count], 1)
 
 
 def table_cells(path):
-    """Cells (K, 2) of a CSV with columns x and y, or of an npz with arrays of these names."""
+    """Returns the cells (K, 2) of a CSV with columns x and y, or of an npz with arrays of these names."""
     with open(path, "rb") as file:
         is_npz = file.read(2) == b"PK"
-    if is_npz:
-        with zipfile.ZipFile(path) as packed:  # which says what its arrays inflate to
-            size = sum(member.file_size for member in packed.infolist())
-        if size > 16 * MOST_CELLS:
-            raise InputError(f"{path}: inflates to {size / 1e6:.0f} MB, which is more than the x and y of "
-                             f"{MOST_CELLS:,} cells; split the slide")
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y = arrays["x"], arrays["y"]
-        if x.ndim != 1 or x.shape != y.shape or {x.dtype.kind, y.dtype.kind} - set("iuf"):
-            raise ValueError(f"x is {x.dtype} {x.shape}, y {y.dtype} {y.shape}: rows of numbers are needed")
-        return np.stack([x, y], 1).astype(np.float64)
+    return npz_cells(path) if is_npz else csv_cells(path)
+
+
+def npz_cells(path):
+    """Returns the cells (K, 2) of an npz; InputError if it inflates to more than any slide's cells."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > 16 * MOST_CELLS:
+        raise InputError(f"{path}: inflates to {size / 1e6:.0f} MB, which is more than the x and y of "
+                         f"{MOST_CELLS:,} cells; split the slide")
+    with np.load(path, allow_pickle=False) as arrays:
+        x = arrays["x"]
+        y = arrays["y"]
+    if x.ndim != 1 or x.shape != y.shape or {x.dtype.kind, y.dtype.kind} - set("iuf"):
+        raise ValueError(f"x is {x.dtype} {x.shape}, y {y.dtype} {y.shape}: rows of numbers are needed")
+    return np.stack([x, y], 1).astype(np.float64)
+
+
+def csv_cells(path):
+    """Returns the cells (K, 2) of a CSV; InputError without columns x and y, or if one is not a number."""
     names, rows = read_csv(path, only=("x", "y"))
     if "x" not in names or "y" not in names:
         raise InputError(f"{path}: its first line has to name columns x and y (level-0 px); rename them")
@@ -457,5 +491,5 @@ def table_cells(path):
         try:
             xy[i] = float(row["x"]), float(row["y"])
         except (KeyError, ValueError):
-            raise InputError(f"{path}: line {line}: x and y have to be numbers; mend it") from None
+            raise InputError(f"{path}: line {line}: x and y have to be numbers; correct them") from None
     return xy

@@ -1,4 +1,5 @@
 """Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
+import math
 import os
 from threading import Lock
 
@@ -7,23 +8,25 @@ from PIL import Image, ImageOps
 
 from common.errors import InputError, one_line
 
-PIXELS = 2  # version of the decoding: raise it with every change, so that tiles and cells are recomputed
-FORMATS = ("PNG", "JPEG", "TIFF")  # that Pillow may open; others call programs of the system
-DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of a 16-bit number
+PIXELS = 2  # version of the decoding; raise it with every change, so that tiles and cells are recomputed
+FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow may open no others, since some of them start system programs
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a 16-bit number that cameras and scanners use
 INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-BITS_PER_SAMPLE, PLANES = 258, 284  # TIFF tags
-COLOR = 4  # of 255: an image whose channels differ by no more anywhere has no color
-CROP_PIXELS = 2 ** 27  # about what Pillow allows by itself
+BITS_PER_SAMPLE = 258  # TIFF tags
+PLANES = 284
+COLOR = 4  # of 255: an image whose channels never differ by more counts as grey
+CROP_PIXELS = 2 ** 27  # about Pillow's own limit
 CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
 WAY_OUT = "save it as 8-bit RGB"
 OPENING = Lock()
 
 
 def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
-    """Returns a plain image as 8-bit RGB, upright by its EXIF orientation; InputError if it cannot be used.
+    """Returns a plain image as 8-bit RGB, turned upright as its EXIF orientation says.
 
-    most: px that it may have, limit: what the message says if it has more.
+    most: the largest number of px allowed; limit: how the message names that number. InputError if the image
+    is larger or cannot be read.
     """
     try:
         with open_image(path) as image:
@@ -31,16 +34,16 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
             return to_rgb(path, image)
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # Pillow raises many kinds for a broken file
-        raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file whole? Plain "
-                         "images: PNG, JPEG or TIFF, best of 8-bit RGB") from None
+    except Exception as error:  # Pillow raises many types for a broken file
+        raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file complete? "
+                         "Plain images are PNG, JPEG or TIFF, preferably 8-bit RGB") from None
 
 
 def open_image(path):
-    """Returns an image of any size, opened but not decoded.
+    """Opens an image of any size without decoding it.
 
-    Pillow's limit is a global of the whole program: it is lifted only while a header is read, for one thread
-    at a time.
+    Pillow's size limit is a global variable, so it is lifted only while the header is read, by one thread at
+    a time.
     """
     with OPENING:
         limit = Image.MAX_IMAGE_PIXELS
@@ -52,23 +55,29 @@ def open_image(path):
 
 
 def check_size(path, image, most, limit):
-    """InputError for more px than allowed, or than fit into memory: Pillow takes 4 bytes a px."""
+    """InputError for more px than allowed, or than fit in memory: Pillow needs 4 bytes per px."""
     size = f"{image.width:,} x {image.height:,} px"
     count = image.width * image.height
     if count > most:
         raise InputError(f"{path}: {size} are more than {limit}")
-    if 4 * count > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    if 4 * count > memory_bytes():
         raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, "
                          "since a plain image is decoded whole; convert it to a tiled TIFF with levels")
+
+
+def memory_bytes():
+    """Returns the size of this machine's memory; infinity where the system does not report it (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def to_rgb(path, image):
     """Returns an opened image as 8-bit RGB: transparent px become white, 16 bits are scaled by their range.
 
-    The range is that of the fewest bits of DEPTHS that hold the largest value, since 12 bits often come in
-    16-bit numbers; the image's own least and largest value would change the stain from crop to crop. Of
-    16-bit color Pillow keeps the upper 8 bits: where 14 bits or fewer are used, too little is left, and the
-    image is refused.
+    The range is the smallest of DEPTHS that holds the largest value, since 12 bits often come in 16-bit
+    numbers; scaling by the image's own minimum and maximum would change the stain from crop to crop. Of
+    16-bit colour Pillow keeps the upper 8 bits only, so an image that uses 14 bits or fewer is refused.
     """
     if image.mode == "F":
         raise InputError(f"{path}: its px are floating-point numbers without a known range; {WAY_OUT}")
@@ -76,7 +85,7 @@ def to_rgb(path, image):
     if color16 and image.format == "TIFF" and image.tag_v2.get(PLANES) == 2:
         raise InputError(f"{path}: its 16-bit channels are separate planes, which Pillow cannot read; "
                          f"{WAY_OUT}")
-    ImageOps.exif_transpose(image, in_place=True)  # loads it
+    ImageOps.exif_transpose(image, in_place=True)  # also decodes the image
     if image.mode in INTEGERS:
         return scaled(path, np.asarray(image))
     if color16 and max(high for _, high in image.getextrema()[:3]) < 64:
@@ -89,7 +98,7 @@ def to_rgb(path, image):
 
 
 def has_color16(image):
-    """Does the file of an opened image hold RGB or RGBA of 16 bits a channel?"""
+    """Returns whether the file of an opened image holds RGB or RGBA with 16 bits per channel."""
     if image.mode not in ("RGB", "RGBA"):
         return False
     if image.format == "TIFF":
@@ -98,7 +107,7 @@ def has_color16(image):
 
 
 def scaled(path, grey):
-    """Returns grey px (H, W), integers, as an 8-bit RGB image."""
+    """Returns grey integer px (H, W) as an 8-bit RGB image."""
     white = next((2 ** bits - 1 for bits in DEPTHS if grey.max() < 2 ** bits), None)
     if white is None or grey.min() < 0:
         raise InputError(f"{path}: its px are {grey.min()} to {grey.max()}, no range of 8 to 16 bits; "
@@ -107,7 +116,7 @@ def scaled(path, grey):
 
 
 def on_white(rgba):
-    """RGBA to RGB."""
+    """Returns an RGBA image on a white background, as RGB."""
     alpha = rgba.getchannel("A")
     if alpha.getextrema()[0] == 255:
         return rgba.convert("RGB")
@@ -117,6 +126,7 @@ def on_white(rgba):
 
 
 def is_grey(pixels):
-    """Does an image (H, W, 3) of uint8 show something, but without color?"""
-    darkest, brightest = pixels.min(2), pixels.max(2)
+    """Returns whether a uint8 image (H, W, 3) shows something, but without colour."""
+    darkest = pixels.min(2)
+    brightest = pixels.max(2)
     return bool((brightest - darkest).max() <= COLOR < brightest.max() - darkest.min())

@@ -1,6 +1,6 @@
-"""Slides (A.1): reading at a target in um/px, tissue, tiles of 224 px.
+"""Slides (A.1): reading them at a given um/px, the tissue mask, and cutting tiles of 224 px.
 
-Levels are chosen by um/px, not by number. Coordinates of tiles and cells on a slide are level-0 px, x first.
+Levels are chosen by um/px, not by number. Coordinates on a slide are level-0 px, x before y.
 """
 import hashlib
 import math
@@ -18,9 +18,9 @@ from PIL import Image
 from scipy import ndimage
 
 from common.errors import InputError
-from common.files import part_of, write_json
+from common.files import temp_path, write_json
 from common.flags import MAX_GIGAPIXELS
-from wsi.headers import UM, dicom_series, parts_of, tiff_properties
+from wsi.headers import UM, dicom_series, hamamatsu_images, tiff_properties
 from wsi.pixels import PIXELS, is_grey, on_white, read_image
 
 CROP = 224  # px
@@ -29,60 +29,66 @@ SLIDE_TYPES = PLAIN_TYPES | {
     ".svs", ".tif", ".tiff", ".btf", ".qptiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".svslide", ".bif",
     ".dcm", ".czi", ".avs"}
 PACKED_TYPES = {".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}
-OTHER_TYPES = {  # of other scanners and microscopes, and images that are not read
+OTHER_TYPES = {  # of other scanners and microscopes, and image types that are not read
     ".vsi", ".isyntax", ".i2syntax", ".kfb", ".sdpc", ".mds", ".tmap", ".afi", ".lif", ".lsm", ".nd2", ".zvi",
     ".oib", ".oir", ".ims", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jpx", ".jxl"}
-NAME_LIMIT = 200  # bytes of a slide's name: what is written adds up to 31, and a file system takes 255
+NAME_LIMIT = 200  # bytes of a slide's name: we add up to 31, and file systems allow 255
 
 
 def slide_name(path):
-    """The name of a slide's crops and cells: its file's stem; of a DICOM series its folder's name."""
+    """Returns the name of a slide's crops and cells: its file's stem, or a DICOM series' folder name."""
     return path.resolve().parent.name if path.suffix.lower() == ".dcm" else path.stem
 
 
 def find_slides(files):
-    """{name: file} of the slides among files; InputError if two have one name.
+    """Returns {name: file} of the slides among files.
 
-    The .dcm files of a folder are one series and so one slide, by its first file: openslide finds the others.
-    InputError for two series in a folder. The images that a .vms or .vmu names are no slides themselves.
+    The .dcm files of a folder are one slide, listed by the first file: openslide finds the others. The images
+    that a .vms or .vmu names are not slides themselves. InputError if two slides have the same name, or a
+    folder holds two DICOM series.
     """
     files = [path for path in sorted(files) if path.suffix.lower() in SLIDE_TYPES
              and not path.name.startswith(".") and path.is_file()]
-    parts = set()
+    hamamatsu = set()
     for path in files:
-        parts |= parts_of(path) if path.suffix.lower() in (".vms", ".vmu") else set()
-    out, series = {}, {}
+        if path.suffix.lower() in (".vms", ".vmu"):
+            hamamatsu |= hamamatsu_images(path)
+    slides = {}
+    series = {}
     for path in files:
-        if path in parts:
+        if path in hamamatsu:
             continue
-        other = out.setdefault(slide_name(path), path)
+        other = slides.setdefault(slide_name(path), path)
         is_dicom = path.suffix.lower() == ".dcm"
         if other != path and not (is_dicom and other.parent == path.parent):
-            raise InputError(f"{path}: has the name of {other}; rename one of the two")
+            raise InputError(f"{path}: has the same name as {other}; rename one of them")
         uid = dicom_series(path) if is_dicom else None
         if series.setdefault(other, uid) != uid:
-            raise InputError(f"{path}: is of another DICOM series than {other.name}; "
-                             "put each series into a folder of its own")
-    return out
+            raise InputError(f"{path}: belongs to another DICOM series than {other.name}; "
+                             "put each series into its own folder")
+    return slides
 
 
 def why_not_read(path):
-    """Returns why a file that looks like a slide is not read, with the way out; "" for any other file."""
+    """Returns why a file that looks like a slide is not read, and what to do; "" for any other file."""
     ending = path.suffix.lower()
-    if ending in SLIDE_TYPES or ending in (".dat", ".partial"):  # MIRAX's data; downloads have their own line
+    if ending in SLIDE_TYPES or ending in (".dat", ".partial"):  # MIRAX's data; unfinished downloads
         return ""
     if ending in PACKED_TYPES:
-        return "is not unpacked; unpack it, or take it out"
+        return "is not unpacked; unpack or remove it"
     if ending in OTHER_TYPES:
-        return f"{ending} is not read; convert it to a pyramidal TIFF, or take it out"
+        return f"{ending} is not read; convert it to a pyramidal TIFF, or remove it"
     vendor = openslide.OpenSlide.detect_format(path)
+    if not vendor:
+        return ""
     ending = ".dcm" if vendor == "dicom" else ".tif"
-    return f"is a slide ({vendor}) by its content; rename it to {ending}, or take it out" if vendor else ""
+    return f"its content is a slide ({vendor}); rename it to {ending}, or remove it"
 
 
 # ---------------------------------------------------------------- slides
 
-MPP_LIMITS, POWER_LIMITS = (0.05, 20), (0.5, 200)  # um/px; "unknown", 0 and 10^6 count as missing
+MPP_LIMITS = (0.05, 20)  # um/px; "unknown", 0 and 10^6 count as missing
+POWER_LIMITS = (0.5, 200)
 POWER_NAMES = ("openslide.objective-power", "aperio.AppMag")
 BOUNDS_NAMES = ("openslide.bounds-x", "openslide.bounds-y")
 
@@ -92,7 +98,7 @@ class NoScale(InputError):
 
 
 def number(text, low, high):
-    """A property as a float between low and high, or None."""
+    """Returns a property as a float, or None if it is not a number between low and high."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -106,7 +112,7 @@ RECORDS = ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX", "openslide.obje
 
 
 def check_square(x, y):
-    """ValueError if px of x um by y um are not square; y is None if it is not known."""
+    """ValueError if px of x by y um are not square (to 5 %); y is None if unknown."""
     if y and not 0.95 < x / y < 1 / 0.95:
         raise ValueError(f"its px are not square: {x:g} by {y:g} um")
 
@@ -119,7 +125,7 @@ def mpp_by_resolution(properties, axis):
 
 
 def first_number(properties, names, limits):
-    """Returns the first of the named properties that is a number within limits, and its name; or None, ""."""
+    """Returns the first of the named properties within limits, and its name; (None, "") if there is none."""
     for name in names:
         value = number(properties.get(name), *limits)
         if value is not None:
@@ -128,11 +134,11 @@ def first_number(properties, names, limits):
 
 
 def recorded_mpp(properties):
-    """um/px of level 0 as the file records it, the property that says so, and a warning or "".
+    """Returns the um/px of level 0 that a file records, the property it was read from, and a warning or "".
 
     The order is openslide.mpp-x and -y, aperio.MPP, OME's PhysicalSizeX, 10 / objective power, TIFF
-    resolution; (None, "", "") if there is none. Where mpp and power differ by more than 1.5 times, mpp
-    counts, with a warning. ValueError if the px are not square (to 5 %).
+    resolution; (None, "", "") if none is recorded. Where mpp and power differ by more than 1.5 times, mpp
+    is used, with a warning. ValueError if the px are not square (to 5 %).
     """
     mpp, name = first_number(properties, ("openslide.mpp-x", "aperio.MPP", "OME.PhysicalSizeX"), MPP_LIMITS)
     power, power_name = first_number(properties, POWER_NAMES, POWER_LIMITS)
@@ -153,15 +159,15 @@ def recorded_mpp(properties):
 
 
 def recorded_bounds(properties):
-    """Returns where QuPath's picture of a slide begins, (x, y) in level-0 px; (0, 0) if none is recorded."""
+    """Returns where QuPath's image of a slide begins, (x, y) in level-0 px; (0, 0) if none is recorded."""
     x, y = (number(properties.get(name), -1e9, 1e9) for name in BOUNDS_NAMES)
     return int(x or 0), int(y or 0)
 
 
 def matching_levels(sizes):
-    """Returns the levels of these (width, height) that are level 0 reduced: one ratio, to 1 % and one px.
+    """Returns the levels, of sizes (width, height), that have the proportions of level 0 (to 1 % and one px).
 
-    A level of other proportions is another picture, such as a macro image that is marked as a level.
+    A level of other proportions shows something else, such as a macro image that is marked as a level.
     """
     width, height = sizes[0]
     return [level for level, (w, h) in enumerate(sizes)
@@ -169,14 +175,16 @@ def matching_levels(sizes):
 
 
 class Slide:
-    """An open slide, or a plain image taken as one. width, height: level-0 px; mpp: um/px of level 0.
+    """An open slide, or a plain image treated as a slide.
 
-    slide_mpp: um/px to take where none is recorded; said_mpp: to take whatever is recorded. source is where
-    mpp is from: a property's name, "--slide-mpp" or "labels.csv"; warning is what is odd about it.
-    power: the objective power that the file records, or None, whatever mpp is. bounds: see recorded_bounds.
-    InputError, with the file's name, if it cannot be read or it claims more px than gigapixels
-    (--max-gigapixels), as a broken file may (whoever opens a slide again need not check that); NoScale if
-    there is no um/px.
+    Parameters: slide_mpp, the um/px of level 0 if the file records none; said_mpp, the um/px of level 0
+    whatever it records; gigapixels, --max-gigapixels, which is checked when a slide is first opened.
+    Attributes: width and height of level 0 in px; mpp, its um/px; source, where mpp comes from (a property's
+    name, "--slide-mpp" or "labels.csv"); warning, what is suspicious about mpp or the levels, or ""; power,
+    the objective power that the file records, or None; bounds, see recorded_bounds; levels, the usable ones.
+
+    InputError if the file cannot be read or claims more px than gigapixels, as a broken file may; NoScale if
+    it has no um/px.
     """
 
     def __init__(self, path, slide_mpp=None, said_mpp=None, gigapixels=math.inf):
@@ -191,37 +199,42 @@ class Slide:
             self.handle = openslide.ImageSlide(read_image(path, most, limit))
         except (openslide.OpenSlideError, OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be opened as a slide ({str(error) or type(error).__name__}); "
-                             "is the file whole?") from None
+                             "is the file complete?") from None
         self.width, self.height = self.handle.dimensions
         properties = dict(self.handle.properties)
-        try:
-            self.mpp, self.source, self.warning = recorded_mpp(properties)
-            if not self.mpp and not said_mpp:
-                properties |= tiff_properties(path, self.width)
-                self.mpp, self.source, self.warning = recorded_mpp(properties)
-        except ValueError as error:
-            raise InputError(f"{path}: {error}; convert it to square px") from None
-        if said_mpp:
-            if self.mpp and not 1 / 1.5 <= self.mpp / said_mpp <= 1.5:
-                self.warning = f"{self.source} is {self.mpp:g} um/px, labels.csv's {said_mpp:g} is used"
-            self.mpp, self.source = said_mpp, "labels.csv"
-        if not self.mpp:
-            self.mpp, self.source = slide_mpp, "--slide-mpp"
-        if not self.mpp:
-            found = ", ".join(f"{name} {properties[name]}" for name in RECORDS if name in properties)
-            raise NoScale(f"{path}: no um/px and no magnification is recorded in it "
-                          f"(found: {found or 'nothing'}); give it with "
-                          "--slide-mpp or a column mpp in labels.csv (0.25 for 40x, 0.5 for 20x)")
-        if self.width * self.height > most:
-            raise InputError(f"{path}: {self.width:,} x {self.height:,} px are more than {limit}")
-        self.levels = matching_levels(self.handle.level_dimensions)
-        others = [size for level, size in enumerate(self.handle.level_dimensions) if level not in self.levels]
-        if others:
-            sizes = ", ".join(f"{w} x {h}" for w, h in others)
-            unused = f"its levels of {sizes} px are not used: level 0 has other proportions"
-            self.warning = f"{self.warning}; {unused}" if self.warning else unused
         self.power = first_number(properties, POWER_NAMES, POWER_LIMITS)[0]
         self.bounds = recorded_bounds(properties)
+        self.mpp, self.source, self.warning = self.scale(properties, slide_mpp, said_mpp)
+        if self.width * self.height > most:
+            raise InputError(f"{path}: {self.width:,} x {self.height:,} px are more than {limit}")
+        sizes = self.handle.level_dimensions
+        self.levels = matching_levels(sizes)
+        others = [f"{w} x {h}" for level, (w, h) in enumerate(sizes) if level not in self.levels]
+        if others:
+            unused = f"its levels of {', '.join(others)} px are not used: level 0 has other proportions"
+            self.warning = f"{self.warning}; {unused}" if self.warning else unused
+
+    def scale(self, properties, slide_mpp, said_mpp):
+        """Returns mpp, source and warning (see the class); NoScale if the file records no um/px."""
+        try:
+            mpp, source, warning = recorded_mpp(properties)
+            if not mpp and not said_mpp:
+                properties = properties | tiff_properties(self.path, self.width)
+                mpp, source, warning = recorded_mpp(properties)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}; convert it to square px") from None
+        if said_mpp:
+            if mpp and not 1 / 1.5 <= mpp / said_mpp <= 1.5:
+                warning = f"{source} is {mpp:g} um/px, labels.csv's {said_mpp:g} is used"
+            return said_mpp, "labels.csv", warning
+        if mpp:
+            return mpp, source, warning
+        if slide_mpp:
+            return slide_mpp, "--slide-mpp", warning
+        found = ", ".join(f"{name} {properties[name]}" for name in RECORDS if name in properties)
+        raise NoScale(f"{self.path}: no um/px and no magnification is recorded "
+                      f"(found: {found or 'nothing'}); give its um/px with --slide-mpp or a column mpp in "
+                      "labels.csv (0.25 for 40x, 0.5 for 20x)")
 
     def check_target(self, mpp):
         """InputError if the slide is too coarse for tiles at mpp um/px."""
@@ -230,32 +243,33 @@ class Slide:
                              "give a larger --mpp")
 
     def level_for(self, mpp):
-        """The coarsest level that is still as fine as mpp (5 % coarser is allowed), and its downsample.
-
-        Only matching_levels count.
-        """
+        """Returns the coarsest usable level that is as fine as mpp (or 5 % coarser), and its downsample."""
         downs = self.handle.level_downsamples
         fine = [i for i in self.levels if downs[i] * self.mpp <= mpp * 1.05]
         level = max(fine, key=lambda i: downs[i], default=0)
         return level, downs[level]
 
     def read_rgba(self, level, x, y, width, height):
-        """RGBA image of a box of a level, in px of that level; transparent outside the slide."""
+        """Returns a box, in px of a level, as an RGBA image that is transparent outside the slide.
+
+        InputError if the file is broken there.
+        """
         down = self.handle.level_downsamples[level]
         try:
             return self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
-                             "is the file whole?") from None
+                             "is the file complete?") from None
 
     def read_level(self, level, x, y, width, height):
-        """The same as RGB, white outside the slide."""
+        """Returns the same box as an RGB image that is white outside the slide."""
         return on_white(self.read_rgba(level, x, y, width, height))
 
     def picture(self, mpp):
-        """The whole slide at about mpp um/px: uint8 (h, w, 3), and how many level-0 px one of its px is.
+        """Returns the whole slide at about mpp um/px, uint8 (h, w, 3), and the side of its px in level-0 px.
 
-        A whole number of a level's px is averaged, block by block: memory stays flat on one-level slides.
+        factor x factor px of a level are averaged, block by block, so that memory stays flat on slides of one
+        level.
         """
         level, down = self.level_for(mpp)
         factor = max(1, int(mpp / (self.mpp * down)))
@@ -264,7 +278,8 @@ class Slide:
         step = max(1, 4096 // factor)
         for y in range(0, out.shape[0], step):
             for x in range(0, out.shape[1], step):
-                h, w = min(step, out.shape[0] - y), min(step, out.shape[1] - x)
+                h = min(step, out.shape[0] - y)
+                w = min(step, out.shape[1] - x)
                 block = self.read_level(level, x * factor, y * factor, w * factor, h * factor)
                 out[y: y + h, x: x + w] = np.asarray(block.reduce(factor) if factor > 1 else block)
         return out, down * factor
@@ -272,52 +287,55 @@ class Slide:
 
 # ---------------------------------------------------------------- tissue and tiles
 
-MASK_MPP = 8.0  # um/px of the picture that the tissue mask is made of
-TISSUE_SMOOTH = 16.0  # um: gaps narrower than this are tissue
-TISSUE_FLOOR = 0.04  # optical density of magenta over grey below which there is no tissue
+MASK_MPP = 8.0  # um/px of the picture that the tissue mask is computed from
+TISSUE_SMOOTH = 16.0  # um: narrower gaps count as tissue
+TISSUE_FLOOR = 0.04  # least optical density of tissue's magenta over grey
 
 
 def tissue_mask(picture, mpp):
-    """Tissue of an H&E picture uint8 (h, w, 3) at mpp um/px: bool (h, w).
+    """Returns where an H&E picture, uint8 (h, w, 3) at mpp um/px, shows tissue: bool (h, w).
 
-    Haematoxylin and eosin both absorb green most: tissue is where green's optical density exceeds the mean
-    of red's and blue's. White, grey dust, coverslip edges and black, blue or green ink do not.
+    Haematoxylin and eosin both absorb green most, so tissue is where green's optical density exceeds the mean
+    of red's and blue's. It does not in white, grey dust, coverslip edges, or black, blue or green ink.
     """
     density = -np.log((picture.astype(np.float32) + 1) / 256)
     r, g, b = (ndimage.gaussian_filter(density[..., i], TISSUE_SMOOTH / mpp / 2) for i in range(3))
-    ink = (r > 1.1 * g) | (b > 0.8 * g) & (g > 0.5) & (r < 0.3 * g)  # blue or green; red
-    return (g - (r + b) / 2 > np.maximum(TISSUE_FLOOR, 0.08 * g)) & ~ink  # black is grey but for noise
+    blue_or_green = r > 1.1 * g
+    red = (b > 0.8 * g) & (g > 0.5) & (r < 0.3 * g)
+    magenta = g - (r + b) / 2 > np.maximum(TISSUE_FLOOR, 0.08 * g)  # black is grey plus noise: hence 0.08 g
+    return magenta & ~(blue_or_green | red)
 
 
 def tissue_shares(picture, mpp, x_edges, y_edges):
-    """Share of tissue in each box of a grid, (len(y_edges) - 1, len(x_edges) - 1).
+    """Returns the share of tissue in each box of a grid, (len(y_edges) - 1, len(x_edges) - 1).
 
     picture uint8 (h, w, 3) at mpp um/px; edges in px of the picture.
     """
     mask = tissue_mask(picture, mpp)
     total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # summed-area table
 
-    def bounds(edges, size):
+    def bounds(edges, size):  # whole px, at least one per box
         low = np.minimum(edges[:-1].astype(int), size - 1)
         return low, np.clip(edges[1:].round().astype(int), low + 1, size)
-    (x0, x1), (y0, y1) = bounds(x_edges, mask.shape[1]), bounds(y_edges, mask.shape[0])
+    x0, x1 = bounds(x_edges, mask.shape[1])
+    y0, y1 = bounds(y_edges, mask.shape[0])
     upper = total[np.ix_(y0, x1)] - total[np.ix_(y0, x0)]
     count = total[np.ix_(y1, x1)] - total[np.ix_(y1, x0)] - upper
     return count / np.outer(y1 - y0, x1 - x0)
 
 
-BLOCK = 2560  # px a side, at least, that are read at once: large, so that few file tiles are decoded twice
+BLOCK = 2560  # least side in px of what is read at once: large, so that few file tiles are decoded twice
 
 
 @dataclass
 class Block:
-    """columns x rows whole tiles that are read at once; left and top in px of the level that is read."""
+    """columns x rows whole tiles, read at once; left and top in px of the level that was read."""
 
     image: Image.Image  # RGBA
     left: int
     top: int
-    i: int  # column and row of the first tile on the slide
-    j: int
+    i: int  # column of the first tile on the slide
+    j: int  # row
     columns: int
     rows: int
 
@@ -326,35 +344,45 @@ def read_blocks(slide, mpp, tissue):
     """Yields Blocks of CROP px tiles at mpp um/px that cover the slide's tissue.
 
     Tile i, j has its level-0 corner at (i, j) * CROP * mpp / slide.mpp. Where a coarse level shows clearly
-    less tissue than asked for, nothing is read; a slide without such a level is decoded whole.
+    less tissue than required, nothing is read; a slide without such a level is decoded whole.
     """
     level, down = slide.level_for(mpp)
-    side = CROP * mpp / slide.mpp  # level-0 px of a tile
-    nx, ny = int(slide.width / side + 1e-9), int(slide.height / side + 1e-9)
-    maybe = np.ones((ny, nx), bool)
+    side = CROP * mpp / slide.mpp  # of a tile, in level-0 px
+    columns = int(slide.width / side + 1e-9)
+    rows = int(slide.height / side + 1e-9)
+    maybe = np.ones((rows, columns), bool)
     if maybe.size and slide.level_for(MASK_MPP)[1] >= 4 * down:
         picture, unit = slide.picture(MASK_MPP)
-        edges = (np.arange(n + 1) * side / unit for n in (nx, ny))
-        maybe = tissue_shares(picture, unit * slide.mpp, *edges) >= tissue / 2
+        x_edges = np.arange(columns + 1) * side / unit
+        y_edges = np.arange(rows + 1) * side / unit
+        maybe = tissue_shares(picture, unit * slide.mpp, x_edges, y_edges) >= tissue / 2
     k = int(np.ceil(BLOCK * down / side))
-    for j0 in range(0, ny, k):
-        for i0 in range(0, nx, k):
+    for j0 in range(0, rows, k):
+        for i0 in range(0, columns, k):
             j, i = np.nonzero(maybe[j0: j0 + k, i0: i0 + k])
-            if not len(i):
-                continue
-            i, j, columns, rows = i0 + i.min(), j0 + j.min(), np.ptp(i) + 1, np.ptp(j) + 1
-            left, top = int(i * side / down), int(j * side / down)
-            right, bottom = int(np.ceil((i + columns) * side / down)), int(np.ceil((j + rows) * side / down))
-            yield Block(slide.read_rgba(level, left, top, right - left, bottom - top), left, top,
-                        i, j, columns, rows)
+            if len(i):
+                yield read_block(slide, level, side, range(i0 + i.min(), i0 + i.max() + 1),
+                                 range(j0 + j.min(), j0 + j.max() + 1))
+
+
+def read_block(slide, level, side, columns, rows):
+    """Reads the tiles of these columns and rows (ranges) as a Block; side: a tile's, in level-0 px."""
+    down = slide.handle.level_downsamples[level]
+    left = int(columns.start * side / down)
+    top = int(rows.start * side / down)
+    right = int(np.ceil(columns.stop * side / down))
+    bottom = int(np.ceil(rows.stop * side / down))
+    image = slide.read_rgba(level, left, top, right - left, bottom - top)
+    return Block(image, left, top, columns.start, rows.start, len(columns), len(rows))
 
 
 def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
-    """Resamples and writes the tiles of a block with at least that share of tissue; gives their number.
+    """Resamples and writes the tiles of a block with at least that share of tissue; returns their number.
 
-    down: level-0 px of a px of the block.
+    down: the side of the block's px in level-0 px.
     """
-    image, side = on_white(block.image), CROP * mpp / slide_mpp
+    image = on_white(block.image)
+    side = CROP * mpp / slide_mpp
     x = np.arange(block.i, block.i + block.columns + 1) * side / down - block.left  # borders, px of the block
     y = np.arange(block.j, block.j + block.rows + 1) * side / down - block.top
     factor = max(1, int(MASK_MPP / (slide_mpp * down)))
@@ -367,20 +395,21 @@ def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
     return len(kept)
 
 
-SAMPLE = 1 << 14  # bytes at a file's start, middle and end that are compared
+SAMPLE = 1 << 14  # bytes read at a file's start, middle and end
 
 
 def file_identity(path):
-    """Returns what tells a replaced file from the original: its name, size in bytes and hash of samples.
+    """Returns inputs of common.files.stamp by which a replaced image file differs from the original.
 
-    pixels: the version of ours that decodes it.
+    They are its name, size in bytes and sample_hash, and the version of our decoding.
     """
-    status = Path(path).stat()
-    return {"file_name": Path(path).name, "file_bytes": status.st_size,
-            "file_hash": sample_hash(Path(path), status.st_size, status.st_mtime_ns), "pixels": PIXELS}
+    path = Path(path)
+    status = path.stat()
+    return {"file_name": path.name, "file_bytes": status.st_size,
+            "file_hash": sample_hash(path, status.st_size, status.st_mtime_ns), "pixels": PIXELS}
 
 
-@lru_cache(maxsize=None)  # each file is read once in a process, unless it changes
+@lru_cache(maxsize=None)  # each process reads a file once, unless the file changes
 def sample_hash(path, size, changed):
     """Returns 16 hex digits of the SHA-256 of a file's size, start, middle and end; "" if unreadable."""
     digest = hashlib.sha256(str(size).encode())
@@ -395,39 +424,42 @@ def sample_hash(path, size, changed):
 
 
 def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX_GIGAPIXELS):
-    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and, last, crops/<slide>.json; gives the Slide.
+    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and then crops/<slide>.json; returns the Slide.
 
-    The JSON holds what they were cut from and how. mpp: um/px of the tiles; slide_mpp, said_mpp: as Slide
-    takes them. One thread reads blocks, another resamples and writes them; at most three blocks are held, so
-    memory stays flat.
+    The JSON records the file and the settings that they were cut with. mpp: um/px of the tiles; slide_mpp,
+    said_mpp, gigapixels: see Slide. One thread reads blocks while another resamples and writes them; at most
+    three blocks are in memory. InputError if no tile has enough tissue.
     """
     slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     slide.check_target(mpp)
-    name, down = slide_name(Path(path)), slide.level_for(mpp)[1]
-    part, count, waiting = part_of(crops / name), 0, deque()
-    shutil.rmtree(part, ignore_errors=True)
+    name = slide_name(Path(path))
+    down = slide.level_for(mpp)[1]
+    temp = temp_path(crops / name)
+    count = 0
+    jobs = deque()
+    shutil.rmtree(temp, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
+        temp.mkdir(parents=True)
         with ThreadPoolExecutor(1) as writer:
             for block in read_blocks(slide, mpp, tissue):
-                waiting.append(writer.submit(write_tiles, block, slide.mpp, down, mpp, tissue, part))
-                while len(waiting) > 2:
-                    count += waiting.popleft().result()
-            count += sum(job.result() for job in waiting)
+                jobs.append(writer.submit(write_tiles, block, slide.mpp, down, mpp, tissue, temp))
+                while len(jobs) > 2:
+                    count += jobs.popleft().result()
+            count += sum(job.result() for job in jobs)
         if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
             raise InputError(f"{path}: has no colour; H&E is needed")
         if not count:
             raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
                              "lower --tissue or --mpp")
         shutil.rmtree(crops / name, ignore_errors=True)
-        part.rename(crops / name)
+        temp.rename(crops / name)
         write_json(crops / f"{name}.json", {
             "slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp,
             "mpp_source": slide.source, "tissue": tissue, "tiles": count, "width": slide.width,
             "height": slide.height, "power": slide.power, "bounds": slide.bounds})
     except OSError as error:
-        raise InputError(f"{crops / name}: cannot be written ({error.strerror}); "
-                         "make room or run where you may write") from None
+        raise InputError(f"{crops / name}: cannot be written ({error.strerror}); free disk space, or run in "
+                         "a folder where you may write") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     return slide

@@ -1,4 +1,4 @@
-"""Data sets with their split (A.1), made once by patient; and what an encoder was trained on."""
+"""The split of a data set by patient (A.1), and the check that no encoder is tested on its training data."""
 import numpy as np
 
 from common.errors import InputError
@@ -8,14 +8,14 @@ from wsi.slides import file_identity
 
 
 def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide_mpp=None):
-    """The data set of a name or a folder with every label's split: a wsi.folders.Data.
+    """Returns the wsi.folders.Data of a name or a folder, with a split for every label.
 
-    The split is labels.csv's; what that leaves open is in datasets/<name>/split.csv, made once by patient
-    with split_seed. InputError in one line for what is missing or if a patient is in two splits.
+    Splits that labels.csv leaves open are in datasets/<name>/split.csv, drawn once by patient with
+    split_seed. InputError if files are missing or a patient is in two splits.
     """
     found = find_folder(data, mpp, prior, root, slide_mpp)
-    kept = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
-    found.absent |= {name: row for name, row in kept.items() if name not in found.labels}
+    rows = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
+    found.absent |= {name: row for name, row in rows.items() if name not in found.labels}
     split_of = {}
     for name, row in found.labels.items():
         other = split_of.setdefault(row["patient"], row["split"])
@@ -27,17 +27,18 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
 
 
 def complete_split(labels, kind, path, seed):
-    """Fills in the split that labels.csv leaves open, in place: all of it, or the validation part of slides.
+    """Fills in the splits that labels.csv leaves open, in place: all of them, or slides' validation split.
 
-    labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path stay where they
-    are; new ones are drawn (draw_split) and added to it. The file may be edited. Returns its rows, {} if
-    labels.csv leaves nothing open.
+    labels: {name: {"label", "patient", "split"}}. Names and patients in the split.csv at path keep their
+    split; new ones are drawn (draw_split) and added to the file, which may be edited. Returns the file's
+    rows, {} if labels.csv leaves nothing open.
     """
-    given, slides = {row["split"] for row in labels.values()}, kind == "slides"
+    given = {row["split"] for row in labels.values()}
+    is_slides = kind == "slides"
     if "" in given:
-        parts = ["test", "val"] if slides else ["test"]  # ready-cut crops are evaluated in folds
-    elif given and "val" not in given and slides:
-        parts = ["val"]
+        splits = ["test", "val"] if is_slides else ["test"]  # ready-cut crops are evaluated in folds
+    elif given and "val" not in given and is_slides:
+        splits = ["val"]
     else:
         return {}
     rows = read_split(path) if path.is_file() else {}
@@ -47,7 +48,7 @@ def complete_split(labels, kind, path, seed):
     for row in rows.values():
         kept |= dict.fromkeys(names_of[row["patient"]], row["split"])
     kept |= {row["patient"]: rows[name]["split"] for name, row in undecided.items() if name in rows}
-    split_of = draw_split(undecided, kept, parts, seed)
+    split_of = draw_split(undecided, kept, splits, seed)
     for name, row in undecided.items():
         row["split"] = rows[name]["split"] if name in rows else split_of[row["patient"]]
     new = undecided.keys() - rows.keys()
@@ -60,73 +61,82 @@ def complete_split(labels, kind, path, seed):
 
 
 def read_split(path):
-    """{name: {"patient", "split"}} of a split.csv."""
-    names, rows = read_csv(path)
-    if not {"name", "patient", "split"} <= set(names):
+    """Returns the rows of a split.csv as {name: {"patient", "split"}}."""
+    columns, lines = read_csv(path)
+    if not {"name", "patient", "split"} <= set(columns):
         raise InputError(f"{path}: its first line has to name the columns name,patient,split")
-    out = {}
-    for line, row in rows:
-        split, name = SPLITS.get(row.get("split", "").lower()), row["name"]
-        if not split or name in out:
+    rows = {}
+    for line, row in lines:
+        name = row["name"]
+        split = SPLITS.get(row.get("split", "").lower())
+        if not split or name in rows:
             raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
-        out[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
-    return out
+        rows[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
+    return rows
 
 
-def draw_split(rows, kept, parts, seed):
-    """{patient: split} of all patients in rows ({name: {"label", "patient"}}), by class and seeded.
+def draw_split(rows, kept, splits, seed):
+    """Returns {patient: split} of all patients in rows ({name: {"label", "patient"}}), drawn by class.
 
-    kept {patient: split} stay. Of each class a fifth of the patients goes to the first of parts, a fifth of
-    the others to the second (at least one if there are two), the rest to train.
+    Patients in kept ({patient: split}) keep their split. Of each class, a fifth of the patients goes to the
+    first of splits and a fifth of the remaining ones to the second (at least one, if two are left); the
+    others are for training.
     """
-    label_of, rng, out = {}, np.random.default_rng(seed), dict(kept)
+    rng = np.random.default_rng(seed)
+    split_of = dict(kept)
+    label_of = {}
     for name in sorted(rows):
         label_of.setdefault(rows[name]["patient"], rows[name]["label"])
     for label in sorted(set(label_of.values())):
         patients = sorted(patient for patient in label_of if label_of[patient] == label)
-        undecided = [patient for patient in rng.permutation(patients).tolist() if patient not in out]
+        undecided = [patient for patient in rng.permutation(patients).tolist() if patient not in split_of]
         left = len(patients)
-        for part in parts:
+        for split in splits:
             wanted = max(1, round(0.2 * left)) if left > 1 else 0
-            there = sum(kept.get(patient) == part for patient in patients)
-            for _ in range(min(wanted - there, len(undecided))):
-                out[undecided.pop()] = part
+            present = sum(kept.get(patient) == split for patient in patients)
+            for _ in range(min(wanted - present, len(undecided))):
+                split_of[undecided.pop()] = split
             left -= wanted
-        out |= dict.fromkeys(undecided, "train")
-    return out
+        split_of |= dict.fromkeys(undecided, "train")
+    return split_of
 
 
-# ---------------------------------------------------------------- what an encoder has seen
+# ---------------------------------------------------------------- what an encoder was trained on
 
-def what_was_seen(found, names):
-    """What an encoder that is trained on these images has seen, for encoder.pt: plain values."""
+def training_record(found, names):
+    """Returns the data set, images and patients of an encoder's training, as plain values for encoder.pt."""
     hashes = {name: file_identity(found.images[name])["file_hash"] for name in names}
-    names_of, rows, patients = found.names_of_patients(), found.labels | found.pretrain_only, set()
+    names_of = found.names_of_patients()
+    rows = found.labels | found.pretrain_only
+    patients = set()
     for name in names:
         patient = rows[name]["patient"] if name in rows else patient_of(name)
         patients |= names_of.get(patient, {patient})
     return {"data": found.name, "images": hashes, "patients": sorted(patients)}
 
 
-def check_unseen(found, names, seen, path):
+def check_unseen(found, names, trained_on, path):
     """InputError if the encoder at path was trained on one of these images or on one of their patients.
 
-    seen: what_was_seen of its run. An image is the same if its name and file_hash are (its size, in an older
-    encoder.pt); a patient's name counts within one data set, and everywhere for TCGA's. Also InputError if
-    the encoder saw a slide of this data set whose patient nothing tells: it may be a test patient.
+    trained_on: the encoder's training_record. Images are the same if their names and file hashes are (in an
+    older encoder.pt: sizes). A patient's name counts within one data set, a TCGA patient's in all. Also
+    InputError if the encoder was trained on a slide of this data set whose patient is unknown, since it may
+    be a test patient.
     """
-    same_data, names_of = seen["data"] == found.name, found.names_of_patients()
+    same_data = trained_on["data"] == found.name
+    names_of = found.names_of_patients()
     rows = found.absent | found.pretrain_only | found.labels
-    patients = set(seen["patients"]) | {tcga_patient(name) for name in seen["images"]}
-    if same_data:  # labels.csv may name more patients than when the encoder was trained
-        patients |= {rows[name]["patient"] for name in seen["images"] if name in rows}
+    images = trained_on["images"]
+    patients = set(trained_on["patients"]) | set(map(tcga_patient, images))
+    if same_data:  # labels.csv may name more patients now than when the encoder was trained
+        patients |= {rows[name]["patient"] for name in images if name in rows}
     else:
-        patients = {patient for patient in patients if tcga_patient(patient)}
+        patients = set(filter(tcga_patient, patients))
     leaks = []
     for name in names:
         identity = file_identity(found.images[name])
-        same_image = seen["images"].get(name) in (identity["file_hash"], identity["file_bytes"])
-        same_name = same_data and name in seen["images"]
+        same_image = images.get(name) in (identity["file_hash"], identity["file_bytes"])
+        same_name = same_data and name in images
         same_patient = patients & names_of[found.labels[name]["patient"]]
         if same_image or same_name or same_patient:
             leaks.append(name)
@@ -134,7 +144,7 @@ def check_unseen(found, names, seen, path):
         raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
                          f"patients ({first_of(leaks)}); use another encoder, or pre-train again with this "
                          "split")
-    unknown = [name for name in seen["images"] if name in seen["patients"] and name not in rows]
+    unknown = [name for name in images if name in trained_on["patients"] and name not in rows]
     if same_data and found.kind == "slides" and names and unknown:
         raise InputError(f"{path}: was trained on {len(unknown)} slides without a row in labels.csv "
                          f"({first_of(unknown)}), perhaps of test patients; add rows with their patient and "
