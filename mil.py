@@ -1,10 +1,10 @@
 """DSMIL (Li et al. 2021), the multiple instance learning of section 3.6; torch alone.
 
-The network is the one of the authors' code when the paper was written (2022: query network with two layers,
-the features themselves as values, 200 epochs); its orthogonal start is from their later code, because the
-earlier one reads its initial weights from a file. Two things differ: theirs keeps the epoch with the best AUC
-and accuracy on the slides that it reports, ours the one with the lowest loss on validation slides; and theirs
-classifies by the threshold of each class that is best on the reported slides, ours takes the highest class.
+The network is that of the authors' code when the paper was written (2022: query network with two layers, the
+features themselves as values, 200 epochs). Its orthogonal start is from their later code, because the earlier
+one reads its initial weights from a file. Two things differ. Theirs keeps the epoch with the best AUC and
+accuracy on the slides that it reports, ours the epoch with the lowest loss on validation slides. Theirs
+classifies with the threshold per class that is best on the reported slides, ours takes the highest class.
 
 A bag is the feature matrix (N, d) of a slide's N crops; C classes.
 """
@@ -17,11 +17,11 @@ from torch import nn
 
 
 class DSMIL(nn.Module):
-    """Dual-stream MIL: a bag (N, d) to instance scores (N, C), bag scores (C,), attention (N, C).
+    """Dual-stream MIL: a bag (N, d) -> instance scores (N, C), bag scores (C,), attention (N, C).
 
     Stream 1 scores every instance; the highest of each class is its critical instance. Stream 2 attends
-    from it: attention = softmax over the instances of q . q_critical / sqrt(128), the bag's embedding
-    (C, d) is the features under that attention, and a Conv1d with one filter a class scores it.
+    from it: attention = softmax over the instances of q . q_critical / sqrt(128). The bag's embedding (C, d)
+    is the mean of the features weighted by this attention; a Conv1d with one filter per class scores it.
     """
 
     def __init__(self, in_dim, num_classes):
@@ -37,16 +37,17 @@ class DSMIL(nn.Module):
     def forward(self, features):
         scores = self.instance(features)  # (N, C)
         q = self.query(features)  # (N, 128)
-        critical = self.query(features[scores.argmax(0)])  # (C, 128), rows of q; its gradient needs no N rows
+        # Equal to q[scores.argmax(0)], but its gradient has C rows instead of N.
+        critical = self.query(features[scores.argmax(0)])  # (C, 128)
         attention = (q @ critical.T / math.sqrt(q.shape[1])).softmax(0)  # (N, C), columns sum to 1
         embedding = attention.T @ features  # (C, d)
         return scores, self.bag(embedding.unsqueeze(0)).view(-1), attention
 
 
 def class_weights(labels, num_classes):
-    """Weights (C,) inverse to the classes' counts, N / (C n_c): all classes then weigh the same.
+    """Weights (C,) inverse to the classes' counts, N / (C n_c), so that all classes weigh the same.
 
-    labels: ints of the training slides; ValueError where a class has none.
+    labels: ints, of the training slides; ValueError if a class has none.
     """
     counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
     if (counts == 0).any():
@@ -57,7 +58,7 @@ def class_weights(labels, num_classes):
 def dsmil_loss(scores, bag_scores, label, weights=None):
     """Half the bag's and half the highest instances' binary cross-entropy per class; label is an int.
 
-    weights (C,), if given: the loss of a slide is multiplied by that of its class.
+    weights (C,): if given, the loss is multiplied by the weight of the slide's class.
     """
     target = F.one_hot(torch.as_tensor(label, device=bag_scores.device), len(bag_scores)).to(bag_scores.dtype)
     loss = 0.5 * (F.binary_cross_entropy_with_logits(bag_scores, target)
@@ -66,7 +67,7 @@ def dsmil_loss(scores, bag_scores, label, weights=None):
 
 
 def dsmil_predict(model, features):
-    """A bag (N, d) to class scores (C,): the mean of the bag's and the highest instances' sigmoids."""
+    """A bag (N, d) -> class scores (C,): the mean of the bag's and the highest instances' sigmoids."""
     with torch.no_grad():
         scores, bag_scores, _ = model(features)
         return (bag_scores.sigmoid() + scores.max(0).values.sigmoid()) / 2
@@ -74,11 +75,11 @@ def dsmil_predict(model, features):
 
 def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None,
                 weights=None):
-    """Trains DSMIL on [(features (N, d), label), ...] with batch 1 and keeps the epoch that is best on val.
+    """Trains DSMIL on bags [(features (N, d), label), ...] with batch 1; returns the model in eval mode.
 
-    Adam (0.5, 0.9), cosine from lr to 5e-6; best is the lowest validation loss. Gives the model in eval mode.
-    progress, if given, is called as progress(epoch, loss, val_loss) after each epoch; weights (C,), if given,
-    weigh the classes in both losses (class_weights). ValueError without a training or validation bag.
+    Adam with betas (0.5, 0.9), cosine from lr to 5e-6; the epoch with the lowest loss on val is kept.
+    progress(epoch, loss, val_loss), if given, is called after each epoch; weights (C,), if given, weigh the
+    classes in both losses (class_weights). ValueError without a training or validation bag.
     """
     if not train or not val:
         raise ValueError("DSMIL needs at least one training and one validation bag")

@@ -1,8 +1,8 @@
 """Pre-training (3.5, A.1.2): python train.py [--data demo] [--arch vit_t] [--method dirl].
 
-Prepares what is missing (tiles, cells), pre-trains with DINO on the method's representations and writes
+Prepares missing tiles and cells, pre-trains with DINO on the method's representations, and writes
 runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder), log.csv, config.json.
-The same command resumes a stopped run; every step draws its random numbers from (seed, step).
+The same command resumes a stopped run: every step draws its random numbers from (seed, step).
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
 import argparse
@@ -39,66 +39,65 @@ from wsi.splits import find_data, training_record
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 
 def argument_parser(prog="python train.py"):
-    """The parser of train.py, which experiments add their own flags to."""
+    """Returns the parser of train.py; experiments add their own flags to it."""
     parser = Parser(
         prog=prog, allow_abbrev=False, parents=[running_flags()],
         description="Pre-trains DiRL; the same command again resumes a stopped run.",
-        epilog="--data demo has its own defaults: " + ", ".join(
+        epilog="--data demo replaces these defaults: " + ", ".join(
             f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items()),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.set_defaults(ssl="dino")  # experiments.compare has others
+    parser.set_defaults(ssl="dino")  # experiments.compare adds the flag, with other objectives
 
     add = parser.add_argument_group("data").add_argument
     add_data_flags(add)
     add("--shuffle-prior", action="store_true",
-        help="a control: moves the cell patches of each crop to random places in it")
+        help="moves the cell patches of each crop to random places in it, as a control")
     add("--fraction", type=between(1e-9, 1), default=1.0, help="share of the training crops to use (Fig. 6)")
 
     add = parser.add_argument_group("model").add_argument
     add("--method", default="dirl", choices=list(dirl.METHODS),
-        help="baseline is DINO; cellback is DiRL without its block")
-    add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="vit_s for 10^5 crops or more")
-    add("--depth", type=whole(1, encoders.MAX_DEPTH), help="blocks of the encoder, if not the --arch's")
+        help="baseline is DINO; cellback is DiRL without the disentangle block")
+    add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="encoder; vit_s for 10^5 crops or more")
+    add("--depth", type=whole(1, encoders.MAX_DEPTH), help="blocks of the encoder; default: those of --arch")
     add("--init", metavar="FILE",
-        help="starts the encoder from other weights: an encoder.pt, a state dict in timm's or DINO's names, "
-             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); better than random weights with some "
-             "thousand crops")
+        help="weights that the encoder starts from: an encoder.pt, a state dict in timm's or DINO's names, "
+             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); for data sets of some thousand crops")
     add("--out-dim", type=whole(2, 10 ** 7), default=65536,
-        help="outputs of the heads of f, f_c, f_b; fewer for small data")
+        help="outputs K of the heads of f, f_c and f_b; fewer for small data sets")
     add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096,
         help="outputs of the four disentangled heads")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
-        help="keeps the prototypes' norms at 1; --no-norm-last-layer learns them: for ViT-S DINO found it "
-             "better, but less stable")
+        help="keeps the prototypes' norms at 1; --no-norm-last-layer learns them, which DINO found better "
+             "for ViT-S, but less stable")
     add("--drop-path", type=between(0, 0.99), default=0.1, help="stochastic depth of the student's encoder")
 
     add = parser.add_argument_group("views").add_argument
     add("--local-crops", type=whole(0, 100), default=8,
-        help="local views of a crop; 0 is the two-view setting, which is faster")
+        help="local views per crop; 0 is the two-view setting, which is faster")
     add("--global-scale", type=SHARE, nargs=2, default=(0.4, 1.0),
-        help="area of the global views, a share of the crop; 0.14 1 with --local-crops 0")
-    add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="area of the local views")
+        help="smallest and largest area of a global view, as shares of the crop; 0.14 1 with --local-crops 0")
+    add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="the same for the local views")
     add("--global-size", type=side, default=224,
-        help="px of the global views, a multiple of 16; 112 is 4 times faster, and coarser")
-    add("--local-size", type=side, default=96, help="px of the local views, a multiple of 16")
+        help="side of the global views in px, a multiple of 16; 112 is 4 times faster, and coarser")
+    add("--local-size", type=side, default=96, help="side of the local views in px, a multiple of 16")
     add("--stats", default="imagenet", choices=["imagenet", "data"],
-        help="mean and standard deviation that normalise the pixels: ImageNet's, as DINO (for --init with "
-             "ImageNet's weights), or the training crops' own, with which small runs on H&E learn sooner")
+        help="mean and sd that normalise the pixels: ImageNet's as in DINO (also for --init with ImageNet's "
+             "weights), or the training crops' own, with which small runs on H&E learn sooner")
     add("--jitter", type=SHARE, default=1.0,
-        help="multiplies the strengths and the probability of colour jitter: 1 is DINO's, 0 none; lower it "
+        help="factor on the strengths and the probability of colour jitter: 1 is DINO's, 0 is none; lower it "
              "if a head's outputs stay uniform")
-    add("--greyscale", type=SHARE, default=1.0, help="multiplies the probability of grey (DINO: 1 view in 5)")
+    add("--greyscale", type=SHARE, default=1.0, help="factor on the probability of grey (DINO: 1 view in 5)")
     add("--solarize", type=SHARE, default=1.0,
-        help="multiplies the probability of solarising (DINO: 1 in 5 second views)")
+        help="factor on the probability of solarising the second global view (DINO: 1 in 5)")
     add("--blur", type=SHARE, default=1.0,
-        help="multiplies the probability of blur (DINO: every first, 1 in 10 second, half the local views)")
+        help="factor on the probability of blur (DINO: 1 and 0.1 for the global views, 0.5 for local ones)")
 
     add = parser.add_argument_group("loss").add_argument
     add("--lambda-1", type=between(0, 100), default=0.5, help="weight of L_c and L_b in eq. 9")
     add("--lambda-2", type=between(0, 100), default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
     add("--empty-regions", default="skip", choices=["skip", "zeros"],
-        help="views without cells, or without background: skip leaves them out of that region's loss; zeros "
-             "counts them, as a control (what is pooled to zeros has very large gradients at the start)")
+        help="views without cells, or without background: skip keeps them out of that region's loss; zeros "
+             "counts them as features of zeros, as a control (their gradients are very large at the start)")
     temperature = between(1e-4, 100)
     add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
     add("--teacher-temp", type=temperature, default=0.04,
@@ -106,39 +105,39 @@ def argument_parser(prog="python train.py"):
     add("--warmup-teacher-temp", type=temperature, default=0.04,
         help="temperature of the teacher when its warm-up starts; lower it if the loss does not fall")
     add("--warmup-teacher-temp-epochs", type=whole(0, 10 ** 6), default=0,
-        help="epochs of warm-up, linear to --teacher-temp; DINO's recipes take 30 of 100 to 800, to 0.07")
+        help="epochs of linear warm-up to --teacher-temp; in DINO's recipes 30 of 100 to 800, to 0.07")
     add("--center-momentum", type=SHARE, default=0.9, help="momentum of each head's centre")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=whole(1, 10 ** 6),
-        help="default: the paper's for the data set, 100 for a folder; more for few crops")
+        help="epochs; default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=whole(1, 10 ** 6), default=256, help="crops per step; lower it if memory runs out")
     add("--accumulate", type=whole(), default=1,
-        help="shards in which a batch goes through the network one by one; more if memory runs out. Exact "
-             "for the baseline; a shard without a pair of views of a region adds nothing to its loss")
+        help="shards in which a batch goes through the network; more if memory runs out. Exact for the "
+             "baseline; a shard without a pair of views of a region adds nothing to that region's loss")
     add("--lr", type=between(0, 10), default=5e-4,
-        help="learning rate for a batch of 256; it scales with --batch")
+        help="peak learning rate for a batch of 256; it is scaled by --batch / 256")
     add("--min-lr", type=between(0, 10), default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=whole(0, 10 ** 6),
-        help="epochs of linear warm-up (10, the demo 1, at most a third); more if the loss blows up early")
+        help="epochs of linear warm-up of --lr (10, the demo 1, at most a third); more if the loss blows up")
     add("--weight-decay", type=between(0, 10), default=0.04, help="at the start; none on biases and norms")
-    add("--weight-decay-end", type=between(0, 10), default=0.4, help="at the end")
-    add("--clip", type=between(0, 1e9), default=3.0, help="largest gradient norm of a parameter; 0 is off")
+    add("--weight-decay-end", type=between(0, 10), default=0.4, help="weight decay at the end")
+    add("--clip", type=between(0, 1e9), default=3.0, help="largest gradient norm of a parameter; 0: no limit")
     add("--momentum", type=SHARE, default=0.996,
-        help="momentum of the teacher at the start, 1 at the end; higher for small batches")
+        help="momentum of the teacher at the start; it rises to 1; higher for small batches")
     add("--freeze-last-layer", type=whole(0, 10 ** 6), default=1,
-        help="epochs in which the heads' last layers are frozen")
+        help="epochs at the start in which the heads' last layers are frozen; more if the loss does not fall")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-        help="auto: bf16 if the device has it natively")
-    add("--seed", type=SEED, default=0,
-        help="seed of everything but the split; the same seed repeats the run")
+        help="auto takes bf16 if the device has it natively; fp32 if a loss is not finite")
+    add("--seed", type=SEED, default=0, help="seed of everything but the split; the same repeats the run")
     return parser
 
 
 def parse(parser, argv):
-    """The flags of a command line, with the defaults that depend on others; InputError where two clash."""
-    for word in sys.argv[1:] if argv is None else argv:
-        if word.endswith("=--"):  # argparse gives an empty list for it
+    """Parses a command line; fills in defaults that depend on other flags; InputError if two flags clash."""
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.endswith("=--"):  # argparse would return an empty list for it
             raise InputError(f"{word}: a value is expected")
     if parser.parse_known_args(argv)[0].data == "demo":
         parser.set_defaults(**DEMO)
@@ -164,7 +163,7 @@ def parse(parser, argv):
 
 
 def arguments(argv=None):
-    """train.py's flags of a command line."""
+    """Parses a command line of train.py."""
     return parse(argument_parser(), argv)
 
 
@@ -175,16 +174,16 @@ def default_run(args):
 # ---------------------------------------------------------------- models
 
 def teach_global_views(teacher, views, priors):
-    """The teacher's output on the global views, views[0]; all views pass through the student."""
+    """Returns the teacher's output on the global views, views[0]; the student sees all views."""
     return teacher(views[:1], priors[:1])
 
 
 @dataclass
 class Recipe:
-    """What is trained, and how; experiments.compare has other recipes.
+    """What is trained, and with which loss; experiments.compare has other recipes.
 
     loss: called on (student's output, teacher's output, teacher's temperature), returns (loss, {name: L_name
-    without gradient}); its update_centers() is called once a step. names: of its losses. dino: the
+    without gradient}); its update_centers() is called once per step. names: of these losses. dino: the
     dirl.DINOLoss of each head with prototypes, whose entropy is logged. teach: called on (teacher, views,
     priors), returns the teacher's output. counts: views come with the cells per patch instead of P_c.
     """
@@ -199,7 +198,7 @@ class Recipe:
 
 
 def start_encoder(args, mean, std):
-    """The encoder that a run's flags ask for, as training starts with it; seeded."""
+    """Returns the encoder as training starts: random weights of --seed, or those of --init."""
     torch.manual_seed(args.seed)
     encoder = encoders.make_encoder(args.arch, mean, std, args.depth, args.drop_path)
     if args.init:
@@ -208,7 +207,7 @@ def start_encoder(args, mean, std):
 
 
 def build_dirl(encoder, args):
-    """DiRL, Cellback or the baseline (--method) with DINO: the Recipe of the paper."""
+    """Returns the paper's Recipe: DiRL, Cellback or the baseline (--method), trained with DINO."""
     student = dirl.DiRL(encoder, args.method, args.out_dim, args.disentangled_dim, args.norm_last_layer)
     student = student.to(args.device)
     loss = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
@@ -220,7 +219,7 @@ def build_dirl(encoder, args):
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What every step of a run shares."""
+    """The settings that all steps of a run share."""
 
     augmentation: Augmentation
     schedules: optimization.Schedules
@@ -232,7 +231,7 @@ class StepSettings:
 
 
 def settings_of(args, per_epoch, mean, std):
-    """The StepSettings of a run's flags, with per_epoch steps in an epoch."""
+    """Returns the StepSettings of a run's flags; per_epoch: steps in an epoch."""
     augmentation = Augmentation(
         args.local_crops, tuple(args.global_scale), tuple(args.local_scale), args.global_size,
         args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, mean, std)
@@ -248,18 +247,17 @@ def settings_of(args, per_epoch, mean, std):
 
 
 def shards_of(images, cells, accumulate):
-    """This process's crops of a batch in --accumulate shards: (images, cells, (index, count) of shard)."""
-    count = processes() * accumulate
-    first = rank() * accumulate
-    for k, shard in enumerate(zip(images.chunk(accumulate), cells.chunk(accumulate))):
-        yield *shard, (first + k, count)
+    """Yields this process's crops of a batch in --accumulate shards: (images, cells, (index, count))."""
+    shards = zip(images.chunk(accumulate), cells.chunk(accumulate))
+    for index, (images, cells) in enumerate(shards, rank() * accumulate):
+        yield images, cells, (index, processes() * accumulate)
 
 
 def views_of_step(images, cells, step, how, shard=(0, 1), counts=False):
-    """The views of a shard of the step's batch, and their priors.
+    """Returns the views of a shard of the step's batch, and their priors.
 
-    Drop path and views have random streams of their own, seeded by (seed, step), so that a resumed run draws
-    what the uninterrupted one does; the primes keep the seeds of different runs apart. A crop's views do not
+    Drop path and views each have a random stream, seeded by (seed, step), so a resumed run draws the same
+    numbers as an uninterrupted one; the primes keep the seeds of different runs apart. A crop's views do not
     depend on how the batch is divided.
     """
     torch.manual_seed(how.seed * 1_000_003 + step + shard[0] * 15_485_863)  # drop path
@@ -268,7 +266,7 @@ def views_of_step(images, cells, step, how, shard=(0, 1), counts=False):
 
 
 def measured(recipe, loss, each, priors):
-    """What the log keeps of a shard: the loss, each L_name, the entropies, shares of views and of patches."""
+    """Returns the log's values of a shard: loss, each L_name, entropies, shares of views and of patches."""
     both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
     views_with_both = torch.cat(both).float().mean()
     patches_with_cell = (priors[0] > 0).float().mean()
@@ -277,25 +275,25 @@ def measured(recipe, loss, each, priors):
 
 
 def training_step(recipe, model, optimizer, images, cells, step, how, section=nullcontext):
-    """One step on uint8 crops (B, 3, S, S) with cells (B, K, 2); returns (Schedule, what was measured).
+    """Trains one step on uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
-    model: the student, or its wrapper that trains it. section(name): a context around each section of the
-    step, which experiments.benchmark times. What was measured: measured() over shards and processes, and 1 if
-    all gradients were finite.
+    model: recipe.student, or its wrapper (DistributedDataParallel, torch.compile). section(name): a context
+    around each section of the step, which experiments.benchmark times. Returns the step's Schedule, and
+    measured() averaged over shards and processes with, at the end, 1 if all gradients were finite.
     """
-    # Learning rate, weight decay, the teacher's momentum and temperature of this step.
+    # This step's learning rate, weight decay, and momentum and temperature of the teacher.
     now = how.schedules.at(step)
     optimization.set_rates(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
     shards = []
 
-    # The batch in shards that fit into memory: one, unless --accumulate says otherwise.
+    # A batch that does not fit into memory is divided into shards (--accumulate).
     for images, cells, shard in shards_of(images, cells, how.accumulate):
         # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
         with section("views and priors"):
             views, priors = views_of_step(images, cells, step, how, shard, recipe.counts)
 
-        # Only the global views pass through the teacher; all pass through the student.
+        # The teacher sees the global views only, the student all views.
         with torch.autocast(how.device.type, torch.bfloat16, enabled=how.bf16):
             with section("teacher"), torch.no_grad():
                 target = recipe.teach(recipe.teacher, views, priors)
@@ -309,14 +307,14 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
             (loss / how.accumulate).backward()
         shards.append(measured(recipe, loss, each, priors))
 
-    # Every parameter's gradient is clipped on its own; the last layers are frozen in the first epoch.
+    # The gradient of each parameter is clipped separately; the last layers are frozen in the first epoch.
     with section("clipping and optimiser"):
         finite = optimization.clip_gradients(list(recipe.student.parameters()), how.clip)
         if step < how.schedules.frozen_steps:
             optimization.freeze_last_layers(recipe.student)
         optimizer.step()
 
-    # The teacher follows the student: theta_t = m theta_t + (1 - m) theta_s; the centres follow the teacher.
+    # The teacher follows the student, theta_t = m theta_t + (1 - m) theta_s, and the centres the teacher.
     with section("teacher's update"):
         dirl.update_teacher(recipe.student, recipe.teacher, now.momentum)
         recipe.loss.update_centers()
@@ -328,18 +326,18 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
 
 @dataclass
 class TrainingData:
-    """The crops that are trained on, and what is known of them."""
+    """The crops that are trained on, and where they come from."""
 
     found: object  # wsi.folders.Data
     crops: torch.utils.data.Dataset
     skipped: list  # a line for each file that could not be used
-    trained_on: dict  # wsi.splits.training_record
+    trained_on: dict  # images and patients, for encoder.pt
     mean: tuple  # of the pixels (--stats)
     std: tuple
 
 
 def training_crops(args):
-    """Prepares the data set and returns its TrainingData; InputError if no or too few crops can be used."""
+    """Prepares the data set and returns its TrainingData; InputError if too few crops can be used."""
     with first_before_others():
         if args.data == "demo":
             make_demo(Path("datasets/demo"), workers=args.workers)
@@ -351,7 +349,7 @@ def training_crops(args):
     crops = Crops(found, names, shuffle_seed=args.seed if args.shuffle_prior else None)
     if not len(crops):
         raise InputError(skipped[0] if skipped else
-                         f"{found.source}: no crop in it to train on; see python data.py check")
+                         f"{found.source}: holds no crop to train on; see python data.py check")
     print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), crop_mpp(found)))
     owners = crops.owner
     if args.fraction < 1:
@@ -367,12 +365,12 @@ def training_crops(args):
 
 
 def some_of(crops, count):
-    """At most count of the crops, spread evenly: uint8 (N, 3, H, W)."""
+    """Returns at most count of the crops, evenly spread: uint8 (N, 3, H, W)."""
     return torch.stack([crops[i][0] for i in spread(len(crops), count)])
 
 
 def loader_of(crops, args, start, steps):
-    """Batches of crops with their cells, from step start to the last, or for --max-steps."""
+    """Returns a loader of batches of crops with their cells, from step start to the last (--max-steps)."""
     last = steps if args.max_steps is None else min(steps, start + args.max_steps)
     cuda = torch.device(args.device).type == "cuda"
     order = optimization.batches(len(crops), args.batch, start, last, args.seed, (rank(), processes()))
@@ -387,9 +385,9 @@ RANK_CROPS = 32
 
 
 def contrast_at_start(encoder, crops, how):
-    """contrast() of an encoder on two global views of some crops.
+    """Returns contrast() of an encoder on two global views of some crops.
 
-    The views have a random stream of their own, so that training's numbers stay the same.
+    The views have their own random stream, so that training draws the same numbers with and without this.
     """
     images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
     generator = torch.Generator(how.device).manual_seed(how.seed)
@@ -401,12 +399,12 @@ def contrast_at_start(encoder, crops, how):
 
 def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
-    # A bad --init or --probe is refused before slides are prepared, which may take hours.
+    # A bad --init or --probe is refused now, because preparing slides may take hours.
     if args.init:
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
 
-    # Data: crops with their cells, of the training and validation splits only.
+    # Data: crops with their cells, of training and validation slides only.
     data = training_crops(args)
     per_epoch = len(data.crops) // args.batch
     how = settings_of(args, per_epoch, data.mean, data.std)
@@ -417,7 +415,7 @@ def train(args, build=build_dirl):
     recipe = build(start_encoder(args, data.mean, data.std), args)
     optimizer = optimization.build_optimizer(recipe.student)
 
-    # Files: a stopped run is resumed, if its settings are the same.
+    # Files: a stopped run is resumed if its settings are the same.
     run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,
               student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, optimizer=optimizer)
     step = start = run.resume()
@@ -432,7 +430,7 @@ def train(args, build=build_dirl):
             schedule, values = training_step(recipe, model, optimizer, images, cells, step, how)
             step += 1
 
-            # The log; at an epoch's end the features' rank and the probe; now and then a checkpoint.
+            # The log; the features' rank and the probe at an epoch's end; a checkpoint now and then.
             rank_of_f, probed = None, None
             if step % per_epoch == 0 and not rank():
                 rank_of_f = effective_rank(encoders.represent(recipe.teacher.encoder, rank_images))
@@ -449,7 +447,7 @@ def train(args, build=build_dirl):
 
 
 def config_of(args, data, how):
-    """config.json: the settings that a resumed run has to have, too."""
+    """Returns the content of config.json: the settings that must stay the same when a run is resumed."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
     images = data.trained_on["images"]
     return flags | {
@@ -459,7 +457,7 @@ def config_of(args, data, how):
 
 
 def announce(args, run, data, how, start, encoder):
-    """Prints what is about to run, and for a new run the contrast between crops."""
+    """Prints what will be trained; for a new run also the contrast between crops."""
     resumed = f"; resumed at step {start}" if 0 < start < how.schedules.steps else ""
     print(f"{len(data.crops)} crops of {len(data.trained_on['images'])} {data.found.kind}, "
           f"{how.schedules.steps} steps of {args.batch} ({args.epochs} epochs), {args.method} {args.arch} on "
@@ -477,8 +475,9 @@ def finish(args, run, log, step, steps, skipped, stop):
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
         where = "" if args.run == default_run(args) else f" --checkpoint {run.folder}/encoder.pt"
-        done = (f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
-                if step > log.start else f"{run.folder} had finished its {steps} steps; nothing was trained")
+        done = f"{run.folder} had finished its {steps} steps; nothing was trained"
+        if step > log.start:
+            done = f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
         print(f"{done}. Next: python eval.py --data {args.data}{where}")
     code = exit_code_of(skipped)
     return 130 if stop else code

@@ -10,27 +10,30 @@ from common.encoders import save_encoder
 from common.errors import InputError, one_line
 from common.files import load_tensors, read_json, save_tensors, write_json
 
-NOT_FLAGS = ("crops", "images", "labels", "pixels")  # of config.json
+NOT_FLAGS = ("crops", "images", "labels", "pixels")  # entries of config.json that no flag sets
 
 
 def check_config(path, config):
-    """InputError if the run of the config.json at path was started with settings other than config."""
+    """InputError if the run of the config.json at path was started with other settings than config."""
     old = read_json(path)
     if not old:
         raise InputError(f"{path}: cannot be read; use another folder for a new run")
-    new = json.loads(json.dumps(config))
+    new = json.loads(json.dumps(config))  # tuples become lists, as in the file
     changed = []
     for name in dict.fromkeys([*new, *old]):
         if old.get(name) != new.get(name):
             setting = name if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             changed.append(f"{setting} {old.get(name)} (now {new.get(name)})")
     if changed:
-        raise InputError(f"{path.parent}: was made with {'; '.join(changed)}: use the same to resume it, "
-                         "or another folder for a new run (--run)")
+        raise InputError(f"{path.parent}: was started with {'; '.join(changed)}: use the same settings to "
+                         "resume it, or another folder for a new run (--run)")
 
 
 def lock_folder(folder):
-    """Locks a run's folder while this process lives and returns the lock; InputError if another has it."""
+    """Locks a run's folder while this process lives, and returns the lock.
+
+    InputError if another process has it, or if the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
@@ -44,17 +47,19 @@ def lock_folder(folder):
 
 
 class Run:
-    """The files of a run: config.json (its settings), checkpoint.pt, encoder.pt; locked from resume to exit.
+    """The files of a run: config.json, checkpoint.pt, encoder.pt. Its folder is locked from resume to exit.
 
-    config: what a resumed run has to have, too; trained_on: wsi.splits.what_was_seen; parts: {name: what has
-    a state_dict}, all that resuming needs, a "teacher" with an encoder among them.
+    config: the settings, which stay the same when the run is resumed. trained_on: the images and patients
+    that encoder.pt records. minutes: between checkpoints within an epoch. save_every: epochs between the
+    encoder_<epoch>.pt. modules: {name: what has a state_dict}, everything that resuming needs, with a
+    "teacher" that has an encoder.
     """
 
-    def __init__(self, folder, config, trained_on, minutes=10, save_every=None, **parts):
+    def __init__(self, folder, config, trained_on, minutes=10, save_every=None, **modules):
         self.folder = Path(folder)
         self.config = config
         self.trained_on = trained_on
-        self.parts = parts
+        self.modules = modules
         self.minutes = minutes
         self.save_every = save_every
         self.lock = None
@@ -63,7 +68,7 @@ class Run:
     def resume(self):
         """Locks the run folder, loads checkpoint.pt if it exists, and returns the step to resume from.
 
-        Under torchrun every process loads it, and rank 0 alone locks and writes.
+        Under torchrun every process loads it; only rank 0 locks and writes.
         """
         if not rank():
             self.lock = lock_folder(self.folder)
@@ -81,8 +86,8 @@ class Run:
         check_config(self.folder / "config.json", self.config)
         state = load_tensors(self.folder / "checkpoint.pt")
         try:
-            for name, part in self.parts.items():
-                part.load_state_dict(state[name])
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
             step = state["step"]
             if type(step) is not int or step < 1:
                 raise ValueError(f"step {step}")
@@ -102,26 +107,28 @@ class Run:
         self.unlock()
 
     def save(self, step, log):
-        log.read()  # ends the run if it diverged: what is saved is good
+        """Writes encoder.pt and checkpoint.pt after a step."""
+        log.read()  # raises if the run diverged, so a bad state is never saved
         if not rank():
             self.save_encoder("encoder.pt", step)
-            state = {name: part.state_dict() for name, part in self.parts.items()}
-            save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: marks all as saved
+            state = {name: module.state_dict() for name, module in self.modules.items()}
+            save_tensors(self.folder / "checkpoint.pt", state | {"step": step})  # last: all else is saved
         self.saved_at = time.monotonic()
 
     def save_encoder(self, name, step):
         about = {key: self.config[key] for key in ("arch", "method", "data", "mpp", "depth", "ssl")}
-        save_encoder(self.folder / name, self.parts["teacher"].encoder, **about, step=step,
+        save_encoder(self.folder / name, self.modules["teacher"].encoder, **about, step=step,
                      trained_on=self.trained_on)
 
     def diverged(self, step, loss):
+        """Returns the message for a loss that is not finite."""
         checkpoint = self.folder / "checkpoint.pt"
         kept = f"{checkpoint} is the last good state" if checkpoint.is_file() else "nothing is saved yet"
         return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {kept}. Try a lower "
                 "--lr, a longer --warmup-epochs or --precision fp32, with a new --run")
 
     def save_if_due(self, step, per_epoch, log):
-        """Saves after --save-minutes, or after a minute at the end of an epoch; and for --save-every."""
+        """Saves if the last checkpoint is too old: `minutes`, at an epoch's end one; also for save_every."""
         if self.save_every and step % (self.save_every * per_epoch) == 0 and not rank():
             self.save_encoder(f"encoder_{step // per_epoch}.pt", step)
         minutes = min(1, self.minutes) if step % per_epoch == 0 else self.minutes

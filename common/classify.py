@@ -1,6 +1,7 @@
-"""Classifiers of images (4.1, A.1.2): nearest neighbours, logistic regression, fine-tuning, folds."""
+"""Classifiers of images (4.1, A.1.2): nearest neighbours, logistic regression, fine-tuning; their folds."""
 import copy
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,15 +18,31 @@ from tqdm import tqdm
 import dirl
 from common.encoders import in_batches, represent
 from common.errors import InputError
+from common.files import merge_csv
+from common.metrics import DRAWS, bootstrap, measures_of
 
 SETTINGS = {  # A.1.2, "Patch classification"; a folder takes mhist's
     "mhist": dict(lr=3e-4, weight_decay=1e-2, batch=128, epochs=40, milestones=[20, 30]),
     "chaoyang": dict(lr=1e-4, weight_decay=1e-2, batch=128, epochs=45, milestones=[20, 30, 40])}
-CS = (1e-3, 1e-2, 0.1, 1, 10, 100)  # of the logistic regression; the validation fold chooses
+CS = (1e-3, 1e-2, 0.1, 1, 10, 100)  # C of the logistic regression, chosen on the validation fold
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+PATCH_KEYS = ("data", "encoder", "training")  # rows of patches.csv that differ in one of these are kept
 
 
 # ---------------------------------------------------------------- folds
+
+@dataclass(frozen=True)
+class Patches:
+    """Labelled images: a test set, and a training set in folds."""
+
+    names: np.ndarray  # (N,), of the images
+    images: torch.Tensor  # uint8 (N, 3, 224, 224)
+    labels: np.ndarray  # (N,), indices of classes
+    groups: np.ndarray  # (N,), the patient or group of each image; a fold keeps it whole
+    classes: list  # names
+    folds: list  # [(train indices, val indices), ...]
+    test: np.ndarray  # (T,), indices
+
 
 def unit(groups):
     """What is drawn and split: images, or groups if one has several images."""
@@ -33,11 +50,14 @@ def unit(groups):
 
 
 def make_folds(labels, groups, classes, count, seed):
-    """Stratified folds of labels (N,) that keep groups (N,) whole: [(train indices, val indices), ...]."""
+    """Stratified folds of labels (N,) that keep groups (N,) whole: [(train indices, val indices), ...].
+
+    InputError if a class has fewer groups than folds, or is missing from the training part of a fold.
+    """
     for c, name in enumerate(classes):
-        there = len(set(groups[labels == c]))
-        if there < count:
-            raise InputError(f"--folds {count}: the training set has {there} {unit(groups)} of {name}; "
+        present = len(set(groups[labels == c]))
+        if present < count:
+            raise InputError(f"--folds {count}: the training set has {present} {unit(groups)} of {name}; "
                              "use fewer folds")
     if unit(groups) == "groups":
         folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(labels, labels, groups)
@@ -45,32 +65,46 @@ def make_folds(labels, groups, classes, count, seed):
         folds = StratifiedKFold(count, shuffle=True, random_state=seed).split(labels, labels)
     folds = list(folds)
     if any(len(np.unique(labels[train])) < len(classes) for train, _ in folds):
-        raise InputError(f"--folds {count}: a fold trains without a class, for its groups are large; "
-                         "use fewer folds or another --seed")
+        raise InputError(f"--folds {count}: a fold would train without one of the classes, because its "
+                         "groups are large; use fewer folds or another --seed")
     return folds
+
+
+def make_patches(names, images, rows, classes, folds, seed):
+    """Returns Patches; rows: {"label", "patient", "split"} of each image, folds: their number."""
+    labels = np.array([classes.index(row["label"]) for row in rows])
+    groups = np.array([row["patient"] for row in rows])
+    is_test = np.array([row["split"] == "test" for row in rows])
+    train = np.flatnonzero(~is_test)
+    of_train = make_folds(labels[train], groups[train], classes, folds, seed)
+    of_all = [(train[fold_train], train[fold_val]) for fold_train, fold_val in of_train]
+    return Patches(names, images, labels, groups, classes, of_all, np.flatnonzero(is_test))
 
 
 # ---------------------------------------------------------------- on frozen features
 
 def pixel_statistics(images):
-    """Mean, standard deviation and five quantiles of each RGB channel: uint8 (N, 3, H, W) to (N, 21)."""
-    out = []
+    """Mean, standard deviation and five quantiles of each RGB channel: uint8 (N, 3, H, W) -> (N, 21)."""
+    rows = []
     for image in tqdm(images, "pixels", leave=False):
         x = np.sort(image.flatten(1).numpy(), kind="stable")  # (3, H W); bytes sort quickly
-        quantiles = (x[:, round(q * (x.shape[1] - 1))] for q in QUANTILES)
-        out.append(np.concatenate([x.mean(1), x.std(1), *quantiles]))
-    return np.stack(out).astype(np.float32)
+        quantiles = [x[:, round(q * (x.shape[1] - 1))] for q in QUANTILES]
+        rows.append(np.concatenate([x.mean(1), x.std(1), *quantiles]))
+    return np.stack(rows).astype(np.float32)
 
 
 def standardize(bags):
-    """{"train": [(features (N, d), label), ...], ...} with each feature's mean 0 and its sd 1.
+    """Standardises features with the mean and sd over all tiles of the training slides.
 
-    Both over all tiles of the training slides.
+    bags: {split: [(features (N, d), label), ...]} with "train" among the splits; the same comes back.
     """
     tiles = torch.cat([features for features, _ in bags["train"]])
-    mean, sd = tiles.mean(0), tiles.std(0).clamp(min=1e-6)
-    return {part: [((features - mean) / sd, label) for features, label in of_part]
-            for part, of_part in bags.items()}
+    mean = tiles.mean(0)
+    sd = tiles.std(0).clamp(min=1e-6)
+    standardized = {}
+    for split, pairs in bags.items():
+        standardized[split] = [((features - mean) / sd, label) for features, label in pairs]
+    return standardized
 
 
 def nearest(train, labels, test, classes, k=20):
@@ -82,40 +116,55 @@ def nearest(train, labels, test, classes, k=20):
 
 
 def fit_logistic(features, labels, c=1.0, max_iter=2000):
-    """Logistic regression on standardised features (N, d): a fitted scikit-learn model."""
+    """Returns scikit-learn's logistic regression, fitted to standardised features (N, d)."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
     return model.fit(features, labels)
 
 
 def fit_linear(features, labels, train, val):
-    """Logistic regression with the C of CS that has the lowest loss on val; train, val: indices.
+    """Fits a logistic regression with the C of CS that has the lowest loss on val.
 
-    Gives a function from features to probabilities (.., C), that loss, and what was kept, in words.
+    features (N, d), labels (N,); train, val: indices. Returns a function from features (.., d) to
+    probabilities (.., C), the loss on val, and the C in words.
     """
-    best = None
+    best, best_loss, kept = None, math.inf, ""
     for c in CS:
         model = fit_logistic(features[train], labels[train], c, 5000)
         loss = log_loss(labels[val], model.predict_proba(features[val]), labels=model.classes_)
-        if best is None or loss < best[1]:
-            best = model.predict_proba, loss, f"C {c:g}"
-    return best
+        if best is None or loss < best_loss:
+            best, best_loss, kept = model, loss, f"C {c:g}"
+    return best.predict_proba, best_loss, kept
 
 
 # ---------------------------------------------------------------- fine-tuning
 
+@dataclass(frozen=True)
+class FineTuning:
+    """How an encoder is fine-tuned; SETTINGS has the paper's."""
+
+    lr: float
+    weight_decay: float
+    batch: int
+    epochs: int
+    milestones: list  # epochs after which lr is divided by 10
+    device: str
+    bf16: bool
+
+
 def flip(images, generator):
-    """Each image mirrored left to right and top to bottom, each with probability 1/2. (B, 3, H, W)."""
+    """Mirrors each of images (B, 3, H, W) left to right and top to bottom, each with probability 1/2."""
     across, down = torch.rand(2, len(images), 1, 1, 1, generator=generator) < 0.5
     images = torch.where(across, images.flip(-1), images)
     return torch.where(down, images.flip(-2), images)
 
 
-def fine_tune(encoder, images, labels, train, val, classes, settings, seed, what=""):
-    """Encoder, mean over the n tokens and one linear layer, all of it trained (A.1.2), with flips (ours).
+def fine_tune(encoder, images, labels, train, val, classes, settings, seed, title=""):
+    """Trains a copy of the encoder and one linear layer on the mean of its n tokens (A.1.2); flips are ours.
 
-    images uint8 (N, 3, 224, 224), labels (N,), train and val: indices; settings has lr, weight_decay, batch,
-    epochs, milestones, device, bf16. The encoder itself is not changed. Gives, for the epoch with the lowest
-    loss on val: a function from images to probabilities (.., C), that loss, the epoch in words.
+    images uint8 (N, 3, 224, 224), labels (N,); train, val: indices; classes: their number; settings:
+    FineTuning; title: of the progress bar. Returns, of the epoch with the lowest loss on val: a function from
+    images to probabilities (.., C), that loss, and the epoch in words. FloatingPointError if no loss is
+    finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -124,12 +173,16 @@ def fine_tune(encoder, images, labels, train, val, classes, settings, seed, what
     model = nn.ModuleDict({"encoder": copy.deepcopy(encoder), "head": head}).to(settings.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, settings.milestones, gamma=0.1)
-    generator, labels = torch.Generator().manual_seed(seed), torch.as_tensor(labels)
-    train, val, best = torch.as_tensor(train), torch.as_tensor(val), (math.inf, 0, None)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.as_tensor(labels)
+    train = torch.as_tensor(train)
+    val = torch.as_tensor(val)
 
     def logits(x):
         return model["head"](represent(model["encoder"], x, settings.bf16))
-    bar = tqdm(range(1, settings.epochs + 1), what, unit="epoch", leave=False, disable=not what)
+
+    best_loss, best_epoch, best_state = math.inf, 0, None
+    bar = tqdm(range(1, settings.epochs + 1), title, unit="epoch", leave=False, disable=not title)
     for epoch in bar:
         model.train()
         for index in train[torch.randperm(len(train), generator=generator)].split(settings.batch):
@@ -140,13 +193,83 @@ def fine_tune(encoder, images, labels, train, val, classes, settings, seed, what
         schedule.step()
         model.eval()
         val_loss = F.cross_entropy(in_batches(logits, images[val], settings.batch), labels[val]).item()
-        if val_loss < best[0]:
-            best = val_loss, epoch, copy.deepcopy(model.state_dict())
+        if val_loss < best_loss:
+            best_loss, best_epoch, best_state = val_loss, epoch, copy.deepcopy(model.state_dict())
         bar.set_postfix(loss=f"{loss.item():.3f}", val=f"{val_loss:.3f}")
-    if best[2] is None:
+    if best_state is None:
         raise FloatingPointError(f"fine-tuning with --lr {settings.lr:g}: the loss is not finite; lower --lr")
-    model.load_state_dict(best[2])
+    model.load_state_dict(best_state)
 
-    def predict(x):
-        return in_batches(lambda part: logits(part).softmax(-1), x, settings.batch).numpy()
-    return predict, best[0], f"epoch {best[1]} of {settings.epochs}"
+    def probabilities(x):
+        return in_batches(lambda batch: logits(batch).softmax(-1), x, settings.batch).numpy()
+    return probabilities, best_loss, f"epoch {best_epoch} of {settings.epochs}"
+
+
+# ---------------------------------------------------------------- all folds (Table 2)
+
+def linear_folds(features, patches):
+    """Fits a logistic regression to features (N, d) on each fold.
+
+    Yields for each fold (scores (T, C) of the test images, val loss, what was kept in words).
+    """
+    for train, val in patches.folds:
+        predict, loss, kept = fit_linear(features, patches.labels, train, val)
+        yield predict(features[patches.test]), loss, kept
+
+
+def fine_tuned_folds(encoder, patches, settings, seed, name):
+    """Fine-tunes the encoder on each fold; yields what linear_folds yields."""
+    for k, (train, val) in enumerate(patches.folds, 1):
+        predict, loss, kept = fine_tune(encoder, patches.images, patches.labels, train, val,
+                                        len(patches.classes), settings, 1000 * seed + k, f"{name}, fold {k}")
+        yield predict(patches.images[patches.test]), loss, kept
+
+
+def report_folds(results, patches, key, path, seed):
+    """Prints and writes each fold's accuracy and AUC when it is done; returns the folds' mean score (T, C).
+
+    results: linear_folds or fine_tuned_folds; key: {column: value} for PATCH_KEYS; path: of patches.csv.
+    After the last fold it prints the folds' mean, and the mean score's measures with bootstrap intervals.
+    """
+    truth = patches.labels[patches.test]
+    groups = patches.groups[patches.test]
+    name = key["encoder"]
+    width = max(24, len(name) + 14)
+
+    def show(what, accuracy, area, note):
+        title = f"{name}, {what}"
+        print(f"{title:<{width}}{accuracy:<26}{area:<26}{note}")
+
+    show("", "accuracy", "AUC", "")
+    rows = []
+    values = []  # (accuracy, AUC) of each fold
+    mean = 0
+    for k, (scores, loss, kept) in enumerate(results, 1):
+        accuracy, area, _ = measures_of(truth, scores)
+        values.append((accuracy, area))
+        mean = mean + scores / len(patches.folds)
+        show(f"fold {k}", f"{accuracy:.4f}", f"{area:.4f}", f"{kept}, val loss {loss:.4f}")
+        train, val = patches.folds[k - 1]
+        rows.append(key | {"fold": k, "accuracy": f"{accuracy:.4f}", "auc": f"{area:.4f}",
+                           "val_loss": f"{loss:.4f}", "kept": kept, "train": len(train), "val": len(val),
+                           "test": len(truth)})
+        merge_csv(path, PATCH_KEYS, rows)  # now: the next fold may take an hour
+
+    spreads = [f"{np.mean(column):.4f} ± {np.std(column, ddof=1):.4f}" for column in zip(*values)]
+    show("mean", *spreads, f"{key['training']}, sd over {len(patches.folds)} folds")
+    intervals = bootstrap(truth, mean, groups, seed)
+    bounded = [f"{value:.4f} ({low:.4f} to {high:.4f})"
+               for value, (low, high) in zip(measures_of(truth, mean), intervals)]
+    show("mean score", *bounded, f"95 %, {DRAWS} draws of {len(set(groups))} test {unit(groups)}")
+    return mean
+
+
+def write_predictions(path, scores, patches, key):
+    """Writes scores (T, C) of the test images, a row per image, to patches_predictions.csv at path."""
+    rows = []
+    for i, of_image in zip(patches.test, scores):
+        image = {"image": patches.names[i], "group": patches.groups[i],
+                 "label": patches.classes[patches.labels[i]]}
+        columns = {f"score {label}": f"{score:.4f}" for label, score in zip(patches.classes, of_image)}
+        rows.append(key | image | columns)
+    merge_csv(path, PATCH_KEYS, rows)

@@ -1,4 +1,4 @@
-"""Processes that share each batch, one per GPU or CPU, as torchrun starts them; one without it."""
+"""The processes that torchrun starts, which share each batch; everything also works in one process."""
 import os
 import sys
 from contextlib import contextmanager
@@ -9,18 +9,18 @@ import torch.distributed as dist
 
 
 def join():
-    """Joins torchrun's processes, if it started this one."""
+    """Joins the other processes if torchrun started this one."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return
     if int(os.environ["RANK"]):
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks
+        sys.stdout = open(os.devnull, "w")  # only rank 0 prints
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # The others wait while rank 0 prepares slides, which may take days.
+    # The other ranks wait while rank 0 prepares slides, which may take days.
     dist.init_process_group(backend, timeout=timedelta(days=30))
 
 
 def device_of_process(device):
-    """The device of this process: of several on CUDA, the GPU of its local rank."""
+    """Returns the device of this process: under torchrun on CUDA, the GPU of its local rank."""
     if not dist.is_initialized() or torch.device(device).type != "cuda":
         return device
     device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -29,16 +29,18 @@ def device_of_process(device):
 
 
 def leave():
+    """Undoes join."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank():
-    """This process's number, 0 for the one that writes."""
+    """The number of this process; rank 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes():
+    """How many processes share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -53,7 +55,7 @@ def first_before_others():
 
 
 def any_of(flag, device):
-    """Is the flag true in any process?"""
+    """Whether the flag is true in any process; device: where the processes exchange it."""
     if not dist.is_initialized():
         return bool(flag)
     total = torch.tensor(float(bool(flag)), device=device)

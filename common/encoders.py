@@ -1,8 +1,9 @@
-"""Encoders and what comes out of them: devices, encoder.pt, features f, aggregated attention."""
+"""Encoders: devices, encoder.pt, weights of other programs, features f, aggregated attention."""
 from argparse import Namespace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import dirl
@@ -16,7 +17,7 @@ MAX_DEPTH = 100  # blocks of an encoder
 # ---------------------------------------------------------------- devices
 
 def check_device(device):
-    """InputError if this machine does not have the device of --device."""
+    """InputError if this machine lacks the device of --device."""
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -28,11 +29,12 @@ def check_device(device):
 
 
 def use_bf16(precision, device):
-    """Whether to compute in bf16; precision "auto": if the device has it natively, as emulation is slow."""
+    """Whether to compute in bf16; with precision "auto" only if the device has it natively."""
     if precision != "auto":
         return precision == "bf16"
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # emulation is slow
+    # Private functions of torch, whose names come and go with its version: a missing one counts as no.
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     tests = [getattr(torch.cpu, name, None) for name in names]
     return any(test() for test in tests if test)
@@ -41,13 +43,16 @@ def use_bf16(precision, device):
 # ---------------------------------------------------------------- encoders before training
 
 def make_encoder(arch, mean, std, depth=None, drop_path=0.0):
-    """The encoder of an --arch for pixels normalised by mean and std; depth: another number of blocks."""
+    """Returns the encoder of an --arch for pixels that are normalised with mean and std.
+
+    depth: the number of blocks, if it is not the architecture's own.
+    """
     blocks = {} if depth is None else {"depth": depth}
     return dirl.ARCHS[arch](drop_path=drop_path, mean=mean, std=std, **blocks)
 
 
 def random_encoder(arch, seed, mean, std, depth=None):
-    """An encoder before any pre-training, in eval mode."""
+    """Returns an untrained encoder in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make_encoder(arch, mean, std, depth).eval()
@@ -56,29 +61,40 @@ def random_encoder(arch, seed, mean, std, depth=None):
 # ---------------------------------------------------------------- encoder.pt
 
 def find_encoder(checkpoint, name=""):
-    """encoder.pt of --checkpoint (a file or its run), else of the newest run (of data set name, if given)."""
+    """Returns the path of --checkpoint's encoder.pt (checkpoint is the file or its run's folder).
+
+    Without a checkpoint it is the newest run's, of the data set name if one is given. InputError without one.
+    """
     if checkpoint:
         path = Path(checkpoint)
-        path = path / "encoder.pt" if path.is_dir() else path
+        if path.is_dir():
+            path = path / "encoder.pt"
         if not path.is_file():
             raise InputError(f"--checkpoint {path}: is missing; give an encoder.pt, or the folder of its run")
         return path
-    pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
+    if name:
+        pattern = f"{name}_vit_*/encoder.pt"
+        advice = f"no run of {name} in runs/; first: python train.py --data {name}"
+    else:
+        pattern = "*/encoder.pt"
+        advice = "no run in runs/; first: python train.py"
     runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError(f"no run {f'of {name} ' if name else ''}in runs/; first: python train.py"
-                         + (f" --data {name}" if name else ""))
+        raise InputError(advice)
     return runs[-1]
 
 
 def load_encoder(path):
-    """The encoder of an encoder.pt, in eval mode, and the file's other values."""
+    """Returns the encoder of an encoder.pt, in eval mode, and the file's other values.
+
+    InputError if the file is damaged, or of another program.
+    """
     about = load_tensors(path)
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again (weights of other "
                          "programs are for train.py --init)")
-    depth = about.get("depth")  # None: the --arch's own
+    depth = about.get("depth")  # None: the architecture's own
     if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
         raise InputError(f"{path}: its depth is damaged; pre-train again")
     mean, std = pixel_values(path, about["mean"]), pixel_values(path, about["std"])
@@ -95,7 +111,7 @@ def load_encoder(path):
 
 
 def pixel_values(path, values):
-    """Three floats, the mean or std of R, G, B that an encoder.pt records; InputError if they are damaged."""
+    """Returns the mean or std of R, G, B that an encoder.pt records; InputError if it is damaged."""
     try:
         red, green, blue = (float(value) for value in values)
     except (TypeError, ValueError) as error:
@@ -104,35 +120,42 @@ def pixel_values(path, values):
 
 
 def weights_of(state):
-    """The encoder's weights in a loaded encoder.pt or state dict of timm or DINO, in timm's names.
+    """Returns {timm's name: tensor} of a loaded encoder.pt, or of a state dict of timm's or DINO's.
 
-    DINO keeps student and teacher apart (the teacher is taken) and puts "module." and "backbone." before the
-    names. ValueError if there is none.
+    DINO keeps student and teacher (the teacher is taken) and puts "module." and "backbone." before the names.
+    ValueError if there is no state dict.
     """
     for key in ("encoder", "teacher", "state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise ValueError("no state dict")
-    return {name.removeprefix("module.").removeprefix("backbone."): value for name, value in state.items()
-            if isinstance(value, torch.Tensor)}
+    weights = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            weights[name.removeprefix("module.").removeprefix("backbone.")] = value
+    return weights
 
 
 def fit_positions(positions, like):
-    """A position embedding (1, N, d) without class token, interpolated to the grid of like (1, n, d)."""
-    side, want = int(positions.shape[1] ** 0.5), int(like.shape[1] ** 0.5)
-    if positions.shape[1] - side * side > 5:  # class, distillation or register tokens are fewer
-        raise ValueError(f"a position embedding of {positions.shape[1]} tokens is of no square grid")
-    grid = positions[:, -side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    if side != want:
-        grid = torch.nn.functional.interpolate(grid, size=(want, want), mode="bicubic", antialias=False)
+    """Interpolates a position embedding (1, N, d) to the grid of like (1, n, d).
+
+    Tokens before the square grid (class, distillation, registers) are dropped. ValueError if they are many.
+    """
+    side = int(positions.shape[1] ** 0.5)
+    wanted = int(like.shape[1] ** 0.5)
+    if positions.shape[1] - side * side > 5:
+        raise ValueError(f"a position embedding of {positions.shape[1]} tokens has no square grid")
+    grid = positions[:, -side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, d, side, side)
+    if side != wanted:
+        grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", antialias=False)
     return grid.flatten(2).transpose(1, 2)
 
 
 def fit_weights(encoder, path):
-    """({name: tensor} of another file for all weights of an encoder, names of those that are left).
+    """Returns {name: tensor} for all weights of an encoder, from another file, and the names that it ignores.
 
-    InputError if the file has none of the encoder's weights, not all of them, or of another size. Other
-    programs keep their flags in it, such as DINO's argparse.Namespace.
+    InputError if one of the encoder's weights is missing in the file or has another size. DINO's files also
+    hold their flags, as an argparse.Namespace, which is therefore allowed.
     """
     own = encoder.state_dict()
     try:
@@ -152,14 +175,15 @@ def fit_weights(encoder, path):
 
 
 def init_encoder(encoder, path):
-    """Loads the weights of another file into an encoder and prints what was taken and what was left."""
-    weights, left = fit_weights(encoder, path)
+    """Loads the weights of another file into an encoder; prints what was taken and what was ignored."""
+    weights, ignored = fit_weights(encoder, path)
     encoder.load_state_dict(weights)
-    print(f"--init {path}: took {len(weights)} tensors" + (f", left {', '.join(left)}" if left else ""))
+    rest = f", ignored {', '.join(ignored)}" if ignored else ""
+    print(f"--init {path}: took {len(weights)} tensors{rest}")
 
 
 def save_encoder(path, encoder, **about):
-    """encoder.pt: weights, mean and std of pixels, and in about arch, method, data, mpp, step, trained_on."""
+    """Writes encoder.pt; about: arch, depth, method, ssl, data, mpp, step and trained_on."""
     save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(encoder.mean),
                         "std": list(encoder.std), **about})
 
@@ -167,7 +191,7 @@ def save_encoder(path, encoder, **about):
 # ---------------------------------------------------------------- features and attention
 
 def stats_of_crops(images):
-    """Mean and std of R, G, B over uint8 images (N, 3, H, W), of 0 to 1 and to four digits."""
+    """Mean and std of R, G, B over uint8 images (N, 3, H, W), scaled to 0 to 1 and rounded to four digits."""
     pixels = images.transpose(0, 1).flatten(1).double() / 255
     mean = pixels.mean(1).mul(1e4).round().div(1e4)
     std = pixels.std(1).clamp(min=0.01).mul(1e4).round().div(1e4)
@@ -175,20 +199,20 @@ def stats_of_crops(images):
 
 
 def normalize(images, mean, std):
-    """RGB (.., 3, H, W) of 0 to 1, less the mean and divided by the standard deviation."""
+    """Subtracts the mean from RGB images (.., 3, H, W) in 0 to 1 and divides by the standard deviation."""
     mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
     std = torch.tensor(std, device=images.device).view(3, 1, 1)
     return images.sub(mean).div_(std)
 
 
 def inputs_of(encoder, images):
-    """uint8 images (B, 3, H, W) as an encoder takes them, on its device."""
+    """Returns uint8 images (B, 3, H, W) as the encoder takes them: float, normalised, on its device."""
     device = next(encoder.parameters()).device
     return normalize(images.to(device).float() / 255, encoder.mean, encoder.std)
 
 
 def represent(encoder, images, bf16=False):
-    """f = the mean of the n tokens of T_L: uint8 images (B, 3, H, W) to (B, d) float32."""
+    """f, the mean of the n tokens of T_L: uint8 images (B, 3, H, W) -> (B, d) float32."""
     inputs = inputs_of(encoder, images)
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
         tokens = encoder(inputs)  # (B, n, d)
@@ -196,12 +220,15 @@ def represent(encoder, images, bf16=False):
 
 
 def attention_of(encoder, images):
-    """Aggregated attention of uint8 images (B, 3, H, W), (B, n); the n values of an image sum to n."""
+    """Aggregated attention (4.2): uint8 images (B, 3, H, W) -> (B, n); the values of an image sum to n."""
     return dirl.aggregated_attention(encoder.last_attention(inputs_of(encoder, images)))
 
 
 @torch.no_grad()
-def in_batches(function, images, batch, what=""):
-    """function over images (N, ...), a batch at a time: (N, ...) on the CPU; what names the progress bar."""
-    starts = tqdm(range(0, len(images), batch), what, leave=False, disable=not what)
+def in_batches(function, images, batch, title=""):
+    """Applies a function to images (N, ...) batch by batch; returns (N, ...) on the CPU.
+
+    title: of a progress bar, "" for none.
+    """
+    starts = tqdm(range(0, len(images), batch), title, leave=False, disable=not title)
     return torch.cat([function(images[i: i + batch]).cpu() for i in starts])

@@ -1,4 +1,4 @@
-"""What the flags of several scripts share: ranges as argparse types, and how a run is carried out."""
+"""What the flags of several scripts share: ranges as argparse types, and the flags of how a script runs."""
 import argparse
 import os
 
@@ -8,13 +8,13 @@ MAX_GIGAPIXELS = 40  # of a slide; broken files claim more
 
 
 def between(low, high, kind=float):
-    """An argparse type: a number from low to high (NaN lies in no range)."""
+    """An argparse type: a number from low to high; NaN is refused, because it lies in no range."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} has to lie between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} has to lie between {low:,} and {high:,}")
         return value
-    parse.__name__ = kind.__name__  # argparse names it where a text is no number
+    parse.__name__ = kind.__name__  # argparse prints it if the text is not a number
     return parse
 
 
@@ -42,28 +42,35 @@ def add_max_gigapixels(add):
         help="a slide that claims more px is skipped, as broken files do")
 
 
+def add_machine(add):
+    """The flags that say which hardware a script uses."""
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
+    add("--workers", type=whole(0, 1024), default=min(8, os.cpu_count() or 1),
+        help="processes that cut tiles and read images; fewer if memory runs out while tiles are cut")
+
+
 def running_flags():
-    """A parser of the flags that say how a run is carried out: they may change when it is resumed."""
+    """Returns a parser of the flags that say how training runs; they may change when it is resumed."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("how it runs", "these may change when a run is resumed").add_argument
     add("--run", help="folder of the run, to keep several apart (runs/<data>_<arch>_<method>)")
     add("--save-every", type=whole(), metavar="EPOCHS",
-        help="also keeps encoder_<epoch>.pt every EPOCHS epochs, for curves over the training")
+        help="also keeps encoder_<epoch>.pt every EPOCHS epochs, to measure how a network develops")
     add("--save-minutes", type=between(0, 1e6), default=10,
         help="minutes between checkpoints within an epoch; at an epoch's end one minute is enough")
-    add("--max-steps", type=whole(), help="stops after this many steps in this call; the next call resumes")
+    add("--max-steps", type=whole(), help="stops after this many steps; the next call resumes")
     add("--probe",
         help="a folder of images with labels.csv (image,label,split): its attention bins and 20-nearest-"
-             "neighbour accuracy go into log.csv and show when something is learned and when attention goes "
-             "sparse")
+             "neighbour accuracy go into log.csv; they show when something is learned, and when attention "
+             "becomes sparse")
     add("--probe-epochs", type=whole(), default=1,
         help="epochs between two probes; more if an epoch is short")
     add("--probe-images", type=whole(20), default=500,
-        help="most images used of its training and of its test split; more is steadier and slower")
-    add("--compile", action="store_true", help="uses torch.compile; minutes at the start, for long GPU runs")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
-    add("--workers", type=whole(0, 1024), default=min(8, os.cpu_count() or 1),
-        help="processes that cut tiles and read crops")
+        help="most images used of the probe's training split, and of its test split; more is steadier and "
+             "slower")
+    add("--compile", action="store_true",
+        help="uses torch.compile, which takes minutes at the start; for long runs on a GPU")
+    add_machine(add)
     add_max_gigapixels(add)
     return parser
 

@@ -1,4 +1,4 @@
-"""log.csv and the progress bar of a run, and what it warns of."""
+"""log.csv of a run, its progress bar, and its warnings."""
 import csv
 import math
 import os
@@ -13,13 +13,14 @@ from common.distributed import rank
 from common.files import atomic_write, read_json
 
 READ_EVERY = 10  # steps
-UNIFORM, ONE_PROTOTYPE = 0.98, 0.02  # of ln K: the teacher's entropy beyond which a head learns nothing
+UNIFORM = 0.98  # a head whose teacher's entropy is above this share of ln K learns nothing,
+ONE_PROTOTYPE = 0.02  # nor does one below this share
 MORE_CONTRAST = ("Lower --teacher-temp or --out-dim, take more crops or epochs, or weaken the colour "
                  "augmentation (--jitter, --greyscale, --solarize, --blur)")
 LESS_CONTRAST = "Raise --teacher-temp, or lower --center-momentum or --lr"
 MIDDLE = "tokens with attention 0.5 to 2"
-EVERY_TOKEN = 0.9995  # the share of tokens from which on 1.000 is printed
-PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # shares of tokens, accuracy
+EVERY_TOKEN = 0.9995  # shares of tokens from here on are printed as 1.000
+PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # columns of watch.probe
 
 
 def symbol_of(head):
@@ -30,9 +31,10 @@ def symbol_of(head):
 class Log:
     """log.csv and the progress bar of a run that starts or resumes at step start.
 
-    names: of the losses. dino: {name: dirl.DINOLoss} of the heads with prototypes, whose entropies and
-    divergences are logged as shares of ln K. reads_late: the values of READ_EVERY steps are read at once, as
-    every reading makes a GPU wait. diverged(step, loss): the message of a run whose loss is not finite.
+    names: of the losses. dino: {name: dirl.DINOLoss} of the heads with prototypes; the teacher's entropy H(q)
+    and the divergence KL(q || p), which add up to a head's loss, are logged as shares of ln K. reads_late:
+    reads the values of READ_EVERY steps at once, because every read makes a GPU wait. diverged(step, loss)
+    returns the message for a loss that is not finite.
     """
 
     def __init__(self, folder, names, dino, start, steps, per_epoch, batch, out_dim, diverged,
@@ -44,27 +46,33 @@ class Log:
         self.batch = batch
         self.ln_out_dim = math.log(out_dim)
         self.diverged = diverged
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
         self.read_every = READ_EVERY if reads_late else 1
         self.warned = set()  # heads
-        self.entropies = []  # of this epoch's steps, a list per step
-        self.unread = []  # rows whose values are still on the device
+        self.entropies = []  # {head: entropy} of each step of this epoch
+        self.unread = []  # steps whose values are still on the device
+        self.columns = [
+            "step", "epoch", "loss", *(f"loss_{name}" for name in names),
+            *(f"entropy_{head}" for head in dino), *(f"kl_{head}" for head in dino), "lr", "momentum",
+            "teacher_temp", "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
         self.file = open(os.devnull, "w") if rank() else self.open(Path(folder) / "log.csv")
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1, disable=rank() > 0,
                         bar_format="{n_fmt}/{total_fmt} {bar:10} {remaining} left{postfix}")
 
     def open(self, path):
-        """The file, with the rows of the steps before the first kept."""
-        shares = [f"{value}_{head}" for value in ("entropy", "kl") for head in self.ln_k]
-        names = ["step", "epoch", "loss", *(f"loss_{name}" for name in self.names), *shares, "lr", "momentum",
-                 "teacher_temp", "both_regions", "cell_share", "ln_out_dim", "rank", *PROBED]
-        kept = [[row.get(name) for name in names] for row in read_log(path) if int(row["step"]) < self.start]
+        """Opens log.csv; only the rows of steps before the start are kept."""
+        kept = [row for row in read_log(path) if int(row["step"]) < self.start]
         with atomic_write(path) as temp, open(temp, "w", newline="") as file:
-            csv.writer(file).writerows([names, *kept])
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
         return open(path, "a", newline="")
 
     def write(self, step, values, schedule, effective_rank, probed):
-        """Adds the row of a step: what train.training_step measured, and the rank and the probe (or None)."""
+        """Adds the row of a step.
+
+        values, schedule: of train.training_step; effective_rank, probed: of common.watch, or None.
+        """
         self.unread.append((step, values, schedule, effective_rank, probed))
         if len(self.unread) == self.read_every or (step + 1) % self.per_epoch == 0:
             self.read()
@@ -76,24 +84,33 @@ class Log:
         all_values = torch.stack([values for _, values, *_ in self.unread]).tolist()
         for (step, _, *others), values in zip(self.unread, all_values):
             *values, finite = values
-            if not (math.isfinite(values[0]) and finite > 0.999):  # a mean over processes, which rounds
+            if not (math.isfinite(values[0]) and finite > 0.999):  # finite: a mean over processes, rounded
                 raise FloatingPointError(self.diverged(step, values[0]))
             self.write_row(step, values, *others)
         self.unread = []
         self.file.flush()
 
     def write_row(self, step, values, schedule, effective_rank, probed):
+        """Writes the row of a step whose values have been read, and updates the progress bar."""
         loss, *values, both_regions, cell_share = values
         losses = dict(zip(self.names, values))
-        entropy = {head: value / self.ln_k[head] for head, value in zip(self.ln_k, values[len(losses):])}
-        kl = {head: losses[head] / self.ln_k[head] - entropy[head] for head in self.ln_k}
-        numbers = [loss, *losses.values(), *entropy.values(), *kl.values()]
-        csv.writer(self.file).writerow([
-            step, step // self.per_epoch, *(f"{number:.6g}" for number in numbers),
-            f"{schedule.lr:.6g}", f"{schedule.momentum:.8g}", f"{schedule.teacher_temp:.6g}",
-            f"{both_regions:.4g}", f"{cell_share:.4g}", f"{self.ln_out_dim:.6g}",
-            "" if effective_rank is None else f"{effective_rank:.4g}",
-            *([f"{value:.4g}" for value in probed] if probed else [""] * len(PROBED))])
+        entropy, kl = {}, {}  # shares of ln K
+        for head, value in zip(self.ln_k, values[len(losses):]):
+            entropy[head] = value / self.ln_k[head]
+            kl[head] = losses[head] / self.ln_k[head] - entropy[head]
+
+        row = {"step": step, "epoch": step // self.per_epoch, "loss": f"{loss:.6g}",
+               "lr": f"{schedule.lr:.6g}", "momentum": f"{schedule.momentum:.8g}",
+               "teacher_temp": f"{schedule.teacher_temp:.6g}", "both_regions": f"{both_regions:.4g}",
+               "cell_share": f"{cell_share:.4g}", "ln_out_dim": f"{self.ln_out_dim:.6g}"}
+        for column, of_heads in (("loss", losses), ("entropy", entropy), ("kl", kl)):
+            row |= {f"{column}_{head}": f"{value:.6g}" for head, value in of_heads.items()}
+        if effective_rank is not None:
+            row["rank"] = f"{effective_rank:.4g}"
+        if probed:
+            row |= {column: f"{value:.4g}" for column, value in zip(PROBED, probed)}
+        csv.DictWriter(self.file, self.columns).writerow(row)
+
         self.bar.update()
         shown = {"loss": f"{loss:.3f}", "lr": f"{schedule.lr:.0e}", "img/s": f"{self.speed(step + 1):.0f}"}
         if entropy:
@@ -102,25 +119,28 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
         self.warn(step, entropy)
         if probed:
-            untrained = " (as in an untrained network)" if probed[1] >= EVERY_TOKEN else ""
-            tqdm.write(f"step {step + 1}: {MIDDLE} {probed[1]:.1%}{untrained}, "
-                       f"20-NN accuracy {probed[3]:.3f} on the probe")
+            _, middle, _, accuracy = probed
+            untrained = " (as in an untrained network)" if middle >= EVERY_TOKEN else ""
+            tqdm.write(f"step {step + 1}: {MIDDLE} {middle:.1%}{untrained}, "
+                       f"20-NN accuracy {accuracy:.3f} on the probe")
 
     def warn(self, step, entropy):
         """Warns once of each head whose outputs were uniform, or on one prototype, for a whole epoch."""
         self.entropies.append(entropy)
         if (step + 1) % self.per_epoch:
             return
-        rows, self.entropies = self.entropies, []
-        if len(rows) < self.per_epoch:  # resumed within the epoch
+        steps = self.entropies
+        self.entropies = []
+        if len(steps) < self.per_epoch:  # the run was resumed within the epoch
             return
         for head in self.ln_k:
-            present = [row[head] for row in rows if row[head]]  # exactly 0: no pair of a step had the region
-            if not present or head in self.warned:
+            # exactly 0: no pair of views of that step had the region
+            entropies = [of_step[head] for of_step in steps if of_step[head]]
+            if not entropies or head in self.warned:
                 continue
-            if min(present) > UNIFORM:
+            if min(entropies) > UNIFORM:
                 state, advice = "been uniform", MORE_CONTRAST
-            elif max(present) < ONE_PROTOTYPE:
+            elif max(entropies) < ONE_PROTOTYPE:
                 state, advice = "been on one prototype each", LESS_CONTRAST
             else:
                 continue
@@ -129,8 +149,8 @@ class Log:
                        f"have {state}: it has collapsed. {advice}")
 
     def speed(self, step):
-        """Crops a second since the start of this call."""
-        return (step - self.start) * self.batch / (time.monotonic() - self.began)
+        """Crops a second since training started or resumed."""
+        return (step - self.start) * self.batch / (time.monotonic() - self.started_at)
 
     def __enter__(self):
         return self
@@ -141,7 +161,7 @@ class Log:
 
 
 def read_log(path):
-    """The rows of a log.csv as dicts, those that name their step; [] if there is none."""
+    """Returns the rows of a log.csv as dicts; [] without the file. Rows without a step are dropped."""
     if not path.is_file():
         return []
     with open(path, newline="", errors="replace") as file:
@@ -150,7 +170,10 @@ def read_log(path):
 
 
 def is_finished(folder):
-    """Did the run in this folder reach its last step, by its config.json and log.csv?"""
-    config, log = read_json(folder / "config.json"), read_log(folder / "log.csv")
-    return bool(config and log) and (
-        int(log[-1]["step"]) + 1 == config["epochs"] * (config["crops"] // config["batch"]))
+    """Whether the run in this folder reached its last step, by its config.json and log.csv."""
+    config = read_json(folder / "config.json")
+    log = read_log(folder / "log.csv")
+    if not config or not log:
+        return False
+    steps = config["epochs"] * (config["crops"] // config["batch"])
+    return int(log[-1]["step"]) + 1 == steps

@@ -3,25 +3,29 @@ import numpy as np
 from scipy.stats import rankdata
 from sklearn.metrics import f1_score
 
-DRAWS = 1000  # of the bootstrap
+DRAWS = 1000  # bootstrap draws
 
 
 def auc(truth, scores):
     """Area under the ROC curve of scores (N, C); for more than two classes the mean of one against the rest.
 
-    By ranks (Mann and Whitney): scikit-learn's roc_auc_score takes a hundred times as long, and a bootstrap
-    calls it often.
+    Computed from ranks (Mann and Whitney), because scikit-learn's roc_auc_score takes a hundred times as
+    long and the bootstrap calls it a thousand times.
     """
-    two = scores.shape[1] == 2
-    values = scores[:, 1:] - scores[:, :1] if two else scores
-    positive = truth[:, None] == ([1] if two else np.arange(scores.shape[1]))
-    count = positive.sum(0)
-    ranks = (rankdata(values, axis=0) * positive).sum(0)
-    return float(np.mean((ranks - count * (count + 1) / 2) / (count * (len(truth) - count))))
+    if scores.shape[1] == 2:
+        values = scores[:, 1:] - scores[:, :1]
+        positive = truth[:, None] == [1]
+    else:
+        values = scores
+        positive = truth[:, None] == np.arange(scores.shape[1])
+    positives = positive.sum(0)
+    negatives = len(truth) - positives
+    rank_sum = (rankdata(values, axis=0) * positive).sum(0)
+    return float(np.mean((rank_sum - positives * (positives + 1) / 2) / (positives * negatives)))
 
 
 def area_under(truth, scores):
-    """AUC of scores (N,) for truth (N,) of bool; ValueError if all of it is the same."""
+    """AUC of scores (N,) for truth (N,), bool; NaN if truth has one value only."""
     return auc(np.asarray(truth).astype(int), np.stack([-np.asarray(scores), scores], 1))
 
 
@@ -36,21 +40,25 @@ def measures_of(truth, scores):
 
 
 def bootstrap_indices(groups, seed=0):
-    """DRAWS arrays of indices: the groups of groups (N,) drawn with replacement, each as a whole."""
+    """DRAWS arrays of indices of groups (N,): whole groups are drawn with replacement."""
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     rng = np.random.default_rng(seed)
-    return [np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-            for _ in range(DRAWS)]
+    draws = []
+    for _ in range(DRAWS):
+        drawn = rng.integers(len(members), size=len(members))
+        draws.append(np.concatenate([members[i] for i in drawn]))
+    return draws
 
 
 def bootstrap(truth, scores, groups, seed=0):
-    """95 % intervals of the accuracy and the AUC of scores (N, C), as (2, 2): low, high.
+    """95 % intervals (low, high) of the accuracy and of the AUC of scores (N, C): (2, 2).
 
-    A draw that lacks a class has no AUC and is left out there.
+    A draw that lacks a class has no AUC and does not count for its interval.
     """
     values = []
     for index in bootstrap_indices(groups, seed):
-        has_all = len(np.unique(truth[index])) == scores.shape[1]
-        values.append(((truth[index] == scores[index].argmax(1)).mean(),
-                       auc(truth[index], scores[index]) if has_all else np.nan))
+        accuracy = (truth[index] == scores[index].argmax(1)).mean()
+        has_all_classes = len(np.unique(truth[index])) == scores.shape[1]
+        area = auc(truth[index], scores[index]) if has_all_classes else np.nan
+        values.append((accuracy, area))
     return np.nanpercentile(values, (2.5, 97.5), axis=0).T

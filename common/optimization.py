@@ -1,4 +1,4 @@
-"""DINO's optimisation (A.1.2): schedules, AdamW's two groups, clipping, frozen layers, order of crops."""
+"""DINO's optimisation (A.1.2): schedules, AdamW's parameter groups, clipping, freezing, order of crops."""
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import dirl
 
 
 def cosine(peak, end, step, steps, warmup=0):
-    """The schedule at a step: linear from 0 to peak over warmup steps, then half a cosine to end."""
+    """A schedule's value at a step: linear from 0 to peak during warmup, then half a cosine to end."""
     if step < warmup:
         return peak * step / warmup
     share = (step - warmup) / max(1, steps - warmup)
@@ -27,9 +27,9 @@ class Schedule(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedules:
-    """What changes from step to step, over a run of so many steps (DINO's schedules)."""
+    """DINO's schedules: everything that changes from step to step."""
 
-    steps: int
+    steps: int  # of the whole run
     lr: float
     min_lr: float
     warmup_steps: int
@@ -39,9 +39,10 @@ class Schedules:
     teacher_temp: float
     warmup_teacher_temp: float
     warmup_temp_steps: int
-    frozen_steps: int  # in which the heads' last layers are frozen
+    frozen_steps: int  # during which the heads' last layers are frozen
 
     def at(self, step):
+        """Returns the Schedule of a step."""
         return Schedule(
             lr=cosine(self.lr, self.min_lr, step, self.steps, self.warmup_steps),
             weight_decay=cosine(self.weight_decay, self.weight_decay_end, step, self.steps),
@@ -49,7 +50,7 @@ class Schedules:
             teacher_temp=self.teacher_temp_at(step))
 
     def teacher_temp_at(self, step):
-        """Linear over the warm-up, where DINO's rises epoch by epoch."""
+        """The teacher's temperature; it warms up step by step, DINO's epoch by epoch."""
         if step >= self.warmup_temp_steps:
             return self.teacher_temp
         share = step / self.warmup_temp_steps
@@ -59,7 +60,7 @@ class Schedules:
 # ---------------------------------------------------------------- parameters
 
 def build_optimizer(student):
-    """AdamW with weight decay on everything but biases and norms, as DINO."""
+    """Returns AdamW with weight decay on all parameters but biases and norms, as in DINO."""
     parameters = list(student.parameters())
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
     biases_and_norms = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
@@ -67,14 +68,17 @@ def build_optimizer(student):
 
 
 def set_rates(optimizer, schedule):
-    """Sets a step's learning rate and weight decay."""
+    """Sets the learning rate and the weight decay of a step's Schedule."""
     decayed, biases_and_norms = optimizer.param_groups
     decayed.update(lr=schedule.lr, weight_decay=schedule.weight_decay)
     biases_and_norms.update(lr=schedule.lr)
 
 
 def clip_gradients(parameters, limit):
-    """Clips each parameter's gradient to limit, as DINO does (0: off); returns a bool tensor: all finite?"""
+    """Clips the norm of each parameter's gradient to limit (0: off), as DINO does.
+
+    Returns a bool tensor: whether all gradients are finite.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if limit:
@@ -83,7 +87,7 @@ def clip_gradients(parameters, limit):
 
 
 def freeze_last_layers(student):
-    """Drops the gradient of every DINO head's last layer, so that the optimiser leaves it unchanged."""
+    """Drops the gradients of every DINO head's last layer, so that the optimiser leaves it unchanged."""
     for head in student.modules():
         if isinstance(head, dirl.DINOHead):
             head.last_layer.weight.grad = None
@@ -92,17 +96,20 @@ def freeze_last_layers(student):
 
 
 def batches(count, batch, start, steps, seed, shard=(0, 1)):
-    """Crop indices for steps start to steps; each epoch in its own order, without its incomplete batch.
+    """Yields the crop indices of steps start to steps.
 
-    shard: (index, count) of this process, which takes its share of each batch.
+    Each epoch has its own order of the count crops, drawn from (seed, epoch), and drops its incomplete
+    batch. shard: (index, count) of this process, which takes its share of each batch.
     """
+    shard_index, shards = shard
     per_epoch = count // batch
-    size = batch // shard[1]
-    epoch, order = None, None
+    size = batch // shards
+    order_of = None  # epoch
     for step in range(start, steps):
-        if epoch != step // per_epoch:
-            epoch = step // per_epoch
+        epoch = step // per_epoch
+        if epoch != order_of:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).tolist()
-        first = step % per_epoch * batch + shard[0] * size
+            order_of = epoch
+        first = step % per_epoch * batch + shard_index * size
         yield order[first: first + size]

@@ -1,11 +1,14 @@
-"""What a run does when it is told to stop."""
+"""Signals that ask a run to stop."""
 import signal
 from contextlib import contextmanager
 
 
 @contextmanager
 def stop_signals():
-    """A list that SIGINT, SIGTERM and SIGHUP (not on Windows) fill, instead of ending the program."""
+    """Yields a list that gets an entry when a signal asks the program to stop; the block decides when to.
+
+    The signals are SIGINT, SIGTERM and SIGHUP, which Windows does not have.
+    """
     received = []
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [getattr(signal, name) for name in names]

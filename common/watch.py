@@ -1,4 +1,4 @@
-"""What is watched while a network trains: the probe, the rank of its features, the contrast at the start."""
+"""What shows how training goes: the probe, the rank of the features, the contrast at the start."""
 import math
 
 import torch
@@ -9,23 +9,25 @@ from common.encoders import attention_of, in_batches, represent
 
 
 def probe(encoder, train, test, classes):
-    """Shares of the test tokens in the three bins of Fig. 4, and the accuracy of 20 nearest neighbours on f.
+    """Returns the shares of the test tokens in the three bins of Fig. 4, and the accuracy of 20-NN on f.
 
-    train, test: (images uint8 (N, 3, H, W), labels (N,)).
+    train, test: (images uint8 (N, 3, H, W), labels (N,)); classes: their number.
     """
-    train_f = in_batches(lambda x: represent(encoder, x), train[0], 64).numpy()
-    test_f = in_batches(lambda x: represent(encoder, x), test[0], 64).numpy()
-    aggregated = in_batches(lambda x: attention_of(encoder, x), test[0], 64)
-    predicted = nearest(train_f, train[1], test_f, classes).argmax(1)
-    return *dirl.attention_bins(aggregated), (predicted == test[1]).mean()
+    train_images, train_labels = train
+    test_images, test_labels = test
+    train_f = in_batches(lambda x: represent(encoder, x), train_images, 64).numpy()
+    test_f = in_batches(lambda x: represent(encoder, x), test_images, 64).numpy()
+    aggregated = in_batches(lambda x: attention_of(encoder, x), test_images, 64)
+    predicted = nearest(train_f, train_labels, test_f, classes).argmax(1)
+    return *dirl.attention_bins(aggregated), (predicted == test_labels).mean()
 
 
 @torch.no_grad()
 def effective_rank(features):
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007), features (N, d) centred.
+    """The effective rank of features (N, d) (Roy and Vetterli 2007): how many directions they vary in.
 
-    1 where all features lie on a line, at most min(N - 1, d); 0 where all are the same, NaN where one is not
-    finite.
+    It is exp of the entropy of the singular values' shares, of the centred features: 1 if they lie on a
+    line, at most min(N - 1, d); 0 if all are the same, NaN if one is not finite.
     """
     if not features.isfinite().all():
         return math.nan
@@ -38,10 +40,10 @@ def effective_rank(features):
 
 @torch.no_grad()
 def contrast(encoder, views):
-    """Variance of f between crops over its variance between two views of a crop; views (2, N, 3, H, W).
+    """Variance of f between crops over its variance between two views of one crop; views (2, N, 3, H, W).
 
-    Both are sums over the d features; a crop counts by the mean of its two views, so that crops which do not
-    differ give 1/2.
+    Both are summed over the d features. A crop's f is the mean of its two views, so crops that do not differ
+    have a ratio of 1/2.
     """
     f = torch.stack([encoder(view).mean(1) for view in views])  # (2, N, d)
     between = f.mean(0).var(0, correction=1).sum()

@@ -141,7 +141,7 @@ def test_no_worker_process_is_taken_as_in_train(capsys):
     flags = ["--device", "cpu", "--workers", "0"]
     assert eval_py.main(["patches", *flags, "--data", "given", "--encoder", "pixels", "--folds", "2"]) == 0
     assert eval_py.slides_arguments(flags).workers == 0
-    refused(capsys, eval_py.main, ["--device", "cpu", "--workers", "-1"], "--workers -1")
+    refused(capsys, eval_py.main, ["--device", "cpu", "--workers", "-1"], "--workers: -1")
 
 
 @pytest.mark.parametrize("data, spoil, says", [
@@ -151,7 +151,7 @@ def test_no_worker_process_is_taken_as_in_train(capsys):
     ("chaoyang", lambda: write(CHAOYANG, "[{"), "train.json: cannot be read as JSON"),
     ("chaoyang", lambda: write(CHAOYANG, ["a"]), "train.json: entry 0"),
     ("chaoyang", lambda: replace(CHAOYANG, ('"label": 3', '"label": 7')), "label 7"),
-    ("given", LABELS.unlink, "is not there"),
+    ("given", LABELS.unlink, "labels.csv: is missing"),
     ("given", lambda: replace(LABELS, ("b,test", "b,train")), "no test image of b")])
 def test_bad_patches_are_reported_in_one_line(capsys, data, spoil, says):
     {"mhist": make_mhist, "chaoyang": make_chaoyang, "given": make_folder}[data]()
@@ -244,8 +244,8 @@ def test_fine_tuning_trains_everything_and_keeps_the_best_epoch():
     train, val = np.arange(16), np.arange(16, 24)
 
     def run(seed=1, lr=1e-3):
-        settings = SimpleNamespace(device="cpu", lr=lr, weight_decay=1e-2, batch=8, epochs=6,
-                                   milestones=[2, 4], bf16=False)
+        settings = classify.FineTuning(lr, 1e-2, batch=8, epochs=6, milestones=[2, 4], device="cpu",
+                                       bf16=False)
         return classify.fine_tune(encoder, images, labels, train, val, 2, settings, seed)
     predict, loss, kept = run()
     scores = predict(images[16:])

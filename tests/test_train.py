@@ -286,11 +286,12 @@ def test_init_takes_weights_in_timms_and_dinos_names(tmp_path, capsys):
                                 "pos_embed": torch.cat([torch.ones(1, 1, 192), plain["pos_embed"]], 1)}
     save_tensors(tmp_path / "dino.pth", {"student": {}, "teacher": {
         f"module.backbone.{name}": value for name, value in with_class_token.items()}})
-    for name, left in (("timm.pth", "head.weight"), ("dino.pth", "cls_token, head.weight")):
+    for name, ignored in (("timm.pth", "head.weight"), ("dino.pth", "cls_token, head.weight")):
         encoder = dirl.vit_t().eval()
         encoders.init_encoder(encoder, tmp_path / name)
         assert torch.equal(encoder(images), ours(images))
-        assert capsys.readouterr().out.strip().endswith(f"took {len(ours.state_dict())} tensors, left {left}")
+        tensors = len(ours.state_dict())
+        assert capsys.readouterr().out.strip().endswith(f"took {tensors} tensors, ignored {ignored}")
     with pytest.raises(InputError, match="another size"):
         encoders.init_encoder(dirl.vit_s(), tmp_path / "timm.pth")
     save_tensors(tmp_path / "half.pth", {"norm.weight": torch.ones(192)})
@@ -319,7 +320,7 @@ def test_init_takes_dinos_full_checkpoint_and_runs_no_code_of_it(tmp_path, capsy
     encoder = dirl.vit_t().eval()
     encoders.init_encoder(encoder, tmp_path / "checkpoint.pth")
     assert torch.equal(encoder(images), ours(images))
-    assert "left cls_token, head.last_layer.weight_g, head.mlp.0.weight" in capsys.readouterr().out
+    assert "ignored cls_token, head.last_layer.weight_g, head.mlp.0.weight" in capsys.readouterr().out
     for hidden in ({"args": Evil(tmp_path / "made")}, {"args": Namespace(lr=Evil(tmp_path / "made"))}):
         torch.save(dinos_checkpoint(ours, **hidden), tmp_path / "evil.pth")
         with pytest.raises(InputError, match="evil.pth: holds a Python object .*mkdir.*state dict alone"):
