@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from common.errors import InputError, check_mpp, check_ranges, exit_code_of
-from common.figures import save_figure
+from common.figures import draw_prior, save_figure, squares
 from common.pool import limits_of, time_limit
 from prior import bin_centroids
 from wsi.cache import describe_cells, read_slide_cells
@@ -23,7 +23,7 @@ from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask
 
 SHOWN = 3  # tiles that are drawn large
-CROSS, OUTLINE = "#e00000", "#00b848"  # of cells and of P_c
+CROSS = "#e00000"  # of cells
 LABEL = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
 
 
@@ -164,13 +164,6 @@ def inside_box(cells, corner, side):
 
 # ---------------------------------------------------------------- drawing
 
-def squares(corners, side, **style):
-    """Squares of that side with these upper left corners, as a collection of patches."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-    return PatchCollection([Rectangle(corner, side, side) for corner in corners], **style)
-
-
 def scale_bar(axis, um, um_per_px, width, height):
     """A bar of so many um in the lower left corner of a picture of width x height px."""
     left, length, y = 0.04 * width, um / um_per_px, 0.95 * height
@@ -224,10 +217,7 @@ def draw_tile(axis, shown, mpp):
     from matplotlib.patches import Rectangle
     px = CROP / shown.side  # of the tile, a level-0 px
     axis.imshow(shown.tile, extent=(0, CROP, CROP, 0))
-    grid = int(len(shown.p_c) ** 0.5)
-    p = CROP / grid
-    corners = [(i % grid * p + 1, i // grid * p + 1) for i in shown.p_c.nonzero().flatten().tolist()]
-    axis.add_collection(squares(corners, p - 2, facecolor="none", edgecolor=OUTLINE, linewidth=0.8))
+    draw_prior(axis, shown.p_c, CROP)
     left, top = (shown.inset.corner - shown.corner) * px
     length = shown.inset.side * px
     axis.add_patch(Rectangle((left, top), length, length, facecolor="none", edgecolor="black", linewidth=2.5))

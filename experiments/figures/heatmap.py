@@ -26,7 +26,7 @@ from wsi.cache import tile_info, tile_side
 from wsi.slides import Slide
 
 SPARSE = {"attention 0 to 0.5": (68, 1, 84), "attention over 2": (253, 231, 37)}  # the ends of viridis
-TOKENS = [f"tokens {bin}" for bin in BINS]
+TOKENS = [f"tokens {interval}" for interval in BINS]
 
 
 def arguments(argv):
@@ -37,8 +37,9 @@ def arguments(argv):
     add("--repeats", type=int, default=3, help="DSMIL trainings, whose attention is averaged; 0: no DSMIL")
     add("--epochs", type=int, default=200, help="DSMIL epochs, as in eval.py")
     add("--mil-weight-decay", type=float, default=5e-2,
-        help="DSMIL's weight decay, as in eval.py; with few slides a high one makes all tiles' attention equal")
-    add("--standardize", action="store_true", help="standardise features before DSMIL, as eval.py does on the demo")
+        help="DSMIL's weight decay, as in eval.py; with few slides a high one evens out the attention")
+    add("--standardize", action="store_true",
+        help="standardise features before DSMIL, as eval.py does on the demo")
     add("--out", help="the picture; default: runs/heatmap_<slide>.png")
     args = parser.parse_args(argv)
     shared.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
@@ -94,8 +95,8 @@ def write_geojson(path, attention, corners, side, bounds, of_tile):
 def dsmil_attention(found, path, name, corners, args):
     """Returns DSMIL's attention (N,) to a slide's N tiles for its class; the mean of --repeats trainings.
 
-    Trains on the training part, validates on the validation part. Without features it says so and returns
-    None; InputError if they belong to other tiles than corners (N, 2).
+    Trains on the training part, validates on the validation part. Without features it prints a line and
+    returns None; InputError if they belong to other tiles than corners (N, 2).
     """
     if not args.repeats or not found.labels:
         return None
@@ -112,7 +113,7 @@ def dsmil_attention(found, path, name, corners, args):
     splits = {"train": train, "val": val, "slide": shared.labelled(bags, [name], found, args.device)}
     if args.standardize:
         splits = classify.standardize(splits)
-    (features, label), = splits["slide"]
+    features, label = splits["slide"][0]
     attention = []
     for seed in tqdm(range(args.repeats), "DSMIL", leave=False):
         model = mil.train_dsmil(splits["train"], splits["val"], len(found.classes), args.epochs,
