@@ -1,18 +1,49 @@
-"""Figures of attention: its distribution (Fig. 4), overlays on crops (Fig. 5) and on a slide.
+"""What all figures share (colours of networks, P_c, attention) and eval.py's: Fig. 4, Fig. 5, a slide.
 
-Heat is drawn in viridis, whose brightness grows evenly and which colour-blind readers can read.
+Attention is drawn in viridis, whose brightness grows evenly and which colour-blind readers can read; the
+other colours are those of Okabe and Ito.
 """
+from itertools import cycle
+
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from matplotlib.collections import PatchCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import dirl
 from common.files import atomic_write
 
-HEAT, BLUE, ORANGE = "viridis", "#0072B2", "#D55E00"
-BRIGHTEST = 3  # times an even share of the attention: the end of the colours
-KIND_COLOURS = ("#FFFFFF", "#F0E442", "#E69F00", "#BBBBBB", "#0072B2", "#CC79A7", "#56B4E9", "#009E73",
-                "#D55E00")  # Okabe and Ito's
+HEAT = "viridis"
+BRIGHTEST = 3  # even shares of the attention: where the colour scale ends
+CELL_PATCH = "#00b848"  # outline of a patch with a cell
+NETWORK_COLORS = {"baseline": "#1b1b1b", "dino": "#1b1b1b", "cellback": "#0072B2", "dirl": "#D55E00",
+                  "random": "#999999"}
+OTHER_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", *matplotlib.colormaps["tab20"].colors)
+KIND_COLORS = ("#FFFFFF", "#F0E442", "#E69F00", "#BBBBBB", "#0072B2", "#CC79A7", "#56B4E9", "#009E73",
+               "#D55E00")  # of the demo's tiles
+BINS = ("0 to 0.5", "0.5 to 2", "over 2")
+
+
+def network_colors(names):
+    """Returns {name: color}, such that a method has the same colour in every figure.
+
+    A name that contains a key of NETWORK_COLORS ("Baseline-T4", "random start") takes its colour, if no
+    earlier name has it; all other names take OTHER_COLORS in turn.
+    """
+    colors = {}
+    others = cycle(OTHER_COLORS)
+    for name in names:
+        own = [color for network, color in NETWORK_COLORS.items() if network in name.lower()]
+        free = [color for color in own if color not in colors.values()]
+        colors[name] = free[0] if free else next(others)
+    return colors
+
+
+def spread(count, wanted):
+    """Returns up to `wanted` of `count` indices, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
 def save_figure(figure, path, dpi=130):
@@ -20,113 +51,170 @@ def save_figure(figure, path, dpi=130):
         figure.savefig(temp, format="png", dpi=dpi)
 
 
+def add_scale(figure, shown, label, extend="neither", **place):
+    """Adds the colour scale of a drawn map; its label names the range. place: where, for figure.colorbar."""
+    low, high = shown.get_clim()
+    bar = figure.colorbar(shown, extend=extend, **place)
+    bar.set_label(f"{label}: {low:g} to {high:g}" + (" and above" if extend == "max" else ""), fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+# ---------------------------------------------------------------- a crop, its P_c, its attention
+
+def squares(corners, side, **style):
+    """Returns squares of a side with these upper left corners as a collection for axis.add_collection."""
+    return PatchCollection([Rectangle(corner, side, side) for corner in corners], **style)
+
+
+def draw_crop(axis, image):
+    """Draws an image (3, H, H), uint8 or of 0 to 1, from 0 to H; without ticks."""
+    side = image.shape[-1]
+    axis.imshow(image.permute(1, 2, 0).numpy(), extent=(0, side, side, 0))
+    axis.set(xticks=[], yticks=[])
+
+
+def draw_prior(axis, prior, side):
+    """Outlines the patches with a cell, P_c (n,), on a square picture drawn from 0 to side."""
+    grid = int(len(prior) ** 0.5)
+    p = side / grid
+    gap = p / 16  # between the outlines of neighbours
+    corners = [(i % grid * p + gap, i // grid * p + gap) for i in prior.nonzero().flatten().tolist()]
+    axis.add_collection(squares(corners, p - 2 * gap, facecolor="none", edgecolor=CELL_PATCH, linewidth=0.8))
+
+
+def draw_heat(axis, values, side):
+    """Draws attention in even shares, a value per token (n,), on a picture from 0 to side; for add_scale."""
+    grid = int(len(values) ** 0.5)
+    return axis.imshow(values.view(grid, grid).numpy(), HEAT, alpha=0.6, vmin=0, vmax=BRIGHTEST,
+                       extent=(0, side, side, 0), interpolation="nearest")
+
+
+def draw_bars(axis, attention, colors):
+    """Draws the shares of the three bins for each network's tokens: {network: (n,)} of one crop."""
+    width = 0.8 / len(attention)
+    for k, (network, values) in enumerate(attention.items()):
+        shares = [100 * share for share in dirl.attention_bins(values)]
+        axis.bar(np.arange(len(BINS)) + (k + 0.5) * width - 0.4, shares, width, color=colors[network])
+    axis.set_xticks(range(len(BINS)), BINS, fontsize=8)
+    axis.set_ylim(0, 100)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_box_aspect(1)
+
+
+def draw_overlays(crops, attention, priors=None):
+    """Returns Fig. 5 or 12, a row per crop: the crop, P_c, each network's attention over it, and its bins.
+
+    crops: images (3, H, H); attention: {network: aggregated attention (B, n)}; priors: P_c (n,) of each crop,
+    or None without cells.
+    """
+    colors = network_colors(attention)
+    first = 1 if priors is None else 2  # column of attention
+    columns = first + len(attention) + 1
+    figure = Figure(figsize=(2.1 * columns + 0.6, 2.15 * len(crops) + 0.3), layout="constrained")
+    axes = figure.subplots(len(crops), columns, squeeze=False)
+    for i, (line, image) in enumerate(zip(axes, crops)):
+        side = image.shape[-1]
+        for axis in line[:-1]:
+            draw_crop(axis, image)
+        if priors is not None:
+            draw_prior(line[1], priors[i], side)
+        for axis, values in zip(line[first:], attention.values()):
+            shown = draw_heat(axis, values[i], side)
+        draw_bars(line[-1], {network: values[i] for network, values in attention.items()}, colors)
+    axes[0, 0].set_title("crop", fontsize=9)
+    if priors is not None:
+        axes[0, 1].set_title("P_c: patches with a cell", fontsize=9)
+    for axis, network in zip(axes[0, first:], attention):
+        axis.set_title(network, fontsize=9, color=colors[network])
+    axes[0, -1].set_title("tokens per bin of attention, %", fontsize=9)
+    add_scale(figure, shown, "aggregated attention of a token (even share: 1)", "max", ax=axes[:, -2],
+              shrink=min(1, 2.5 / len(crops)))
+    return figure
+
+
+def plot_overlays(crops, attention, priors, path):
+    """Writes draw_overlays as a .png."""
+    save_figure(draw_overlays(crops, attention, priors), path, dpi=110)
+
+
+# ---------------------------------------------------------------- distribution
+
 def draw_distribution(axis, aggregated, colors=None):
     """Fig. 4: the distribution of tokens' aggregated attention, the bins' borders, the shares in 0.5 to 2.
 
-    aggregated: {title: values}, any shape. The axis is logarithmic, so 0.5 and 2 are equally far from 1;
+    aggregated: {network: values}, any shape. The axis is logarithmic, so 0.5 and 2 are equally far from 1;
     values beyond it are drawn at its ends.
     """
+    colors = colors or network_colors(aggregated)
     edges = np.geomspace(2.0 ** -4, 2.0 ** 4, 65)
-    for title, values in aggregated.items():
+    for network, values in aggregated.items():
         values = np.asarray(values).ravel()
         middle = dirl.attention_bins(torch.from_numpy(values))[1]
         axis.hist(values.clip(edges[0], edges[-1]), edges, weights=np.full(len(values), 100 / len(values)),
-                  histtype="step", lw=1.4, color=(colors or {}).get(title), label=f"{title}: {middle:.1%}")
+                  histtype="step", lw=1.4, color=colors.get(network), label=f"{network}: {middle:.1%}")
     axis.set_xscale("log", base=2)
     for border in (0.5, 2):
         axis.axvline(border, color="grey", ls=":", lw=1)
     axis.set_xticks([2.0 ** k for k in range(-4, 5, 2)] + [0.5, 2],
                     ["1/16", "1/4", "1", "4", "16", "1/2", "2"])
     axis.set(xlabel="aggregated attention of a token", ylabel="tokens, % (64 steps)")
-    axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8)
+    axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8, loc="upper left",
+                bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def plot_distribution(aggregated, title, path):
-    """Fig. 4 of one or more encoders: {name: values of aggregated attention}."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+    """Writes Fig. 4 of one or more encoders, {network: values of aggregated attention}, as a .png."""
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
     axis = figure.subplots()
-    draw_distribution(axis, aggregated, dict(zip(aggregated, (BLUE, ORANGE))))
+    draw_distribution(axis, aggregated)
     axis.set_title(title, fontsize=9)
     save_figure(figure, path)
 
 
-def plot_overlays(crops, attention, priors, path):
-    """A row per crop: the crop, its patches with a cell (P_c), each encoder's aggregated attention over it.
+# ---------------------------------------------------------------- a slide
 
-    crops: images (3, H, H); attention: {title: (B, n)}; priors: P_c (n,) of each crop, or None without cells.
-    """
-    from matplotlib.figure import Figure
-    titles = ["crop", *(["patches with a cell, P_c"] if priors is not None else []), *attention]
-    figure = Figure(figsize=(2.2 * len(titles), 2.2 * len(crops)), layout="constrained")
-    axes = figure.subplots(len(crops), len(titles), squeeze=False)
-
-    def enlarge(values, side):
-        grid = int(len(values) ** 0.5)
-        small = Image.fromarray(values.view(grid, grid).numpy())
-        return np.asarray(small.resize((side, side), Image.NEAREST))
-    for row, image in enumerate(crops):
-        side = image.shape[-1]
-        for axis in axes[row]:
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set_axis_off()
-        if priors is not None:
-            green = np.zeros((side, side, 4))
-            green[..., 1], green[..., 3] = 0.8, 0.35 * enlarge(priors[row], side)
-            axes[row, 1].imshow(green)
-        for axis, heat in zip(axes[row, -len(attention):], attention.values()):
-            shown = axis.imshow(enlarge(heat[row], side), cmap=HEAT, alpha=0.6, vmin=0, vmax=BRIGHTEST)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title, fontsize=9)
-    bar = figure.colorbar(shown, ax=axes[:, -1], shrink=0.8)
-    bar.set_label("aggregated attention of a token (even: 1)", fontsize=8)
-    save_figure(figure, path, dpi=110)
-
-
-def draw_truth(axis, corners, side, truth):
-    """The kind of each tile in a colour, the telling ones outlined, with a legend (plot_slide)."""
-    from matplotlib.patches import Rectangle
-    colour, label = dict(zip(sorted({kind for kind, _ in truth}), KIND_COLOURS)), {}
+def draw_truth(axis, legend, corners, side, truth):
+    """Fills each tile with its kind's colour, outlines the telling ones; the legend goes to an axis below."""
+    kinds = sorted({kind for kind, _ in truth})
+    colors = dict(zip(kinds, KIND_COLORS))
+    drawn = {}  # {label: patch}
     for corner, (kind, telling) in sorted(zip(corners.tolist(), truth), key=lambda tile: tile[1][1]):
-        style = dict(facecolor=colour[kind], edgecolor="black" if telling else "grey", alpha=0.8,
+        style = dict(facecolor=colors[kind], edgecolor="black" if telling else "grey", alpha=0.8,
                      lw=2.5 if telling else 0.5)
-        label[kind + ", telling" * telling] = axis.add_patch(Rectangle(corner, side, side, **style))
+        drawn[kind + ", telling" * telling] = axis.add_patch(Rectangle(corner, side, side, **style))
     axis.set_title("truth: what fills most of a tile", fontsize=9)
-    axis.legend(label.values(), label.keys(), fontsize=7, ncols=3, loc="upper center",
-                bbox_to_anchor=(0.5, -0.02))
+    legend.legend(drawn.values(), drawn.keys(), fontsize=7, ncols=3, loc="upper center", borderaxespad=0)
 
 
 def plot_slide(picture, corners, side, attention, truth, title, path):
-    """A slide, DSMIL's attention over its tiles, and the truth of the tiles.
+    """Writes a slide, DSMIL's attention over its tiles, and the truth of the tiles as a .png.
 
     picture uint8 (h, w, 3); corners (N, 2) and side of the tiles in its px; attention: {network: (N,)};
     truth: [(kind, is it telling), ...] of the tiles, or None.
     """
-    from matplotlib.figure import Figure
-    panels, height = 1 + len(attention) + bool(truth), 3.6 * picture.shape[0] / picture.shape[1]
-    figure = Figure(figsize=(3.6 * panels, height + 1.2), layout="constrained")
-    axes = figure.subplots(1, panels)
-    for axis in axes:
+    columns = 1 + len(attention) + bool(truth)
+    height = 3.6 * picture.shape[0] / picture.shape[1]
+    figure = Figure(figsize=(3.6 * columns, height + 0.9), layout="constrained")
+    panels, below = figure.subplots(2, columns, height_ratios=(height, 0.12))
+    for axis in panels:
         axis.imshow(picture)
         axis.set_axis_off()
-    axes[0].set_title(title, fontsize=9)
+    for axis in below:
+        axis.set_axis_off()
+    panels[0].set_title(title, fontsize=9)
 
     column, row = (corners / side).round().astype(int).T
-    for axis, (network, values) in zip(axes[1:], attention.items()):
+    for axis, (network, values) in zip(panels[1:], attention.items()):
         grid = np.full((row.max() + 1, column.max() + 1), np.nan)
         grid[row, column] = values / values.max()
         extent = (0, grid.shape[1] * side, grid.shape[0] * side, 0)
         shown = axis.imshow(grid, HEAT, extent=extent, interpolation="nearest", alpha=0.7, vmin=0, vmax=1)
         axis.set_title(f"DSMIL's attention, {network}", fontsize=9)
-    bar = figure.colorbar(shown, ax=axes[1: 1 + len(attention)], location="bottom", shrink=0.6)
-    bar.set_label("attention of a tile / the slide's largest", fontsize=8)
+    below[1].set_axis_on()
+    add_scale(figure, shown, "attention of a tile / the slide's largest", cax=below[1],
+              orientation="horizontal")
     if truth:
-        draw_truth(axes[-1], corners, side, truth)
-    for axis in axes:
+        draw_truth(panels[-1], below[-1], corners, side, truth)
+    for axis in panels:
         axis.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
     save_figure(figure, path)
-
-
-def spread(count, wanted):
-    """Up to wanted of count indices, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()

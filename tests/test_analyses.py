@@ -179,6 +179,8 @@ def test_stitching_is_brute_force():
 class Dark(torch.nn.Module):
     """An "encoder" whose tokens all attend to the dark patches."""
 
+    mean, std = MEAN, STD
+
     def __init__(self):
         super().__init__()
         self.anything = torch.nn.Parameter(torch.zeros(1))
@@ -363,7 +365,7 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
         assert heatmap.main([*flags, "--slide", "nests_3", "--repeats", "0"]) == 0
     assert titles == ["tiny, 8 test crops", "nests_3, nests, test part",
                       "plain, 4 training crops (no labels)", "nests_3, training slide (no labels)"]
-    refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "is no slide in the train part")
+    refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "not a slide in the train part")
     shutil.copytree(here / ONE, here / "runs/copy")
     assert eval_py.main(["--data", "plain", *ON[2:], "--checkpoint", "runs/copy"]) == 0
     rows = rows_of(here / "runs/copy/results.csv")
@@ -377,7 +379,7 @@ def test_heatmap_tokens_and_views_scripts(here, capsys):
     wrote(here / "h.png", 4)  # two tiles, two networks
     assert sum(float(row["DSMIL"]) for row in rows_of(here / "h.csv")[:2]) == pytest.approx(1, abs=1e-4)
     assert {path.name for path in here.glob("h_*.geojson")} == {"h_First.geojson", "h_Second.geojson"}
-    refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "is no slide in the test part")
+    refused(capsys, heatmap.main, [*argv[:-4], "--slide", "nests_0"], "not a slide in the test part")
     assert tokens.main([*ON, *TWO, "--tokens", "60", "--perplexity", "10", "--out", "t.png"]) == 0
     wrote(here / "t.png", 2)
     assert all(0 <= float(row["Jensen-Shannon"]) <= 1 for row in rows_of(here / "t.csv"))

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 
 from common.errors import InputError, exit_code_of
-from common.figures import save_figure
+from common.figures import draw_prior, save_figure, squares
 from prior import bin_centroids
 from wsi.cache import describe_cells, read_slide_cells
 from wsi.cells import read_cells
@@ -26,7 +25,6 @@ from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slid
 
 SHOWN = 3  # tiles that are drawn large
 CROSS = "#e00000"  # color of cells
-OUTLINE = "#00b848"  # color of P_c
 LABEL = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
 
 
@@ -188,11 +186,6 @@ def inside_box(cells, corner, side):
 
 # ---------------------------------------------------------------- drawing
 
-def squares(corners, side, **style):
-    """Returns squares of that side with these upper left corners, as a collection of patches."""
-    return PatchCollection([Rectangle(corner, side, side) for corner in corners], **style)
-
-
 def scale_bar(axis, um, um_per_px, width, height):
     """Draws a scale bar of that length in the lower left corner of a picture of width x height px."""
     left = 0.04 * width
@@ -246,10 +239,7 @@ def draw_tile(axis, shown, mpp):
     """Draws the Shown tile with its cell patches outlined, the box of its inset and a scale bar."""
     px = CROP / shown.side  # px of the tile in a level-0 px
     axis.imshow(shown.tile, extent=(0, CROP, CROP, 0))
-    grid = int(len(shown.p_c) ** 0.5)
-    p = CROP / grid
-    corners = [(i % grid * p + 1, i // grid * p + 1) for i in shown.p_c.nonzero().flatten().tolist()]
-    axis.add_collection(squares(corners, p - 2, facecolor="none", edgecolor=OUTLINE, linewidth=0.8))
+    draw_prior(axis, shown.p_c, CROP)
     left, top = (shown.inset.corner - shown.corner) * px
     length = shown.inset.side * px
     axis.add_patch(Rectangle((left, top), length, length, facecolor="none", edgecolor="black", linewidth=2.5))

@@ -2,9 +2,9 @@
 
     python -m experiments.figures.priors --data demo --prior builtin truth=datasets/demo/truth
 
-A segmenter is a --prior of train.py or a folder with a file of cells for each slide. Writes a picture and the
-agreement of each pair as CSV: F1 of the nuclei within 3 um, and share and kappa of the patches' P_c. What the
-priors are worth for training (Table 7): python -m experiments.sweep prior.
+A segmenter is a --prior of train.py or a folder with a file of cells for each slide. Writes a picture, and as
+CSV how far each pair agrees: F1 of the nuclei within 3 um, the share of patches with the same P_c, its kappa.
+What the priors are worth for training (Table 7): python -m experiments.sweep prior.
 """
 import sys
 from itertools import combinations
@@ -17,6 +17,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 from sklearn.metrics import cohen_kappa_score
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common.errors import InputError, run_script
@@ -32,7 +33,7 @@ from wsi.look import Shown, close_up, draw_inset, draw_tile
 from wsi.slides import CROP, Slide
 from wsi.splits import find_data
 
-NEAR = 3.0  # um: two centroids nearer than this may be the same nucleus
+NEAR = 3.0  # um: two centroids at most this far apart may be the same nucleus
 
 
 def arguments(argv):
@@ -40,8 +41,8 @@ def arguments(argv):
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
     shared.add_data(add)
-    add("--crops", type=int, default=500, help="most crops whose cells are compared")
-    add("--show", type=int, default=3, help="crops that are drawn")
+    add("--crops", type=int, default=500, help="most crops to compare cells on")
+    add("--show", type=int, default=3, help="how many crops to draw")
     add("--out", default="runs/priors.png", help="the picture")
     args = parser.parse_args(argv)
     shared.check_flags(args, crops=(1, 1e9), show=(1, 20))
@@ -55,7 +56,7 @@ def arguments(argv):
 # ---------------------------------------------------------------- agreement
 
 def matched(a, b, near):
-    """How many of the points a (K, 2) have one of b (L, 2) within near px, one to one, at most."""
+    """Returns the size of the largest one-to-one matching of points a (K, 2) and b (L, 2) within near px."""
     if not len(a) or not len(b):
         return 0
     pairs = cKDTree(a).sparse_distance_matrix(cKDTree(b), near, output_type="coo_matrix")
@@ -64,22 +65,23 @@ def matched(a, b, near):
 
 
 def agreement(a, b, mpp):
-    """F1 of the nuclei, share of patches with the same P_c, Cohen's kappa of these, over the same crops.
+    """Returns F1 of the nuclei, the share of patches with the same P_c, and Cohen's kappa of P_c.
 
-    a, b: lists of cells (K, 2) in px of each crop. F1 = 2 hits / (all of a + all of b), 1 without any cell;
-    kappa is what the share exceeds chance by (1: all the same, 0: chance, NaN where P_c is all one region).
+    a, b: lists of cells (K, 2) in px of the same crops. F1 = 2 matches / (cells of a + cells of b), 1 without
+    any cell; kappa is NaN where P_c is all one region.
     """
-    hits = sum(matched(x, y, NEAR / mpp) for x, y in zip(a, b))
+    matches = sum(matched(x, y, NEAR / mpp) for x, y in zip(a, b))
     total = sum(map(len, a)) + sum(map(len, b))
-    p, q = (torch.cat([bin_centroids(xy, CROP) for xy in cells]).numpy() for cells in (a, b))
+    p = torch.cat([bin_centroids(xy, CROP) for xy in a]).numpy()
+    q = torch.cat([bin_centroids(xy, CROP) for xy in b]).numpy()
     kappa = cohen_kappa_score(p, q) if len(np.unique([p, q])) > 1 else float("nan")
-    return 2 * hits / total if total else 1.0, float((p == q).mean()), float(kappa)
+    return 2 * matches / total if total else 1.0, float((p == q).mean()), float(kappa)
 
 
 # ---------------------------------------------------------------- cells
 
 def cells_from_folder(folder, found, name):
-    """Cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None if there is no file."""
+    """Returns the cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None without a file."""
     files = files_by_name(folder, found.images, name).get(name)
     info = tile_info(found, name)
     if not files or info is None:
@@ -89,34 +91,37 @@ def cells_from_folder(folder, found, name):
 
 
 def cells_of(value, crops, found, args):
-    """{(slide, x, y): cells (K, 2) in px of the crop} by one segmenter, where it has cells."""
+    """Returns {(slide, x, y): cells (K, 2) in px of the crop} of one segmenter, for slides that it has."""
     if value in PRIORS:
         own = find_data(args.data, args.mpp, value, slide_mpp=args.slide_mpp)
-        mine = shared.crops_of(own, sorted(set(crops.owner)), args)
-        return {key: mine.cells(i) for i, key in enumerate(keys_of(mine))}
+        own_crops = shared.crops_of(own, sorted(set(crops.owner)), args)
+        return {key: own_crops.cells(i) for i, key in enumerate(keys_of(own_crops))}
     if not Path(value).is_dir():
         raise InputError(f"--prior {value}: neither a folder nor one of {', '.join(PRIORS)}")
-    out = {}
+    cells = {}
     for name in tqdm(sorted(set(crops.owner)), "cells, slides", leave=False):
-        xy, info = cells_from_folder(Path(value), found, name), tile_info(found, name)
-        for key in keys_of(crops) if xy is not None else ():
+        xy = cells_from_folder(Path(value), found, name)
+        if xy is None:
+            continue
+        side = tile_side(tile_info(found, name))
+        for key in keys_of(crops):
             if key[0] == name:
-                inside = ((xy >= key[1:]) & (xy < np.add(key[1:], tile_side(info)))).all(1)
-                out[key] = (xy[inside] - key[1:]) * (CROP / tile_side(info))
-    return out
+                inside = ((xy >= key[1:]) & (xy < np.add(key[1:], side))).all(1)
+                cells[key] = (xy[inside] - key[1:]) * (CROP / side)
+    return cells
 
 
 def keys_of(crops):
-    """(slide, x, y) of each crop, its corner in level-0 px."""
+    """Returns (slide, x, y) of each crop; x, y: its corner in level-0 px."""
     return [(name, *corner) for name, corner in zip(crops.owner, crops.corners.tolist())]
 
 
 # ---------------------------------------------------------------- script
 
 def draw(rows, names, mpp):
-    """Fig. 15 and 16: a row for each crop; for each segmenter the crop with its P_c, and an inset with cells.
+    """Returns Fig. 15 and 16, a row per crop: for each segmenter the crop with its P_c, and its inset.
 
-    rows: for each crop a list of wsi.look.Shown, one for each of the segmenters' names.
+    names: the segmenters; rows: for each crop a list of wsi.look.Shown, one per segmenter.
     """
     figure = Figure(figsize=(5.6 * len(names), 2.95 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 2 * len(names), squeeze=False)
@@ -126,19 +131,20 @@ def draw(rows, names, mpp):
         for k, (name, shown) in enumerate(zip(names, row)):
             draw_tile(line[2 * k], shown, mpp)
             count = draw_inset(line[2 * k + 1], shown, mpp)
-            line[2 * k].set_title(f"{name}: {len(shown.cells)} cells, P_c in green", fontsize=9)
+            line[2 * k].set_title(f"{name}: {len(shown.cells)} cells, P_c outlined", fontsize=9)
             line[2 * k + 1].set_title(f"the box: {count} cells", fontsize=9)
     return figure
 
 
-def shown_crops(crops, found, cells, indices):
-    """For each crop of the indices a list of wsi.look.Shown: its cells by each segmenter, with one inset.
+def shown_crops(crops, found, cells, compared, drawn):
+    """Returns for each crop to draw a list of wsi.look.Shown, one per segmenter, with the same inset.
 
-    cells: {segmenter: [(K, 2) in px of each of these crops]}.
+    cells: {segmenter: [(K, 2) in px of each compared crop]}; compared: Subset of crops; drawn: indices in it.
     """
     rows = []
-    images = shared.images_of(crops, indices).permute(0, 2, 3, 1).numpy()
-    for k, (i, image) in enumerate(zip(indices, images)):
+    images = shared.images_of(compared, drawn).permute(0, 2, 3, 1).numpy()
+    for k, image in zip(drawn, images):
+        i = compared.indices[k]
         info = tile_info(found, crops.owner[i])
         side = tile_side(info)
         slide = Slide(found.images[crops.owner[i]], said_mpp=info["slide_mpp"])
@@ -156,28 +162,28 @@ def run(args):
     if found.kind != "slides":
         raise InputError(f"--data {args.data}: holds crops; slides are compared here")
     crops = shared.crops_of(found, sorted(found.images), args, with_cells=False)
-    of = {name: cells_of(value, crops, found, args) for name, value in segmenters.items()}
-    common = [i for i, key in enumerate(keys_of(crops)) if all(key in cells for cells in of.values())]
-    if not common:
-        counts = ", ".join(f"{name} of {len(cells)}" for name, cells in of.items())
+    keys = keys_of(crops)
+    by_key = {name: cells_of(value, crops, found, args) for name, value in segmenters.items()}
+    keys_of_all = set.intersection(*map(set, by_key.values()))
+    indices = [i for i, key in enumerate(keys) if key in keys_of_all]
+    if not indices:
+        counts = ", ".join(f"{name} of {len(cells)}" for name, cells in by_key.items())
         raise InputError(f"--prior: no crop has the cells of all ({counts} crops); docs/data.md says where "
                          "cells go")
-    chosen = [common[i] for i in spread(len(common), args.crops)]
-    keys = keys_of(crops)
-    cells = {name: [mine[keys[i]] for i in chosen] for name, mine in of.items()}
+    compared = Subset(crops, [indices[k] for k in spread(len(indices), args.crops)])
+    cells = {}  # {segmenter: [(K, 2) in px of each compared crop]}
+    for name, of_segmenter in by_key.items():
+        cells[name] = [of_segmenter[keys[i]] for i in compared.indices]
+        priors = torch.stack([bin_centroids(xy, CROP) for xy in cells[name]])
+        total = sum(map(len, cells[name]))
+        print(f"{name}:", describe_cells(total, len(compared), priors.mean().item(), found.mpp))
     rows = [("segmenter", "other", "F1 within 3 um", "P_c the same", "kappa of P_c", "crops")]
-    for name, of_crops in cells.items():
-        priors = torch.stack([bin_centroids(xy, CROP) for xy in of_crops])
-        total, share = sum(map(len, of_crops)), priors.mean().item()
-        print(f"{name}:", describe_cells(total, len(chosen), share, found.mpp))
     for a, b in combinations(cells, 2):
         values = agreement(cells[a], cells[b], found.mpp)
-        rows.append((a, b, *(f"{v:.4f}" for v in values), str(len(chosen))))
+        rows.append((a, b, *(f"{v:.4f}" for v in values), str(len(compared))))
     print_table(rows)
-    mixed = shared.with_both_regions(priors)
-    drawn = mixed[spread(len(mixed), args.show)].tolist()
-    of_drawn = {name: [of_crops[i] for i in drawn] for name, of_crops in cells.items()}
-    shown = shown_crops(crops, found, of_drawn, [chosen[i] for i in drawn])
+    drawn = shared.choose_crops(compared, priors, args.show)
+    shown = shown_crops(crops, found, cells, compared, drawn)
     shared.save_both(draw(shown, list(cells), found.mpp), rows, args.out)
     return 0
 

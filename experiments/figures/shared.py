@@ -1,4 +1,4 @@
-"""What the analyses share: named checkpoints, the crops that they are shown, pictures with their numbers."""
+"""What the analyses share: named checkpoints, crops and the choice of some, pictures with their numbers."""
 import argparse
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import dirl
 from common.encoders import check_device, find_encoder, load_encoder
 from common.errors import InputError, Parser, check_ranges, print_skipped
-from common.figures import save_figure
+from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
 from common.files import file_stamp, read_npz, write_csv
 from common.flags import add_max_gigapixels, whole
 from data import Crops
@@ -16,13 +17,15 @@ from wsi.cache import file_mpp, prepare, prepare_tiles
 from wsi.datasets import DATASETS, add_data_flags
 from wsi.splits import check_unseen, find_data
 
-COLORS = ("#1b1b1b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's
+COLORS = (*(NETWORK_COLORS[method] for method in dirl.METHODS), *OTHER_COLORS[:4])
+CANDIDATES = 100  # crops whose glass is measured, to choose those with little of it
+GLASS = 210  # of 255: a pixel is glass if all its channels are brighter
 
 
 # ---------------------------------------------------------------- flags
 
 def parser_of(script, description, **more):
-    """The parser of python -m experiments.<script>, and its add_argument."""
+    """Returns the parser of python -m experiments.<script> and its add_argument."""
     parser = Parser(prog=f"python -m experiments.{script}", description=description,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
     return parser, parser.add_argument
@@ -36,13 +39,13 @@ def add_data(add):
 
 
 def add_networks(add):
-    """The flags of a script that compares checkpoints on the crops of a data set."""
+    """Adds the flags of a script that compares checkpoints on the crops of a data set."""
     add("--checkpoint", nargs="+", required=True, metavar="[NAME=]RUN",
-        help="runs, or their encoder.pt; several stand in one figure under their names (the run's folder)")
+        help="runs, or their encoder.pt, each with a name for the figure (default: the run's folder)")
     add_data(add)
     add_data_flags(add, "--prior")
     add("--part", default="test", choices=["test", "val", "train"],
-        help="which slides; an encoder that saw one of the test part is refused")
+        help="split to take slides from; an encoder trained on one of the test part is refused")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
 
@@ -63,7 +66,7 @@ def check_out(path):
 # ---------------------------------------------------------------- networks and crops
 
 def named(texts, flag):
-    """{name: value} of [NAME=]VALUE texts, the name being the value's last part without one."""
+    """Returns {name: value} of [NAME=]VALUE texts; the default name is the last folder of the value."""
     out = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -75,12 +78,12 @@ def named(texts, flag):
             raise InputError(f"{flag} {text}: the name {name!r} is empty or taken; write NAME={value}")
         out[name] = value
     if len(out) > len(COLORS):
-        raise InputError(f"{flag}: at most {len(COLORS)} can be told apart in one figure")
+        raise InputError(f"{flag}: a figure shows at most {len(COLORS)}, or their colours look alike")
     return out
 
 
 def load_networks(args):
-    """{name: (encoder on --device, its encoder.pt, the file's other values)} of --checkpoint."""
+    """Returns {name: (encoder on --device, its encoder.pt, the file's other values)} of --checkpoint."""
     out = {}
     for name, run in named(args.checkpoint, "--checkpoint").items():
         path = find_encoder(run)
@@ -90,9 +93,10 @@ def load_networks(args):
 
 
 def open_all(args):
-    """({name: encoder}, {name: its encoder.pt}, the data set, the names of --part).
+    """Returns ({name: encoder}, {name: its encoder.pt}, the data set, the names of --part).
 
-    Without labels args.part becomes "train", which is all. InputError if an encoder saw one of the test part.
+    Without labels args.part becomes "train", which is all. InputError if an encoder was trained on one of the
+    test part.
     """
     networks = load_networks(args)
     trained_at = next(iter(networks.values()))[2]["mpp"]
@@ -113,7 +117,7 @@ def open_all(args):
 
 
 def crops_of(found, names, args, with_cells=True):
-    """Crops of these slides, cut now if they are not there yet, with their cells or without."""
+    """Returns the Crops of these slides, with their cells or without; cuts those that are missing."""
     if with_cells:
         print_skipped(prepare(found, args.tissue, args.workers, args.max_gigapixels))
     elif found.kind == "slides":
@@ -126,24 +130,37 @@ def crops_of(found, names, args, with_cells=True):
 
 
 def images_of(crops, indices):
-    """uint8 (N, 3, 224, 224) of these crops."""
+    """Returns these crops, uint8 (N, 3, 224, 224)."""
     bar = tqdm(indices, "crops", leave=False, disable=len(indices) < 200)
     return torch.stack([crops[int(i)][0] for i in bar])
 
 
-def with_both_regions(priors):
-    """Indices of the crops whose P_c (N, n) has 20 to 80 % of cells; all if there are none."""
+def choose_crops(crops, priors, count):
+    """Returns the indices of up to count crops with both regions and little glass, evenly spread.
+
+    Both regions: 20 to 80 % of P_c (N, n) have a cell, if any crop has. Little glass: at most 10 % of the
+    pixels are bright, if count crops have. Up to CANDIDATES of the crops (image (3, H, H), ...) are read.
+    """
     covered = np.asarray(priors.mean(1))
     mixed = np.flatnonzero((covered > 0.2) & (covered < 0.8))
-    return mixed if len(mixed) else np.arange(len(priors))
+    if not len(mixed):
+        mixed = np.arange(len(priors))
+    candidates = mixed[spread(len(mixed), max(count, CANDIDATES))]
+    bright = images_of(crops, candidates).amin(1) > GLASS  # (N, H, H)
+    glass = bright.float().mean((1, 2)).numpy()
+    good = np.flatnonzero(glass <= 0.1)
+    if len(good) < count:
+        good = np.sort(np.argsort(glass, kind="stable")[:count])
+    return candidates[good[spread(len(good), count)]].tolist()
 
 
 def read_bags(run, names, encoder_path):
-    """{slide: {"features" (N, d), "coords" (N, 2)}} of a run's features/ that eval.py made; some may lack.
+    """Returns {slide: {"features" (N, d), "coords" (N, 2)}} of the slides that a run's features/ has.
 
-    InputError if there is none, or one was made from another encoder than encoder_path.
+    InputError if it has none, or one was made from another encoder than encoder_path.
     """
-    out, stamp = {}, file_stamp(encoder_path)
+    out = {}
+    stamp = file_stamp(encoder_path)
     for name in names:
         path = Path(run) / "features" / f"{name}.npz"
         kept = read_npz(path, "features", "coords", "encoder")
@@ -158,17 +175,21 @@ def read_bags(run, names, encoder_path):
 
 
 def labelled(bags, names, found, device):
-    """[(features (N, d) on the device, class), ...] of those of names that have a bag (read_bags)."""
+    """Returns [(features (N, d) on the device, class), ...] of those names that have a bag (read_bags)."""
     return [(torch.from_numpy(bags[name]["features"]).to(device),
              found.classes.index(found.labels[name]["label"])) for name in names if name in bags]
 
 
 # ---------------------------------------------------------------- what is written
 
+def rounded(value):
+    """Returns a float as text of six digits, another value unchanged."""
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else value
+
+
 def save_both(figure, rows, path, dpi=130):
-    """Writes a figure to path (.png) and its numbers to the .csv beside it, in six digits; prints where."""
+    """Writes a figure to path (.png) and its numbers to the .csv next to it; prints where."""
     path = Path(path)
     save_figure(figure, path, dpi)
-    write_csv(path.with_suffix(".csv"), [
-        [f"{v:.6g}" if isinstance(v, (float, np.floating)) else v for v in row] for row in rows])
-    print(f"Wrote {path} and {path.with_suffix('.csv').name} beside it")
+    write_csv(path.with_suffix(".csv"), [map(rounded, row) for row in rows])
+    print(f"Wrote {path} and, next to it, {path.with_suffix('.csv').name}.")

@@ -2,8 +2,8 @@
 
     python -m experiments.figures.tokens --checkpoint Baseline=RUN DiRL=RUN [--data demo] [--tokens N]
 
-Tokens of T_L, N with a cell and N without, drawn from crops of the test part, go through t-SNE; a Gaussian is
-fitted to either kind of points, and the two are compared: Jensen-Shannon divergence, Bhattacharyya distance.
+Draws N tokens of T_L with a cell and N without from crops of the test part, maps them to 2-D by t-SNE, fits a
+Gaussian to each kind, and compares the two: Jensen-Shannon divergence, Bhattacharyya distance.
 """
 import sys
 
@@ -17,19 +17,20 @@ from tqdm import tqdm
 
 from common.encoders import inputs_of
 from common.errors import InputError, run_script
+from common.figures import OTHER_COLORS, network_colors
 from experiments.figures import shared
 
-KINDS = {"cell": "#D55E00", "background": "#0072B2"}
+KINDS = dict(zip(("cell", "background"), OTHER_COLORS))
 
 
 def arguments(argv):
     parser, add = shared.parser_of("tokens", "t-SNE of cell and background tokens, and their distance.")
     shared.add_networks(add)
     add("--tokens", type=int, default=30_000,
-        help="of either kind, the paper's; 30,000 take t-SNE some half an hour a network, 3,000 minutes")
-    add("--crops", type=int, default=2000, help="most crops that they are drawn from")
-    add("--perplexity", type=float, default=30, help="of t-SNE; below a third of all tokens")
-    add("--seed", type=int, default=0, help="of the drawing and of t-SNE; another says what is luck")
+        help="tokens of each kind; t-SNE takes half an hour per network for 30,000, minutes for 3,000")
+    add("--crops", type=int, default=2000, help="most crops to draw tokens from")
+    add("--perplexity", type=float, default=30, help="perplexity of t-SNE; below a third of all tokens")
+    add("--seed", type=int, default=0, help="seed of the draw and of t-SNE; vary it to see what is luck")
     add("--out", default="runs/tokens.png", help="the picture")
     args = parser.parse_args(argv)
     shared.check_flags(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
@@ -40,10 +41,11 @@ def arguments(argv):
 # ---------------------------------------------------------------- two Gaussians
 
 def fit_gaussian(points):
-    """(mean (2,), covariance (2, 2)) of points (N, 2); ValueError if they lie on a line."""
-    mean, cov = points.mean(0), np.cov(points.T)
+    """Returns (mean (2,), covariance (2, 2)) of points (N, 2); ValueError if they lie on a line."""
+    mean = points.mean(0)
+    cov = np.cov(points.T)
     if not np.linalg.det(cov) > 1e-12 * np.trace(cov) ** 2:
-        raise ValueError("the points lie on a line, and have no 2-D Gaussian")
+        raise ValueError("the points lie on a line and have no 2-D Gaussian")
     return mean, cov
 
 
@@ -51,7 +53,7 @@ def jensen_shannon(p, q, steps=601, reach=8):
     """Jensen-Shannon divergence of two Gaussians (mean, cov) to base 2, from 0 (equal) to 1 (disjoint).
 
     (E_p log2(p / m) + E_q log2(q / m)) / 2 with m = (p + q) / 2 (Lin 1991). Each mean is a sum over a grid
-    of steps x steps points within reach standard deviations of its own Gaussian, along its own axes.
+    of steps x steps points within reach standard deviations of its Gaussian, along that Gaussian's axes.
     """
     z = np.linspace(-reach, reach, steps)
     weight = np.exp(-0.5 * z ** 2)
@@ -70,7 +72,8 @@ def bhattacharyya(p, q):
 
     d^T C^-1 d / 8 + ln(det C / sqrt(det C_p det C_q)) / 2, d the difference of the means.
     """
-    d, cov = p[0] - q[0], (p[1] + q[1]) / 2
+    d = p[0] - q[0]
+    cov = (p[1] + q[1]) / 2
     logdet = [np.linalg.slogdet(c)[1] for c in (cov, p[1], q[1])]
     return float(d @ np.linalg.solve(cov, d) / 8 + (logdet[0] - (logdet[1] + logdet[2]) / 2) / 2)
 
@@ -78,40 +81,45 @@ def bhattacharyya(p, q):
 # ---------------------------------------------------------------- tokens
 
 def draw_places(priors, count, seed):
-    """{kind: flat indices (count,) into P_c (N, n)}, none drawn twice; InputError if it has fewer."""
-    rng, flat = np.random.default_rng(seed), priors.flatten().numpy()
-    out = {}
+    """Returns {kind: flat indices (count,) into P_c (N, n)}, drawn without replacement.
+
+    InputError if P_c has fewer of a kind.
+    """
+    rng = np.random.default_rng(seed)
+    flat = priors.flatten().numpy()
+    places = {}
     for kind, value in zip(KINDS, (1, 0)):
-        there = np.flatnonzero(flat == value)
-        if len(there) < count:
-            raise InputError(f"--tokens {count}: these crops have {len(there)} {kind} tokens; lower it, or "
+        indices = np.flatnonzero(flat == value)
+        if len(indices) < count:
+            raise InputError(f"--tokens {count}: these crops have {len(indices)} {kind} tokens; lower it, or "
                              "raise --crops")
-        out[kind] = np.sort(rng.choice(there, count, replace=False))
-    return out
+        places[kind] = np.sort(rng.choice(indices, count, replace=False))
+    return places
 
 
 @torch.no_grad()
 def tokens_of(encoder, images, places, batch=64):
-    """The tokens of T_L at flat places (M,) over images (N, 3, H, H), ascending: (M, d) float32."""
-    out = []
+    """Returns the tokens of T_L at ascending flat places (M,) over images (N, 3, H, H), (M, d) float32."""
+    chosen = []
     for start in tqdm(range(0, len(images), batch), "tokens", leave=False):
-        tokens = encoder(inputs_of(encoder, images[start: start + batch]))  # (B, n, d)
-        n, tokens = tokens.shape[1], tokens.float().cpu().flatten(0, 1)
-        mine = places[(places >= start * n) & (places < start * n + len(tokens))]
-        out.append(tokens[mine - start * n])
-    return torch.cat(out).numpy()
+        tokens = encoder(inputs_of(encoder, images[start: start + batch])).float().cpu()  # (B, n, d)
+        first = start * tokens.shape[1]
+        tokens = tokens.flatten(0, 1)
+        inside = places[(places >= first) & (places < first + len(tokens))]
+        chosen.append(tokens[inside - first])
+    return torch.cat(chosen).numpy()
 
 
 def embed(encoder, images, places, args):
-    """{kind: (N, 2)}: the tokens of both kinds, in one t-SNE, which prints how far it is."""
-    x = np.concatenate([tokens_of(encoder, images, where) for where in places.values()])
-    tsne = TSNE(2, perplexity=args.perplexity, init="pca", random_state=args.seed, verbose=2)
+    """Returns {kind: points (N, 2)} of the tokens of both kinds in one t-SNE."""
+    x = np.concatenate([tokens_of(encoder, images, of_kind) for of_kind in places.values()])
+    tsne = TSNE(2, perplexity=args.perplexity, init="pca", random_state=args.seed)
     points = tsne.fit_transform(x).astype(np.float64)
     return dict(zip(KINDS, np.split(points, 2)))
 
 
-def draw(axis, points, fitted, title):
-    """Fig. 10: the points of both kinds and the ellipses of one and two standard deviations."""
+def draw(axis, points, fitted, title, color):
+    """Fig. 10: the points of both kinds with their Gaussians' ellipses of one and two standard deviations."""
     for kind, xy in points.items():
         axis.plot(*xy.T, ".", ms=max(1.2, 120 / len(xy) ** 0.5), alpha=0.4, mew=0, color=KINDS[kind])
     for kind, (mean, cov) in fitted.items():
@@ -120,15 +128,15 @@ def draw(axis, points, fitted, title):
         for sd, style in ((1, "-"), (2, "--")):
             axis.add_patch(Ellipse(mean, *(2 * sd * np.sqrt(values[::-1])), angle=angle, fill=False, ls=style,
                                    lw=1.8, edgecolor=KINDS[kind], label=f"{kind}, {sd} sd"))
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, color=color)
     axis.set_aspect("equal", "datalim")
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
 
 
 def run(args):
     encoders, _, found, names = shared.open_all(args)
     crops = shared.crops_of(found, names, args)
+    colors = network_colors(encoders)
     order = np.random.default_rng(args.seed).permutation(len(crops))[: args.crops]
     places = draw_places(crops.priors()[order], args.tokens, args.seed)
     images = shared.images_of(crops, order)
@@ -141,10 +149,11 @@ def run(args):
         try:
             fitted = {kind: fit_gaussian(xy) for kind, xy in points.items()}
         except ValueError as error:
-            raise InputError(f"--checkpoint {name}: {error}; its tokens may be all the same") from None
-        js, bd = jensen_shannon(*fitted.values()), bhattacharyya(*fitted.values())
+            raise InputError(f"--checkpoint {name}: {error}; its tokens may all be the same") from None
+        js = jensen_shannon(*fitted.values())
+        bd = bhattacharyya(*fitted.values())
         rows.append((name, args.tokens, js, bd))
-        draw(axis, points, fitted, f"{name}\nJS {js:.3f}, BD {bd:.3f}")
+        draw(axis, points, fitted, f"{name}\nJS {js:.3f}, BD {bd:.3f}", colors[name])
         print(f"{name}: Jensen-Shannon {js:.4f}, Bhattacharyya {bd:.4f}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(2, len(encoders)), fontsize=8)

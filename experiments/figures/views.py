@@ -3,7 +3,7 @@
     python -m experiments.figures.views --data demo [--mpp 2.0 1.0] [flags of train.py]
 
 In a view of one region alone, tokens have nothing to attend to across regions (M_cross, eq. 4). Writes the
-shares as a plot and as CSV; under the plot, views as the network sees them, patches with a cell outlined.
+shares as a plot and as CSV; below the plot, views as the network sees them with their P_c.
 """
 import sys
 from dataclasses import replace
@@ -14,17 +14,16 @@ from matplotlib.figure import Figure
 import train
 from common.encoders import MEAN, STD
 from common.errors import InputError, check_mpp, check_ranges, run_script
-from common.figures import spread
+from common.figures import OTHER_COLORS, draw_crop, draw_prior, spread
 from data import Draws, collate, make_views, random_boxes
 from dirl import regions_present
 from experiments.figures import shared
 from prior import view_prior
-from wsi.look import squares
 from wsi.slides import CROP
 from wsi.splits import find_data
 
 SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-LOCALS = 4  # local views that are drawn, at most
+LOCALS = 4  # local views to draw, at most
 
 
 def arguments(argv):
@@ -32,8 +31,8 @@ def arguments(argv):
         "views", "Share of views that have cells and background, over crop scales.", allow_abbrev=False,
         epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
     add("--mpp", type=float, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
-    add("--crops", type=int, default=2000, help="most crops of the training part; more is steadier")
-    add("--show", type=int, default=2, help="crops of each um/px whose views are drawn")
+    add("--crops", type=int, default=2000, help="most crops of the training part; more are steadier")
+    add("--show", type=int, default=2, help="how many crops of each um/px to draw views of")
     add("--out", default="runs/views.png", help="the picture")
     args, rest = parser.parse_known_args(argv)
     args.settings = train.arguments(rest)
@@ -45,56 +44,52 @@ def arguments(argv):
 
 
 def region_shares(cells, scale, size, generator):
-    """Shares of views of that scale, of size px, with both regions, with cells alone, background alone.
+    """Returns the shares of views with both regions, cells alone, background alone; one view per crop.
 
-    cells (B, K, 2) in px of B crops, NaN where a crop has fewer; one view of each crop.
+    cells (B, K, 2) in px of the crops, NaN where a crop has fewer; scale: area of a view; size: its px.
     """
     boxes = random_boxes(len(cells), CROP, (scale, scale), Draws(generator))
     flip = torch.zeros(len(cells), dtype=torch.bool)
-    has_cell, has_back = regions_present(view_prior(cells, boxes, flip, size))
-    return [share.float().mean().item() for share in (has_cell & has_back, ~has_back, ~has_cell)]
+    has_cell, has_background = regions_present(view_prior(cells, boxes, flip, size))
+    return [share.float().mean().item() for share in (has_cell & has_background, ~has_background, ~has_cell)]
 
 
 def views_of(crops, chosen, settings):
-    """[(crop (3, H, H), [(view (3, h, h) of 0 to 1, P_c), ...]), ...] of these crops, by train.py's flags."""
+    """Returns for each of these crops (image (3, H, H), [(view (3, h, h) of 0 to 1, P_c), ...]).
+
+    settings: train.py's flags.
+    """
     images, cells = collate([crops[i] for i in chosen])
     how = train.settings_of(settings, 1, MEAN, STD).augmentation
     how = replace(how, local_crops=min(how.local_crops, LOCALS))
     views, priors = make_views(images, cells, torch.Generator().manual_seed(settings.seed), how)
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    pairs = [(x * std + mean, p) for group, of in zip(views, priors) for x, p in zip(group, of)]
-    return [(image / 255, [(x[i].clamp(0, 1), p[i]) for x, p in pairs]) for i, image in enumerate(images)]
-
-
-def draw_view(axis, image, prior, title):
-    """An image (3, h, h) with its patches that have a cell outlined."""
-    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    if prior is not None:
-        grid, side = int(len(prior) ** 0.5), image.shape[-1]
-        axis.add_collection(squares(
-            [(i % grid * 16 - 0.5, i // grid * 16 - 0.5) for i in prior.nonzero().flatten().tolist()], 16,
-            facecolor=(0.94, 0.89, 0.26, 0.22), edgecolor="#F0E442", linewidth=60 / side))
-    axis.set_title(title, fontsize=8)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
+    of_crop = [[] for _ in images]
+    for views_of_size, priors_of_size in zip(views, priors):
+        for view, prior in zip(views_of_size, priors_of_size):  # (B, 3, h, h), (B, n)
+            for pairs, x, p in zip(of_crop, view, prior):
+                pairs.append(((x * std + mean).clamp(0, 1), p))
+    return list(zip(images, of_crop))
 
 
 def draw_shares(axis, rows, settings):
-    """Share of views with both regions over their scale: a colour for each um/px, a line for each size."""
-    for color, mpp in zip(shared.COLORS[1:], dict.fromkeys(row[0] for row in rows)):
+    """Draws the share of views with both regions over their scale: a colour per um/px, a style per size."""
+    for color, mpp in zip(OTHER_COLORS, dict.fromkeys(row[0] for row in rows)):
         for style, kind in zip(("-", "--"), dict.fromkeys(row[1] for row in rows)):
-            mine = [row for row in rows if row[:2] == (mpp, kind)]
-            axis.plot([row[3] for row in mine], [100 * row[4] for row in mine], style, marker=".",
-                      color=color, label=f"{mpp:g} um/px ({10 / mpp:g}x), {kind} views, {mine[0][2]} px")
+            curve = [row for row in rows if row[:2] == (mpp, kind)]
+            axis.plot([row[3] for row in curve], [100 * row[4] for row in curve], style, marker=".",
+                      color=color, label=f"{mpp:g} um/px ({10 / mpp:g}x), {kind} views, {curve[0][2]} px")
     axis.axvspan(*settings.global_scale, color="grey", alpha=0.12, lw=0)
     axis.set(xlabel="area of the view, share of the crop (grey: the global views')",
              ylabel="views with both regions, %", ylim=(0, 103))
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def run(args):
     settings = args.settings
-    rows, shown = [], {}
+    rows = []
+    shown = {}  # {um/px: views_of some crops}
     for mpp in dict.fromkeys(args.mpp):
         found = find_data(settings.data, mpp, settings.prior, slide_mpp=settings.slide_mpp)
         if found.kind != "slides":
@@ -109,23 +104,27 @@ def run(args):
         for kind, size in sizes.items():
             for scale in SCALES:
                 rows.append((mpp, kind, size, scale, *region_shares(cells, scale, size, generator)))
-        mixed = shared.with_both_regions(crops.priors())
-        shown[mpp] = views_of(crops, mixed[spread(len(mixed), args.show)].tolist(), settings)
-        whole = regions_present(crops.priors())
-        print(f"{mpp:g} um/px: {(whole[0] & whole[1]).float().mean():.1%} of {len(crops)} crops have both "
-              f"regions, a cell in {crops.priors().mean():.1%} of the patches")
+        priors = crops.priors()
+        shown[mpp] = views_of(crops, shared.choose_crops(crops, priors, args.show), settings)
+        has_cell, has_background = regions_present(priors)
+        print(f"{mpp:g} um/px: {(has_cell & has_background).float().mean():.1%} of {len(crops)} crops have "
+              f"both regions, a cell in {priors.mean():.1%} of the patches")
     columns = 1 + len(next(iter(shown.values()))[0][1])
-    lines = args.show * len(shown)
-    width = max(6.5, 1.5 * columns)
+    lines = sum(map(len, shown.values()))
+    width = max(8, 1.5 * columns)
     figure = Figure(figsize=(width, 3.4 + 1.75 * lines), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3.4, 1.75 * lines))
     draw_shares(above.subplots(), rows, settings)
     axes = iter(below.subplots(lines, columns, squeeze=False))
     for mpp, of_crops in shown.items():
         for (image, views), line in zip(of_crops, axes):
-            draw_view(line[0], image, None, f"crop, {mpp:g} um/px")
+            draw_crop(line[0], image)
+            line[0].set_title(f"crop, {mpp:g} um/px", fontsize=8)
             for k, (axis, (view, prior)) in enumerate(zip(line[1:], views)):
-                draw_view(axis, view, prior, f"{'local' if k > 1 else 'global'}, {prior.mean():.0%} cells")
+                draw_crop(axis, view)
+                draw_prior(axis, prior, view.shape[-1])
+                kind = "local" if k > 1 else "global"
+                axis.set_title(f"{kind}, {prior.mean():.0%} cells", fontsize=8)
     header = ("um/px", "view", "px", "scale", "both regions", "cells alone", "background alone")
     shared.save_both(figure, [header, *rows], args.out)
     return 0
