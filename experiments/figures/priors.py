@@ -4,7 +4,7 @@
 
 A segmenter is a --prior of train.py or a folder with a file of cells for each slide. Writes a picture and the
 agreement of each pair as CSV: F1 of the nuclei within 3 um, and share and kappa of the patches' P_c. What the
-priors are worth for training (Table 7): python -m experiments.sweep prior.
+priors are worth for training (Table 7): python -m experiments.study prior.
 """
 import sys
 from itertools import combinations
