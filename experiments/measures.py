@@ -126,7 +126,9 @@ def measures(args, settings):
 def measure(folder, args, settings, labels_stamp, load):
     """Adds the measures() that a run's claim.npz lacks to it; load() returns the Patches with images."""
     stamp = file_stamp(folder / "encoder.pt") + labels_stamp
-    done = read_measures(folder / "claim.npz", stamp)
+    file = read_npz(folder / "claim.npz") or {}
+    is_current = str(file.get("stamp")) == stamp
+    done = {name: file[name] for name in file if name not in ABOUT and is_current}
     missing = {name: function for name, function in measures(args, settings).items() if name not in done}
     if not missing:
         return
@@ -195,14 +197,6 @@ def fine_tuned(encoder, features, patches, epochs, folds, settings):
 
 
 # ---------------------------------------------------------------- statistics
-
-def read_measures(path, stamp):
-    """{measure: array} of a claim.npz made with this stamp; {} otherwise."""
-    file = read_npz(path)
-    if not file or str(file.get("stamp")) != stamp:
-        return {}
-    return {name: values for name, values in file.items() if name not in ABOUT}
-
 
 def draws_of(groups):
     """(1 + DRAWS) arrays of indices: all images, then those of each bootstrap draw of groups (N,)."""

@@ -245,28 +245,26 @@ def keep_settings(path, settings, labels_stamp):
 
 
 def show(args):
+    """Prints and draws what the measured runs of claim hold."""
     if args.pair and args.pair[0] == args.pair[1]:
         raise InputError("--pair: two different classes are needed")
-    table.show_claim(args.out, list(ARMS), BASELINE_OF, args.pair)
-    return 0
+    return table.show_claim(args.out, list(ARMS), BASELINE_OF, args.pair)
 
 
 # ---------------------------------------------------------------- fraction, prior
 
 def sweep_jobs(args):
-    """(folder of the sweep, its jobs): each method with each value and seed."""
+    """(folder of the sweep, its jobs): each method with each value and seed, once if it has no prior."""
     folder = Path(args.out or f"runs/sweep_{args.command}_{run_name(train.arguments(args.rest).data)}")
     jobs = []
     for seed in args.seeds:
         for method in args.methods:
-            flags = [*args.rest, "--method", method]
-            if args.command == "prior" and method == "baseline":  # it has no prior
-                flags += ["--prior", args.values[0]]
-                jobs.append(job_of(method, folder / f"{method}_seed{seed}", seed, flags))
-                continue
-            for value in args.values:
-                run = folder / f"{method}_{value}_seed{seed}"
-                jobs.append(job_of(method, run, seed, [*flags, f"--{args.command}", value], value))
+            has_values = args.command == "fraction" or method != "baseline"
+            values = args.values if has_values else args.values[:1]
+            for value in values:
+                name = f"{method}_{value}_seed{seed}" if has_values else f"{method}_seed{seed}"
+                flags = [*args.rest, "--method", method, f"--{args.command}", value]
+                jobs.append(job_of(method, folder / name, seed, flags, value if has_values else ""))
     return folder, jobs
 
 

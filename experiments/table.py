@@ -12,7 +12,7 @@ Below: the table and the figures of experiments.study, from the files of its run
 import csv
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,31 +54,31 @@ def arguments(argv):
 
 
 def read_rows(path):
-    """The rows of a CSV as lists, the header first; [] if it is missing."""
+    """The rows of a CSV as dicts; [] if it is missing. Of two columns of one name the last counts."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))  # results.csv has two columns "sd"
+        return list(csv.DictReader(file))
 
 
 def read_values(folder):
     """{(data set, measure): [value of each repeat]} of a run that eval.py has measured; {} if none."""
-    config, out = read_json(folder / "config.json"), {}
-    data = config.get("data", "")
+    out = defaultdict(list)
+    data = read_json(folder / "config.json").get("data", "")
     try:
-        header, *rows = read_rows(folder / "slides.csv") or [()]
-        for name in header[1:]:
-            out[data, name] = [float(row[header.index(name)]) for row in rows]
-        header, *rows = read_rows(folder / "patches.csv") or [()]
-        for row in (dict(zip(header, row)) for row in rows):
+        for row in read_rows(folder / "slides.csv"):
+            for name in list(row)[1:]:  # the first is the seed
+                out[data, name].append(float(row[name]))
+        for row in read_rows(folder / "patches.csv"):
             if row["encoder"] == folder.resolve().name:
                 kind = row["data"] + (", linear" if row["training"] == "linear" else "")
                 for name in ("accuracy", "auc"):
-                    out.setdefault((kind, name), []).append(float(row[name]))
+                    out[kind, name].append(float(row[name]))
         for row in read_rows(folder / "results.csv"):
-            if row[0] == MIDDLE:
-                out[data, "middle"] = [float(row[1])]
-    except (ValueError, KeyError, IndexError) as error:
+            measure, value = list(row.values())[:2]
+            if measure == MIDDLE:
+                out[data, "middle"].append(float(value))
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: its tables cannot be read ({error}); run eval.py again") from None
     return out
 
@@ -343,7 +343,10 @@ def print_columns(title, columns):
 
 
 def show_claim(folder, arms, baseline_of, pair=None):
-    """Prints and draws what the measured runs in a study's folder hold. baseline_of: {arm: its baseline}."""
+    """Prints and draws what the measured runs in a study's folder hold; returns 0.
+
+    baseline_of: {arm: its baseline}; that of others is "baseline". pair: two classes to tell apart.
+    """
     runs = read_claim(folder, arms, pair)
     title = {arm: f"{arm}, seed{'s' * (len(measured) > 1)} {' '.join(str(run.seed) for run in measured)}"
              for arm, measured in runs.items()}
@@ -377,6 +380,7 @@ def show_claim(folder, arms, baseline_of, pair=None):
     write_csv(Path(folder) / "claim.csv", rows)
     save_figure(draw_claim(runs, dict(zip(arms, ARM_COLORS))), Path(folder) / "claim.png")
     print(f"Wrote {folder}/claim.csv, claim.png")
+    return 0
 
 
 def draw_claim(runs, colors):
