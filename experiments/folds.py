@@ -46,7 +46,7 @@ def add_flags(add):
     add("--data", required=True, help="a data set's name or folder (see train.py)")
     add("--splits", required=True, help="folder with splits_0.csv, splits_1.csv, ... (train,val,test)")
     add("--checkpoint", nargs="+", metavar="[NAME=]RUN",
-        help="runs with features/; {fold} in it stands for the fold's number, if each fold has its own "
+        help="runs with features/; {fold} in it is replaced by the fold's number, if each fold has its own "
              "encoder")
     add("--allow-seen", action="store_true",
         help="accepts encoders that were pre-trained on test slides of a fold, as HIPT's was; the table says "
@@ -104,7 +104,8 @@ def write_split(found, folds, number, data):
         raise InputError(f"--write-split {number}: the folds are {', '.join(map(str, folds))}")
     if any(row["split"] for row in find_folder(data).labels.values()):
         raise InputError(f"{found.source}/labels.csv: has a column split, which takes precedence; remove it")
-    path, earlier = found.work / "split.csv", found.work / "split_before_folds.csv"
+    path = found.work / "split.csv"
+    earlier = found.work / "split_before_folds.csv"
     split_of = {name: split for split in SPLITS for name in folds[number][split]}
     if path.is_file() and not earlier.is_file():
         path.rename(earlier)

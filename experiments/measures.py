@@ -92,7 +92,7 @@ def make_bags(indices, labels, groups, size, seed):
     """Synthetic slides: [(indices of the tiles, class), ...], each the tiles of size groups of one class.
 
     indices: of the images that may be used. No tile is in two slides; a class's last groups that do not fill
-    a slide are left out.
+    a slide are not used.
     """
     rng = np.random.default_rng(seed)
     bags = []
@@ -228,7 +228,8 @@ def pair_statistics(labels, scores, draws, two):
 
 def statistics(file, draws, pair):
     """{statistic: (1 + DRAWS,)} of a claim.npz: its value, and that of every draw of test groups."""
-    labels, classes = file["labels"], file["classes"].tolist()
+    labels = file["labels"]
+    classes = file["classes"].tolist()
     out = {}
     for name in file:
         if name in ABOUT or name.endswith(BAGS):

@@ -11,6 +11,7 @@ like: the same command resumes it. A failed run is named at the end, and the oth
 trains DSMIL only (experiments/folds.py).
 """
 import argparse
+import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,6 @@ from pathlib import Path
 import torch
 
 import dirl
-import eval as evaluation
 import train
 from common import encoders
 from common.checkpoint import check_config
@@ -183,10 +183,10 @@ def run_jobs(jobs, measure):
 
 def pre_train(job):
     """Trains or resumes a job's encoder: 0 if it is finished, 130 if it was stopped, else its exit code."""
-    encoder, checkpoint = job.folder / "encoder.pt", job.folder / "checkpoint.pt"
+    encoder = job.folder / "encoder.pt"
     if job.arm == "random":
         return 0 if encoder.is_file() else save_untrained(encoder, job.settings)
-    if is_finished(job.folder) and encoder.is_file() and not checkpoint.is_file():
+    if is_finished(job.folder) and encoder.is_file() and not (job.folder / "checkpoint.pt").is_file():
         return 0  # the checkpoint is large, and may be deleted when a run is done
     torch.compiler.reset()  # with --compile: graphs of earlier jobs count towards torch's limit
     code = script_of(job.flags).main(job.flags)
@@ -301,7 +301,8 @@ def evaluate(folder, flags):
     done = {"encoder": file_stamp(folder / "encoder.pt"), "flags": flags}
     if read_json(folder / "evaluated.json") == done and table.read_values(folder):
         return 0
-    code = evaluation.main(flags)
+    script = Path(train.__file__).with_name("eval.py")
+    code = subprocess.run([sys.executable, script, *flags]).returncode
     if code in (0, 1) and table.read_values(folder):  # 1: some images were skipped
         write_json(folder / "evaluated.json", done)
         return 0

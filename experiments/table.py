@@ -151,20 +151,21 @@ def order_of(label):
     """Sorts rows as the paper does: by size, then by method, then by what was added."""
     network, *additions = label.split(", ")
     method, _, size = network.rpartition("-")
-    sizes, methods = list(SIZES.values()), list(METHODS.values())
+    sizes = list(SIZES.values())
+    methods = list(METHODS.values())
     return (sizes.index(size) if size in sizes else 9, methods.index(method) if method in methods else 9,
             method, additions)
 
 
 def collect(runs, measures):
     """{label: {(data set, measure): values of all repeats}} in the paper's order, and the columns."""
-    table, columns = {}, {}
+    table = defaultdict(lambda: defaultdict(list))
     for label, (_, _, values) in zip(labels_of(runs), runs):
         for (data, measure), repeats in values.items():
             if measure in measures:
-                table.setdefault(label, {}).setdefault((data, measure), []).extend(repeats)
-                columns[data] = None
-    columns = [(data, measure) for data in columns for measure in measures
+                table[label][data, measure] += repeats
+    data_sets = dict.fromkeys(data for _, _, values in runs for data, _ in values)
+    columns = [(data, measure) for data in data_sets for measure in measures
                if any((data, measure) in row for row in table.values())]
     return {label: table[label] for label in sorted(table, key=order_of)}, columns
 
@@ -255,7 +256,8 @@ class Measured:
 
 def read_claim(folder, arms, pair):
     """{arm: [Measured, ...]} of a study's folder, in the order of arms; InputError if there is none."""
-    found, draws = {}, {}
+    found = {}
+    draws = {}  # of the same test groups, drawn once
     for path in sorted(Path(folder).glob("*_seed*/claim.npz")):
         arm, seed = path.parent.name.rsplit("_seed", 1)
         file = read_npz(path)

@@ -3,6 +3,7 @@ import json
 import shutil
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,9 +45,9 @@ def made(rendered, tmp_path_factory):
     write_table(here / "tiny/labels.csv", "slide,label,patient,split", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        for name, script in ("train", train), ("eval", eval_py):
-            patch.setattr(script, "main", lambda flags, name=name, main=script.main: (
-                steps.append(name) or main(flags)))
+        patch.setattr(train, "main", lambda flags, main=train.main: steps.append("train") or main(flags))
+        patch.setattr(study.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
+            returncode=eval_py.main(command[2:])))
         assert study.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
         assert study.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
     return here
