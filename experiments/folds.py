@@ -42,7 +42,7 @@ LEAKED = "test slides seen in pre-training"
 
 
 def add_flags(add):
-    """The flags of `experiments.study folds`."""
+    """Adds the flags of `experiments.study folds`."""
     add("--data", required=True, help="a data set's name or folder (see train.py)")
     add("--splits", required=True, help="folder with splits_0.csv, splits_1.csv, ... (train,val,test)")
     add("--checkpoint", nargs="+", metavar="[NAME=]RUN",
@@ -63,7 +63,7 @@ def add_flags(add):
 # ---------------------------------------------------------------- split files
 
 def read_fold(path, found):
-    """{split: slides} of a split file; slides that the data set lacks are skipped and counted in a warning.
+    """Returns {split: slides} of a split file. Slides that the data set lacks are skipped and counted.
 
     InputError for other columns, a slide in two splits, no validation slide, or a class without a slide in
     train or test.
@@ -90,7 +90,7 @@ def read_fold(path, found):
 
 
 def read_folds(folder, found):
-    """{number: {split: slides}} of the splits_<number>.csv in a folder; InputError if it has none."""
+    """Returns {number: {split: slides}} of the splits_<number>.csv in a folder; InputError if none."""
     files = {int(path.stem[7:]): path for path in Path(folder).glob("splits_*.csv")
              if re.fullmatch(r"splits_\d+", path.stem)}
     if not files:
@@ -118,7 +118,7 @@ def write_split(found, folds, number, data):
 # ---------------------------------------------------------------- DSMIL on the folds
 
 def measure_fold(found, fold, path, args):
-    """(accuracy, AUC, macro F1) on a fold's test slides, of DSMIL trained and validated on its others."""
+    """Returns accuracy, AUC and macro F1 on a fold's test slides, of DSMIL trained on its other slides."""
     names = [name for split in SPLITS for name in fold[split]]
     bags = shared.read_bags(path.parent, names, path)
     missing = [name for name in names if name not in bags]
@@ -133,7 +133,7 @@ def measure_fold(found, fold, path, args):
 
 
 def measure_network(name, pattern, found, folds, args):
-    """Rows of the table, one per fold; InputError if an encoder saw test slides, without --allow-seen."""
+    """Returns a row of the table per fold; InputError if an encoder saw test slides, unless --allow-seen."""
     rows = []
     for number, fold in tqdm(folds.items(), f"{name}, folds", leave=False):
         path = find_encoder(pattern.replace("{fold}", str(number)))

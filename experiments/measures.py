@@ -1,4 +1,4 @@
-"""What `experiments.study claim` measures every arm on, and how: labelled patches, measures, statistics.
+"""What `experiments.study claim` measures: labelled patches, the measures of an arm, their statistics.
 
 A measure is an array: aggregated attention (T, n) of the T test images, or scores (R, T, C) of R folds or
 trainings, DSMIL's of the test bags. An arm's claim.npz holds them by name, next to the entries of ABOUT.
@@ -48,7 +48,7 @@ class Patches:
 
 
 def find_patches(data):
-    """The wsi.folders.Data of a folder of labelled images; InputError if it has none."""
+    """Returns the wsi.folders.Data of a folder of labelled images; InputError if it has none."""
     found = find_data(data)
     if found.kind != "crops" or not found.labels:
         raise InputError(f"{data}/labels.csv: is missing, or has no column image; the study needs labelled "
@@ -57,7 +57,7 @@ def find_patches(data):
 
 
 def divide(rows, classes, args):
-    """The Patches of rows of labels.csv, without images; InputError where a class or a part has too few."""
+    """Returns rows of labels.csv as Patches without images; InputError if a class or part is too small."""
     labels = np.array([classes.index(row["label"]) for row in rows])
     groups = np.array([row["patient"] for row in rows])
     is_test = np.array([row["split"] == "test" for row in rows])
@@ -81,7 +81,7 @@ def divide(rows, classes, args):
 
 
 def load_patches(found, args, workers):
-    """The Patches of the images that can be read, with the images."""
+    """Returns the Patches of the images that can be read, with the images."""
     images, readable, failed = load_crops(list(found.images.values()), workers)
     print_skipped(failed)
     rows = [found.labels[name] for name in found.images]
@@ -89,7 +89,7 @@ def load_patches(found, args, workers):
 
 
 def make_bags(indices, labels, groups, size, seed):
-    """Synthetic slides: [(indices of the tiles, class), ...], each the tiles of size groups of one class.
+    """Returns synthetic slides, [(indices of tiles, class), ...], each all tiles of size groups of a class.
 
     indices: of the images that may be used. No tile is in two slides; a class's last groups that do not fill
     a slide are not used.
@@ -107,7 +107,7 @@ def make_bags(indices, labels, groups, size, seed):
 # ---------------------------------------------------------------- measures
 
 def measures(args, settings):
-    """{name: function of (encoder, features (N, d), patches)} of the measures that the flags ask for."""
+    """Returns {name: function of (encoder, features (N, d), patches)} of the measures that the flags name."""
     out = {"attention": attention}
     if settings.global_size != CROP:  # the encoder was trained at another size: at that of its views, too
         out[f"attention at {settings.global_size} px"] = partial(attention, size=settings.global_size)
@@ -124,7 +124,7 @@ def measures(args, settings):
 
 
 def measure(folder, args, settings, labels_stamp, load):
-    """Adds the measures() that a run's claim.npz lacks to it; load() returns the Patches with images."""
+    """Adds the missing measures() to a run's claim.npz; load() returns the Patches with their images."""
     stamp = file_stamp(folder / "encoder.pt") + labels_stamp
     file = read_npz(folder / "claim.npz") or {}
     is_current = str(file.get("stamp")) == stamp
@@ -147,7 +147,7 @@ def measure(folder, args, settings, labels_stamp, load):
 
 
 def attention(encoder, features, patches, size=CROP):
-    """Aggregated attention (T, n) of the test images at size px."""
+    """Returns the aggregated attention (T, n) of the test images at size px."""
     whole = torch.tensor([[0.0, 0, CROP, CROP]])
 
     def aggregated(x):
@@ -158,19 +158,19 @@ def attention(encoder, features, patches, size=CROP):
 
 
 def neighbours(encoder, features, patches):
-    """Shares of the classes among the 20 nearest training images: (1, T, C)."""
+    """Returns the shares of the classes among the 20 nearest training images: (1, T, C)."""
     train, test = features[patches.train], features[patches.test]
     return nearest(train, patches.labels[patches.train], test, len(patches.classes))[None]
 
 
 def logistic(encoder, features, patches):
-    """Probabilities by a logistic regression on each fold: (folds, T, C)."""
+    """Returns the probabilities by a logistic regression on each fold: (folds, T, C)."""
     models = [fit_linear(features, patches.labels, *fold)[0] for fold in patches.folds]
     return np.stack([predict(features[patches.test]) for predict in models])
 
 
 def dsmil(encoder, features, patches, seeds):
-    """DSMIL's scores (seeds, bags, C) of the test bags; every fifth training bag validates."""
+    """Returns DSMIL's scores (seeds, bags, C) of the test bags; every fifth training bag validates."""
     tiles = torch.from_numpy(features)
     bags = [(tiles[index], label) for index, label in patches.train_bags]
     train = [bag for i, bag in enumerate(bags) if i % 5]
@@ -183,7 +183,7 @@ def dsmil(encoder, features, patches, seeds):
 
 
 def fine_tuned(encoder, features, patches, epochs, folds, settings):
-    """The whole encoder fine-tuned (A.1.2) with MHIST's settings, its milestones scaled: (folds, T, C)."""
+    """Returns scores (folds, T, C) of the encoder fine-tuned (A.1.2) as for MHIST, with scaled milestones."""
     mhist = SETTINGS["mhist"]
     scaled = [round(milestone * epochs / mhist["epochs"]) for milestone in mhist["milestones"]]
     tuning = SimpleNamespace(**mhist | {"epochs": epochs, "milestones": [m for m in scaled if m > 0]},
@@ -199,12 +199,12 @@ def fine_tuned(encoder, features, patches, epochs, folds, settings):
 # ---------------------------------------------------------------- statistics
 
 def draws_of(groups):
-    """(1 + DRAWS) arrays of indices: all images, then those of each bootstrap draw of groups (N,)."""
+    """Returns (1 + DRAWS) arrays of indices: all images, then each bootstrap draw of groups (N,)."""
     return [np.arange(len(groups)), *bootstrap_indices(groups)]
 
 
 def score_statistics(truth, scores, draws):
-    """Accuracy and AUC of scores (R, N, C) in each of draws, as means over the R folds or trainings.
+    """Returns accuracy and AUC of scores (R, N, C) in each of draws, means over the R folds or trainings.
 
     The paper has such means, not those of an ensemble. An AUC is NaN if a draw lacks a class.
     """
@@ -218,7 +218,7 @@ def score_statistics(truth, scores, draws):
 
 
 def pair_statistics(labels, scores, draws, two):
-    """score_statistics of two classes told apart by the ratio of their scores, on the images of these two."""
+    """Returns score_statistics of two classes, told apart by the ratio of their scores, on their images."""
     of_pair = np.isin(labels, two)
     place = np.cumsum(of_pair) - 1  # of an image among those of the pair
     inside = [place[index[of_pair[index]]] for index in draws]
@@ -227,7 +227,7 @@ def pair_statistics(labels, scores, draws, two):
 
 
 def statistics(file, draws, pair):
-    """{statistic: (1 + DRAWS,)} of a claim.npz: its value, and that of every draw of test groups."""
+    """Returns {statistic: (1 + DRAWS,)} of a claim.npz: its value, and that of every draw of test groups."""
     labels = file["labels"]
     classes = file["classes"].tolist()
     out = {}

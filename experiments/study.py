@@ -55,8 +55,11 @@ for ssl in ("byol", "simclr"):  # Table 8
     ARMS[f"{ssl}_dirl"] = ["--ssl", ssl, "--method", "dirl"]
 ARMS |= {ssl: ["--ssl", ssl] for ssl in ("esvit", "selfpatch", "imix", "lsup")}  # Tables 3 and 9, Fig. 9
 BASELINE_OF = {"two_views": "baseline_two_views"}  # the others: "baseline"
+SWEEPS = {  # flag of train.py: its values, what they show
+    "fraction": (["0.2", "0.4", "0.6", "0.8", "1"], "Fig. 6: methods over shares of the training crops"),
+    "prior": (["histomicstk", "cellpose", "hovernet"],
+              "Table 7: methods over segmenters (the baseline has no prior and runs once)")}
 SET_BY = {"claim": ("--probe", "--shuffle-prior"), "fraction": ("--fraction",), "prior": ("--prior",)}
-VALUES = {"fraction": ["0.2", "0.4", "0.6", "0.8", "1"], "prior": ["histomicstk", "cellpose", "hovernet"]}
 
 
 # ---------------------------------------------------------------- flags
@@ -66,7 +69,7 @@ def argument_parser():
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name, help):
-        trains = name in ("claim", *VALUES)
+        trains = name in ("claim", *SWEEPS)
         sub = commands.add_parser(
             name, help=help, description=help, allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -98,10 +101,9 @@ def argument_parser():
     add("--pair", nargs=2, metavar="CLASS",
         help="adds the accuracy and AUC between two classes, from the same scores")
 
-    for name, help in ("fraction", "Fig. 6: methods over shares of the training crops"), (
-            "prior", "Table 7: methods over segmenters (the baseline has no prior and runs once)"):
+    for name, (values, help) in SWEEPS.items():
         add = command(name, help)
-        add("--values", nargs="+", default=VALUES[name], help=f"values of --{name}")
+        add("--values", nargs="+", default=values, help=f"values of --{name}")
         add("--methods", nargs="+", default=list(table.METHODS), choices=list(dirl.METHODS),
             help="methods to compare; fewer save time")
         add("--repeats", type=whole(1, 1000), default=5, help="trainings of DSMIL for each run")
@@ -116,7 +118,7 @@ def argument_parser():
 
 
 def arguments(argv):
-    """The flags of a command line, train.py's in .rest; InputError for what does not go together."""
+    """Returns the flags of a command line, train.py's as a list in .rest; InputError where two clash."""
     parser = argument_parser()
     args, args.rest = parser.parse_known_args(argv)
     if args.command in ("show", "folds"):
@@ -146,21 +148,21 @@ class Job:
 
 
 def job_of(arm, folder, seed, flags, value=""):
-    """A Job; InputError if its flags are wrong: all jobs of a study are listed before the first one runs."""
+    """Returns a Job; InputError if its flags are wrong, before any job runs."""
     flags = [*flags, "--run", str(folder), "--seed", str(seed)]
     return Job(arm, value, folder, flags, script_of(flags).arguments(flags))
 
 
 def script_of(flags):
-    """The module that trains with these flags."""
+    """Returns the module that trains with these flags."""
     return compare if "--ssl" in flags else train
 
 
 def run_jobs(jobs, measure):
     """Pre-trains and measures what is not done yet; returns the exit code.
 
-    measure(job) returns an exit code or raises FloatingPointError. 0; 1 if jobs failed, once the others are
-    done; 2 (bad flags) and 130 (stopped) end the study at once.
+    0: all jobs are measured. 1: some failed, and all others are measured. 2 (bad flags) and 130 (stopped) end
+    the study at once. measure(job) returns an exit code or None, or raises FloatingPointError.
     """
     failed = []
     for k, job in enumerate(jobs, 1):
@@ -182,7 +184,7 @@ def run_jobs(jobs, measure):
 
 
 def pre_train(job):
-    """Trains or resumes a job's encoder: 0 if it is finished, 130 if it was stopped, else its exit code."""
+    """Trains or resumes a job's encoder; returns 0 if it is finished, 130 if stopped, else an exit code."""
     encoder = job.folder / "encoder.pt"
     if job.arm == "random":
         return 0 if encoder.is_file() else save_untrained(encoder, job.settings)
@@ -235,7 +237,7 @@ def claim(args):
 
 
 def keep_settings(path, settings, labels_stamp):
-    """Writes what all arms of a study share; InputError if it was started with something else."""
+    """Writes the settings that all arms of a study share; InputError if it was started with others."""
     own = {*RUNNING, "seed", "method"}  # these may differ between arms
     shared = {name: value for name, value in vars(settings).items() if name not in own}
     shared |= {"data": run_name(settings.data), "labels": labels_stamp}
@@ -245,7 +247,7 @@ def keep_settings(path, settings, labels_stamp):
 
 
 def show(args):
-    """Prints and draws what the measured runs of claim hold."""
+    """Prints and draws what the measured runs of claim hold; returns 0."""
     if args.pair and args.pair[0] == args.pair[1]:
         raise InputError("--pair: two different classes are needed")
     return table.show_claim(args.out, list(ARMS), BASELINE_OF, args.pair)
@@ -254,7 +256,7 @@ def show(args):
 # ---------------------------------------------------------------- fraction, prior
 
 def sweep_jobs(args):
-    """(folder of the sweep, its jobs): each method with each value and seed, once if it has no prior."""
+    """Returns the folder and the jobs of a sweep: each method with each value (if it matters) and seed."""
     folder = Path(args.out or f"runs/sweep_{args.command}_{run_name(train.arguments(args.rest).data)}")
     jobs = []
     for seed in args.seeds:
@@ -280,7 +282,7 @@ def sweep(args):
 
 
 def eval_flags(job, args):
-    """The command line of eval.py for a job: DSMIL on slides, a linear classifier on labelled crops."""
+    """Returns eval.py's command line for a job: DSMIL on slides, a linear classifier on labelled crops."""
     settings = job.settings
     kind = find_data(settings.data, settings.mpp, settings.prior, settings.split_seed,
                      slide_mpp=settings.slide_mpp).kind

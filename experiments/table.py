@@ -54,7 +54,7 @@ def arguments(argv):
 
 
 def read_rows(path):
-    """The rows of a CSV as dicts; [] if it is missing. Of two columns of one name the last counts."""
+    """Returns the rows of a CSV as dicts; [] if it is missing. Of columns with one name the last counts."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
@@ -62,7 +62,7 @@ def read_rows(path):
 
 
 def read_values(folder):
-    """{(data set, measure): [value of each repeat]} of a run that eval.py has measured; {} if none."""
+    """Returns {(data set, measure): [value of each repeat]} of a run that eval.py measured; {} otherwise."""
     out = defaultdict(list)
     data = read_json(folder / "config.json").get("data", "")
     try:
@@ -84,7 +84,7 @@ def read_values(folder):
 
 
 def read_runs(folder):
-    """[(folder, config, values), ...] of the measured runs below a folder; InputError if there are none."""
+    """Returns [(folder, config, values), ...] of the measured runs below a folder; InputError if none."""
     runs = [(path.parent, read_json(path), read_values(path.parent))
             for path in sorted(Path(folder).rglob("config.json"))]
     runs = [run for run in runs if {"data", "arch", "method"} <= run[1].keys() and run[2]]
@@ -95,13 +95,13 @@ def read_runs(folder):
 
 
 def defaults_of(config):
-    """{flag: default} of experiments.compare for the data set of a config.json, as JSON keeps them."""
+    """Returns {flag: default} of experiments.compare for a config.json's data set, as JSON keeps them."""
     flags = compare.arguments(["--data", config["data"], "--ssl", config.get("ssl", "dino")])
     return json.loads(json.dumps(vars(flags)))
 
 
 def labels_of(runs):
-    """[label, ...] of runs: "DiRL-T, BYOL", and what differs from other runs of the same network and data.
+    """Returns [label, ...]: "DiRL-T, BYOL", and what differs from other runs of this network and data set.
 
     Only what is not the flags' default is named, so that runs with the paper's settings have no addition.
     """
@@ -123,7 +123,7 @@ def labels_of(runs):
 
 
 def settings_of(folder, config):
-    """{setting: value as text} of a run: the flags and crops of its config.json, and its steps."""
+    """Returns {setting: value as text} of a run: flags and crops of its config.json, and its steps."""
     settings = defaults_of(config) | config
     log = read_log(folder / "log.csv")
     settings["steps"] = int(log[-1]["step"]) + 1 if log else "unknown"
@@ -132,7 +132,7 @@ def settings_of(folder, config):
 
 
 def differences(runs, columns):
-    """[line, ...]: for each data set, every setting in which its rows differ, with the rows of each value."""
+    """Returns a line per data set and setting in which its rows differ, with the rows of each value."""
     rows_of = {}  # {(data set, setting): {value: {label: None}}}
     for label, (folder, config, values) in zip(labels_of(runs), runs):
         data_sets = dict.fromkeys(column[0] for column in columns if column in values)
@@ -148,7 +148,7 @@ def differences(runs, columns):
 
 
 def order_of(label):
-    """Sorts rows as the paper does: by size, then by method, then by what was added."""
+    """Returns a sorting key, the paper's order: by size, then by method, then by what was added."""
     network, *additions = label.split(", ")
     method, _, size = network.rpartition("-")
     sizes = list(SIZES.values())
@@ -158,7 +158,7 @@ def order_of(label):
 
 
 def collect(runs, measures):
-    """{label: {(data set, measure): values of all repeats}} in the paper's order, and the columns."""
+    """Returns {label: {(data set, measure): values of all repeats}} in the paper's order, and the columns."""
     table = defaultdict(lambda: defaultdict(list))
     for label, (_, _, values) in zip(labels_of(runs), runs):
         for (data, measure), repeats in values.items():
@@ -171,12 +171,12 @@ def collect(runs, measures):
 
 
 def sd_of(values, digits=4):
-    """The standard deviation of repeats as text; "" of a single one."""
+    """Returns the standard deviation of repeats as text; "" of a single one."""
     return f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
 
 
 def cells_of(table, columns, bold, plus_minus):
-    """Rows of texts: mean and sd of each cell, the best mean of a column (as printed) through bold.
+    """Returns rows of texts: mean and sd of each cell, the best printed mean of a column through bold().
 
     The middle bin has no best: a network that has learned nothing has 1.
     """
@@ -197,7 +197,7 @@ def cells_of(table, columns, bold, plus_minus):
 
 
 def markdown(table, columns, notes):
-    """The table in Markdown, the notes below it."""
+    """Returns the table in Markdown, the notes below it."""
     rows = cells_of(table, columns, lambda text: f"**{text}**", lambda sd: f" ± {sd}")
     head = ["", *(f"{data} {MEASURES[measure]}" for data, measure in columns)]
     lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
@@ -207,7 +207,7 @@ def markdown(table, columns, notes):
 
 
 def latex(table, columns, notes):
-    """The table in LaTeX with booktabs: data sets over their measures, the notes below."""
+    """Returns the table in LaTeX with booktabs: data sets over their measures, the notes below."""
     def escape(text):
         return text.replace("_", r"\_").replace("%", r"\%")
 
@@ -255,7 +255,7 @@ class Measured:
 
 
 def read_claim(folder, arms, pair):
-    """{arm: [Measured, ...]} of a study's folder, in the order of arms; InputError if there is none."""
+    """Returns {arm: [Measured, ...]} of a study's folder, in the order of arms; InputError if none."""
     found = {}
     draws = {}  # of the same test groups, drawn once
     for path in sorted(Path(folder).glob("*_seed*/claim.npz")):
@@ -266,9 +266,8 @@ def read_claim(folder, arms, pair):
         if not str(file["stamp"]).startswith(file_stamp(path.parent / "encoder.pt")):
             print(f"skipped: {path}: belongs to an earlier encoder; run the study to measure it again")
             continue
-        for name in pair or ():
-            if name not in file["classes"]:
-                raise InputError(f"--pair {name}: the classes are {', '.join(file['classes'])}")
+        if pair and not set(pair) <= set(file["classes"]):
+            raise InputError(f"--pair {' '.join(pair)}: the classes are {', '.join(file['classes'])}")
         groups = tuple(file["groups"])
         if groups not in draws:
             draws[groups] = draws_of(file["groups"])
@@ -281,13 +280,13 @@ def read_claim(folder, arms, pair):
 
 
 def probe_curve(folder):
-    """{epochs done: (low, middle, high, k-NN accuracy)} that --probe left in log.csv."""
+    """Returns {epochs done: (low, middle, high, k-NN accuracy)} that --probe wrote to log.csv."""
     return {int(row["epoch"]) + 1: tuple(float(row[name]) for name in PROBED)
             for row in read_log(folder / "log.csv") if row[PROBED[-1]]}
 
 
 def loss_shares(folder):
-    """{symbol: the last epoch's mean loss / ln(its outputs)}: 1 if teacher and student are uniform.
+    """Returns {symbol: last epoch's mean loss / ln(its outputs)}: 1 if teacher and student are uniform.
 
     Losses without a centre, such as BYOL's and SimCLR's, have no such value: log.csv has no entropy of them.
     """
@@ -303,21 +302,21 @@ def loss_shares(folder):
 
 
 def minus_baseline(arm, baseline):
-    """[{statistic: difference}, ...] of an arm's runs to the baseline's of the same seeds; {} without one."""
+    """Returns {statistic: difference to the baseline's of the same seed} of each run; {} without one."""
     of_seed = {run.seed: run.values for run in baseline}
     pairs = [(run.values, of_seed.get(run.seed, {})) for run in arm]
     return [{name: values[name] - base[name] for name in values if name in base} for values, base in pairs]
 
 
 def interval(values):
-    """The 95 % interval over the draws in values (1 + DRAWS,)."""
+    """Returns the 95 % interval over the draws in values (1 + DRAWS,)."""
     return np.nanpercentile(values[1:], (2.5, 97.5))
 
 
 def cell(values, seeds):
-    """Values (1 + DRAWS,) of each seed as text: the mean, its sd over several seeds, the 95 % interval.
+    """Returns the text of values (1 + DRAWS,) of each seed: mean, sd over several seeds, 95 % interval.
 
-    If some of the seeds have no value, it says how many have. Single values have no interval.
+    If some seeds have no value, the text tells how many have. Values without draws have no interval.
     """
     if not values:
         return ""
@@ -386,7 +385,7 @@ def show_claim(folder, arms, baseline_of, pair=None):
 
 
 def draw_claim(runs, colors):
-    """Fig. 4 of each arm (all its seeds), and the middle bin's share and the k-NN accuracy over the epochs.
+    """Draws Fig. 4 of each arm (all seeds), the middle bin's share and the k-NN accuracy over the epochs.
 
     The latter two have a line per seed.
     """
@@ -423,7 +422,7 @@ def write_sweep(jobs, flag, values, folder):
 
 
 def draw_sweep(found, flag, values):
-    """Fig. 6: accuracy and AUC over the values of a flag, a line per method; bars are the sd over repeats."""
+    """Draws Fig. 6: accuracy and AUC over a flag's values, a line per method; bars: sd over repeats."""
     is_number = flag == "fraction"
     place = {value: float(value) if is_number else k for k, value in enumerate(values)}
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
