@@ -71,14 +71,16 @@ def read_fold(path, found):
     columns, rows = read_csv(path)
     if not set(SPLITS) <= set(columns):
         raise InputError(f"{path}: its first line has to name the columns train,val,test")
-    named = {split: [slide_of(row[split], found.labels) for _, row in rows if row.get(split)]
-             for split in SPLITS}
-    every = [name for names in named.values() for name in names]
+    fold = {}
+    every = []
+    for split in SPLITS:
+        names = [slide_of(row[split], found.labels) for _, row in rows if row.get(split)]
+        fold[split] = [name for name in names if name in found.labels]
+        every += names
     if len(set(every)) < len(every):
         raise InputError(f"{path}: {max(every, key=every.count)} is listed twice; a slide belongs to one "
                          "split")
-    fold = {split: [name for name in names if name in found.labels] for split, names in named.items()}
-    missing = len(every) - sum(map(len, fold.values()))
+    missing = len(set(every) - found.labels.keys())
     if missing:
         print(f"skipped: {path}: {missing} of {len(every)} slides are not in {found.source}")
     for split, names in fold.items():
@@ -168,10 +170,12 @@ def run(args):
     for name, pattern in shared.named(args.checkpoint, "--checkpoint").items():
         measured = measure_network(name, pattern, found, folds, args)
         columns = list(zip(*measured))
-        means = [f"{np.mean(values):.4f} ± {sd_of(values) or '(one fold)'}" for values in columns[3:6]]
+        means = [f"{np.mean(column):.4f} ± {sd_of(column) or '(one fold)'}" for column in columns[3:6]]
         leaked = f"{sum(columns[9])} of {sum(columns[8])}"
         table.append((name, columns[1][0], *means, str(len(measured)), leaked))
-        rows += [(*row[:3], *(f"{value:.4f}" for value in row[3:6]), *row[6:]) for row in measured]
+        for row in measured:
+            values = [f"{value:.4f}" for value in row[3:6]]
+            rows.append((*row[:3], *values, *row[6:]))
     print_table(table)
     write_csv(args.out, rows)
     print(f"Wrote {args.out}: {len(folds)} folds; above, mean and sd over them")

@@ -190,7 +190,8 @@ def pre_train(job):
         return 0 if encoder.is_file() else save_untrained(encoder, job.settings)
     if is_finished(job.folder) and encoder.is_file() and not (job.folder / "checkpoint.pt").is_file():
         return 0  # the checkpoint is large, and may be deleted when a run is done
-    torch.compiler.reset()  # with --compile: graphs of earlier jobs count towards torch's limit
+    if job.settings.compile:
+        torch.compiler.reset()  # graphs of earlier jobs count towards torch's limit
     code = script_of(job.flags).main(job.flags)
     if is_finished(job.folder) and code in (0, 1):  # 1: some images were skipped
         return 0

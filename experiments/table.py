@@ -165,8 +165,8 @@ def collect(runs, measures):
             if measure in measures:
                 table[label][data, measure] += repeats
     data_sets = dict.fromkeys(data for _, _, values in runs for data, _ in values)
-    columns = [(data, measure) for data in data_sets for measure in measures
-               if any((data, measure) in row for row in table.values())]
+    found = {column for row in table.values() for column in row}
+    columns = [(data, measure) for data in data_sets for measure in measures if (data, measure) in found]
     return {label: table[label] for label in sorted(table, key=order_of)}, columns
 
 
@@ -180,19 +180,13 @@ def cells_of(table, columns, bold, plus_minus):
 
     The middle bin has no best: a network that has learned nothing has 1.
     """
-    shown = {(label, column): f"{np.mean(row[column]):.3f}" for label, row in table.items()
-             for column in columns if column in row}
-    best = {column: max(text for (_, c), text in shown.items() if c == column) for column in columns
-            if column[1] != "middle"}
-    rows = []
-    for label, row in table.items():
-        cells = [label]
-        for column in columns:
-            text = shown.get((label, column), "")
-            sd = sd_of(row[column], 3) if text else ""
-            is_best = text and text == best.get(column)
-            cells.append((bold(text) if is_best else text) + (sd and plus_minus(sd)))
-        rows.append(cells)
+    rows = [[label] for label in table]
+    for column in columns:
+        means = [f"{np.mean(row[column]):.3f}" if column in row else "" for row in table.values()]
+        best = "" if column[1] == "middle" else max(means)
+        for cells, row, mean in zip(rows, table.values(), means):
+            sd = sd_of(row.get(column, ()), 3)
+            cells.append((bold(mean) if mean and mean == best else mean) + (plus_minus(sd) if sd else ""))
     return rows
 
 
@@ -281,12 +275,15 @@ def read_claim(folder, arms, pair):
 
 def probe_curve(folder):
     """Returns {epochs done: (low, middle, high, k-NN accuracy)} that --probe wrote to log.csv."""
-    return {int(row["epoch"]) + 1: tuple(float(row[name]) for name in PROBED)
-            for row in read_log(folder / "log.csv") if row[PROBED[-1]]}
+    curve = {}
+    for row in read_log(folder / "log.csv"):
+        if row[PROBED[-1]]:
+            curve[int(row["epoch"]) + 1] = tuple(float(row[name]) for name in PROBED)
+    return curve
 
 
 def loss_shares(folder):
-    """Returns {symbol: last epoch's mean loss / ln(its outputs)}: 1 if teacher and student are uniform.
+    """Returns {symbol: last epoch's mean loss / ln(its outputs), (1,)}: 1 if both networks are uniform.
 
     Losses without a centre, such as BYOL's and SimCLR's, have no such value: log.csv has no entropy of them.
     """
@@ -297,15 +294,19 @@ def loss_shares(folder):
     for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED):
         if last and last[0].get(f"entropy_{head}"):
             outputs = config["disentangled_dim" if head in dirl.DISENTANGLED else "out_dim"]
-            out[symbol_of(head)] = np.mean([float(row[f"loss_{head}"]) for row in last]) / np.log(outputs)
+            losses = [float(row[f"loss_{head}"]) for row in last]
+            out[symbol_of(head)] = np.array([np.mean(losses) / np.log(outputs)])
     return out
 
 
 def minus_baseline(arm, baseline):
     """Returns {statistic: difference to the baseline's of the same seed} of each run; {} without one."""
     of_seed = {run.seed: run.values for run in baseline}
-    pairs = [(run.values, of_seed.get(run.seed, {})) for run in arm]
-    return [{name: values[name] - base[name] for name in values if name in base} for values, base in pairs]
+    out = []
+    for run in arm:
+        base = of_seed.get(run.seed, {})
+        out.append({name: run.values[name] - base[name] for name in run.values if name in base})
+    return out
 
 
 def interval(values):
@@ -349,20 +350,20 @@ def show_claim(folder, arms, baseline_of, pair=None):
     baseline_of: {arm: its baseline}; that of others is "baseline". pair: two classes to tell apart.
     """
     runs = read_claim(folder, arms, pair)
-    title = {arm: f"{arm}, seed{'s' * (len(measured) > 1)} {' '.join(str(run.seed) for run in measured)}"
-             for arm, measured in runs.items()}
-    print_columns("measure", {title[arm]: [run.values for run in runs[arm]] for arm in runs})
+    values = {}
     differences = {}
-    for arm in runs:
+    losses = {}
+    for arm, measured in runs.items():
+        seeds = " ".join(str(run.seed) for run in measured)
+        title = f"{arm}, seed{'s' * (len(measured) > 1)} {seeds}"
+        values[title] = [run.values for run in measured]
+        losses[title] = [loss_shares(run.folder) for run in measured]
         if arm not in ("random", "baseline", *baseline_of.values()):
             heading = f"{arm} minus {baseline_of[arm]}" if arm in baseline_of else arm
             baseline = runs.get(baseline_of.get(arm, "baseline"), [])
-            differences[heading] = minus_baseline(runs[arm], baseline)
+            differences[heading] = minus_baseline(measured, baseline)
+    print_columns("measure", values)
     print_columns("arm minus baseline, same seeds", differences)
-    losses = {}
-    for arm, measured in runs.items():
-        shares = [loss_shares(run.folder) for run in measured]
-        losses[title[arm]] = [{name: [share] for name, share in of_seed.items()} for of_seed in shares]
     print_columns("last epoch's loss / ln K", losses)
     print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
           "±: sd over seeds")
@@ -374,7 +375,7 @@ def show_claim(folder, arms, baseline_of, pair=None):
         for run in measured:
             points = [f"{epoch}: {p[1]:.1%} {p[3]:.3f}" for epoch, p in probe_curve(run.folder).items()]
             if points:
-                print(f"{f'{arm}, seed {run.seed}':<28}" + "  ".join(points))
+                print(f"{arm}, seed {run.seed}".ljust(28) + "  ".join(points))
             for name, values in run.values.items():
                 numbers = (values[0], *interval(values))
                 rows.append((arm, run.seed, name, *(f"{number:.4f}" for number in numbers)))

@@ -233,7 +233,7 @@ def test_the_loss_share_is_one_where_teacher_and_student_are_uniform(tmp_path):
     write(tmp_path / "config.json", {"out_dim": 64, "disentangled_dim": 8})
     rows = ["0,0,9,9,9,1,1,2", f"1,1,9,{np.log(64)},{np.log(8)},1,1,2"]  # loss_f has no centre, as SimCLR's
     write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_cc,entropy_c,entropy_cc,loss_f", rows)
-    assert table.loss_shares(tmp_path) == {"f_c": pytest.approx(1), "f_cc": pytest.approx(1)}
+    assert table.loss_shares(tmp_path) == {"f_c": pytest.approx([1]), "f_cc": pytest.approx([1])}
 
 
 @pytest.mark.parametrize("argv, says", [
