@@ -1,7 +1,7 @@
-"""What each section of a step takes: python -m experiments.benchmark [--steps N] [flags of train.py].
+"""Times the sections of a training step: python -m experiments.benchmark [--steps N] [flags of train.py].
 
 Runs train.py's own step on the data set's crops and prints milliseconds per section, crops a second and peak
-memory. No run is written.
+memory. Writes no run.
 """
 import os
 import sys
@@ -18,19 +18,19 @@ from common.flags import whole
 from common.optimization import build_optimizer
 from dirl import DINOHead
 
-WARM_UP = 3  # steps that are not counted
+WARM_UP = 3  # untimed steps at the start
 
 
 class Timer:
-    """Times named sections on a device; where one runs inside another, each has its own time only."""
+    """Times named sections on a device. A section's time excludes the sections that run inside it."""
 
     def __init__(self, device):
         self.device = device
-        self.took = {}  # {section: milliseconds of each run}
-        self.inner = [0.0]  # seconds of the sections inside each open one
+        self.durations = {}  # {section: milliseconds of each time it ran}
+        self.nested = [0.0]  # seconds of the sections inside each open one
 
     def now(self):
-        """Seconds, when the device has done what it was asked to."""
+        """Returns the time in seconds, once the device has finished its queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
@@ -38,14 +38,14 @@ class Timer:
     @contextmanager
     def section(self, name):
         began = self.now()
-        self.inner.append(0.0)
+        self.nested.append(0.0)
         yield
-        whole_time = self.now() - began
-        self.took.setdefault(name, []).append(1000 * (whole_time - self.inner.pop()))
-        self.inner[-1] += whole_time
+        elapsed = self.now() - began
+        self.durations.setdefault(name, []).append(1000 * (elapsed - self.nested.pop()))
+        self.nested[-1] += elapsed
 
     def watch(self, module, name):
-        """Makes the calls of a module a section."""
+        """Times every call of a module as a section."""
         open_sections = []
 
         def enter(*_):
@@ -58,15 +58,15 @@ class Timer:
         module.register_forward_hook(leave)
 
     def medians(self, steps):
-        """{section: median milliseconds a step}, and the median of their sum; without WARM_UP."""
+        """Returns {section: median milliseconds a step} and the median of their sum, without WARM_UP."""
         per_step = {name: np.reshape(ms, (steps + WARM_UP, -1)).sum(1)[WARM_UP:]
-                    for name, ms in self.took.items()}
+                    for name, ms in self.durations.items()}
         total = np.median(sum(per_step.values()))
         return {name: np.median(ms) for name, ms in per_step.items()}, total
 
 
 def peak_memory(device):
-    """Peak memory in GiB, and where; NaN where the system does not say (Windows)."""
+    """Returns the peak memory in GiB (NaN on Windows, which does not record it) and the device's name."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30, torch.cuda.get_device_name(device)
     where = f"cpu, {torch.get_num_threads()} threads"
@@ -111,11 +111,11 @@ def benchmark(args, build=train.build_dirl):
 def arguments(argv):
     parser = train.argument_parser("python -m experiments.benchmark")
     parser.add_argument_group("benchmark").add_argument(
-        "--steps", type=whole(), default=10, help="steps that are timed; more where timings vary")
+        "--steps", type=whole(), default=10, help="steps to time; more if timings vary")
     args = train.parse(parser, argv)
     if args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--accumulate and torchrun: one process's whole step is timed; leave them out, and "
-                         "read crops a second from the run itself")
+        raise InputError("--accumulate and torchrun: the benchmark times one process's whole step; drop "
+                         "them, and read crops a second from the run itself")
     return args
 
 

@@ -1,7 +1,7 @@
 """What the paper compares with: python -m experiments.compare --ssl NAME [--method M] [flags of train.py].
 
-Trains in train.py's own loop and writes the same files to runs/<data>_<arch>_<method>_<ssl>/; eval.py takes
-its encoder.pt like any other. The same command resumes.
+Runs train.py's own loop with another recipe and writes the same files to runs/<data>_<arch>_<method>_<ssl>/;
+eval.py takes its encoder.pt like any other. The same command resumes.
 
     Table 3     --ssl esvit, --ssl selfpatch
     Table 6     --ssl dino --method baseline --arch vit_s --depth 13 [--heads 12 13]
@@ -25,20 +25,20 @@ BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_sim
 
 
 def argument_parser():
-    """train.py's parser with the flags of the comparison."""
+    """Returns train.py's parser with the flags of a comparison added."""
     parser = train.argument_parser("python -m experiments.compare")
     add = parser.add_argument_group("comparison").add_argument
     add("--ssl", default="dino", choices=list(BUILD),
-        help="how it is trained; byol, simclr and dino take every --method, the others are baselines")
+        help="self-supervised loss; byol, simclr and dino take every --method, the others are baselines")
     add("--heads", type=whole(), nargs="+", metavar="BLOCK",
         help="a DINO head after each of these blocks (Table 6, 13*: 12 13); for --ssl dino")
     add("--sup-weight", type=between(0, 1e6), default=1.0,
-        help="weight of L_sup beside DINO's loss; for --ssl lsup")
+        help="weight of L_sup, which is added to DINO's loss; for --ssl lsup")
     return parser
 
 
 def arguments(argv):
-    """The flags of a comparison; InputError for what does not go together."""
+    """Returns the flags of a comparison; InputError where two clash."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argument_parser()
     known, _ = parser.parse_known_args(argv)
@@ -54,25 +54,27 @@ def arguments(argv):
 
 
 def check(args):
-    """InputError for flags that do not go together."""
+    """InputError for flags that clash."""
     if args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--accumulate and torchrun: are for train.py; a comparison takes a batch at once")
+        raise InputError("--accumulate and torchrun: work with train.py only; a comparison needs its batch "
+                         "whole")
     if args.heads and args.arch == "vit_h":
-        raise InputError("--heads: --arch vit_h has blocks of two sizes; take another --arch")
+        raise InputError("--heads: --arch vit_h has blocks of two sizes; use another --arch")
     if args.heads:
         depth = len(train.start_encoder(args, train.MEAN, train.STD).blocks)
         if args.ssl != "dino" or max(args.heads) > depth:
-            raise InputError(f"--heads {' '.join(map(str, args.heads))}: needs --ssl dino and blocks between "
-                             f"1 and {depth}, which this encoder has")
+            raise InputError(f"--heads {' '.join(map(str, args.heads))}: needs --ssl dino, and blocks "
+                             f"between 1 and {depth} of this encoder")
     if args.method != "baseline" and (args.heads or args.ssl in BASELINES):
         what = "--heads" if args.heads else f"--ssl {args.ssl}"
-        raise InputError(f"--method {args.method}: {what} is for --method baseline")
+        raise InputError(f"--method {args.method}: {what} needs --method baseline")
     if args.ssl in ("byol", "simclr") and args.empty_regions != "skip":
-        raise InputError(f"--empty-regions {args.empty_regions}: --ssl {args.ssl} leaves absent regions out")
+        raise InputError(f"--empty-regions {args.empty_regions}: --ssl {args.ssl} always skips absent "
+                         "regions")
 
 
 def build(encoder, args):
-    """The Recipe of a comparison."""
+    """Returns the train.Recipe of a comparison."""
     return heads.build(encoder, args) if args.heads else BUILD[args.ssl](encoder, args)
 
 

@@ -1,9 +1,9 @@
 """LC25000's lung part in the layout of our results: python -m experiments.lc25000 lung_image_sets.
 
-LC25000 (Borkowski et al. 2019, arXiv:1912.12142; github.com/tampapath/lung_colon_image_set says where to
-download it) holds 15,000 lung images of 768 x 768 px, in lung_aca/, lung_n/ and lung_scc/: some 750 source
+LC25000 (Borkowski et al. 2019, arXiv:1912.12142; github.com/tampapath/lung_colon_image_set links to the
+download) holds 15,000 lung images of 768 x 768 px, in lung_aca/, lung_n/ and lung_scc/: some 750 source
 tiles, each flipped and rotated into about 20 images. The results in docs/results.md use 3,031 of them, split
-by source tile, which LC25000 does not name: lc25000_lung.csv beside this file says which image is of which.
+by source tile. LC25000 does not name the tiles: lc25000_lung.csv next to this file lists each one's images.
 """
 import hashlib
 import sys
@@ -22,7 +22,7 @@ SHA256 = "a4bcc6922452e8d6fe131092ad14c535bcf68baac31808a7e2914f8fa54b69f0"  # o
 
 
 def labels():
-    """[(image, label, split, source tile), ...], sorted by image; image is <class>/<file>."""
+    """Returns [(image, label, split, source tile), ...], sorted by image; image is <class>/<file>."""
     rows = []
     for _, row in read_csv(TABLE)[1]:
         label = row["class"]
@@ -32,7 +32,7 @@ def labels():
 
 
 def labels_csv():
-    """The text of labels.csv; ValueError if it is not the one that the results were made with."""
+    """Returns the text of labels.csv; ValueError if the results were made with another one."""
     lines = ["image,label,split,source_tile", *(",".join(row) for row in labels())]
     text = "".join(line + "\r\n" for line in lines)
     if hashlib.sha256(text.encode()).hexdigest() != SHA256:
@@ -41,12 +41,12 @@ def labels_csv():
 
 
 def make(source, out):
-    """Writes labels.csv and the images, averaged down to CROP px, to out."""
+    """Writes labels.csv and the images, resized to CROP px, to out; returns 0."""
     rows = labels()
     missing = [image for image, *_ in rows if not (source / image).is_file()]
     if missing:
-        raise InputError(f"{source}: {len(missing)} of {len(rows)} images are not there, such as "
-                         f"{missing[0]}; give LC25000's folder lung_image_sets")
+        raise InputError(f"{source}: {len(missing)} of {len(rows)} images are missing, such as {missing[0]}; "
+                         "give LC25000's folder lung_image_sets")
     for image, *_ in tqdm(rows, "images"):
         with atomic_write(out / image) as temp:
             picture = read_image(source / image)

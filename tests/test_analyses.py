@@ -16,7 +16,7 @@ from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import file_stamp
 from data import Draws, random_boxes
-from experiments import folds, sweep, table
+from experiments import study, table
 from experiments.figures import attention, heatmap, priors, shared, tokens, views
 from prior import STAINS, bin_centroids
 from wsi.splits import find_data
@@ -35,7 +35,7 @@ SWEEP = ["fraction", "--values", "0.5", "1", "--methods", "baseline", "--repeats
 
 @pytest.fixture(scope="module")
 def made(rendered, tmp_path_factory):
-    """"tiny": ten slides of two tiles; two runs by a sweep, within this process for time; its steps."""
+    """"tiny": ten slides of two tiles; two runs by a study, resumed when they are finished."""
     here, rows, steps = tmp_path_factory.mktemp("analyses"), [], []
     for label, (image, _) in rendered.items():
         for i, split in enumerate(("train", "train", "val", "test", "test")):
@@ -45,11 +45,11 @@ def made(rendered, tmp_path_factory):
     write_table(here / "tiny/labels.csv", "slide,label,patient,split", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(sweep, "pre_train", lambda flags, folder: steps.append("train") or train.main(flags))
-        patch.setattr(sweep.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
+        patch.setattr(train, "main", lambda flags, main=train.main: steps.append("train") or main(flags))
+        patch.setattr(study.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
             returncode=eval_py.main(command[2:])))
-        assert sweep.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
-        assert sweep.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
+        assert study.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
+        assert study.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
     return here
 
 
@@ -299,23 +299,23 @@ def write_splits(folder, count=2):
 
 def test_folds_by_published_split_files(here, capsys):
     write_splits(here / "splits")
-    argv = ["--data", "tiny", "--splits", "splits", "--epochs", "2", "--device", "cpu"]
-    assert folds.main([*argv, *TWO]) == 0
+    argv = ["folds", "--data", "tiny", "--splits", "splits", "--epochs", "2", "--device", "cpu"]
+    assert study.main([*argv, *TWO]) == 0
     out, rows = capsys.readouterr().out, rows_of(here / "runs/folds.csv")
     assert "1 of 9 slides are not in tiny" in out and "0 of 4" in out
     assert [(row["network"], row["fold"], row["test"]) for row in rows] == [
         (name, fold, "2") for name in ("First", "Second") for fold in "01"]
     for k in (0, 1):
         shutil.copytree(here / ONE, here / f"elsewhere/fold_{k}")
-    assert folds.main([*argv, "--checkpoint", "own=elsewhere/fold_{fold}"]) == 0
+    assert study.main([*argv, "--checkpoint", "own=elsewhere/fold_{fold}"]) == 0
     shutil.rmtree(here / "elsewhere/fold_1")
-    refused(capsys, folds.main, [*argv, "--checkpoint", "own=elsewhere/fold_{fold}"], "elsewhere/fold_1")
-    refused(capsys, folds.main, [*argv, "--write-split", "0"], "labels.csv", "column split")
+    refused(capsys, study.main, [*argv, "--checkpoint", "own=elsewhere/fold_{fold}"], "elsewhere/fold_1")
+    refused(capsys, study.main, [*argv, "--write-split", "0"], "labels.csv", "column split")
     argv += ["--checkpoint", make_seen(here, "nests_3")]
-    refused(capsys, folds.main, argv, "1 of the 2 test slides", "--allow-seen")
-    assert folds.main([*argv, "--allow-seen"]) == 0 and "2 of 4" in capsys.readouterr().out
+    refused(capsys, study.main, argv, "1 of the 2 test slides", "--allow-seen")
+    assert study.main([*argv, "--allow-seen"]) == 0 and "2 of 4" in capsys.readouterr().out
     write_table(here / "splits/splits_0.csv", "train,val,test", ["nests_0,nests_0,nests_1"])
-    refused(capsys, folds.main, argv, "nests_0 stands there twice")
+    refused(capsys, study.main, argv, "nests_0 is listed twice")
 
 
 def test_a_fold_becomes_the_split_that_training_reads(here):
@@ -323,7 +323,7 @@ def test_a_fold_becomes_the_split_that_training_reads(here):
     rows = [f"{row['slide']},{row['label']}" for row in rows_of(here / "tiny/labels.csv")]
     write_table(here / "open/labels.csv", "slide,label", rows)
     write_splits(here / "splits")
-    assert folds.main(["--data", "open", "--splits", "splits", "--write-split", "1", "--device", "cpu"]) == 0
+    assert study.main(["folds", "--data", "open", "--splits", "splits", "--write-split", "1"]) == 0
     found = find_data("open")
     assert found.split("val") == ["glands_1", "nests_1"] and "nests_3" in found.split("test")
 
@@ -403,7 +403,7 @@ def test_sweep_script(here, capsys):
     assert {(row["fraction"], row["measure"], row["repeats"]) for row in rows} >= {
         ("0.5", "accuracy", "2"), ("1", "auc", "2"), ("1", "middle", "1")}
     assert (here / "runs/sweep_fraction_tiny/sweep.png").stat().st_size > 10_000
-    refused(capsys, sweep.main, [*SWEEP, "--seed", "1"], "--seed: the sweep sets it")
-    jobs = sweep.jobs_of(sweep.arguments(["prior", *ON, "--values", "cellpose", "hovernet"]))[1]
-    assert " ".join(folder.name.removesuffix("_seed0") for _, _, folder, _ in jobs) == (
+    refused(capsys, study.main, [*SWEEP, "--seed", "1"], "--seed: the study sets it")
+    _, jobs = study.sweep_jobs(study.arguments(["prior", *ON, "--values", "cellpose", "hovernet"]))
+    assert " ".join(job.folder.name.removesuffix("_seed0") for job in jobs) == (
         "baseline cellback_cellpose cellback_hovernet dirl_cellpose dirl_hovernet")

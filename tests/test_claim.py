@@ -1,4 +1,4 @@
-"""The experiment: bags, measures, and the script for real at a tiny size, stopped and gone on with."""
+"""The study of the claim: bags, measures, and the script for real at a tiny size, stopped and resumed."""
 import shutil
 
 import numpy as np
@@ -14,15 +14,15 @@ from common import metrics
 from common.classify import nearest
 from common.encoders import MEAN, STD, load_encoder, normalize
 from common.figures import draw_distribution
-from common.files import file_stamp, load_tensors, read_json, save_tensors
+from common.files import file_stamp, load_tensors, read_json
 from common.log import is_finished
-from experiments import claim, claim_table, compare, lc25000
+from experiments import lc25000, measures, study, table
 from wsi.splits import find_data
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
         "--global-size", "32", "--local-size", "16", "--local-crops", "1", "--probe-images", "24",
         "--workers", "1", "--device", "cpu"]
-RUN = ["run", "--data", "c", "--arch", "vit_t4", *TINY]
+RUN = ["claim", "--data", "c", "--arch", "vit_t4", *TINY]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def here(tmp_path, crops, monkeypatch):
     """An empty folder to work in, with a copy of the crops as "c"."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "DRAWS", 50)
-    monkeypatch.setattr(claim, "DSMIL_EPOCHS", 3)
+    monkeypatch.setattr(measures, "DSMIL_EPOCHS", 3)
     shutil.copytree(crops, tmp_path / "c")
     return tmp_path
 
@@ -58,7 +58,7 @@ def test_bags_hold_whole_groups_of_one_class_and_no_tile_twice():
     groups = np.array([f"g{g}" for g in rng.integers(0, 40, 300)])
     labels = np.array([int(g[1:]) % 3 for g in groups])
     part = np.flatnonzero(rng.random(300) < 0.7)
-    bags = claim.make_bags(part, labels, groups, 4, seed=1)
+    bags = measures.make_bags(part, labels, groups, 4, seed=1)
     taken = np.concatenate([index for index, _ in bags])
     assert len(taken) == len(set(taken)) and set(taken) <= set(part)
     for index, label in bags:
@@ -83,7 +83,7 @@ def test_nearest_is_brute_force_by_cosine():
 def statistics_of(scores, truth, groups, pair=None, classes=2):
     file = {"labels": truth, "classes": np.array([f"c{i}" for i in range(classes)]), "x": scores, "stamp": "",
             "groups": groups, "attention": np.tile(np.float32([0.4, 0.5, 2, 2.5]), (len(truth), 1))}
-    return claim_table.statistics(file, claim_table.draws_of(groups), pair)
+    return measures.statistics(file, measures.draws_of(groups), pair)
 
 
 def test_statistics_are_means_over_folds_and_draws_take_whole_groups():
@@ -91,18 +91,18 @@ def test_statistics_are_means_over_folds_and_draws_take_whole_groups():
     right, wrong = np.eye(2)[truth], np.eye(2)[1 - truth]
     out = statistics_of(np.stack([right, right, right, wrong]), truth, groups)
     assert out["accuracy, x"][0] == 0.75 and out["AUC, x"][0] == 0.75  # an ensemble of the four would have 1
-    for index in claim_table.draws_of(groups)[1:]:
+    for index in measures.draws_of(groups)[1:]:
         count = np.bincount(index, minlength=40)
         assert (count[::2] == count[1::2]).all() and len(index) == 40
     rng = np.random.default_rng(0)
     scores = rng.random((1, 40, 2))
     out = statistics_of(scores, truth, groups)
     hits = (scores[0].argmax(1) == truth)
-    want = [hits[index].mean() for index in claim_table.draws_of(groups)]
+    want = [hits[index].mean() for index in measures.draws_of(groups)]
     np.testing.assert_allclose(out["accuracy, x"], want)
     assert len(want) == 1 + metrics.DRAWS
-    assert [out[name][3] for name in claim_table.BINS] == [0.25, 0.5, 0.25]
-    assert out[claim_table.SPREAD][3] == pytest.approx(np.std([0.4, 0.5, 2, 2.5], ddof=1))
+    assert [out[name][3] for name in measures.BINS] == [0.25, 0.5, 0.25]
+    assert out[measures.SPREAD][3] == pytest.approx(np.std([0.4, 0.5, 2, 2.5], ddof=1))
 
 
 def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
@@ -114,9 +114,9 @@ def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
 
 def test_cells_of_the_table():
     a, b = np.array([0.5, 0.4, 0.6]), np.array([0.7, 0.8, 0.6])
-    assert claim_table.cell([a], 1) == "0.500 (0.405 to 0.595)"
-    assert claim_table.cell([a, b], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
-    assert claim_table.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
+    assert table.cell([a], 1) == "0.500 (0.405 to 0.595)"
+    assert table.cell([a, b], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
+    assert table.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
 
 
 def test_fig_4_is_a_histogram_with_the_middle_bins_share():
@@ -138,82 +138,69 @@ def test_arms_are_compared_with_their_own_baseline(here, capsys):
         attention = np.full((20, 196), level, np.float32)
         np.savez(folder / "claim.npz", stamp=file_stamp(encoder), classes=["a", "b"], labels=[0, 1] * 10,
                  groups=np.arange(20), attention=attention, **{"20-NN": scores[None]})
-    assert claim.main(["show"]) == 0
+    assert study.main(["show"]) == 0
     minus = capsys.readouterr().out.split("minus baseline, same seeds")[1]
     assert "two_views minus baseline_two_views" in minus
     line = next(line for line in minus.splitlines() if line.startswith("tokens with attention 0.5 to 2"))
     assert line.split("  ")[-1].strip() == "-1.000 (-1.000 to -1.000)"  # 0 against 1; the other has 0 too
-    np.savez(out / "baseline_seed0" / "claim.npz", stamp="", classes=["a", "b"], labels=[0, 1], groups=[0, 1],
-             attention=np.zeros((2, 4)))
-    refused(capsys, claim.main, ["show"], "an earlier version")
+    write(out / "baseline_seed0" / "claim.npz", "x")
+    refused(capsys, study.main, ["show"], "baseline_seed0/claim.npz: cannot be read")
 
 
-def test_the_experiment_runs_stops_goes_on_and_shows(here, capfd):
+def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     argv = [*RUN, "--folds", "2", "--bag-groups", "1", "--bag-seeds", "1", "--probe-epochs", "2"]
     three = [*argv, "--arms", "baseline", "cellback", "random"]
-    assert claim.main([*three, "--max-steps", "3"]) == 130
+    assert study.main([*three, "--max-steps", "3"]) == 130
     out = here / "runs" / "claim"
     assert not (out / "baseline_seed0" / "claim.npz").exists() and not is_finished(out / "baseline_seed0")
-    assert claim.main(three) == 0
+    assert study.main(three) == 0
     made = times(out, "claim.npz")
     assert len(made) == 3 and is_finished(out / "baseline_seed0")
     (out / "baseline_seed0" / "checkpoint.pt").unlink()  # large, and not needed any more
-    assert claim.main(three) == 0
+    assert study.main(three) == 0
     assert times(out, "claim.npz") == made  # nothing is trained or measured twice
     more = ["--tune-epochs", "1", "--tune-folds", "1", "--bag-groups", "2", "--bag-seeds", "0"]
-    assert claim.main([*argv, "--arms", "random", *more]) == 0  # one measure more is added to those there
+    assert study.main([*argv, "--arms", "random", *more]) == 0  # one measure more is added to those there
     capfd.readouterr()
-    assert claim.main([*three, "--epochs", "3"]) == 2 and "epochs 2 (now 3)" in capfd.readouterr().err
+    assert study.main([*three, "--epochs", "3"]) == 2 and "epochs 2 (now 3)" in capfd.readouterr().err
     a, b = (read_json(out / f"{arm}_seed0" / "config.json") for arm in ("baseline", "cellback"))
     assert {name for name in a if a[name] != b[name]} == {"method"}
 
     right = check_measures(out)
     pair = ["--pair", "class0", "class2"]
-    assert claim.main(["show", "--overlay", "c", "--mpp", "0.5", "--crops", "2", *pair]) == 0
-    said = capfd.readouterr().out
+    assert study.main(["show", *pair]) == 0
+    printed = capfd.readouterr().out
     for words in ("random, seed 0", "a network that has learned nothing has 1.000", "curves on the probe",
                   "class0 against class2", "arm minus baseline", "f_c"):
-        assert words in said
-    table = rows_of(out / "claim.csv")
-    assert {row["arm"] for row in table} == {"random", "baseline", "cellback"}
+        assert words in printed
+    rows = rows_of(out / "claim.csv")
+    assert {row["arm"] for row in rows} == {"random", "baseline", "cellback"}
     measure = ("baseline", "accuracy, logistic regression, 2 folds")
-    value, = (float(row["value"]) for row in table if (row["arm"], row["measure"]) == measure)
+    value, = (float(row["value"]) for row in rows if (row["arm"], row["measure"]) == measure)
     assert value == pytest.approx(right.mean(), abs=1e-4)
-    for name in ("claim.png", "claim_overlay.png"):
-        assert (out / name).read_bytes()[:4] == b"\x89PNG"
-    points = claim_table.probe_curve(out / "cellback_seed0")
+    assert (out / "claim.png").read_bytes()[:4] == b"\x89PNG"
+    points = table.probe_curve(out / "cellback_seed0")
     assert list(points) == [2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
     write(out / "random_seed0" / "encoder.pt", "another")
-    assert claim.main(["show"]) == 0 and "skipped: " in capfd.readouterr().out
+    assert study.main(["show"]) == 0 and "skipped: " in capfd.readouterr().out
 
 
 def test_every_arm_is_normalized_by_the_same_statistics(here, capfd):
     argv = [*RUN, "--folds", "2", "--bag-seeds", "0", "--stats", "data", "--epochs", "1", "--arms"]
-    assert claim.main([*argv, "random", "baseline"]) == 0
+    assert study.main([*argv, "random", "baseline"]) == 0
     out = here / "runs" / "claim"
-    path, measured = out / "random_seed0" / "encoder.pt", out / "random_seed0" / "claim.npz"
-    random, baseline = load_tensors(path), load_tensors(out / "baseline_seed0" / "encoder.pt")
+    random, baseline = (load_tensors(out / f"{arm}_seed0" / "encoder.pt") for arm in ("random", "baseline"))
     images = [np.array(Image.open(image)) for image in here.glob("c/class*/[0-5]_*.png")]  # those to train
     pixels = np.stack(images).reshape(-1, 3) / 255
     np.testing.assert_allclose((random["mean"], random["std"]), (pixels.mean(0), pixels.std(0)), atol=1e-4)
     assert (random["mean"], random["std"]) == (baseline["mean"], baseline["std"])
 
-    save_tensors(path, random | {"mean": list(MEAN), "std": list(STD)})  # as an earlier version left it
-    file = arrays_of(measured)
-    file["stamp"] = file_stamp(path) + str(file["stamp"])[16:]
-    np.savez(measured, **file)
-    capfd.readouterr()
-    assert claim.main(["show"]) == 0
-    assert "skipped: runs/claim/random_seed0/claim.npz" in capfd.readouterr().out
-    assert claim.main([*argv, "random"]) == 0
-    assert load_tensors(path)["mean"] == random["mean"]
-    assert str(arrays_of(measured)["stamp"]).startswith(file_stamp(path))
-
 
 def test_the_random_arm_has_imagenets_statistics_where_the_others_have(here):
     settings = train.arguments(["--data", "c", *TINY, "--arch", "vit_t4", "--run", "runs/random"])
-    assert settings.stats == "imagenet" and claim.start(settings, "c") == 0
-    encoder, _ = load_encoder(here / "runs/random/encoder.pt")
+    path = here / "runs/random/encoder.pt"
+    assert settings.stats == "imagenet" and study.save_untrained(path, settings) == 0
+    encoder, _ = load_encoder(path)
     assert (encoder.mean, encoder.std) == (MEAN, STD)
 
 
@@ -233,9 +220,9 @@ def check_measures(out):
     assert rows["20-NN"].shape == (1, 24, 3)
     bags, tuned = "DSMIL on synthetic slides of 1, 1 seeds", "fine-tuned 1 epochs, 1 of 2 folds"
     assert rows[bags].shape == (1, 12, 3)
-    assert np.bincount(rows[bags + claim_table.BAGS]).tolist() == [4, 4, 4]
+    assert np.bincount(rows[bags + measures.BAGS]).tolist() == [4, 4, 4]
     assert random.keys() - rows.keys() == {tuned} and random[tuned].shape == (1, 24, 3)
-    assert len(random[bags + claim_table.BAGS]) == 12  # those that DSMIL had, not those of more
+    assert len(random[bags + measures.BAGS]) == 12  # those that DSMIL had, not those of more
     scores = rows["logistic regression, 2 folds"]
     right = scores.argmax(2) == rows["labels"]
     assert scores.shape == (2, 24, 3) and right.mean() > 0.8  # tints: a random network tells them apart
@@ -246,24 +233,24 @@ def test_the_loss_share_is_one_where_teacher_and_student_are_uniform(tmp_path):
     write(tmp_path / "config.json", {"out_dim": 64, "disentangled_dim": 8})
     rows = ["0,0,9,9,9,1,1,2", f"1,1,9,{np.log(64)},{np.log(8)},1,1,2"]  # loss_f has no centre, as SimCLR's
     write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_cc,entropy_c,entropy_cc,loss_f", rows)
-    assert claim_table.loss_shares(tmp_path) == {"c": pytest.approx(1), "cc": pytest.approx(1)}
+    assert table.loss_shares(tmp_path) == {"f_c": pytest.approx([1]), "f_cc": pytest.approx([1])}
 
 
 @pytest.mark.parametrize("argv, says", [
     ([*RUN, "--seed=3"], "--seeds"), ([*RUN, "--data", "gone"], "gone"), ([*RUN, "--lr", "50"], "--lr"),
     ([*RUN, "--batch", "37", "--bag-groups", "1"], "--batch 37"),
     ([*RUN, "--bag-groups", "9"], "--bag-groups 9"), ([*RUN, "--folds", "50"], "--folds 50"),
-    ([*RUN, "--folds", "1"], "--folds 1"),
+    ([*RUN, "--folds", "1"], "--folds: 1"),
     (["show", "--out", "nowhere"], "nowhere"), (["show", "--epochs", "3"], "--epochs")])
 def test_bad_flags_are_reported_before_the_first_arm(here, capsys, argv, says):
-    refused(capsys, claim.main, argv, says)
+    refused(capsys, study.main, argv, says)
     assert not list(here.glob("runs/claim/*"))
 
 
-def test_a_failing_arm_is_named_and_the_others_go_on(here, capsys, monkeypatch):
-    monkeypatch.setattr(claim, "pre_train", lambda flags, folder: 1)  # as where the loss diverges
+def test_a_failing_arm_is_named_and_the_others_are_measured(here, capsys, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda flags: 1)  # as where the loss diverges
     argv = [*RUN, "--arms", "baseline", "random", "--folds", "2", "--bag-seeds", "0", "--seeds", "3"]
-    assert claim.main(argv) == 1
+    assert study.main(argv) == 1
     assert "failed: runs/claim/baseline_seed3" in capsys.readouterr().err
     assert (here / "runs/claim/random_seed3/claim.npz").is_file()
     encoder, about = load_encoder(here / "runs/claim/random_seed3/encoder.pt")
@@ -273,9 +260,8 @@ def test_a_failing_arm_is_named_and_the_others_go_on(here, capsys, monkeypatch):
 
 
 def test_arms_are_flags_that_train_takes(here):
-    for arm, flags in claim_table.ARMS.items():
-        parse = compare.arguments if claim.is_compared(flags or []) else train.arguments
-        args = parse(["--data", "c", *TINY, *(flags or [])])
+    for arm, flags in study.ARMS.items():
+        args = study.script_of(flags).arguments(["--data", "c", *TINY, *flags])
         ours = arm in ("shuffled", "lambda_2_0.25", "two_views", "zeros") or arm.endswith("dirl")
         method = "dirl" if ours or arm == "random" else "cellback" if arm.endswith("cellback") else "baseline"
         assert args.method == method, arm
@@ -290,7 +276,7 @@ def test_lc25000_in_our_layout(tmp_path, capsys, monkeypatch):
     for image, label, split, tile in rows:
         assert image.startswith(label) and parts.setdefault(tile, split) == split  # a tile is in one part
     assert lc25000.labels_csv().startswith("image,label,split,source_tile\r\nlung_aca/lungaca1020.jpeg,")
-    refused(capsys, lc25000.main, [str(tmp_path)], "3031 of 3031 images are not there")
+    refused(capsys, lc25000.main, [str(tmp_path)], "3031 of 3031 images are missing")
     monkeypatch.setattr(lc25000, "labels", lambda: rows[:2])
     for image, *_ in rows[:2]:
         saved(tmp_path / "from" / image, array=tissue(768), format="JPEG")

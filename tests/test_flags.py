@@ -16,13 +16,12 @@ SCRIPTS = {  # a command line of each script that is right but for its flags
     "experiments.benchmark": [[]],
     "experiments.curves": [["run"]],
     "experiments.figures.attention": [["overlay", "--checkpoint", "run"]],
-    "experiments.claim": [["run", "--data", "demo"], ["show"]],
     "experiments.compare": [[], ["--ssl", "byol"]],
-    "experiments.folds": [["--data", "demo", "--splits", "here", "--checkpoint", "run"]],
     "experiments.figures.heatmap": [["--checkpoint", "run"]],
     "experiments.lc25000": [["images"]],
     "experiments.figures.priors": [["--prior", "builtin", "truth"]],
-    "experiments.sweep": [["fraction"]],
+    "experiments.study": [["claim", "--data", "demo"], ["show"], ["fraction"],
+                          ["folds", "--data", "demo", "--splits", "here", "--checkpoint", "run"]],
     "experiments.table": [[]],
     "experiments.figures.tokens": [["--checkpoint", "run"]],
     "experiments.figures.views": [[]],
@@ -57,7 +56,7 @@ def test_a_mistyped_flag_is_one_line_that_names_it_and_the_help(tmp_path, monkey
     ("eval", ["--repeats", "x"]), ("eval", ["patches", "--encoder", "none"]), ("data", []),
     ("data", ["check"]), ("data", ["manifest", "--data", "demo"]),
     ("data", ["manifest", "--data", "lung", "--limit", "1"]), ("wsi.segment", []),
-    ("experiments.claim", ["run"]), ("experiments.table", ["--format", "word"])])
+    ("experiments.study", ["claim"]), ("experiments.table", ["--format", "word"])])
 def test_a_wrong_value_is_one_line_and_the_help_that_it_names_exists(capsys, script, argv):
     main = importlib.import_module(script).main
     refused(capsys, main, argv, "; see python ")

@@ -4,7 +4,7 @@
 
 A segmenter is a --prior of train.py or a folder with a file of cells for each slide. Writes a picture, and as
 CSV how far each pair agrees: F1 of the nuclei within 3 um, the share of patches with the same P_c, its kappa.
-What the priors are worth for training (Table 7): python -m experiments.sweep prior.
+What the priors are worth for training (Table 7): python -m experiments.study prior.
 """
 import sys
 from itertools import combinations

@@ -1,0 +1,254 @@
+"""What `experiments.study claim` measures: labelled patches, the measures of an arm, their statistics.
+
+A measure is an array: aggregated attention (T, n) of the T test images, or scores (R, T, C) of R folds or
+trainings, DSMIL's of the test bags. An arm's claim.npz holds them by name, next to the entries of ABOUT.
+"""
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import dirl
+import mil
+from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
+from common.encoders import attention_of, in_batches, load_encoder, represent, use_bf16
+from common.errors import InputError, print_skipped
+from common.files import atomic_write, file_stamp, read_npz
+from common.log import MIDDLE
+from common.metrics import auc, bootstrap_indices
+from data import resample
+from wsi.cache import load_crops
+from wsi.slides import CROP
+from wsi.splits import find_data
+
+DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
+BINS = ("tokens with attention 0 to 0.5", MIDDLE, "tokens with attention over 2")
+SPREAD = "sd of the aggregated attention within an image"
+ABOUT = ("stamp", "classes", "labels", "groups")  # the last two of the test images
+BAGS = ", labels of its test bags"
+
+
+# ---------------------------------------------------------------- labelled patches
+
+@dataclass(frozen=True)
+class Patches:
+    """Labelled images and how they are divided: the same for every arm."""
+
+    classes: list
+    labels: np.ndarray  # (N,), indices of classes
+    groups: np.ndarray  # (N,), patients or source tiles
+    train: np.ndarray  # indices of images
+    test: np.ndarray
+    folds: list  # of train: [(training indices, validation indices), ...]
+    train_bags: list  # make_bags
+    test_bags: list
+    images: torch.Tensor = None  # uint8 (N, 3, CROP, CROP), once they are loaded
+
+
+def find_patches(data):
+    """Returns the wsi.folders.Data of a folder of labelled images; InputError if it has none."""
+    found = find_data(data)
+    if found.kind != "crops" or not found.labels:
+        raise InputError(f"{data}/labels.csv: is missing, or has no column image; the study needs labelled "
+                         "patches")
+    return found
+
+
+def divide(rows, classes, args):
+    """Returns rows of labels.csv as Patches without images; InputError if a class or part is too small."""
+    labels = np.array([classes.index(row["label"]) for row in rows])
+    groups = np.array([row["patient"] for row in rows])
+    is_test = np.array([row["split"] == "test" for row in rows])
+    train = np.flatnonzero(~is_test)
+    test = np.flatnonzero(is_test)
+    if len(np.unique(labels[test])) < len(classes):
+        raise InputError(f"{args.data}/labels.csv: a class has no test image; every class needs one")
+    for part, indices in ("training", train), ("test", test):
+        if len(indices) < 20:
+            raise InputError(f"{args.data}/labels.csv: {len(indices)} {part} images; at least 20 are needed")
+    folds = make_folds(labels[train], groups[train], classes, args.folds, 0)
+    folds = [(train[fitted], train[validated]) for fitted, validated in folds]
+    train_bags = make_bags(train, labels, groups, args.bag_groups, 0)
+    test_bags = make_bags(test, labels, groups, args.bag_groups, 0)
+    for part, bags, least in ("training", train_bags, 5), ("test", test_bags, 1):
+        counts = np.bincount([label for _, label in bags], minlength=len(classes))
+        if args.bag_seeds and counts.min() < least:
+            raise InputError(f"--bag-groups {args.bag_groups}: fewer than {least} {part} bags of "
+                             f"{classes[counts.argmin()]}; lower it, or --bag-seeds 0")
+    return Patches(classes, labels, groups, train, test, folds, train_bags, test_bags)
+
+
+def load_patches(found, args, workers):
+    """Returns the Patches of the images that can be read, with the images."""
+    images, readable, failed = load_crops(list(found.images.values()), workers)
+    print_skipped(failed)
+    rows = [found.labels[name] for name in found.images]
+    return replace(divide([rows[i] for i in readable], found.classes, args), images=images)
+
+
+def make_bags(indices, labels, groups, size, seed):
+    """Returns synthetic slides, [(indices of tiles, class), ...], each all tiles of size groups of a class.
+
+    indices: of the images that may be used. No tile is in two slides; a class's last groups that do not fill
+    a slide are not used.
+    """
+    rng = np.random.default_rng(seed)
+    bags = []
+    for label in np.unique(labels[indices]):
+        of_class = indices[labels[indices] == label]
+        names = rng.permutation(np.unique(groups[of_class]))
+        for i in range(0, len(names) - size + 1, size):
+            bags.append((of_class[np.isin(groups[of_class], names[i: i + size])], int(label)))
+    return bags
+
+
+# ---------------------------------------------------------------- measures
+
+def measures(args, settings):
+    """Returns {name: function of (encoder, features (N, d), patches)} of the measures that the flags name."""
+    out = {"attention": attention}
+    if settings.global_size != CROP:  # the encoder was trained at another size: at that of its views, too
+        out[f"attention at {settings.global_size} px"] = partial(attention, size=settings.global_size)
+    out["20-NN"] = neighbours
+    out[f"logistic regression, {args.folds} folds"] = logistic
+    if args.bag_seeds:
+        name = f"DSMIL on synthetic slides of {args.bag_groups}, {args.bag_seeds} seeds"
+        out[name] = partial(dsmil, seeds=args.bag_seeds)
+    if args.tune_epochs:
+        folds = min(args.folds, args.tune_folds)
+        name = f"fine-tuned {args.tune_epochs} epochs, {folds} of {args.folds} folds"
+        out[name] = partial(fine_tuned, epochs=args.tune_epochs, folds=folds, settings=settings)
+    return out
+
+
+def measure(folder, args, settings, labels_stamp, load):
+    """Adds the missing measures() to a run's claim.npz; load() returns the Patches with their images."""
+    stamp = file_stamp(folder / "encoder.pt") + labels_stamp
+    file = read_npz(folder / "claim.npz") or {}
+    is_current = str(file.get("stamp")) == stamp
+    done = {name: file[name] for name in file if name not in ABOUT and is_current}
+    missing = {name: function for name, function in measures(args, settings).items() if name not in done}
+    if not missing:
+        return
+    patches = load()
+    encoder = load_encoder(folder / "encoder.pt")[0].to(settings.device)
+    bf16 = use_bf16(settings.precision, settings.device)
+    features = in_batches(lambda x: represent(encoder, x, bf16), patches.images, 64, "features").numpy()
+    about = dict(stamp=stamp, classes=patches.classes, labels=patches.labels[patches.test],
+                 groups=patches.groups[patches.test])
+    for name, function in missing.items():
+        done[name] = function(encoder, features, patches)
+        if name.startswith("DSMIL"):
+            done[name + BAGS] = np.array([label for _, label in patches.test_bags])
+        with atomic_write(folder / "claim.npz") as temp, open(temp, "wb") as file:
+            np.savez(file, **about, **done)
+
+
+def attention(encoder, features, patches, size=CROP):
+    """Returns the aggregated attention (T, n) of the test images at size px."""
+    whole = torch.tensor([[0.0, 0, CROP, CROP]])
+
+    def aggregated(x):
+        if size != CROP:
+            x = resample(x.float(), whole.expand(len(x), 4), torch.zeros(len(x)), size)
+        return attention_of(encoder, x)
+    return in_batches(aggregated, patches.images[patches.test], 64, "attention").numpy()
+
+
+def neighbours(encoder, features, patches):
+    """Returns the shares of the classes among the 20 nearest training images: (1, T, C)."""
+    train, test = features[patches.train], features[patches.test]
+    return nearest(train, patches.labels[patches.train], test, len(patches.classes))[None]
+
+
+def logistic(encoder, features, patches):
+    """Returns the probabilities by a logistic regression on each fold: (folds, T, C)."""
+    models = [fit_linear(features, patches.labels, *fold)[0] for fold in patches.folds]
+    return np.stack([predict(features[patches.test]) for predict in models])
+
+
+def dsmil(encoder, features, patches, seeds):
+    """Returns DSMIL's scores (seeds, bags, C) of the test bags; every fifth training bag validates."""
+    tiles = torch.from_numpy(features)
+    bags = [(tiles[index], label) for index, label in patches.train_bags]
+    train = [bag for i, bag in enumerate(bags) if i % 5]
+    out = []
+    for seed in range(seeds):
+        model = mil.train_dsmil(train, bags[::5], len(patches.classes), DSMIL_EPOCHS, seed=seed)
+        scores = [mil.dsmil_predict(model, tiles[index]) for index, _ in patches.test_bags]
+        out.append(torch.stack(scores).numpy())
+    return np.stack(out)
+
+
+def fine_tuned(encoder, features, patches, epochs, folds, settings):
+    """Returns scores (folds, T, C) of the encoder fine-tuned (A.1.2) as for MHIST, with scaled milestones."""
+    mhist = SETTINGS["mhist"]
+    scaled = [round(milestone * epochs / mhist["epochs"]) for milestone in mhist["milestones"]]
+    tuning = SimpleNamespace(**mhist | {"epochs": epochs, "milestones": [m for m in scaled if m > 0]},
+                             device=settings.device, bf16=use_bf16(settings.precision, settings.device))
+    out = []
+    for k, fold in enumerate(patches.folds[:folds], 1):
+        predict, _, _ = fine_tune(encoder, patches.images, patches.labels, *fold, len(patches.classes),
+                                  tuning, settings.seed, f"fine-tuning, fold {k}")
+        out.append(predict(patches.images[patches.test]))
+    return np.stack(out)
+
+
+# ---------------------------------------------------------------- statistics
+
+def draws_of(groups):
+    """Returns (1 + DRAWS) arrays of indices: all images, then each bootstrap draw of groups (N,)."""
+    return [np.arange(len(groups)), *bootstrap_indices(groups)]
+
+
+def score_statistics(truth, scores, draws):
+    """Returns accuracy and AUC of scores (R, N, C) in each of draws, means over the R folds or trainings.
+
+    The paper has such means, not those of an ensemble. An AUC is NaN if a draw lacks a class.
+    """
+    right = (scores.argmax(2) == truth).mean(0)
+    accuracy = np.array([right[index].mean() for index in draws])
+    area = np.full(len(draws), np.nan)
+    for i, index in enumerate(draws):
+        if len(np.unique(truth[index])) == scores.shape[2]:
+            area[i] = np.mean([auc(truth[index], one[index]) for one in scores])
+    return accuracy, area
+
+
+def pair_statistics(labels, scores, draws, two):
+    """Returns score_statistics of two classes, told apart by the ratio of their scores, on their images."""
+    of_pair = np.isin(labels, two)
+    place = np.cumsum(of_pair) - 1  # of an image among those of the pair
+    inside = [place[index[of_pair[index]]] for index in draws]
+    ratio = np.log(scores[:, of_pair][:, :, two] + 1e-9)
+    return score_statistics((labels[of_pair] == two[1]).astype(int), ratio, inside)
+
+
+def statistics(file, draws, pair):
+    """Returns {statistic: (1 + DRAWS,)} of a claim.npz: its value, and that of every draw of test groups."""
+    labels = file["labels"]
+    classes = file["classes"].tolist()
+    out = {}
+    for name in file:
+        if name in ABOUT or name.endswith(BAGS):
+            continue
+        if name.startswith("attention"):
+            images = torch.from_numpy(file[name])
+            of_image = [(*dirl.attention_bins(image), image.std().item()) for image in images]
+            for statistic, values in zip((*BINS, SPREAD), np.array(of_image).T):
+                drawn = [values[index].mean() for index in draws]
+                out[statistic + name.removeprefix("attention")] = np.array(drawn)
+            continue
+        if name.startswith("DSMIL"):
+            bag_labels = file[name + BAGS]
+            both = score_statistics(bag_labels, file[name], draws_of(np.arange(len(bag_labels))))
+        else:
+            both = score_statistics(labels, file[name], draws)
+        out[f"accuracy, {name}"], out[f"AUC, {name}"] = both
+        if pair and not name.startswith("DSMIL"):
+            both = pair_statistics(labels, file[name], draws, [classes.index(label) for label in pair])
+            between = f"{name}, {pair[0]} against {pair[1]}"
+            out[f"accuracy, {between}"], out[f"AUC, {between}"] = both
+    return out
