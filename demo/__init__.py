@@ -1,1 +1,1 @@
-"""The synthetic data set: its slides, and what is known of them."""
+"""The synthetic data set: drawing its slides, and the truth of their tiles."""

@@ -1,4 +1,4 @@
-"""What stands in the tiles of slides where that is known, as in the demo, and what a network makes of it."""
+"""The true kinds of tiles where they are known (the demo), and how well features and attention match them."""
 import numpy as np
 
 from common.classify import nearest
@@ -11,7 +11,7 @@ from wsi.slides import Slide
 
 
 def read_truth(folder, name):
-    """{(x, y): (kind, is it telling)} of a slide's tiles by their level-0 corner; {} if none is known."""
+    """Returns {level-0 corner (x, y): (kind, whether it is telling)} of a slide's tiles; {} if unknown."""
     path = folder / "truth" / f"{name}_tiles.csv"
     if not path.is_file():
         return {}
@@ -20,46 +20,55 @@ def read_truth(folder, name):
 
 
 def tiles_of(found, run, name):
-    """A slide's features (N, d), and of each tile its kind and whether it is telling."""
-    kept, truth = read_npz(run / "features" / f"{name}.npz"), read_truth(found.source, name)
-    kinds, telling = zip(*(truth[tuple(corner)] for corner in kept["coords"].tolist()))
-    return kept["features"], np.array(kinds), np.array(telling)
+    """Returns a slide's features (N, d), the kinds of its tiles (N,), and whether each is telling (N,)."""
+    features = read_npz(run / "features" / f"{name}.npz")
+    truth = read_truth(found.source, name)
+    kinds, telling = zip(*(truth[tuple(corner)] for corner in features["coords"].tolist()))
+    return features["features"], np.array(kinds), np.array(telling)
 
 
 def check_with_truth(found, run, names, attention):
-    """Rows of the table where the truth of the tiles is known (the demo); [] elsewhere.
+    """Returns rows of the results where the kinds of the tiles are known (the demo); [] elsewhere.
 
-    20 nearest neighbours among the training slides' tiles name the kind of each test slide's tile; DSMIL's
-    attention is to find the telling tiles of a slide that has both sorts: the mean of these slides' AUC.
+    Two rows: the accuracy of the kinds of test tiles by their 20 nearest neighbours among the training tiles,
+    and the mean AUC with which DSMIL's attention finds the telling tiles of slides that also have others.
+    attention: {test slide: (repeats, N)}.
     """
     if not read_truth(found.source, names[0]):
         return []
-    train, test = ([tiles_of(found, run, name) for name in found.split(part) if name in names]
-                   for part in ("train", "test"))
-    (x, kinds, _), (queries, truth, _) = (map(np.concatenate, zip(*part)) for part in (train, test))
-    names, labels = np.unique(kinds, return_inverse=True)
-    said = names[nearest(x, labels, queries, len(names)).argmax(1)]
-    rows = [("kind of a tile, 20-NN", f"{(said == truth).mean():.4f}", "", f"{len(truth)} test tiles")]
-    mixed = [(telling, attention[name]) for name, (_, _, telling) in zip(attention, test)
-             if telling.any() and not telling.all()]
-    if mixed:
-        areas = np.mean([[area_under(telling, one) for one in repeats] for telling, repeats in mixed], 0)
-        rows.append(row_of("telling tiles by DSMIL's attention, AUC", areas,
-                           f"{len(mixed)} positive test slides, {len(areas)} seeds"))
+    train = [tiles_of(found, run, name) for name in found.split("train") if name in names]
+    test = [tiles_of(found, run, name) for name in found.split("test") if name in names]
+    features, kinds, _ = map(np.concatenate, zip(*train))
+    queries, truth, _ = map(np.concatenate, zip(*test))
+    kind_names, labels = np.unique(kinds, return_inverse=True)
+    predicted = kind_names[nearest(features, labels, queries, len(kind_names)).argmax(1)]
+    rows = [("kind of a tile, 20-NN", f"{(predicted == truth).mean():.4f}", "", f"{len(truth)} test tiles")]
+    areas = []  # slides x repeats
+    for name, (_, _, telling) in zip(attention, test):
+        if telling.any() and not telling.all():
+            areas.append([area_under(telling, weights) for weights in attention[name]])
+    if areas:
+        means = np.mean(areas, 0)
+        rows.append(row_of("telling tiles by DSMIL's attention, AUC", means,
+                           f"{len(areas)} positive test slides, {len(means)} seeds"))
     return rows
 
 
 def draw_slide(found, folder, attention, path):
-    """A test slide with DSMIL's attention over it, of each network, and the truth where it is known.
+    """Draws a test slide with each network's DSMIL attention on it, and the true kinds where they are known.
 
-    attention: {network: {test slide: (repeats, N)}}. The slide is the first that has telling tiles, else the
+    attention: {network: {test slide: (repeats, N)}}. The slide is the first with telling tiles, else the
     first of the last class.
     """
     names = list(next(iter(attention.values())))
-    truth = {name: read_truth(found.source, name) for name in names}
-    told = [name for name in names if any(telling for _, telling in truth[name].values())]
+    truth = {}
+    telling_slides = []
+    for name in names:
+        truth[name] = read_truth(found.source, name)
+        if any(telling for _, telling in truth[name].values()):
+            telling_slides.append(name)
     last = [name for name in names if found.labels[name]["label"] == found.classes[-1]]
-    name = (told or last)[0]
+    name = (telling_slides or last)[0]
     info = tile_info(found, name)
     slide = Slide(found.images[name], said_mpp=info["slide_mpp"])
     picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
