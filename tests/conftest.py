@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from synthetic import saved, write_table
 
+import dirl
 from demo import slides as demo
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
@@ -22,12 +23,20 @@ def seeded():
     torch.manual_seed(0)
 
 
+class SmallHead(dirl.DINOHead):
+    """DINO's head, 64 wide instead of 2048: checkpoints of 1 MB instead of 80 MB per head."""
+
+    def __init__(self, in_dim, out_dim, norm_last_layer=True):
+        super().__init__(in_dim, out_dim, hidden_dim=64, bottleneck_dim=32, norm_last_layer=norm_last_layer)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty working folder with in/slides/good.png, a synthetic slide of one tile at 1.0 um/px."""
+    """A working folder with in/slides/good.png, a synthetic slide of one tile at 1 um/px, and SmallHeads."""
     here = tmp_path / "here"
     saved(here / "in" / "slides" / "good.png")
     monkeypatch.chdir(here)
+    monkeypatch.setattr(dirl, "DINOHead", SmallHead)
     return here
 
 

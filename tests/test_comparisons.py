@@ -266,7 +266,7 @@ def test_a_stopped_comparison_goes_on_as_if_it_had_not(place, folder, capsys):
     byol = ["--ssl", "byol", "--method", "cellback", *SHORT]
     assert compare.main([*byol, "--run", "runs/whole"]) == 0
     assert compare.main([*byol, "--max-steps", "2"]) == 0 and compare.main(byol) == 0
-    whole, run = Path("runs/whole"), Path("runs/tiny_set_vit_t_cellback_byol_depth2")
+    whole, run = Path("runs/whole"), Path("runs/tiny_set_vit_t4_cellback_byol_depth2")
     assert (whole / "log.csv").read_text() == (run / "log.csv").read_text()
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     for part in ("student", "teacher"):
