@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from synthetic import saved, write_table
+from synthetic import SmallHead, saved, write_table
 
 import dirl
 from demo import slides as demo
@@ -21,13 +21,6 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-class SmallHead(dirl.DINOHead):
-    """DINO's head, 64 wide instead of 2048: checkpoints of 1 MB instead of 80 MB per head."""
-
-    def __init__(self, in_dim, out_dim, norm_last_layer=True):
-        super().__init__(in_dim, out_dim, hidden_dim=64, bottleneck_dim=32, norm_last_layer=norm_last_layer)
 
 
 @pytest.fixture
