@@ -485,10 +485,8 @@ def aggregated_attention(attention):
 
 def attention_bins(aggregated):
     """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4): three floats that sum to 1."""
-    low = aggregated < 0.5
-    middle = (aggregated >= 0.5) & (aggregated <= 2)  # NaN is in none
-    high = aggregated > 2
-    return low.float().mean().item(), middle.float().mean().item(), high.float().mean().item()
+    bins = aggregated < 0.5, (aggregated >= 0.5) & (aggregated <= 2), aggregated > 2  # NaN is in none
+    return tuple(bin.float().mean().item() for bin in bins)
 
 
 # ---------------------------------------------------------------- for speed

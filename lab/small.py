@@ -1,8 +1,7 @@
-"""Small encoders for the lab: vision transformers of 4 blocks, trained as train.py does, on synthetic tissue.
+"""The lab's small encoders: vision transformers of 4 blocks, trained by train.py's step on synthetic tissue.
 
-python -m lab.small    trains the three encoders of part 5 and writes lab/encoders.pt (once; minutes each)
+python -m lab.small    trains the three encoders of part 5 and writes lab/encoders.pt (minutes each)
 """
-import math
 import sys
 import time
 from pathlib import Path
@@ -13,16 +12,20 @@ import torch
 import dirl
 from common.encoders import attention_of, normalize
 from common.files import load_tensors, save_tensors
-from data import random_boxes, resample, shuffle_places
+from common.optimization import Schedules, batches, build_optimizer
+from data import Augmentation, collate, shuffle_places
 from lab.tissue import draw, tiles
-from prior import view_prior
+from train import Recipe, StepSettings, training_step
 
 ENCODERS = Path(__file__).parent / "encoders.pt"
 ARMS = {"DINO": ("baseline", False), "DiRL": ("dirl", False), "DiRL, shuffled prior": ("dirl", True)}
 
+# Crop and flip only: the little that distinguishes drawn crops does not survive colour jitter in a short run.
+VIEWS = Augmentation(local_crops=2, global_size=112, local_size=48, jitter=0, greyscale=0, solarize=0, blur=0)
+
 
 def small_vit():
-    """The encoder of the lab: d = 64, 4 blocks, 2 heads (ViT-T: 192, 12, 3)."""
+    """Returns the lab's encoder: d = 64, 4 blocks, 2 heads (ViT-T: 192, 12, 3)."""
     encoder = dirl.VisionTransformer(64, 4, 2)
     for block in encoder.blocks:
         block.attn.qkv.weight.data *= 2  # 0.04 instead of 0.02: q, k and v then start as large as ViT-T's
@@ -30,14 +33,15 @@ def small_vit():
 
 
 @torch.no_grad()
-def centre_colours(encoder, images):
-    """Lets the filters E start on what differs from the mean colour of images (N, 3, H, W) uint8, in its sd.
+def center_colors(encoder, images):
+    """Subtracts the mean colour of images (N, 3, H, W) uint8 in the filters E and divides by its sd.
 
-    Synthetic tissue is all pink; without this a fresh encoder gives almost the same f for every crop, and a
-    short run never gets away from that. It changes E at the start only: the model is the same.
+    Synthetic tissue is all pink: without this a fresh encoder returns almost the same f for every crop, and a
+    short run never gets away from that. Only the initial weights change, not the model.
     """
-    x = normalize(images.float() / 255)
-    mean, sd = x.mean((0, 2, 3)), x.std((0, 2, 3))
+    x = normalize(images.float() / 255, encoder.mean, encoder.std)
+    mean = x.mean((0, 2, 3))
+    sd = x.std((0, 2, 3))
     layer = encoder.patch_embed.proj
     layer.weight.div_(sd.view(1, 3, 1, 1))
     layer.bias.copy_(-layer.weight.sum((2, 3)) @ mean)
@@ -45,113 +49,91 @@ def centre_colours(encoder, images):
 
 
 def small_dirl(method, encoder, outputs):
-    """DiRL on an encoder, with smaller heads than DINO's (which are 2048 wide and slow on a laptop)."""
+    """Returns DiRL on an encoder with smaller heads than DINO's, which are 2048 wide and slow on a laptop."""
     model = dirl.DiRL(encoder, method, out_dim=1, disentangled_dim=1)
     for name in model.heads:
         model.heads[name] = dirl.DINOHead(encoder.embed_dim, outputs, hidden_dim=256, bottleneck_dim=64)
     return model
 
 
+def crop_of(image, cells):
+    """uint8 image (H, W, 3) and cells (K, 2) -> tensors (3, H, W) and (K, 2), as data.collate takes them."""
+    return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(cells).float()
+
+
 def training_crops(slides):
-    """The tiles of that many synthetic slides, every second with tumour: uint8 (N, 3, 224, 224), cells."""
-    images, cells = [], []
+    """Returns the crops of N synthetic slides, every second one with tumour: [(image, cells), ...]."""
+    crops = []
     for seed in range(slides):
         image, nuclei, _ = draw(seed, tumour=seed % 2 == 1, rows=5, columns=7)
-        some, inside = tiles(image, nuclei)
-        images.append(torch.from_numpy(some).permute(0, 3, 1, 2))
-        cells += [torch.from_numpy(xy).float() for xy in inside]
-    return torch.cat(images), cells
+        crops += [crop_of(tile, cells) for tile, cells in zip(*tiles(image, nuclei))]
+    return crops
 
 
-def crop_and_flip(images, cells, generator, count, size, scale):
-    """count views of uint8 images (B, 3, 224, 224) with cells (B, K, 2): (count, B, 3, size, size), P_c.
+def shuffled_priors(crops, seed):
+    """Returns the crops with each one's cell patches moved to random places in it."""
+    shuffled = []
+    for i, (image, cells) in enumerate(crops):
+        moved = shuffle_places(cells.numpy(), np.random.default_rng([seed, i]))
+        shuffled.append((image, torch.from_numpy(moved).float()))
+    return shuffled
 
-    As data.make_views, but the colours are left alone: the little that tells one drawn crop from another does
-    not survive DINO's colour jitter in a run this short.
+
+def schedules(steps):
+    """Returns DINO's schedules for a short run of small batches: a faster teacher with sharper outputs."""
+    return Schedules(
+        steps=steps, lr=5e-4, min_lr=1e-6, warmup_steps=steps // 10, weight_decay=0.04, weight_decay_end=0.4,
+        momentum=0.99, teacher_temp=0.01, warmup_teacher_temp=0.01, warmup_temp_steps=0, frozen_steps=0)
+
+
+def train(method, crops, steps, batch=24, outputs=64, seed=0, report=None):
+    """Pre-trains a small encoder on crops [(image, cells), ...] and returns the teacher's.
+
+    report(step, teacher, loss) is called after each step.
     """
-    views, priors, x = [], [], normalize(images.float() / 255)
-    for _ in range(count):
-        boxes = random_boxes(len(x), x.shape[-1], scale, generator)
-        flip = torch.rand(len(x), generator=generator) < 0.5
-        views.append(resample(x, boxes, flip, size))
-        priors.append(view_prior(cells, boxes, flip, size))
-    return torch.stack(views), torch.stack(priors)
-
-
-def padded(cells):
-    """[(K, 2), ...] as one (B, K, 2), padded with NaN."""
-    return torch.nn.utils.rnn.pad_sequence(cells, True, math.nan)
-
-
-def half_cosine(start, end, share):
-    """From start at share 0 to end at share 1, along half a cosine."""
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
-
-
-def train(method, images, cells, steps, batch=24, shuffled=False, outputs=64, lr=5e-4, momentum=0.99,
-          teacher_temp=0.01, seed=0, report=None):
-    """Pre-trains a small encoder as train.py does and gives the teacher's.
-
-    images uint8 (N, 3, 224, 224), cells [(K, 2), ...] in px of them. shuffled: each crop's cells are first
-    moved to other patches. report(step, teacher, loss) is called after each step.
-    """
-    if shuffled:
-        cells = [torch.from_numpy(shuffle_places(xy.numpy(), np.random.default_rng([seed, i]))).float()
-                 for i, xy in enumerate(cells)]
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    student = small_dirl(method, centre_colours(small_vit(), images[:200]), outputs)
-    teacher, loss_fn = dirl.make_teacher(student), dirl.DiRLLoss(student)
-    parameters, warmup = list(student.parameters()), steps // 10
-    weights, others = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": weights}, {"params": others, "weight_decay": 0.0}])
-    for step in range(steps):
-        share = (step - warmup) / (steps - warmup)
-        rate = lr * step / warmup if share < 0 else half_cosine(lr, 1e-6, share)
-        optimizer.param_groups[0].update(lr=rate, weight_decay=half_cosine(0.04, 0.4, step / steps))
-        optimizer.param_groups[1].update(lr=rate)
-        some = torch.randint(len(images), (batch,), generator=generator).tolist()
-        some_cells = padded([cells[i] for i in some])
-        views, priors = zip(crop_and_flip(images[some], some_cells, generator, 2, 112, (0.4, 1.0)),
-                            crop_and_flip(images[some], some_cells, generator, 2, 48, (0.05, 0.4)))
-        with torch.no_grad():
-            target = teacher(views[:1], priors[:1])
-        loss, _ = loss_fn(student(views, priors), target, teacher_temp)
-        optimizer.zero_grad()
-        loss.backward()
-        for parameter in parameters:  # each on its own, as DINO does
-            torch.nn.utils.clip_grad_norm_(parameter, 3.0)
-        optimizer.step()
-        dirl.update_teacher(student, teacher, half_cosine(momentum, 1, step / steps))
+    images, _ = collate(crops[:200])
+    student = small_dirl(method, center_colors(small_vit(), images), outputs)
+    loss = dirl.DiRLLoss(student)
+    recipe = Recipe(student, dirl.make_teacher(student), loss, names=tuple(student.heads))
+    optimizer = build_optimizer(student)
+    how = StepSettings(VIEWS, schedules(steps), seed, torch.device("cpu"), bf16=False)
+    for step, chosen in enumerate(batches(len(crops), batch, 0, steps, seed)):
+        images, cells = collate([crops[i] for i in chosen])
+        _, values = training_step(recipe, student, optimizer, images, cells, step, how)
         if report:
-            report(step, teacher, loss.item())
-    return teacher.encoder
+            report(step, recipe.teacher, values[0].item())
+    return recipe.teacher.encoder
 
 
 def load(name):
-    """An encoder of lab/encoders.pt, in eval mode."""
+    """Returns an encoder of lab/encoders.pt, in eval mode."""
     encoder = small_vit()
     encoder.load_state_dict({key: value.float() for key, value in load_tensors(ENCODERS)[name].items()})
     return encoder.eval()
 
 
+@torch.no_grad()
+def print_attention(name, step, encoder, images, loss, seconds):
+    values = attention_of(encoder, images)
+    low, middle, high = dirl.attention_bins(values)
+    print(f"{name}, step {step}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, 0.5 to 2 {middle:.1%}, "
+          f"over 2 {high:.1%}, sd {values.std():.2f}; {seconds:.0f} s", flush=True)
+
+
 def main(slides=12, steps=800):
     """Trains every arm and writes ENCODERS, in 16-bit floats."""
     torch.set_flush_denormal(True)
-    images, cells = training_crops(slides)
-    some, trained = images[::12], {}
+    crops = training_crops(slides)
+    watched, _ = collate(crops[::12])
+    trained = {}
     for name, (method, shuffled) in ARMS.items():
         start = time.time()
 
         def report(step, teacher, loss):
             if (step + 1) % 50 == 0:
-                with torch.no_grad():
-                    values = attention_of(teacher.encoder, some)
-                low, middle, high = dirl.attention_bins(values)
-                print(f"{name}, step {step + 1}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, "
-                      f"0.5 to 2 {middle:.1%}, over 2 {high:.1%}, sd {values.std():.2f}; "
-                      f"{time.time() - start:.0f} s", flush=True)
-        encoder = train(method, images, cells, steps, shuffled=shuffled, report=report)
+                print_attention(name, step + 1, teacher.encoder, watched, loss, time.time() - start)
+        encoder = train(method, shuffled_priors(crops, 0) if shuffled else crops, steps, report=report)
         trained[name] = {key: value.half() for key, value in encoder.state_dict().items()}
         save_tensors(ENCODERS, trained)
 

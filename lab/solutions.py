@@ -1,4 +1,4 @@
-"""The answers to the exercises of dirl.ipynb. Try yours first: the checks say what is wrong with it."""
+"""Solutions to the exercises of dirl.ipynb. Try your own first: the checks tell you what is wrong with it."""
 import math
 
 import torch
@@ -21,7 +21,8 @@ def my_view_prior(cells, box, flip):
 # Part 2
 
 def my_pool(tokens, p_c):
-    cells, background = p_c.unsqueeze(-1), (1 - p_c).unsqueeze(-1)  # (B, n, 1)
+    cells = p_c.unsqueeze(-1)  # (B, n, 1)
+    background = 1 - cells
     f_c = (cells * tokens).sum(1) / cells.sum(1).clamp(min=1)
     f_b = (background * tokens).sum(1) / background.sum(1).clamp(min=1)
     return f_c, f_b
@@ -66,7 +67,8 @@ def my_aggregated(attention):
 
 
 def my_bins(values):
-    low, high = (values < 0.5).float().mean().item(), (values > 2).float().mean().item()
+    low = (values < 0.5).float().mean().item()
+    high = (values > 2).float().mean().item()
     return low, 1 - low - high, high
 
 

@@ -1,8 +1,8 @@
-"""Synthetic tissue for the lab: drawn, not photographed, so the true place of every nucleus is known.
+"""Synthetic tissue for the lab: drawn, not photographed, so the true position of every nucleus is known.
 
 A slide is pink stroma with spindle cells, glands (a ring of nuclei around a white lumen), clusters of
-lymphocytes and fat; a positive one has a round focus of tumour in it, a sheet of large, uneven nuclei without
-glands. Colours follow Beer-Lambert. The slides of the demo are others: demo/slides.py.
+lymphocytes and fat. A positive slide also has a round focus of tumour: a sheet of large, uneven nuclei
+without glands. Colours follow Beer-Lambert. demo/slides.py draws the demo's slides.
 """
 import numpy as np
 from scipy import ndimage
@@ -13,13 +13,13 @@ TILE = 224  # px, the paper's crop
 
 
 def spots(rng, height, width, step):
-    """Points (K, 2) as x, y, about step px apart: a grid whose points are moved about."""
+    """Returns points (K, 2) as x, y, about step px apart: a grid with jittered points."""
     grid = np.mgrid[step / 2: width: step, step / 2: height: step].reshape(2, -1).T
     return grid + rng.uniform(-0.35, 0.35, grid.shape) * step
 
 
 def outside(points, circles, margin=0.0):
-    """Which points (K, 2) lie in none of the circles, each (x, y, radius)."""
+    """Returns which points (K, 2) lie outside all circles, each (x, y, radius), enlarged by margin."""
     free = np.ones(len(points), bool)
     for x, y, radius in circles:
         free &= np.hypot(points[:, 0] - x, points[:, 1] - y) > radius + margin
@@ -27,7 +27,10 @@ def outside(points, circles, margin=0.0):
 
 
 def nuclei_of(rng, xy, long, short, dark, angle=None):
-    """Nuclei (K, 6) at xy: x, y, two half axes in px, angle, density; sizes and densities as (low, high)."""
+    """Returns nuclei (K, 6) at xy: x, y, half axes in px, angle, density.
+
+    long, short (px) and dark (density) are ranges (low, high).
+    """
     n = len(xy)
     angle = rng.uniform(0, np.pi, n) if angle is None else angle
     return np.column_stack([xy, rng.uniform(*long, n), rng.uniform(*short, n), angle, rng.uniform(*dark, n)])
@@ -36,37 +39,43 @@ def nuclei_of(rng, xy, long, short, dark, angle=None):
 def fill(field, circle, value):
     """Sets a disc (x, y, radius) of a field (H, W) to value, in place."""
     x, y, radius = circle
-    top, left = max(int(y - radius), 0), max(int(x - radius), 0)
-    part = field[top: int(y + radius) + 2, left: int(x + radius) + 2]
-    down, right = np.ogrid[: part.shape[0], : part.shape[1]]
-    part[np.hypot(right + left + 0.5 - x, down + top + 0.5 - y) < radius] = value
+    top = max(int(y - radius), 0)
+    left = max(int(x - radius), 0)
+    square = field[top: int(y + radius) + 2, left: int(x + radius) + 2]
+    down, right = np.ogrid[: square.shape[0], : square.shape[1]]
+    square[np.hypot(right + left + 0.5 - x, down + top + 0.5 - y) < radius] = value
 
 
 def stamp(field, nuclei):
-    """Draws nuclei (K, 6) into a density field (H, W), in place, with an edge of 1 px."""
+    """Draws nuclei (K, 6) into a density field (H, W), in place, with edges blurred over 1 px."""
     for x, y, a, b, angle, dark in nuclei:
         r = int(max(a, b)) + 2
-        x0, x1 = max(int(x) - r, 0), min(int(x) + r + 1, field.shape[1])
-        y0, y1 = max(int(y) - r, 0), min(int(y) + r + 1, field.shape[0])
-        u, v = np.arange(x0, x1) + 0.5 - x, (np.arange(y0, y1) + 0.5 - y)[:, None]
-        c, s = np.cos(angle), np.sin(angle)
-        distance = np.hypot((c * u + s * v) / a, (c * v - s * u) / b)
+        left = max(int(x) - r, 0)
+        top = max(int(y) - r, 0)
+        square = field[top: int(y) + r + 1, left: int(x) + r + 1]
+        down, right = np.ogrid[: square.shape[0], : square.shape[1]]
+        u = right + left + 0.5 - x
+        v = down + top + 0.5 - y
+        cos = np.cos(angle)
+        sin = np.sin(angle)
+        distance = np.hypot((cos * u + sin * v) / a, (cos * v - sin * u) / b)
         ink = dark * np.clip((1 - distance) * min(a, b) + 0.5, 0, 1)
-        np.maximum(field[y0: y1, x0: x1], ink, out=field[y0: y1, x0: x1])
+        np.maximum(square, ink, out=square)
 
 
 def paint(rng, haematoxylin, eosin):
-    """Densities (H, W) to uint8 RGB by Beer-Lambert; the stains of each slide differ a little."""
+    """Stain densities (H, W) -> uint8 RGB by Beer-Lambert; stain strengths differ a little between slides."""
     h, e = (ndimage.gaussian_filter(field, 0.6) * rng.uniform(0.9, 1.1) for field in (haematoxylin, eosin))
     light = 242 * np.exp(-(h[..., None] * STAINS[0] + e[..., None] * STAINS[1]).astype(np.float32))
     return np.clip(light + rng.normal(0, 2, (*h.shape, 1)), 0, 255).astype(np.uint8)
 
 
 def arrange(rng, height, width, tumour):
-    """Foci, fat, glands of a slide, lists of (x, y, radius), and its shares of spindles and lymphocytes."""
+    """Returns foci, fat and glands, lists of (x, y, radius), and the shares of spindles and lymphocytes."""
     scale = 1.0 if height > TILE else 0.4
     many_glands, much_fat, spindles = rng.uniform([0.0, 0.0, 0.25], [1.0, 0.4, 0.95])  # slides differ
-    lymphocytes, foci = rng.uniform(0, 1), []
+    lymphocytes = rng.uniform(0, 1)
+    foci = []
     if tumour:
         radius = rng.uniform(150, 240) * scale
         foci = [(*(rng.uniform(0.25, 0.75, 2) * [width, height]), radius)]
@@ -79,7 +88,7 @@ def arrange(rng, height, width, tumour):
 
 
 def all_nuclei(rng, height, width, foci, fat, glands, spindles, lymphocytes):
-    """Nuclei (K, 6) of a slide, as stamp draws them."""
+    """Returns the nuclei (K, 6) of a slide, as stamp draws them."""
     nuclei = []
     for x, y, radius in glands:  # a ring around the lumen
         turn = np.arange(0, 2 * np.pi, 9 / radius)
@@ -102,13 +111,13 @@ def all_nuclei(rng, height, width, foci, fat, glands, spindles, lymphocytes):
 
 
 def draw(seed, tumour=False, rows=1, columns=1):
-    """A synthetic slide of rows x columns tiles: uint8 (H, W, 3), its nuclei (K, 2) as x, y in px, and focus.
+    """Draws a slide of rows x columns tiles: uint8 (H, W, 3), its nuclei (K, 2) as x, y in px, and focus.
 
-    focus (H, W) bool is where the tumour is; False everywhere without tumour. A slide of one tile has a
-    smaller focus.
+    focus (H, W) bool: where the tumour is. A slide of one tile has a smaller focus.
     """
     rng = np.random.default_rng(seed)
-    height, width = rows * TILE, columns * TILE
+    height = rows * TILE
+    width = columns * TILE
     foci, fat, glands, *shares = arrange(rng, height, width, tumour)
     nuclei = all_nuclei(rng, height, width, foci, fat, glands, *shares)
     fibres = ndimage.zoom(rng.standard_normal((height // 4, width // 4)).astype(np.float32), 4, order=1)
@@ -128,8 +137,9 @@ def draw(seed, tumour=False, rows=1, columns=1):
 
 
 def tiles(image, cells):
-    """A slide cut into tiles, row by row: uint8 (N, 224, 224, 3), and each one's cells (K, 2) in its px."""
-    images, inside = [], []
+    """Cuts a slide into tiles, row by row: uint8 (N, 224, 224, 3), and the cells (K, 2) of each in its px."""
+    images = []
+    inside = []
     for top in range(0, image.shape[0], TILE):
         for left in range(0, image.shape[1], TILE):
             images.append(image[top: top + TILE, left: left + TILE])

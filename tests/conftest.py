@@ -3,8 +3,9 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from synthetic import saved, write_table
+from synthetic import SmallHead, saved, write_table
 
+import dirl
 from demo import slides as demo
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
@@ -24,10 +25,11 @@ def seeded():
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty working folder with in/slides/good.png, a synthetic slide of one tile at 1.0 um/px."""
+    """A working folder with in/slides/good.png, a synthetic slide of one tile at 1 um/px, and SmallHeads."""
     here = tmp_path / "here"
     saved(here / "in" / "slides" / "good.png")
     monkeypatch.chdir(here)
+    monkeypatch.setattr(dirl, "DINOHead", SmallHead)
     return here
 
 

@@ -1,13 +1,12 @@
 """The comparisons of experiments/: each loss against its definition, and that each of them learns."""
 import itertools
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import refused, rows_of, tissue
+from synthetic import SmallHead, refused, rows_of, tissue
 from test_train import FOLDER
 
 import dirl
@@ -215,7 +214,7 @@ CASES = [("byol", m) for m in dirl.METHODS] + [("simclr", m) for m in dirl.METHO
 
 @pytest.mark.parametrize("ssl, method", CASES)
 def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
-    monkeypatch.setattr(dirl, "DINOHead", partial(dirl.DINOHead, hidden_dim=64, bottleneck_dim=32))
+    monkeypatch.setattr(dirl, "DINOHead", SmallHead)
     monkeypatch.setattr(byol_simclr, "HIDDEN", 128)
     args = SimpleNamespace(ssl=ssl, method=method, device="cpu", out_dim=64, disentangled_dim=32,
                            norm_last_layer=True, student_temp=0.1, center_momentum=0.3, lambda_1=0.5,
@@ -266,7 +265,7 @@ def test_a_stopped_comparison_goes_on_as_if_it_had_not(place, folder, capsys):
     byol = ["--ssl", "byol", "--method", "cellback", *SHORT]
     assert compare.main([*byol, "--run", "runs/whole"]) == 0
     assert compare.main([*byol, "--max-steps", "2"]) == 0 and compare.main(byol) == 0
-    whole, run = Path("runs/whole"), Path("runs/tiny_set_vit_t_cellback_byol_depth2")
+    whole, run = Path("runs/whole"), Path("runs/tiny_set_vit_t4_cellback_byol_depth2")
     assert (whole / "log.csv").read_text() == (run / "log.csv").read_text()
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     for part in ("student", "teacher"):

@@ -82,7 +82,7 @@ def test_train_and_eval_take_the_um_per_px_of_224_px(place, capsys):
     out = capsys.readouterr().out
     density = 1e6 * len(CENTRES) / 250 ** 2
     assert f"{2 * len(CENTRES)} cells in 2 crops, {density:.0f} per mm2" in out
-    run = place / "runs" / "c_vit_t_baseline"
+    run = place / "runs" / "c_vit_t4_baseline"
     assert load_tensors(run / "encoder.pt")["mpp"] == pytest.approx(250 / 224)
     assert json.loads((run / "config.json").read_text())["mpp"] == pytest.approx(250 / 224)
     assert train.main(flags) == 0  # the same run, which is finished

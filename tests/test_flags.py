@@ -26,7 +26,7 @@ SCRIPTS = {  # a command line of each script that is right but for its flags
     "experiments.figures.tokens": [["--checkpoint", "run"]],
     "experiments.figures.views": [[]],
 }
-WITHOUT_FLAGS = {"prior", "lab.run", "lab.small"}
+WITHOUT_FLAGS = {"prior", "lab.small"}
 CASES = [(script, argv) for script, lines in SCRIPTS.items() for argv in lines]
 
 

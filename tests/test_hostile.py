@@ -29,7 +29,8 @@ from wsi.splits import find_data
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1",
        "--warmup-epochs", "0", "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0",
-       "--global-size", "32", "--workers", "1", "--device", "cpu", "--method", "baseline"]
+       "--global-size", "32", "--workers", "1", "--device", "cpu",
+       "--arch", "vit_t4", "--method", "baseline"]
 
 
 # ---------------------------------------------------------------- folders and labels.csv
@@ -171,7 +172,7 @@ def test_what_no_he_slide_looks_like_is_reported(place, capsys):
 
 def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
     assert train.main([*RUN, "--max-steps", "1"]) == 0
-    run = place / "runs" / "in_vit_t_baseline"
+    run = place / "runs" / "in_vit_t4_baseline"
     checkpoint, encoder = (load_tensors(run / name) for name in ("checkpoint.pt", "encoder.pt"))
     for change in ({"step": -3}, {"step": None}, {"student": {}}, {"teacher": 3}):
         save_tensors(run / "checkpoint.pt", checkpoint | change)
@@ -211,7 +212,7 @@ def test_what_can_be_made_again_is(place):
 def test_a_log_with_other_bytes_in_it_is_no_harm(place):
     saved(place / "in" / "slides" / "more.png", array=tissue(seed=3))
     assert train.main([*RUN, "--max-steps", "1"]) == 0
-    log = place / "runs" / "in_vit_t_baseline" / "log.csv"
+    log = place / "runs" / "in_vit_t4_baseline" / "log.csv"
     with open(log, "ab") as file:
         file.write("²,0,1\n".encode() + b"\xff\x00\n")
     assert train.main(RUN) == 0 and len(log.read_text().splitlines()) == 3
@@ -234,7 +235,7 @@ def test_a_run_in_use_is_refused(place, capsys):
     assert train.main([*RUN, "--max-steps", "1"]) == 0
     code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
             "print(1, flush=True); input()")
-    lock = place / "runs" / "in_vit_t_baseline" / ".lock"
+    lock = place / "runs" / "in_vit_t4_baseline" / ".lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE)
     holder.stdout.readline()
@@ -255,14 +256,14 @@ def test_training_outlives_its_terminal(place):
     os.read(read, 10)
     os.close(read)  # as `2>&1 | head` does
     process.wait(120)
-    run = place / "runs" / "in_vit_t_baseline"
+    run = place / "runs" / "in_vit_t4_baseline"
     assert len((run / "log.csv").read_text().splitlines()) == 8 and (run / "checkpoint.pt").is_file()
 
 
 def test_hangup_saves_and_the_run_goes_on(place):
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN, "--epochs", "500"],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = place / "runs" / "in_vit_t_baseline" / "log.csv"
+    log = place / "runs" / "in_vit_t4_baseline" / "log.csv"
     began = time.monotonic()
     while not (log.is_file() and len(log.read_text().splitlines()) > 2) and time.monotonic() - began < 100:
         time.sleep(0.1)

@@ -1,31 +1,50 @@
-"""The lab: its notebook runs in order without Jupyter, and its checks tell right answers from wrong ones."""
+"""The lab: its notebook runs in order (here without Jupyter), its checks tell right from wrong."""
 import base64
+import contextlib
 import inspect
+import io
+import json
 import math
 import re
+from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from lab import checks, run, small, solutions
+from lab import checks, small, solutions
 
-NOTEBOOK = run.read()
-CELLS = [source for _, source in run.code_cells(NOTEBOOK)]
+PATH = Path(__file__).resolve().parents[1] / "lab" / "dirl.ipynb"
+CODE = [cell for cell in json.loads(PATH.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+CELLS = ["".join(cell["source"]) for cell in CODE]
 CHECKS = [source for source in CELLS if source.startswith('print("Exercise')]
+STORE = "pip install nbconvert ipykernel; jupyter nbconvert --to notebook --execute --inplace lab/dirl.ipynb"
+
+
+def run_cell(source, names, title):
+    """Executes a cell in the namespace; returns what it printed and the number of its figures."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(source, title, "exec"), names)
+    figures = plt.get_fignums()
+    for number in figures:
+        plt.figure(number).canvas.draw()
+    plt.close("all")
+    return printed.getvalue(), len(figures)
 
 
 @pytest.fixture(scope="module")
 def lab():
     """The notebook run from lab/ with the blanks left blank: its names, and what each cell printed."""
     patch = pytest.MonkeyPatch()
-    patch.chdir(run.NOTEBOOK.parent)
+    patch.chdir(PATH.parent)
     matplotlib.use("agg")
     names, printed, pictures = {"__name__": "__main__"}, [], 0
     for number, source in enumerate(CELLS, 1):
-        text, figures = run.run_cell(source, names, f"cell {number}")
+        text, figures = run_cell(source, names, f"cell {number}")
         printed.append(text)
-        pictures += len(figures)
+        pictures += figures
         if number == 1:
             names.update(SLIDES=6, STEPS=4, EPOCHS=3)  # enough to run every line
     patch.undo()
@@ -42,7 +61,7 @@ def test_every_cell_runs_and_every_exercise_waits(lab):
 
 @pytest.mark.parametrize("source", CHECKS, ids=lambda source: source[7:18])
 def test_the_solution_passes(lab, source):
-    text, _ = run.run_cell(source, {**lab[0], **vars(solutions)}, "check")
+    text, _ = run_cell(source, {**lab[0], **vars(solutions)}, "check")
     assert ": right: " in text, text
 
 
@@ -77,7 +96,7 @@ def scores_of(q, scores, dim=0, scale=math.sqrt(128)):
 
 
 @pytest.mark.parametrize("check, answer, says", [
-    ("view_prior", lambda cells, box, flip: solutions.my_view_prior(cells, box, False), "unflipped"),
+    ("view_prior", lambda cells, box, flip: solutions.my_view_prior(cells, box, False), "not flipped"),
     ("view_prior", lambda cells, box, flip: solutions.my_view_prior(cells, (0, 0, 224, 224), flip),
      "not cropped"),
     ("view_prior", lambda cells, box, flip: solutions.my_view_prior(
@@ -88,7 +107,7 @@ def scores_of(q, scores, dim=0, scale=math.sqrt(128)):
     ("pool", lambda tokens, p_c: solutions.my_pool(tokens, 1 - p_c), "swapped"),
     ("pool", pooled(lambda region: region.shape[1]), "divided by n"),
     ("pool", pooled(lambda region: 1), "sum over the region"),
-    ("pool", pooled(lambda region: region.sum(1)), "no cell gives nan"),
+    ("pool", pooled(lambda region: region.sum(1)), "no cell pools to nan"),
     ("pool", pooled(lambda region: region.sum(1) + 1), "f_c is not the mean"),
     ("masks", no_diagonal, "or i = j"),
     ("masks", finite, "-100"),
@@ -106,7 +125,7 @@ def scores_of(q, scores, dim=0, scale=math.sqrt(128)):
     ("diagnosis", lambda q: "healthy", "'uniform'"),
     ("diagnosis", lambda q: "uniform" if checks.entropy(q.mean(0)) > 1 else "one prototype", "'healthy'"),
     ("aggregated", lambda attention: attention.sum(-1).mean(1), "row sums"),
-    ("aggregated", lambda attention: attention.sum((1, 2)), "heads are added"),
+    ("aggregated", lambda attention: attention.sum((1, 2)), "heads are summed"),
     ("aggregated", lambda attention: attention.mean((1, 2)), "mean"),
     ("aggregated", lambda attention: attention[:, 0].sum(-2), "not the column sums"),
     ("bins", lambda v: ((v <= 0.5).float().mean(), 0.6, (v > 2).float().mean()), "one bin"),
@@ -126,40 +145,41 @@ def test_a_wrong_answer_is_told_what_is_wrong(check, answer, says):
 
 
 def test_the_first_cell_finds_the_project_from_its_root(monkeypatch):
-    monkeypatch.chdir(run.NOTEBOOK.parents[1])
+    monkeypatch.chdir(PATH.parents[1])
     names = {}
-    run.run_cell(CELLS[0], names, "cell 1")
-    assert names["root"] == run.NOTEBOOK.parents[1]
+    run_cell(CELLS[0], names, "cell 1")
+    assert names["root"] == PATH.parents[1]
 
 
 def test_outputs_are_stored_and_small():
-    assert run.NOTEBOOK.stat().st_size < 2e6
-    cells = [cell for cell, _ in run.code_cells(NOTEBOOK)]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert PATH.stat().st_size < 2e6
+    assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} == {"stream", "display_data"}
     pictures = [output["data"]["image/png"] for output in outputs if "data" in output]
     assert len(pictures) >= 9 and all(base64.b64decode(png).startswith(b"\x89PNG") for png in pictures)
 
 
 def test_stored_sources_are_the_sources_now(lab):
-    """What cells printed with inspect.getsource is the code as it is; else: python -m lab.run."""
+    """What cells printed with inspect.getsource is today's code."""
     compared = 0
-    for cell, source in run.code_cells(NOTEBOOK):
+    for cell, source in zip(CODE, CELLS):
         stored = "".join(text for output in cell["outputs"] for text in output.get("text", []))
         for name in re.findall(r"inspect\.getsource\(([\w.]+)\)", source):
-            assert inspect.getsource(eval(name, lab[0])) in stored, f"{name}: python -m lab.run stores it"
+            assert inspect.getsource(eval(name, lab[0])) in stored, f"{name} has changed: {STORE}"
             compared += 1
     assert compared >= 8
 
 
-def test_small_encoders_stand_in_the_lab_and_their_command_trains():
+def test_small_encoders_load_and_their_command_trains():
     assert small.ENCODERS.stat().st_size < 5e6
     images = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
-    cells = [torch.rand(20, 2) * 224 for _ in range(4)]
-    for name, (method, shuffled) in small.ARMS.items():
-        seen = []
-        encoder = small.train(method, images, cells, 2, batch=2, shuffled=shuffled,
-                              report=lambda step, teacher, loss: seen.append(loss))
-        assert len(seen) == 2 and all(math.isfinite(loss) for loss in seen)
+    crops = [(image, torch.rand(20, 2) * 224) for image in images]
+    shuffled = small.shuffled_priors(crops, 0)
+    assert any(not torch.equal(before[1], after[1]) for before, after in zip(crops, shuffled))
+    for name, (method, shuffle) in small.ARMS.items():
+        losses = []
+        encoder = small.train(method, shuffled if shuffle else crops, 2, batch=2,
+                              report=lambda step, teacher, loss: losses.append(loss))
+        assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
         assert encoder.state_dict().keys() == small.load(name).state_dict().keys()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from synthetic import Evil, arrays_of, refused, replace, rows_of, saved, times, tissue, write, write_table
 
+import data
 import dirl
 import eval as eval_py
 import train
@@ -24,15 +25,17 @@ from common.errors import InputError
 from common.files import load_tensors, save_tensors
 from common.watch import effective_rank
 from experiments import benchmark, curves
+from wsi import segment
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--workers", "1", "--device", "cpu"]
 SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU]
-FOLDER = [*SET, "--batch", "2", "--epochs", "2", "--warmup-epochs", "1", "--out-dim", "32",
-          "--disentangled-dim", "16", "--local-crops", "1"]
+FOLDER = [*SET, "--arch", "vit_t4", "--batch", "2", "--epochs", "2", "--warmup-epochs", "1",
+          "--out-dim", "32", "--disentangled-dim", "16", "--local-crops", "1", "--global-size", "96",
+          "--local-size", "48"]
 SMALL = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1", *CPU,
          "--warmup-epochs", "0", "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0",
-         "--global-size", "32", "--method", "baseline"]
+         "--global-size", "32", "--arch", "vit_t4", "--method", "baseline"]
 
 
 @pytest.mark.parametrize("argv", [
@@ -54,7 +57,7 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
     assert train.main([*FOLDER, "--run", "runs/whole"]) == 0
     assert train.main([*FOLDER, "--max-steps", "2"]) == 0
     assert "same command resumes" in capsys.readouterr().out
-    whole, run = place / "runs" / "whole", place / "runs" / "tiny_set_vit_t_dirl"
+    whole, run = place / "runs" / "whole", place / "runs" / "tiny_set_vit_t4_dirl"
     with open(run / "log.csv", "a") as file:
         file.write("2,0,9.9,half a line that was never kep")  # as a kill leaves it
     assert train.main(FOLDER) == 0
@@ -111,7 +114,7 @@ def check_features_and_attention(place, run):
 
 
 def test_a_changed_split_is_refused_and_eval_needs_no_cells(place, folder, capsys):
-    argv, run = [*FOLDER, "--method", "baseline"], Path("runs/tiny_set_vit_t_baseline")
+    argv, run = [*FOLDER, "--method", "baseline"], Path("runs/tiny_set_vit_t4_baseline")
     test = [*SET, "--repeats", "1", "--epochs", "2"]
     assert train.main([*argv, "--max-steps", "1"]) == 0
     moved = [("pnests0,train", "pnests0,test"), ("pnests3,test", "pnests3,train")]
@@ -132,12 +135,12 @@ def test_a_changed_split_is_refused_and_eval_needs_no_cells(place, folder, capsy
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(place, folder, monkeypatch, capsys):
     argv = [*FOLDER, "--method", "baseline"]
     assert train.main([*argv, "--max-steps", "2"]) == 0
-    kept = (place / "runs/tiny_set_vit_t_baseline/checkpoint.pt").read_bytes()
+    kept = (place / "runs/tiny_set_vit_t4_baseline/checkpoint.pt").read_bytes()
     monkeypatch.setattr(dirl, "view_cross_entropy", lambda student, *rest: student.sum() * math.nan)
     handler = signal.getsignal(signal.SIGINT)
     assert train.main(argv) == 1 and signal.getsignal(signal.SIGINT) is handler
     assert "step 2" in capsys.readouterr().err
-    assert (place / "runs/tiny_set_vit_t_baseline/checkpoint.pt").read_bytes() == kept
+    assert (place / "runs/tiny_set_vit_t4_baseline/checkpoint.pt").read_bytes() == kept
 
 
 @pytest.mark.parametrize("blocked", ["datasets", "runs"])
@@ -172,7 +175,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(place, capsys, monkeypatch,
 
 def test_damaged_files_of_a_run_are_refused_and_nothing_is_executed(place, capsys):
     assert train.main(SMALL) == 0
-    run = place / "runs" / "in_vit_t_baseline"
+    run = place / "runs" / "in_vit_t4_baseline"
     kept = (run / "checkpoint.pt").read_bytes()
     for raw in (kept[: len(kept) // 2], pickle.dumps(Evil(place / "owned"))):
         (run / "checkpoint.pt").write_bytes(raw)
@@ -199,8 +202,8 @@ def test_probe_writes_bins_and_neighbours_into_the_log(place, capsys):
     assert train.main([*SMALL, "--probe", "probe", "--shuffle-prior"]) == 0
     said = capsys.readouterr().out
     assert "100.0% (as in an untrained network), 20-NN accuracy 1.000" in said  # tissue against glass
-    row = rows_of(place / "runs" / "in_vit_t_baseline" / "log.csv")[-1]
-    encoder, _ = load_encoder(place / "runs" / "in_vit_t_baseline" / "encoder.pt")
+    row = rows_of(place / "runs" / "in_vit_t4_baseline" / "log.csv")[-1]
+    encoder, _ = load_encoder(place / "runs" / "in_vit_t4_baseline" / "encoder.pt")
     with torch.no_grad():
         columns = encoder.last_attention(normalize(torch.stack(test).float() / 255, MEAN, STD)).sum(2).mean(1)
     bins = {"0_to_0.5": columns < 0.5, "0.5_to_2": (columns >= 0.5) & (columns <= 2), "over_2": columns > 2}
@@ -211,15 +214,21 @@ def test_probe_writes_bins_and_neighbours_into_the_log(place, capsys):
     assert "nowhere" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, code, says", [
-    (["train.py", "--help"], 0, "--teacher-temp"), (["eval.py", "--help"], 0, "--repeats"),
-    (["data.py", "--help"], 0, "manifest"), (["-m", "wsi.segment", "gone.svs"], 1, "gone.svs"),
-    (["prior.py", "gone.svs"], 2, "python -m wsi.segment")])  # the call of an earlier version
-def test_the_scripts_run(argv, code, says):
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == code and "Traceback" not in done.stderr
-    assert says in (done.stderr.splitlines()[-1] if code else done.stdout)
-    assert argv[0] != "prior.py" or done.stderr.count("\n") == 1
+@pytest.mark.parametrize("main, says", [(train.main, "--teacher-temp"), (eval_py.main, "--repeats"),
+                                        (data.main, "manifest")])
+def test_help_names_the_flags(capsys, main, says):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and says in capsys.readouterr().out
+
+
+def test_segmenting_what_is_missing_names_it(place, capsys):
+    assert segment.main(["gone.svs"]) == 1 and "gone.svs" in capsys.readouterr().err
+
+
+def test_prior_as_a_script_names_its_successor():
+    ended = subprocess.run([sys.executable, "prior.py", "gone.svs"], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "python -m wsi.segment" in ended.stderr
 
 
 # ---------------------------------------------------------------- a run that speaks
@@ -231,7 +240,7 @@ def entropy_curve(place, capsys, *flags):
     argv = [*SMALL, "--batch", "4", "--epochs", "3", "--out-dim", "64", "--precision", "fp32"]
     capsys.readouterr()
     assert train.main([*argv, *flags]) == 0
-    return rows_of(place / "runs" / "in_vit_t_baseline" / "log.csv"), capsys.readouterr()
+    return rows_of(place / "runs" / "in_vit_t4_baseline" / "log.csv"), capsys.readouterr()
 
 
 def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
@@ -262,7 +271,7 @@ def test_log_holds_entropy_divergence_and_rank(place, capsys):
     wanted = [min(0.04, 0.02 + 0.01 * i / per_epoch) for i in range(len(rows))]
     np.testing.assert_allclose(temps, wanted, rtol=1e-5)
     assert [bool(row["rank"]) for row in rows] == [(i + 1) % per_epoch == 0 for i in range(len(rows))]
-    run = place / "runs" / "in_vit_t_baseline"
+    run = place / "runs" / "in_vit_t4_baseline"
     assert {path.name for path in run.glob("encoder*")} == {"encoder.pt", "encoder_2.pt"}
     assert load_encoder(run / "encoder_2.pt")[1]["step"] == 2 * per_epoch
     assert "H" in said.err and "KL" in said.err
@@ -366,7 +375,7 @@ def test_pixels_are_normalised_by_the_crops_own_statistics(place, capsys):
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=2e-3, rtol=0)
     entropy_curve(place, capsys, "--stats", "data", "--max-steps", "2")
-    run = place / "runs" / "in_vit_t_baseline"
+    run = place / "runs" / "in_vit_t4_baseline"
     encoder, about = load_encoder(run / "encoder.pt")
     assert about["mean"] == list(encoder.mean) != list(encoders.MEAN)
     torch.testing.assert_close(encoders.represent(encoder, images), encoder(normalize(
@@ -379,9 +388,9 @@ def test_pixels_are_normalised_by_the_crops_own_statistics(place, capsys):
 
 
 def test_a_run_from_init_starts_at_these_weights(place, capsys):
-    save_tensors(place / "w.pth", dirl.vit_t().state_dict())
+    save_tensors(place / "w.pth", dirl.vit_t4().state_dict())
     rows, said = entropy_curve(place, capsys, "--init", "w.pth", "--lr", "0", "--min-lr", "0")
-    encoder, _ = load_encoder(place / "runs" / "in_vit_t_baseline" / "encoder.pt")
+    encoder, _ = load_encoder(place / "runs" / "in_vit_t4_baseline" / "encoder.pt")
     for name, value in load_tensors(place / "w.pth").items():
         torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-6, atol=1e-6)
 
