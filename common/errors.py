@@ -47,14 +47,6 @@ class Terminal:
         return getattr(self.stream, name)
 
 
-def check_ranges(args, **limits):
-    """InputError if a flag is outside its range (low, high), or NaN."""
-    for name, (low, high) in limits.items():
-        if not low <= getattr(args, name) <= high:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {getattr(args, name)}: has to lie between {low:g} and {high:g}")
-
-
 def check_mpp(value, flag):
     """InputError for a um/px outside 0.05 to 20, which no slide has; None passes."""
     if value is not None and not 0.05 <= value <= 20:

@@ -28,6 +28,7 @@ from common.figures import (
     draw_prior,
     spread,
 )
+from common.flags import whole
 from common.report import note_on_middle
 from experiments.figures import shared
 from wsi.slides import CROP
@@ -48,19 +49,19 @@ def arguments(argv):
         shared.add_networks(sub.add_argument)
         sub.add_argument("--out", default=f"runs/attention_{command}.png", help="the picture")
         if command == "distribution":
-            sub.add_argument("--crops", type=int, default=1000, help="most crops; more is steadier, slower")
+            sub.add_argument("--crops", type=whole(), default=1000, help="most crops; more is steadier, slower")
             continue
         sub.add_argument("--show", nargs="+", metavar="CROP",
                          help="crops to show: <slide>/<x>_<y> as in datasets/<data>/crops, or the end of a "
                               "file's name; default: some with cells, background and little glass")
-        sub.add_argument("--crops", type=int, default=4 if command == "overlay" else 1,
+        sub.add_argument("--crops", type=whole(), default=4 if command == "overlay" else 1,
                          help="how many crops without --show")
         if command == "query":
             sub.add_argument("--query", nargs="+", default=["3"], metavar="X,Y",
                              help="query tokens, by a point of each in px of the crop (0 to 224); one "
                                   "number k: a grid of k x k points")
     args = parser.parse_args(argv)
-    shared.check_flags(args, crops=(1, 1e9))
+    shared.check_flags(args)
     return args
 
 

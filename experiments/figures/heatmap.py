@@ -21,6 +21,7 @@ from common.encoders import attention_of, in_batches
 from common.errors import InputError, run_script
 from common.export import feature, square, write_features
 from common.figures import BINS, BRIGHTEST, HEAT, add_scale
+from common.flags import between, whole
 from experiments.figures import shared
 from wsi.cache import tile_info, tile_side
 from wsi.slides import Slide
@@ -33,17 +34,18 @@ def arguments(argv):
     parser, add = shared.parser_of("heatmap", "Heat maps of attention over a slide, and for QuPath.")
     shared.add_networks(add)
     add("--slide", help="name of the slide; default: the first of --part")
-    add("--pixels", type=int, default=900, help="longer side of the slide's picture; more for print")
-    add("--repeats", type=int, default=3, help="DSMIL trainings, whose attention is averaged; 0: no DSMIL")
-    add("--epochs", type=int, default=200, help="DSMIL epochs, as in eval.py")
-    add("--mil-weight-decay", type=float, default=5e-2,
+    add("--pixels", type=whole(50, 20_000), default=900,
+        help="longer side of the slide's picture; more for print")
+    add("--repeats", type=whole(0, 1000), default=3,
+        help="DSMIL trainings, whose attention is averaged; 0: no DSMIL")
+    add("--epochs", type=whole(), default=200, help="DSMIL epochs, as in eval.py")
+    add("--mil-weight-decay", type=between(0, 10), default=5e-2,
         help="DSMIL's weight decay, as in eval.py; with few slides a high one evens out the attention")
     add("--standardize", action="store_true",
         help="standardise features before DSMIL, as eval.py does on the demo")
     add("--out", help="the picture; default: runs/heatmap_<slide>.png")
     args = parser.parse_args(argv)
-    shared.check_flags(args, pixels=(50, 20_000), repeats=(0, 1000), epochs=(1, 1e6),
-                       mil_weight_decay=(0, 10))
+    shared.check_flags(args)
     return args
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common.errors import InputError, run_script
 from common.figures import spread
 from common.files import print_table
+from common.flags import whole
 from experiments.figures import shared
 from prior import bin_centroids
 from wsi.cache import describe_cells, tile_info, tile_side
@@ -41,11 +42,11 @@ def arguments(argv):
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
     shared.add_data(add)
-    add("--crops", type=int, default=500, help="most crops to compare cells on")
-    add("--show", type=int, default=3, help="how many crops to draw")
+    add("--crops", type=whole(), default=500, help="most crops to compare cells on")
+    add("--show", type=whole(1, 20), default=3, help="how many crops to draw")
     add("--out", default="runs/priors.png", help="the picture")
     args = parser.parse_args(argv)
-    shared.check_flags(args, crops=(1, 1e9), show=(1, 20))
+    shared.check_flags(args)
     if len(args.prior) < 2:
         raise InputError("--prior: two segmenters are needed to compare them")
     if args.mpp is None and args.data not in DATASETS:

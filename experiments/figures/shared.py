@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import dirl
 from common.encoders import check_device, find_encoder, load_encoder
-from common.errors import InputError, Parser, check_ranges, print_skipped
+from common.errors import InputError, Parser, print_skipped
 from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
 from common.files import file_stamp, read_npz, write_csv
 from common.flags import add_max_gigapixels, whole
@@ -49,9 +49,8 @@ def add_networks(add):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
 
-def check_flags(args, **limits):
-    """InputError for a flag of limits out of its range, or a wrong --out or --device."""
-    check_ranges(args, **limits)
+def check_flags(args):
+    """InputError for a wrong --out or --device."""
     check_out(args.out)
     if "device" in args:
         check_device(args.device)

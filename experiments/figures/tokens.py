@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.encoders import inputs_of
 from common.errors import InputError, run_script
 from common.figures import OTHER_COLORS, network_colors
+from common.flags import SEED, between, whole
 from experiments.figures import shared
 
 KINDS = dict(zip(("cell", "background"), OTHER_COLORS))
@@ -26,15 +27,18 @@ KINDS = dict(zip(("cell", "background"), OTHER_COLORS))
 def arguments(argv):
     parser, add = shared.parser_of("tokens", "t-SNE of cell and background tokens, and their distance.")
     shared.add_networks(add)
-    add("--tokens", type=int, default=30_000,
+    add("--tokens", type=whole(10), default=30_000,
         help="tokens of each kind; t-SNE takes half an hour per network for 30,000, minutes for 3,000")
-    add("--crops", type=int, default=2000, help="most crops to draw tokens from")
-    add("--perplexity", type=float, default=30, help="perplexity of t-SNE; below a third of all tokens")
-    add("--seed", type=int, default=0, help="seed of the draw and of t-SNE; vary it to see what is luck")
+    add("--crops", type=whole(), default=2000, help="most crops to draw tokens from")
+    add("--perplexity", type=between(1, 10 ** 6), default=30,
+        help="perplexity of t-SNE; below a third of all tokens")
+    add("--seed", type=SEED, default=0, help="seed of the draw and of t-SNE; vary it to see what is luck")
     add("--out", default="runs/tokens.png", help="the picture")
     args = parser.parse_args(argv)
-    shared.check_flags(args, tokens=(10, 1e7), crops=(1, 1e9), seed=(0, 2 ** 31),
-                       perplexity=(1, (2 * args.tokens - 1) / 3))
+    shared.check_flags(args)
+    if 3 * args.perplexity > 2 * args.tokens - 1:
+        raise InputError(f"--perplexity {args.perplexity:g}: has to be below a third of all "
+                         f"{2 * args.tokens} tokens")
     return args
 
 

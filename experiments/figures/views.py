@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 import train
 from common.encoders import MEAN, STD
-from common.errors import InputError, check_mpp, check_ranges, run_script
+from common.errors import InputError, run_script
 from common.figures import OTHER_COLORS, draw_crop, draw_prior, spread
+from common.flags import MPP, whole
 from data import Draws, collate, make_views, random_boxes
 from dirl import regions_present
 from experiments.figures import shared
@@ -30,15 +31,12 @@ def arguments(argv):
     parser, add = shared.parser_of(
         "views", "Share of views that have cells and background, over crop scales.", allow_abbrev=False,
         epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
-    add("--mpp", type=float, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
-    add("--crops", type=int, default=2000, help="most crops of the training part; more are steadier")
-    add("--show", type=int, default=2, help="how many crops of each um/px to draw views of")
+    add("--mpp", type=MPP, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
+    add("--crops", type=whole(), default=2000, help="most crops of the training part; more are steadier")
+    add("--show", type=whole(1, 20), default=2, help="how many crops of each um/px to draw views of")
     add("--out", default="runs/views.png", help="the picture")
     args, rest = parser.parse_known_args(argv)
     args.settings = train.arguments(rest)
-    for mpp in args.mpp:
-        check_mpp(mpp, "--mpp")
-    check_ranges(args, crops=(1, 1e9), show=(1, 20))
     shared.check_out(args.out)
     return args
 
