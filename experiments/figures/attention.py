@@ -49,7 +49,7 @@ def arguments(argv):
         shared.add_networks(sub.add_argument)
         sub.add_argument("--out", default=f"runs/attention_{command}.png", help="the picture")
         if command == "distribution":
-            sub.add_argument("--crops", type=whole(), default=1000, help="most crops; more is steadier, slower")
+            sub.add_argument("--crops", type=whole(), default=1000, help="most crops; more is steadier")
             continue
         sub.add_argument("--show", nargs="+", metavar="CROP",
                          help="crops to show: <slide>/<x>_<y> as in datasets/<data>/crops, or the end of a "
