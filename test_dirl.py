@@ -524,7 +524,7 @@ def test_jitter_is_pillows_operation_by_operation(factor):
 def test_hue_turns_as_pillows_does_and_keeps_the_luma(turn):
     image = (tissue_like() * 0.75).astype(np.uint8)
     got, want = jitter(image, hue=turn), np.asarray(pillow_hue(Image.fromarray(image), turn)).astype(float)
-    luma = np.array(data.GREY)
+    luma = np.array(data.LUMA)
     assert np.abs(got @ luma - image @ luma).max() < 1
     moved = want.mean((0, 1)) - image.mean((0, 1))
     colour = lambda v: v - v.mean()

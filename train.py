@@ -32,7 +32,7 @@ from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, make_views
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
-from wsi.datasets import DATASETS, DEMO, add_data_flags, run_name
+from wsi.datasets import DATASETS, DEMO, OWN, add_data_flags, run_name
 from wsi.probe import read_probe
 from wsi.splits import find_data, training_record
 
@@ -144,8 +144,7 @@ def parse(parser, argv):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     if args.epochs is None:
-        known = DATASETS.get(args.data)
-        args.epochs = known.epochs if known and known.epochs else 100
+        args.epochs = DATASETS.get(args.data, OWN).epochs or 100
     if args.warmup_epochs is None:
         args.warmup_epochs = min(1 if args.data == "demo" else 10, args.epochs // 3)
     if args.warmup_epochs >= args.epochs:

@@ -101,8 +101,8 @@ def with_damaged_cells(folder):
 
 
 FAULTS = [  # (builds it in a folder, the name that check says, its words, the slide's mpp in labels.csv)
-    (broken, "broken.svs", "cannot be opened as a slide", None),
-    (empty, "empty.svs", "cannot be opened as a slide", None),
+    (broken, "broken.svs", "cannot be read as an image", None),
+    (empty, "empty.svs", "cannot be read as an image", None),
     (unfinished, "late.svs:", "unfinished", None),
     (without_scale, "noscale.png", "no um/px; nuclei are", None),
     (at_twice_the_scale, "twice.png", "its nuclei measure", 1.0),
@@ -221,7 +221,7 @@ def test_look_at_a_folder_shows_every_slide_or_why_not(place, capsys, monkeypatc
     flags = ["look", "in", "--mpp", "1", "--slide-mpp", "1", "--workers", "1", "--out", "sheet.png"]
     assert data.main(flags) == 1  # bad.svs
     out = capsys.readouterr().out
-    assert out.count("skipped: ") == 1 and "bad.svs: cannot be opened" in out
+    assert out.count("skipped: ") == 1 and "bad.svs: cannot be read" in out
     assert "some.png: tiles: about 4; 1 um/px by --slide-mpp" in out and "good.png: tiles: about 1" in out
     first, second = (np.asarray(Image.open(name).convert("RGB")) for name in ("sheet.png", "sheet_2.png"))
     pink = image[0, 0]
@@ -231,6 +231,6 @@ def test_look_at_a_folder_shows_every_slide_or_why_not(place, capsys, monkeypatc
     refused(capsys, data.main, [*flags, "--tile", "1,2"], "--tile", "name the slide")
     write(place / "series" / "1.dcm", b"x")
     write(place / "series" / "2.dcm", b"x")
-    refused(capsys, data.main, ["look", "series"], "1.dcm: cannot be opened as a slide")
+    refused(capsys, data.main, ["look", "series"], "1.dcm: cannot be read")
     (place / "none").mkdir()
     refused(capsys, data.main, ["look", "none"], "no slides in it")

@@ -217,7 +217,9 @@ def prepare_cells(data, workers=2):
     """Finds or reads the cells of slides that have tiles; returns a line for each slide that was skipped."""
     files = cell_files(data)
     tiled = {name: info for name in data.images if (info := tile_info(data, name))}
-    to_read, to_detect, without_cells = [], [], []
+    to_read = []
+    to_detect = []
+    without_cells = []
     for name, info in tiled.items():
         if ready_cells(data, name) is not None:
             continue
@@ -357,7 +359,8 @@ def prepare_crop_cells(data, workers):
     tell_source(data)
     done = kept_crops(data)
     files = cell_files_of_crops(data)
-    tasks, failed = {}, []
+    tasks = {}
+    failed = []
     for name in sorted(data.images.keys() - done.keys()):
         if files[name] or data.prior in ("auto", "builtin"):
             tasks[data.images[name], data.mpp, files[name]] = name
@@ -428,7 +431,10 @@ def load_crops(paths, workers):
     Prints a warning if their sides in the files differ, or if most of them have no colour.
     """
     images = torch.empty(len(paths), 3, CROP, CROP, dtype=torch.uint8)
-    read, sides, grey, failed = [], [], [], []
+    read = []
+    sides = []
+    grey = []
+    failed = []
 
     def load(i):
         result, error = call(read_crop, (paths[i],))

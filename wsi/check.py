@@ -96,7 +96,9 @@ def check_images(found, workers, gigapixels):
     else:
         look = look_at_crop
         tasks = {(path,): name for name, path in found.images.items()}
-    results, broken, warnings = {}, set(), []
+    results = {}
+    broken = set()
+    warnings = []
     for task, result, error in in_processes(look, list(tasks), workers, found.kind):
         if error:
             warnings.append(error)
@@ -180,7 +182,8 @@ def check_places(found, files, workers):
     """
     tasks, places, warnings = [], [], []
     for name, file in files.items():
-        path, shares = found.images[name], kept_shares(found, name, file)
+        path = found.images[name]
+        shares = kept_shares(found, name, file)
         if shares is None:
             tasks.append((path, found.slide_mpp, found.said_mpp(name), file))
         else:
@@ -204,7 +207,8 @@ def check_cells(found, broken, workers):
     """
     warnings = unused_cell_files(found)
     files = cell_files(found)
-    counts, to_place = Counter(), {}
+    counts = Counter()
+    to_place = {}
     for name, path in found.images.items():
         file = files[name]
         if file is None:

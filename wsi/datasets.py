@@ -10,7 +10,7 @@ SLIDES_LAYOUT = ("{0}/slides/ (in subfolders too), {0}/labels.csv: slide,label[,
 
 
 class DataSet(NamedTuple):
-    """What is known of a data set before its files are read. mpp and epochs are None for fine-tuning only."""
+    """What is known of a data set before its files are read; None where the paper has no value."""
 
     mpp: float  # um/px of the crops (A.1: 5x, BRIGHT 10x)
     epochs: int  # of pre-training (A.1.2)
@@ -27,7 +27,7 @@ BRIGHT = ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB
           "bright6")
 
 DATASETS = {
-    "demo": DataSet(2.0, 16, ("negative", "positive"), "made by python train.py; synthetic"),
+    "demo": DataSet(2.0, 16, ("negative", "positive"), "drawn by python train.py; synthetic"),
     "lung": DataSet(2.0, 100, ("LUAD", "LUSC"), "the GDC: python data.py manifest --data lung; LUAD, LUSC"),
     "brca": DataSet(2.0, 30, ("IDC", "ILC"), "the GDC: python data.py manifest --data brca; IDC, ILC"),
     "paad": DataSet(
@@ -45,7 +45,7 @@ DATASETS = {
         "bupt-ai-cz.github.io/HSA-NRL, after registering",
         "{0}/train.json, {0}/test.json, images at the names in them"),
 }
-PATCH_SETS = ("mhist", "chaoyang")  # ready-cut images with tables of their own format
+PATCH_SETS = ("mhist", "chaoyang")  # ready-cut images whose labels are not in a labels.csv
 OWN = DataSet(None, None, (), "your own",
               SLIDES_LAYOUT + ", or crops/, or images with a labels.csv of image,label")
 
@@ -87,11 +87,11 @@ DATA_FLAGS = {
         type=SHARE, default=0.5, help="least share of tissue in a tile; lower it for thin biopsies"),
     "--prior": dict(
         default="auto", choices=PRIORS,
-        help="whose cells P_c is made from (Table 7): files in cells/<prior>/ or cells/; auto takes your own "
-             "if there are any, else the built-in detector's"),
+        help="whose cells P_c is drawn from (Table 7): files in cells/<prior>/ or cells/; auto takes your "
+             "own if any exist, else the built-in detector's"),
     "--split-seed": dict(
         type=SEED, default=0,
-        help="seed of the split when it is first made; afterwards datasets/<data>/split.csv counts"),
+        help="seed of the split when it is first drawn; afterwards datasets/<data>/split.csv counts"),
 }
 
 

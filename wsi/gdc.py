@@ -8,6 +8,7 @@ import re
 import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -127,14 +128,16 @@ def manifest(data, root="datasets", limit=None, server=SERVER, timeout=60.0, for
 def write(folder, slides, force):
     """Writes labels.csv, manifest.tsv and an empty slides/; InputError if another labels.csv exists."""
     table = folder / "labels.csv"
-    labels = [{name: slide[name] for name in ("slide", "label", "patient")} for slide in slides]
+    columns = ("slide", "label", "patient")
+    labels = [dict(zip(columns, itemgetter(*columns)(slide))) for slide in slides]
     if table.exists() and not force and [row for _, row in read_csv(table)[1]] != labels:
         raise InputError(f"{table}: differs from these slides; rename it, or overwrite it with --force")
     lines = ["id\tfilename\tmd5\tsize\tstate\n"]
-    lines += ["\t".join(slide[name] for name in FIELDS) + "\n" for slide in slides]
+    for slide in slides:
+        lines.append("\t".join(itemgetter(*FIELDS)(slide)) + "\n")
     with atomic_write(folder / "manifest.tsv") as temp:
         temp.write_text("".join(lines))
-    write_csv(table, [labels[0].keys(), *(row.values() for row in labels)])
+    write_csv(table, [columns, *(row.values() for row in labels)])
     (folder / "slides").mkdir(exist_ok=True)  # gdc-client expects it
 
 

@@ -76,11 +76,14 @@ def tissue_regions(slide, mask, unit):
     level, factor, px, down = working_grid(slide, WORK_MPP)
     side = max(1, round(REGION * down / unit))  # px of the mask
     rows, columns = (max(1, n // side) for n in mask.shape)
-    shares = [(mask[j * side: (j + 1) * side, i * side: (i + 1) * side].mean(), i, j)
-              for j in range(rows) for i in range(columns)]
+    shares = []
+    for row, column in np.ndindex(rows, columns):
+        region = mask[row * side: (row + 1) * side, column * side: (column + 1) * side]
+        shares.append((region.mean(), column, row))
     best = sorted(shares, reverse=True)[:REGIONS]
-    return [read_box(slide, level, factor, i * REGION, j * REGION, REGION, REGION)
-            for share, i, j in best if share > 0], px
+    images = [read_box(slide, level, factor, column * REGION, row * REGION, REGION, REGION)
+              for share, column, row in best if share > 0]
+    return images, px
 
 
 def what_is_odd(slide):
