@@ -27,7 +27,7 @@ CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
 
 
 def vms(folder, name="s"):
-    """Writes a Hamamatsu VMS of two JPEGs, 384 x 512 px at 0.5 um/px; one of its files has the slide's stem."""
+    """Writes a Hamamatsu VMS: two JPEGs of 384 x 512 px at 0.5 um/px; one file has the slide's stem."""
     image = Image.fromarray(tissue(768)[:512])
     images = {f"{name}.jpg": image.crop((0, 0, 384, 512)), f"{name}(1,0).jpg": image.crop((384, 0, 768, 512)),
               f"{name}_map2.jpg": image.reduce(8), f"{name}_macro.jpg": image.reduce(8)}
