@@ -275,7 +275,7 @@ def test_hangup_saves_and_the_run_goes_on(place):
 def test_out_of_memory_names_the_flag(place, capsys, monkeypatch):
     def full(*args, **kw):
         return torch.empty(1 << 60)
-    monkeypatch.setattr(train, "build_models", full)
+    monkeypatch.setattr(train, "start_encoder", full)
     assert train.main(RUN) == 1
     assert "lower --batch" in capsys.readouterr().err.splitlines()[-1]
 
