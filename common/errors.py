@@ -72,27 +72,22 @@ def run_script(script, run, memory="--batch", again="run it again to resume"):
     An error becomes one line on stderr. memory: the flag to lower when memory runs out; again: what to do
     after Ctrl-C.
     """
-    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
-        return run_and_report(script, run, memory, again)
-
-
-def run_and_report(script, run, memory, again):
-    """Does the work of run_script; the terminal is assumed to stay open."""
     def report(message, code):
         print(f"{script}: {printable(message)}", file=sys.stderr)
         return code
-    try:
-        return run()
-    except InputError as error:
-        return report(error, 2)
-    except OSError as error:
-        return report(f"{error.filename}: {error.strerror}", 2)
-    except FloatingPointError as error:
-        return report(error, 1)
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter is torch's
-        if not (out_of_memory or "allocate memory" in str(error)):  # torch's message on a CPU
-            raise
-        return report(f"out of memory; lower {memory}", 1)
-    except KeyboardInterrupt:
-        return report(f"stopped; {again}", 130)
+    with redirect_stdout(Terminal(sys.stdout)), redirect_stderr(Terminal(sys.stderr)):
+        try:
+            return run()
+        except InputError as error:
+            return report(error, 2)
+        except OSError as error:
+            return report(f"{error.filename}: {error.strerror}", 2)
+        except FloatingPointError as error:
+            return report(error, 1)
+        except (MemoryError, RuntimeError) as error:
+            out_of_memory = type(error).__name__ in ("MemoryError", "OutOfMemoryError")  # the latter: torch's
+            if not (out_of_memory or "allocate memory" in str(error)):  # torch's message on a CPU
+                raise
+            return report(f"out of memory; lower {memory}", 1)
+        except KeyboardInterrupt:
+            return report(f"stopped; {again}", 130)

@@ -129,10 +129,9 @@ def why_not_loaded(path, error):
 
 
 def stamp(**inputs):
-    """Returns 16 hex digits that stand for what something was made from: it is recomputed if they change.
+    """Returns 16 hex digits of the SHA-256 of named inputs, by which a result of other inputs is recognised.
 
-    inputs: plain values by name (file_stamp, or wsi.slides.file_identity, for a file). The digits are the
-    start of the SHA-256 of the inputs as JSON.
+    inputs: plain values; for a file, its file_stamp or wsi.slides.file_identity.
     """
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Tests of wsi/cell_files.py: which files of cells/ belong to which image, and what is said of the others."""
+"""Tests of wsi/cell_files.py: which files in cells/ belong to which image, and the warnings on the others."""
 import gzip
 import json
 from pathlib import Path

@@ -259,7 +259,8 @@ def test_labels_below_0_are_background_and_no_label_is_no_cell(tmp_path):
 
 
 def test_a_pickled_seg_npy_is_refused_without_being_executed(tmp_path):
-    mark, path = tmp_path / "mark", tmp_path / "s_seg.npy"
+    mark = tmp_path / "mark"
+    path = tmp_path / "s_seg.npy"
     np.save(path, {"masks": LABELS, "evil": Evil(mark)})
     assert cells.cell_format(path) == "cellpose"
     message = refused(path)
@@ -331,7 +332,8 @@ def test_tables(tmp_path, name, text):
 
 
 def test_npz_and_a_table_without_rows(tmp_path):
-    path, mark = tmp_path / "a.npz", tmp_path / "mark"
+    path = tmp_path / "a.npz"
+    mark = tmp_path / "mark"
     np.savez(path, x=np.array([1, 2], np.int32), y=np.array([3, 4.5], np.float32), other=["x"])
     np.testing.assert_allclose(cells.read_cells(path), [[1, 3], [2, 4.5]])
     assert cells.cell_format(path) == "table"

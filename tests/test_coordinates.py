@@ -47,12 +47,12 @@ def test_hovernet_cells_of_a_slide_stay_where_they_are(place, capsys, mpp, power
     svs(path.with_suffix(".svs"), tissue(1024), f"Aperio|AppMag = {power}|MPP = {mpp}")
     hovernet(place / "in" / "cells" / "good.json", TRUE, power, mag)
     saved(place / "in" / "slides" / "other.png")
-    for said in (None, 0.4):  # um/px in labels.csv; they move no cell
-        rows = [f"good,A,{said or ''}", "other,B,"]
+    for given in (None, 0.4):  # um/px in labels.csv, which moves no cell
+        rows = [f"good,A,{given or ''}", "other,B,"]
         write_table(place / "in" / "labels.csv", "slide,label,mpp", rows)
         found, failed = prepared(mpp=1.0)
         info = tile_info(found, "good")
-        assert failed == [] and info["power"] == power and info["slide_mpp"] == (said or mpp)
+        assert failed == [] and info["power"] == power and info["slide_mpp"] == (given or mpp)
         np.testing.assert_allclose(ready_cells(found, "good"), TRUE[TRUE[:, 1].argsort()], rtol=1e-6)
     assert "no objective power" not in capsys.readouterr().out
 
@@ -122,7 +122,8 @@ def test_a_slide_with_bounds_from_qupath_and_back(leica, tmp_path):
     found, failed = prepared(mpp=0.5, slide_mpp=None)
     info = tile_info(found, "good")
     assert failed == [] and info["bounds"] == list(CORNER) and info["tiles"] == 4
-    xy, crops = ready_cells(found, "good"), Crops(found, ["good"])
+    xy = ready_cells(found, "good")
+    crops = Crops(found, ["good"])
     np.testing.assert_allclose(xy[xy[:, 1].argsort()], TRUE[TRUE[:, 1].argsort()] + CORNER)
     assert sum(len(crops.cells(i)) for i in range(4)) == 3  # none was in a tile without the shift
     folder_cells = priors.cells_from_folder(leica / "cells", found, "good")
@@ -154,7 +155,8 @@ def test_misplaced_is_brute_force(tmp_path):
     image = np.full((160, 320, 3), 243, np.uint8)
     image[:, :160] = tissue(160)
     saved(tmp_path / "a.png", array=image)
-    slide, rng = Slide(tmp_path / "a.png", 8.0), np.random.default_rng(0)
+    slide = Slide(tmp_path / "a.png", 8.0)
+    rng = np.random.default_rng(0)
     mask = slides.tissue_mask(image, 8.0)
     xy = np.concatenate([rng.uniform(-100, 420, (500, 2)), [[0, 0], [319.99, 159.99], [320, 5], [5, 160]]])
     outside = on_glass = 0
@@ -187,7 +189,7 @@ FLAGS = ["--data", "in", "--slide-mpp", "0.25", "--workers", "1"]
 
 
 def warned(text):
-    """The lines that warn of good.csv, and that there is one at most."""
+    """Returns the warnings on good.csv, of which there is one at most."""
     lines = [line for line in text.splitlines() if "good.csv" in line and "% of the cells" in line]
     assert len(lines) <= 1
     return lines
@@ -205,7 +207,7 @@ def test_cells_that_do_not_fit_their_slide_are_reported(oblong, capsys, how):
         assert failed == [] and len(first) == len(then) == count
         assert all(line.startswith("warning: in/slides/good.png: ") for line in then)
         _, failed = prepared(mpp=0.25, slide_mpp=0.25)
-        assert failed == [] and warned(capsys.readouterr().out) == []  # read once, said once
+        assert failed == [] and warned(capsys.readouterr().out) == []  # read once, reported once
         argv = ["look", "in/slides/good.png", "--cells", str(file), "--mpp", "0.25", *FLAGS[2:]]
         assert data.main([*argv, "--tissue", "0.3"]) == 0
         assert len(warned(capsys.readouterr().out)) == count
@@ -242,7 +244,8 @@ def test_true_cells_of_real_images_are_not_reported():
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
 def test_wrong_cells_of_a_real_slide_are_reported(tmp_path):
     path = SHARED / "slides" / "cmu-1-small-region.svs"
-    slide, other = Slide(path), Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
+    slide = Slide(path)
+    other = Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
     assert cache.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
     xy = read_cells(tmp_path / "builtin" / "cmu-1-small-region.npz")
     assert sanity.where_cells_are_odd(*sanity.misplaced(xy, slide), "f") == ""

@@ -1,4 +1,4 @@
-"""Which files of a folder are slides, what is not read, and what tells one file from another."""
+"""Which files of a folder are slides, which are not read, and how a replaced file is noticed."""
 import gzip
 import platform
 import struct
@@ -13,7 +13,7 @@ from synthetic import prepared, refused, saved, tissue, write, write_table
 import data
 import train
 from common.errors import InputError
-from common.files import files_under
+from common.files import files_under, stamp
 from eval import features_stamp
 from wsi import folders, gdc, segment, splits
 from wsi.cache import ready_cells, tile_info, tiles_folder
@@ -27,12 +27,12 @@ CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
 
 
 def vms(folder, name="s"):
-    """A Hamamatsu VMS of two JPEGs of 384 x 512 px at 0.5 um/px; two of its parts share the slide's stem."""
+    """Writes a Hamamatsu VMS: two JPEGs of 384 x 512 px at 0.5 um/px; one file has the slide's stem."""
     image = Image.fromarray(tissue(768)[:512])
-    parts = {f"{name}.jpg": image.crop((0, 0, 384, 512)), f"{name}(1,0).jpg": image.crop((384, 0, 768, 512)),
-             f"{name}_map2.jpg": image.reduce(8), f"{name}_macro.jpg": image.reduce(8)}
-    for file, part in parts.items():
-        saved(folder / file, array=np.asarray(part), restart_marker_blocks=4, subsampling=0)
+    images = {f"{name}.jpg": image.crop((0, 0, 384, 512)), f"{name}(1,0).jpg": image.crop((384, 0, 768, 512)),
+              f"{name}_map2.jpg": image.reduce(8), f"{name}_macro.jpg": image.reduce(8)}
+    for file, pixels in images.items():
+        saved(folder / file, array=np.asarray(pixels), restart_marker_blocks=4, subsampling=0)
     write(folder / f"{name}.vms", "\r\n".join([
         "[Virtual Microscope Specimen]", "NoLayers=1", "NoJpegColumns=2", "NoJpegRows=1",
         f"ImageFile={name}.jpg", f"ImageFile(1,0)={name}(1,0).jpg", f"MapFile={name}_map2.jpg",
@@ -126,7 +126,7 @@ def test_every_ending_of_a_tiled_tiff_is_read(place, ending):
     assert failed == [] and sorted(found.images) == ["good", "more"]
 
 
-# ---------------------------------------------------------------- what is not read
+# ---------------------------------------------------------------- files that are not read
 
 UNREAD = ("a.vsi", "b.isyntax", "c.svs.gz", "d.zip", "e.nd2", "f.lif", "g.bmp", "h.jp2", "i.lsm", "j.SDPC")
 
@@ -164,7 +164,7 @@ def test_gdc_client_run_into_the_folder_costs_one_line(place, capsys):
             "no slides in it", "30 subfolders", "uuid00", "only g/slides/", "move them there")
     for k in range(30):
         write(place / "in" / f"uuid{k:02}" / f"slide{k}.svs", "x")
-    saved(place / "in" / "figures" / "thumbnail.png")  # beside slides/, plain images are none
+    saved(place / "in" / "figures" / "thumbnail.png")  # next to slides/, plain images are not slides
     prepared()
     assert capsys.readouterr().out.count("30 subfolders") == 1
     assert data.main(CHECK) == 1 and capsys.readouterr().out.count("uuid00") == 1
@@ -193,7 +193,8 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     assert paths[0].stat().st_size == paths[1].stat().st_size
     first, failed = prepared("one/cores")
     tiles = {path.name: path.read_bytes() for path in tiles_folder(first).rglob("*.jpg")}
-    cells, stamp = ready_cells(first, "core1"), features_stamp(first, "core1", "e", FP32)
+    cells = ready_cells(first, "core1")
+    features = features_stamp(first, "core1", "e", FP32)
     assert failed == [] and len(tiles) == 4 and "warning" not in capsys.readouterr().out
     second = find_data("two/cores", mpp=1.0, slide_mpp=1.0)
     assert tile_info(second, "core1") is None and ready_cells(second, "core1") is None
@@ -203,11 +204,28 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     assert failed == [] and tiles_folder(second) == tiles_folder(first)
     assert all(tiles[path.name] != path.read_bytes() for path in tiles_folder(second).rglob("*.jpg"))
     assert not np.array_equal(ready_cells(second, "core1"), cells)
-    assert features_stamp(second, "core1", "e", FP32) != stamp
-    trained_on = splits.training_record(first, ["core1"]), splits.training_record(second, ["core1"])
-    assert trained_on[0] != trained_on[1]
+    assert features_stamp(second, "core1", "e", FP32) != features
+    assert splits.training_record(first, ["core1"]) != splits.training_record(second, ["core1"])
     prepared("two/cores")
     assert "warning" not in capsys.readouterr().out  # only when it changes
+
+
+def test_a_stamp_changes_with_any_input_and_with_nothing_else():
+    one = stamp(mpp=0.5, segmenter="builtin", version=1)
+    assert one == stamp(version=1, segmenter="builtin", mpp=0.5) and len(one) == 16
+    others = [stamp(mpp=0.25, segmenter="builtin", version=1), stamp(mpp=0.5, segmenter="builtin", version=2),
+              stamp(mpp=0.5, segmenter="cells.json", version=1), stamp(mpp=0.5, segmenter="builtin")]
+    assert len({one, *others}) == 5
+
+
+def test_cells_are_segmented_again_where_the_detector_or_its_um_per_px_differ(tmp_path, monkeypatch):
+    write(tmp_path / "a.png", b"x")
+    stamps = [segment.source_of(tmp_path / "a.png", 0.25), segment.source_of(tmp_path / "a.png", 0.5),
+              segment.source_of(tmp_path / "a.png", 0.25, mpp=1.0),
+              segment.source_of(tmp_path / "a.png", 0.25, "cellpose")]
+    monkeypatch.setattr(segment, "DETECTOR", segment.DETECTOR + 1)
+    stamps.append(segment.source_of(tmp_path / "a.png", 0.25))
+    assert len(set(stamps)) == 5
 
 
 def test_tiles_without_a_hash_are_cut_again(place):
@@ -224,7 +242,8 @@ def test_a_byte_at_the_start_middle_or_end_makes_another_file(tmp_path, at):
     write(tmp_path / "a", bytes(whole))
     whole[at] = 1
     write(tmp_path / "b" / "a", bytes(whole))
-    one, other = file_identity(tmp_path / "a"), file_identity(tmp_path / "b" / "a")
+    one = file_identity(tmp_path / "a")
+    other = file_identity(tmp_path / "b" / "a")
     assert one["file_bytes"] == other["file_bytes"] and one["file_hash"] != other["file_hash"]
     write(tmp_path / "a", bytes(whole))
     assert file_identity(tmp_path / "a") == other  # read again since it changed

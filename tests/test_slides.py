@@ -84,7 +84,8 @@ def gradient(width, height):
 
 @pytest.mark.parametrize("mpp", [0.5, 1.0, 1.37])
 def test_tiles_lie_where_their_names_say_at_any_target(tmp_path, monkeypatch, mpp):
-    width, height, side = 1901, 1403, 224 * mpp / 0.5
+    width, height = 1901, 1403
+    side = 224 * mpp / 0.5
     pyramid(tmp_path / "a.svs", gradient(width, height), 0.5)
     assert slides.Slide(tmp_path / "a.svs").level_for(1.0) == (1, pytest.approx(2, abs=0.01))
     assert slides.Slide(tmp_path / "a.svs").level_for(1.0)[1] != 2  # 1901 px over 951, 1403 over 702
@@ -107,7 +108,8 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path, monkeypatch, mp
 def test_a_level_of_other_proportions_is_not_read(tmp_path):
     """A macro picture marked as a reduced level: 1.6 times narrower and 2.5 times lower, 2.05 on average."""
     width, height = 2000, 1500
-    whole, macro = gradient(width, height), np.full((600, 1250, 3), 244, np.uint8)
+    whole = gradient(width, height)
+    macro = np.full((600, 1250, 3), 244, np.uint8)
     macro[50: 450, 50: 500] = (200, 60, 160)
     with tifffile.TiffWriter(tmp_path / "a.svs") as file:
         for image in (whole, np.asarray(Image.fromarray(whole).reduce(2)), macro):
@@ -187,7 +189,7 @@ def cut_jpeg(path):
     halve(path)
 
 
-BROKEN = {  # name: how it is made; each is skipped and listed
+BROKEN = {  # name: a function that writes it; each is skipped and listed
     "truncated.svs": truncated_svs,
     "broken tile.svs": broken_tile,
     "cut.jpg": cut_jpeg,

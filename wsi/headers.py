@@ -40,7 +40,7 @@ def tiff_properties(path, width):
 
 
 def ome_properties(xml, width):
-    """Returns the px size in um of OME-XML's image with that width, or as it is written for another unit."""
+    """Returns the px size in um of OME-XML's image with that width, or unchanged if its unit is no length."""
     out = {}
     for image in ElementTree.fromstring(xml or "<none/>").iter():
         if not image.tag.endswith("Pixels") or image.get("SizeX") != str(width):

@@ -252,7 +252,7 @@ class Slide:
     def read_rgba(self, level, x, y, width, height):
         """Returns a box, in px of a level, as an RGBA image that is transparent outside the slide.
 
-        InputError if the file is broken there.
+        InputError if this region of the file is broken.
         """
         down = self.handle.level_downsamples[level]
         try:
