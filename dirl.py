@@ -167,8 +167,7 @@ def vit_s(depth=12, **kw):
 
 
 class ViTH(VisionTransformer):
-    """ViT-H (Table 4): 8 blocks of ViT-S, then 4 of ViT-T, trained together; the linear layer between is ours.
-    """
+    """ViT-H (Table 4): 8 blocks of ViT-S, then 4 of ViT-T, trained together; the linear layer is ours."""
 
     def __init__(self, drop_path=0.0, **kw):
         super().__init__(384, depth=0, num_heads=6, **kw)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import dirl
 from common import classify, encoders
-from common.bags import labelled, read_bag, score_mean_features, train_and_score, write_bag
+from common.bags import SPLITS, labelled, read_bag, score_mean_features, train_and_score, write_bag
 from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson
@@ -44,7 +44,6 @@ from wsi.datasets import DATASETS, add_data_flags, run_name
 from wsi.slides import CROP
 from wsi.splits import check_unseen, find_data
 
-SPLITS = ("train", "val", "test")
 MEASURES = ("accuracy", "AUC", "macro F1")
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")  # of aggregated attention, Fig. 4
 FEW_SLIDES = 100  # training slides; with fewer DSMIL needs other settings than the paper's
@@ -251,7 +250,7 @@ def classify_slides(found, run, names, args):
 def count_attention(networks, title, found, run, args):
     """Counts aggregated attention over crops of the test split in the bins of Fig. 4, and draws it.
 
-    networks: {name: Network}. Returns {name: rows of the table}, and the row that all share. Without labels
+    networks: {name: Network}. Returns {name: rows of the table}, and the rows that all share. Without labels
     all crops count, which are those of training. The overlay shows P_c if all crops have their cells.
     """
     split = "test" if found.split("test") else "train"
@@ -342,22 +341,23 @@ def evaluate_slides(args):
     run = path.parent
     trained = Network(encoder.to(args.device), run, file_stamp(path))
     found = open_data(args, about["mpp"])
-    has_slides = found.kind == "slides"
     if args.shard:
         return extract_shard(trained, found, args)
 
     # What would make the table worthless is refused now, rather than after hours of features.
-    if has_slides and found.labels:
+    has_slides = found.kind == "slides"
+    has_labelled_slides = has_slides and bool(found.labels)
+    if has_labelled_slides:
         check_classes(found, found.images)
     check_unseen(found, found.split("test"), about["trained_on"], path)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
     print_skipped(skipped)
-    if has_slides and found.labels:
+    if has_labelled_slides:
         with_tiles = {name for name in found.images if tile_info(found, name)}
         check_classes(found, with_tiles)  # again, because slides may have been skipped
-    print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}"
-          + (". The demo's slides are synthetic." if args.data == "demo" else ""))
-    if has_slides and found.labels:
+    synthetic = ". The demo's slides are synthetic." if args.data == "demo" else ""
+    print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}{synthetic}")
+    if has_labelled_slides:
         warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), args)
 
     # Attention, of every network.
@@ -373,13 +373,13 @@ def evaluate_slides(args):
         attention = {}
         for name, network in networks.items():
             slides = extract(network, found, args)
-            if found.labels:
+            if has_labelled_slides:
                 rows, attention[name] = classify_slides(found, network.folder, slides, args)
                 rows += check_with_truth(found, network.folder, slides, attention[name])
                 tables[name] = rows + tables[name]
         write_exports(found, slides, run, args.export)
         written += ["features/", *[f"{kind}/" for kind in args.export]]
-        if found.labels:
+        if has_labelled_slides:
             draw_slide(found, run, attention, run / "attention_slide.png")
             written += ["slides.csv", "predictions.csv", "attention_slide.png"]
         else:

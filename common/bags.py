@@ -11,8 +11,11 @@ from common.errors import InputError
 from common.files import atomic_write, file_stamp, read_npz
 from common.metrics import measures_of
 
+SPLITS = ("train", "val", "test")
+
 
 def features_file(run, name):
+    """Where eval.py keeps the features of a slide."""
     return Path(run) / "features" / f"{name}.npz"
 
 

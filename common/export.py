@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.bags import SPLITS
 from common.files import atomic_write, read_npz, save_tensors, write_csv
-
-SPLITS = ("train", "val", "test")
 
 
 def is_newer(path, features):

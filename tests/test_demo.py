@@ -128,7 +128,7 @@ def test_area_under_is_scikit_learns(rng=np.random.default_rng(0)):
         assert area_under(answer, scores) == pytest.approx(roc_auc_score(answer, scores), abs=1e-12)
 
 
-def test_both_networks_stand_in_one_row_and_losses_beside_ln_k(tmp_path):
+def test_both_networks_are_in_one_row_and_losses_next_to_ln_k(tmp_path):
     trained = [("a", "1", "0.1", "x"), ("loss", "2", "", "y")]
     assert beside(trained, [("a", "3", "0.3", "z")]) == [
         ("a", "1", "0.1", "3", "0.3", "x"), ("loss", "2", "", "", "", "y")]
@@ -172,7 +172,7 @@ def test_the_truth_of_tiles_is_counted_by_hand(tmp_path):
     assert rows[1][2] == f"{math.sqrt(0.5):.4f}" and "1 positive" in rows[1][3]
 
 
-def test_the_random_start_stands_beside_the_trained_network(folder, monkeypatch):
+def test_the_random_start_is_next_to_the_trained_network(folder, monkeypatch):
     run = folder.parent / "runs" / "tiny_set_vit_t4_dirl"
     save_encoder(run / "encoder.pt", random_encoder("vit_t4", 3, MEAN, STD), arch="vit_t4", method="dirl",
                  data="tiny", mpp=2.0, step=1, trained_on={"data": "tiny", "images": {}, "patients": []})

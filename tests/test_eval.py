@@ -29,7 +29,7 @@ TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own; the bootstrap draws a few times only."""
+    """Every test runs in its own folder; the bootstrap draws a few times only."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "DRAWS", 50)
 
@@ -186,7 +186,7 @@ def test_an_encoder_that_saw_a_test_image_is_refused(capsys):
 
 # ---------------------------------------------------------------- patches: training
 
-def test_linear_mode_and_baselines_stand_in_the_same_table(capsys):
+def test_linear_mode_and_baselines_are_in_the_same_table(capsys):
     make_folder()
     run, argv = run_folder(), ["patches", *TINY, "--encoder"]
     assert eval_py.main([*argv, "checkpoint", "random", "pixels", "--linear", "--data", "given"]) == 0
@@ -205,10 +205,10 @@ def test_linear_mode_and_baselines_stand_in_the_same_table(capsys):
     make_chaoyang()
     assert eval_py.main([*argv, "pixels", "--data", "chaoyang", "--checkpoint", str(run)]) == 0
     table = rows_of(run / "patches.csv")
-    assert [row["data"] for row in table] == ["given"] * 6 + ["chaoyang"] * 2  # of the other data set: stay
+    assert [row["data"] for row in table] == ["given"] * 6 + ["chaoyang"] * 2  # rows are kept
     scores = rows_of(run / "patches_predictions.csv")
     assert scores[0]["score b"] and not scores[0]["score normal"] and scores[-1]["score adenoma"]
-    assert eval_py.main([*argv, "pixels", "--data", "given"]) == 0  # no checkpoint: a folder of its own
+    assert eval_py.main([*argv, "pixels", "--data", "given"]) == 0  # no checkpoint: its own folder
     assert Path("runs/given_pixels/patches.csv").is_file()
 
 
@@ -249,7 +249,7 @@ def test_fine_tuning_trains_everything_and_keeps_the_best_epoch():
         return classify.fine_tune(encoder, images, labels, train, val, 2, settings, seed)
     predict, loss, kept = run()
     scores = predict(images[16:])
-    assert all(torch.equal(v, start[k]) for k, v in encoder.state_dict().items())  # the given one stays
+    assert all(torch.equal(v, start[k]) for k, v in encoder.state_dict().items())  # it is unchanged
     want = F.nll_loss(torch.tensor(scores).log(), torch.tensor(labels[16:])).item()
     assert loss == pytest.approx(want, rel=1e-4)
     assert (scores.argmax(1) == labels[16:]).all() and kept.endswith("of 6")
@@ -309,19 +309,19 @@ def test_bootstrap_draws_groups_and_repeats_with_its_seed(monkeypatch):
 # ---------------------------------------------------------------- slides: exports
 
 def check_clam_tables(folder, names):
-    """CLAM's dataset CSV has every slide; its splits have each once, in the data set's part."""
+    """CLAM's dataset CSV has every slide; its splits have each once, in the data set's split."""
     table = rows_of(folder / "dataset_csv/tiny_set.csv")
     assert table[0] == {"case_id": "pglands0", "slide_id": "glands_0", "label": "glands"}
     assert [row["slide_id"] for row in table] == names
     split = rows_of(folder / "splits/tiny_set/splits_0.csv")
-    parts = {part: [row[part] for row in split if row[part]] for part in ("train", "val", "test")}
-    assert parts == {"train": ["glands_0", "glands_1", "nests_0", "nests_1"], "val": ["glands_2", "nests_2"],
-                     "test": ["glands_3", "nests_3"]}
+    columns = {name: [row[name] for row in split if row[name]] for name in ("train", "val", "test")}
+    assert columns == {"train": ["glands_0", "glands_1", "nests_0", "nests_1"],
+                       "val": ["glands_2", "nests_2"], "test": ["glands_3", "nests_3"]}
     flags = rows_of(folder / "splits/tiny_set/splits_0_bool.csv")
     assert flags[2] == {"": "glands_2", "train": "False", "val": "True", "test": "False"}
 
 
-def test_exports_load_back_equal_and_are_made_once(folder, capsys):
+def test_exports_load_back_equal_and_are_written_once(folder, capsys):
     replace(folder / "labels.csv", (",nests,", ",ILC / other,"))
     run = run_folder()
     argv = ["slides", "--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU,
@@ -351,17 +351,17 @@ def test_exports_load_back_equal_and_are_made_once(folder, capsys):
     tiles = json.loads((run / "geojson/nests_3.geojson").read_text())["features"]
     assert tiles[0]["geometry"]["coordinates"] == [[[0, 0], [448, 0], [448, 448], [0, 448], [0, 0]]]
     assert prepare_cells(found, 1) == []
-    assert eval_py.main([*argv, "--export", "geojson"]) == 0  # with the cells that are there now
+    assert eval_py.main([*argv, "--export", "geojson"]) == 0  # now with cells
     np.testing.assert_allclose(read_cells(run / "geojson/nests_3.geojson"), ready_cells(found, "nests_3"),
                                atol=0.006)
 
-    made = times(run / "clam/pt_files"), times(run / "csv/tiny_set", "*_?.csv")
+    written = times(run / "clam/pt_files"), times(run / "csv/tiny_set", "*_?.csv")
     assert eval_py.main([*argv, "--export", "clam", "csv"]) == 0
-    assert made == (times(run / "clam/pt_files"), times(run / "csv/tiny_set", "*_?.csv"))  # not made twice
+    assert written == (times(run / "clam/pt_files"), times(run / "csv/tiny_set", "*_?.csv"))  # not twice
     run_folder(seed=1)  # another encoder
     assert eval_py.main([*argv, "--export", "clam"]) == 0
     assert not torch.equal(torch.load(run / "clam/pt_files/nests_3.pt", weights_only=True), tensor)
-    assert made[1] == times(run / "csv/tiny_set", "*_?.csv")  # not asked for
+    assert written[1] == times(run / "csv/tiny_set", "*_?.csv")  # not asked for
 
 
 @pytest.mark.parametrize("slide_mpp", [0.2525, 0.2465, 0.504, 0.499, 0.2325, 0.25, 1.0, 3.1, 20.0])

@@ -1,4 +1,4 @@
-"""Work that is divided: a batch among processes or in parts, slides among machines, against all at once."""
+"""Divided work against undivided: a batch among processes or in shards, slides among machines."""
 import os
 import subprocess
 import sys
@@ -56,12 +56,12 @@ def test_two_processes_train_as_one_does_and_one_resumes(place, folder):
     same_run(place / "runs" / "one", place / "runs" / "two")
 
 
-def test_a_batch_in_parts_is_the_batch(place, folder, capsys):
-    """For the baseline the same; regions are averaged part by part where the parts have other counts."""
+def test_a_batch_in_shards_is_the_batch(place, folder, capsys):
+    """For the baseline; DiRL averages a region's loss shard by shard, which differs if the counts do."""
     argv = [*FLAGS, "--method", "baseline", "--epochs", "2"]
     assert train.main([*argv, "--run", "runs/one"]) == 0
-    assert train.main([*argv, "--run", "runs/parts", "--accumulate", "2"]) == 0
-    same_run(place / "runs" / "one", place / "runs" / "parts")
+    assert train.main([*argv, "--run", "runs/shards", "--accumulate", "2"]) == 0
+    same_run(place / "runs" / "one", place / "runs" / "shards")
     refused(capsys, train.main, [*argv, "--accumulate", "3"], "--accumulate")
 
 
@@ -78,18 +78,18 @@ def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
         torch.testing.assert_close(torch.cat(got, 1), want)
 
 
-def test_the_centre_of_parts_is_the_centre_of_the_batch():
+def test_the_centre_of_shards_is_the_centre_of_the_batch():
     teacher, student = torch.randn(2, 6, 5), torch.randn(3, 6, 5)
-    there = torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(3, 6)
-    whole, parts = dirl.DINOLoss(5), dirl.DINOLoss(5)
-    whole(student, teacher, 0.04, there, there[:2])
+    present = torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(3, 6)
+    whole, sharded = dirl.DINOLoss(5), dirl.DINOLoss(5)
+    whole(student, teacher, 0.04, present, present[:2])
     for k in (0, 2, 4):
-        some = slice(k, k + 2)
-        parts(student[:, some], teacher[:, some], 0.04, there[:, some], there[:2, some])
-    assert not parts.center.any()
+        shard = slice(k, k + 2)
+        sharded(student[:, shard], teacher[:, shard], 0.04, present[:, shard], present[:2, shard])
+    assert not sharded.center.any()
     whole.update_center()
-    parts.update_center()
-    torch.testing.assert_close(parts.center, whole.center)
+    sharded.update_center()
+    torch.testing.assert_close(sharded.center, whole.center)
 
 
 def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder, capsys):
@@ -100,14 +100,14 @@ def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder
         now = times(place / "datasets" / "tiny_set", "c*/**/*")
         assert before.items() <= now.items() and len(now) == len(before) + 4 * 3  # tile, its origin, cells
         before = now
-    seen = {"data": "tiny_set", "images": {}, "patients": []}
+    trained_on = {"data": "tiny_set", "images": {}, "patients": []}
     run = place / "runs" / "tiny_set_vit_t4_dirl"
     save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="tiny_set", mpp=2.0, step=1, trained_on=seen)
+                 data="tiny_set", mpp=2.0, step=1, trained_on=trained_on)
     test = [*common, "--device", "cpu", "--repeats", "1", "--epochs", "1"]
     assert eval_py.main([*test, "--shard", "0/2"]) == 0 and len(times(run / "features")) == 4
     assert eval_py.main([*test, "--shard", "1/2"]) == 0
-    made = times(run / "features")
-    assert len(made) == 8 and eval_py.main(test) == 0 and times(run / "features") == made
+    written = times(run / "features")
+    assert len(written) == 8 and eval_py.main(test) == 0 and times(run / "features") == written
     for shard in ("2/2", "half", "-1/2"):
         refused(capsys, eval_py.main, [*test, f"--shard={shard}"], "--shard")

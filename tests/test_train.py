@@ -65,9 +65,9 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
     assert (whole / "log.csv").read_text() == (run / "log.csv").read_text()
     kept = times(whole, "*.pt")
     assert train.main([*FOLDER, "--run", "runs/whole"]) == 0 and times(whole, "*.pt") == kept
-    again = capsys.readouterr().out
-    assert "runs/whole had finished its 6 steps; nothing was trained. Next: python eval.py" in again
-    assert "Wrote" not in again and "resumed" not in again
+    printed = capsys.readouterr().out
+    assert "runs/whole had finished its 6 steps; nothing was trained. Next: python eval.py" in printed
+    assert "Wrote" not in printed and "resumed" not in printed
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     assert a["step"] == b["step"] == 6
     for part in ("student", "teacher", "loss"):
@@ -75,22 +75,23 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
     rows = rows_of(run / "log.csv")
     assert len(rows) == 6 and {f"loss_{head}" for head in ("c", "b", "cc", "bb", "cb", "bc")} <= set(rows[0])
     assert float(rows[0]["ln_out_dim"]) == pytest.approx(math.log(32), rel=1e-4)
-    seen = load_tensors(run / "encoder.pt")["trained_on"]
-    assert set(seen["images"]) == {f"{c}_{i}" for c in ("glands", "nests") for i in range(3)}  # train and val
+    trained_on = load_tensors(run / "encoder.pt")["trained_on"]
+    train_and_val = {f"{c}_{i}" for c in ("glands", "nests") for i in range(3)}
+    assert set(trained_on["images"]) == train_and_val
     refused(capsys, train.main, [*FOLDER, "--lr", "0.1"], "--lr 0.0005 (now 0.1)")
 
     test = [*SET, "--repeats", "2", "--epochs", "5", "--checkpoint", str(run)]
     assert eval_py.main(test) == 0
-    said = capsys.readouterr().out
-    assert "slide accuracy" in said and said.count("warning: 4 training slides") == 1
-    assert "try --standardize --mil-weight-decay 0.005" in said
+    printed = capsys.readouterr().out
+    assert "slide accuracy" in printed and printed.count("warning: 4 training slides") == 1
+    assert "try --standardize --mil-weight-decay 0.005" in printed
     check_features_and_attention(place, run)
-    made = times(run / "features")
+    written = times(run / "features")
     few = ["--standardize", "--mil-weight-decay", "5e-3"]
-    assert eval_py.main([*test, *few]) == 0 and times(run / "features") == made  # not made twice
+    assert eval_py.main([*test, *few]) == 0 and times(run / "features") == written  # not written twice
     assert "training slides" not in capsys.readouterr().out
     assert eval_py.main([*test, "--precision", "bf16"]) == 0  # other settings: recomputed
-    assert all(made[path] != written for path, written in times(run / "features").items())
+    assert all(written[path] != time for path, time in times(run / "features").items())
 
 
 def check_features_and_attention(place, run):
@@ -170,7 +171,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(place, capsys, monkeypatch,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.count("train.py:") == 1 and "No space left" in error
     assert not list(place.rglob("*.part"))
-    assert train.main(SMALL) == 0  # with room again it goes on
+    assert train.main(SMALL) == 0  # resumes when there is room
 
 
 def test_damaged_files_of_a_run_are_refused_and_nothing_is_executed(place, capsys):
@@ -200,15 +201,15 @@ def test_probe_writes_bins_and_neighbours_into_the_log(place, capsys):
         test += [torch.from_numpy(image).permute(2, 0, 1)] if i % 4 > 1 else []
     write_table(place / "probe" / "labels.csv", "image,label,split", rows)
     assert train.main([*SMALL, "--probe", "probe", "--shuffle-prior"]) == 0
-    said = capsys.readouterr().out
-    assert "100.0% (as in an untrained network), 20-NN accuracy 1.000" in said  # tissue against glass
+    printed = capsys.readouterr().out
+    assert "100.0% (as in an untrained network), 20-NN accuracy 1.000" in printed  # tissue against glass
     row = rows_of(place / "runs" / "in_vit_t4_baseline" / "log.csv")[-1]
     encoder, _ = load_encoder(place / "runs" / "in_vit_t4_baseline" / "encoder.pt")
     with torch.no_grad():
         columns = encoder.last_attention(normalize(torch.stack(test).float() / 255, MEAN, STD)).sum(2).mean(1)
     bins = {"0_to_0.5": columns < 0.5, "0.5_to_2": (columns >= 0.5) & (columns <= 2), "over_2": columns > 2}
-    for name, there in bins.items():
-        assert float(row[f"probe_{name}"]) == pytest.approx(there.float().mean().item(), abs=2e-3)
+    for name, inside in bins.items():
+        assert float(row[f"probe_{name}"]) == pytest.approx(inside.float().mean().item(), abs=2e-3)
     assert float(row["probe_knn"]) == 1
     assert train.main([*SMALL, "--probe", "nowhere", "--run", "runs/b"]) == 2
     assert "nowhere" in capsys.readouterr().err
@@ -231,7 +232,7 @@ def test_prior_as_a_script_names_its_successor():
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "python -m wsi.segment" in ended.stderr
 
 
-# ---------------------------------------------------------------- a run that speaks
+# ---------------------------------------------------------------- warnings and the log
 
 def entropy_curve(place, capsys, *flags):
     """Trains a tiny baseline with these flags; its log's rows and what was printed."""
@@ -243,25 +244,25 @@ def entropy_curve(place, capsys, *flags):
     return rows_of(place / "runs" / "in_vit_t4_baseline" / "log.csv"), capsys.readouterr()
 
 
-def test_uniform_outputs_are_told_once_with_the_flag_to_turn(place, capsys):
-    rows, said = entropy_curve(place, capsys, "--teacher-temp", "10")
+def test_uniform_outputs_are_reported_once_with_the_flag_to_change(place, capsys):
+    rows, printed = entropy_curve(place, capsys, "--teacher-temp", "10")
     assert all(float(row["entropy_f"]) > 0.98 for row in rows)
-    told = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
-    assert len(told) == 1 and "step 4" in told[0] and "of head f have been uniform" in told[0]
-    assert "Lower --teacher-temp" in told[0] and "--jitter" in told[0]
+    warnings = [line for line in (printed.out + printed.err).splitlines() if "warning: " in line]
+    assert len(warnings) == 1 and "step 4" in warnings[0] and "of head f have been uniform" in warnings[0]
+    assert "Lower --teacher-temp" in warnings[0] and "--jitter" in warnings[0]
 
 
-def test_outputs_on_one_prototype_are_told_once_with_the_flag_to_turn(place, capsys):
-    rows, said = entropy_curve(place, capsys, "--teacher-temp", "0.0002")
+def test_outputs_on_one_prototype_are_reported_once_with_the_flag_to_change(place, capsys):
+    rows, printed = entropy_curve(place, capsys, "--teacher-temp", "0.0002")
     assert all(float(row["entropy_f"]) < 0.02 for row in rows)
-    told = [line for line in (said.out + said.err).splitlines() if "one prototype" in line]
-    assert len(told) == 1 and "Raise --teacher-temp" in told[0]
+    warnings = [line for line in (printed.out + printed.err).splitlines() if "one prototype" in line]
+    assert len(warnings) == 1 and "Raise --teacher-temp" in warnings[0]
 
 
 def test_log_holds_entropy_divergence_and_rank(place, capsys):
     flags = ["--warmup-teacher-temp", "0.02", "--warmup-teacher-temp-epochs", "2", "--save-every", "2",
              "--no-norm-last-layer"]
-    rows, said = entropy_curve(place, capsys, *flags)
+    rows, printed = entropy_curve(place, capsys, *flags)
     for row in rows:
         loss, entropy, kl = (float(row[name]) for name in ("loss_f", "entropy_f", "kl_f"))
         assert loss == pytest.approx((entropy + kl) * math.log(64), rel=1e-4)
@@ -274,7 +275,7 @@ def test_log_holds_entropy_divergence_and_rank(place, capsys):
     run = place / "runs" / "in_vit_t4_baseline"
     assert {path.name for path in run.glob("encoder*")} == {"encoder.pt", "encoder_2.pt"}
     assert load_encoder(run / "encoder_2.pt")[1]["step"] == 2 * per_epoch
-    assert "H" in said.err and "KL" in said.err
+    assert "H" in printed.err and "KL" in printed.err
     assert curves.main([str(run), str(run)]) == 0 and (run / "curves.png").stat().st_size > 10_000
     refused(capsys, curves.main, ["nothing"], "nothing: no log.csv")
 
@@ -389,7 +390,7 @@ def test_pixels_are_normalised_by_the_crops_own_statistics(place, capsys):
 
 def test_a_run_from_init_starts_at_these_weights(place, capsys):
     save_tensors(place / "w.pth", dirl.vit_t4().state_dict())
-    rows, said = entropy_curve(place, capsys, "--init", "w.pth", "--lr", "0", "--min-lr", "0")
+    entropy_curve(place, capsys, "--init", "w.pth", "--lr", "0", "--min-lr", "0")
     encoder, _ = load_encoder(place / "runs" / "in_vit_t4_baseline" / "encoder.pt")
     for name, value in load_tensors(place / "w.pth").items():
         torch.testing.assert_close(encoder.state_dict()[name], value, rtol=1e-6, atol=1e-6)
