@@ -1,7 +1,7 @@
 """Curves of runs: python -m experiments.curves RUN... draws their log.csv, to see whether a run learns.
 
-H is the teacher's entropy H(q) and KL the divergence KL(q || p) of student and teacher, both as shares of
-ln K: the loss is their sum. train.py's progress bar shows their means over the heads.
+The teacher's entropy H(q) and the divergence KL(q || p) of student and teacher are shares of ln K; the loss
+is their sum. train.py's progress bar shows their means over the heads.
 """
 import sys
 from pathlib import Path
@@ -13,14 +13,14 @@ from common.errors import InputError, Parser, run_script
 from common.figures import save_figure
 from common.log import MIDDLE, ONE_PROTOTYPE, PROBED, UNIFORM, read_log, symbol_of
 
-STYLES = ("-", "--", ":", "-.")  # a run each, then again
+STYLES = ("-", "--", ":", "-.")  # one per run, repeated
 
 
 def read_run(folder):
-    """(title, {column: values over the steps that have one}) of a run; InputError if it has no log.csv."""
+    """Returns a run's name and {column: (2, N) of steps and values}; InputError if it has no log.csv."""
     rows = read_log(Path(folder) / "log.csv")
     if not rows:
-        raise InputError(f"{folder}: no log.csv of a run in it")
+        raise InputError(f"{folder}: no log.csv; name the folder of a run")
     columns = {}
     for name in rows[0]:
         pairs = [(int(row["step"]), row[name]) for row in rows if row.get(name)]
@@ -29,7 +29,7 @@ def read_run(folder):
 
 
 def smoothed(values, width):
-    """Moving average over up to width values, shorter at the start."""
+    """Returns the moving average over up to width values, fewer at the start."""
     total = np.concatenate([[0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
@@ -37,7 +37,7 @@ def smoothed(values, width):
 
 
 def plot_runs(folders):
-    """Draws loss, entropy and divergence of every head, the features' rank and the probe; returns 0."""
+    """Draws entropy, divergence and loss of every head, the features' rank and the probe; returns 0."""
     runs = [read_run(folder) for folder in folders]
     heads = list(dict.fromkeys(name.removeprefix("entropy_") for _, columns in runs for name in columns
                                if name.startswith("entropy_")))
@@ -55,16 +55,17 @@ def plot_runs(folders):
         axis.set_xlabel("step", fontsize=9)
     for border in (UNIFORM, ONE_PROTOTYPE):
         axes.T.flat[0].axhline(border, color="grey", linewidth=0.8, linestyle=":")
-    axes.T.flat[0].legend(fontsize=7)
+    handles, labels = axes.T.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
     out = Path(folders[0]) / "curves.png"
     save_figure(figure, out)
-    print(f"Wrote {out}. Outputs are uniform above {UNIFORM}, and on one prototype below {ONE_PROTOTYPE}, of "
-          "the entropy: then a head learns nothing.")
+    print(f"Wrote {out}. A head learns nothing at an entropy above {UNIFORM} (uniform outputs) or below "
+          f"{ONE_PROTOTYPE} (one prototype).")
     return 0
 
 
 def draw_panel(axis, panel, heads, columns, style, name):
-    """One run's curves in one panel: a colour each head, or one curve."""
+    """Draws one run's curves in one panel: a colour per head, or a single black curve."""
     if panel not in ("entropy", "kl", "sum"):
         if panel in columns and columns[panel].size:
             axis.plot(*columns[panel], style, marker=".", color="black", linewidth=1.2)
@@ -81,7 +82,7 @@ def draw_panel(axis, panel, heads, columns, style, name):
 
 def main(argv=None):
     parser = Parser(prog="python -m experiments.curves", description="Draws the curves of runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders; the picture goes to the first")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; the picture goes to the first")
     return run_script("curves", lambda: plot_runs(parser.parse_args(argv).runs))
 
 

@@ -1,12 +1,12 @@
 """DiRL in BYOL and in SimCLR (A.3, Table 8): their losses region by region, in place of DINO's.
 
-Each representation of a method (f; f_c, f_b; all six) has a projector of its own, and eq. 9 adds up the
-losses. A region that is absent from a view is left out of it: of batch norm's statistics, of the positives
-and of the negatives. Shapes as in dirl.py: V views of B crops, U = 2 global ones; present is (V, B).
+Each representation of a method (f; f_c, f_b; all six) has its own projector, and eq. 9 adds up the losses. A
+view without a region enters nothing of that region: neither batch norm's statistics nor positives nor
+negatives. Shapes as in dirl.py: V views of B crops, U = 2 global ones; present is (V, B).
 
-BYOL: Grill et al. 2020, google-deepmind/deepmind-research/byol; SimCLR: Chen et al. 2020, as the paper in the
-implementation of Li et al. 2021, binli123/dsmil-wsi/simclr. Their optimisers (LARS; Adam) are not taken over:
-train.py's is the same for all that is compared.
+BYOL: Grill et al. 2020, google-deepmind/deepmind-research/byol; SimCLR: Chen et al. 2020, which the paper
+takes from Li et al. 2021, binli123/dsmil-wsi/simclr. Their optimisers (LARS; Adam) are not used: all
+comparisons share train.py's.
 """
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ import dirl
 from train import Recipe
 
 HIDDEN, PROJECTION = 4096, 256  # BYOL's projector and predictor; SimCLR's output is 256 as well
-TEMPERATURE = 0.5  # of SimCLR
+TEMPERATURE = 0.5  # SimCLR's
 
 
 # ---------------------------------------------------------------- losses
@@ -28,7 +28,8 @@ def byol_loss(prediction, target, present_s, present_t):
     views. Pairs are DINO's: every view with every other global one, where the region is present in both
     (present_s (V, B), present_t (U, B)); 0 if there are none. BYOL adds up its two pairs; this is their mean.
     """
-    p, z = F.normalize(prediction.float(), dim=-1), F.normalize(target.detach().float(), dim=-1)
+    p = F.normalize(prediction.float(), dim=-1)
+    z = F.normalize(target.detach().float(), dim=-1)
     other = ~torch.eye(len(z), len(p), dtype=torch.bool, device=p.device)  # no view with itself
     pairs = other.unsqueeze(-1) & present_t.unsqueeze(1) & present_s.unsqueeze(0)  # (U, V, B)
     distance = 2 - 2 * torch.einsum("ubk,vbk->uvb", z, p)
@@ -40,7 +41,7 @@ def nt_xent_loss(z, present, temperature=TEMPERATURE):
 
     z (V, B, K), present (V, B). s is the cosine; a pair (+) is two different views of one crop, in both
     orders; its negatives (-) are all views of all other crops. Views without the region are in neither; the
-    loss is 0 where there is no pair. With two views this is SimCLR's sum over all k but the anchor.
+    loss is 0 without any pair. With two views this is SimCLR's sum over all k but the anchor.
     """
     V, B = present.shape
     z = F.normalize(z.float(), dim=-1).flatten(0, 1)  # (V B, K)
@@ -82,21 +83,21 @@ class Eq9Loss(nn.Module):
 # ---------------------------------------------------------------- models
 
 def byol_mlp(in_dim):
-    """BYOL's projector and predictor: linear, batch norm, ReLU, linear; (N, in_dim) to (N, 256).
+    """BYOL's projector and predictor: linear, batch norm, ReLU, linear; (N, in_dim) -> (N, 256).
 
-    Online and target normalise by the batch's own statistics, as in BYOL; all views are one batch here.
+    Both networks normalise by the statistics of the batch, as in BYOL; here all views are one batch.
     """
     return nn.Sequential(nn.Linear(in_dim, HIDDEN), nn.BatchNorm1d(HIDDEN, track_running_stats=False),
                          nn.ReLU(), nn.Linear(HIDDEN, PROJECTION))
 
 
 def simclr_mlp(in_dim):
-    """SimCLR's projector as Li et al.: linear, ReLU, linear; (N, in_dim) to (N, 256)."""
+    """SimCLR's projector of Li et al.: linear, ReLU, linear; (N, in_dim) -> (N, 256)."""
     return nn.Sequential(nn.Linear(in_dim, in_dim), nn.ReLU(), nn.Linear(in_dim, PROJECTION))
 
 
 class RegionProjections(dirl.DiRL):
-    """DiRL's representations, each through a projector, and for BYOL a predictor, instead of DINO's head."""
+    """DiRL's representations, each through a projector (BYOL: and a predictor) instead of DINO's head."""
 
     def __init__(self, encoder, method, ssl):
         super().__init__(encoder, method, out_dim=2, disentangled_dim=2)
@@ -110,14 +111,14 @@ class RegionProjections(dirl.DiRL):
         return self.project(views, priors, self.predictors)
 
     def project(self, views, priors, predictors):
-        """forward, with the predictors given; those of {} are left out.
+        """forward with these predictors; {} stops at the projections.
 
-        Only rows whose region is present go through the layers; of a single one there are no statistics, and
-        it counts as absent.
+        Only rows whose region is present go through the layers. A single row has no batch statistics and
+        counts as absent.
         """
         B = views[0].shape[1]
         by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
-        out = {}
+        projected = {}
         for name, projector in self.heads.items():
             f = torch.cat([f[name] for f, _ in by_size])  # (V B, d)
             present = torch.cat([region[name] for _, region in by_size])  # (V B,)
@@ -125,14 +126,15 @@ class RegionProjections(dirl.DiRL):
             z = f.new_zeros(len(f), PROJECTION)
             if present.any():
                 rows = projector(f[present])
-                rows = predictors[name](rows) if name in predictors else rows
+                if name in predictors:
+                    rows = predictors[name](rows)
                 z = z.to(rows.dtype).index_put((present,), rows)
-            out[name] = z.unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
-        return out
+            projected[name] = z.unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
+        return projected
 
 
 def teach_projections(teacher, views, priors):
-    """BYOL's target: projections of the global views, without the predictors."""
+    """Returns BYOL's target: the projections of the global views, without the predictors."""
     return teacher.project(views[:1], priors[:1], {})
 
 
@@ -142,15 +144,15 @@ def teach_nothing(teacher, views, priors):
 
 
 def twin_of(student):
-    """The student's own weights in eval mode, for SimCLR: the encoder that is trained is saved."""
+    """Returns SimCLR's "teacher", which shares the student's weights, since the loop saves the teacher."""
     twin = dirl.make_teacher(student)
     for shared, own in zip(twin.parameters(), student.parameters()):
-        shared.data = own.data  # moving towards themselves leaves them unchanged
+        shared.data = own.data  # the moving average of a weight with itself leaves it unchanged
     return twin
 
 
 def build(encoder, args):
-    """The Recipe of --ssl byol and simclr."""
+    """Returns the Recipe of --ssl byol or simclr."""
     student = RegionProjections(encoder, args.method, args.ssl).to(args.device)
     loss = Eq9Loss(student.heads, args.lambda_1, args.lambda_2)
     names = tuple(student.heads)

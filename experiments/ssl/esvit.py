@@ -1,9 +1,9 @@
-"""EsViT (4.1, Table 3): DINO's loss on views and the same on regions, which are single tokens, half and half.
+"""EsViT (4.1, Table 3): half DINO's loss on views, half the same loss on regions, which are single tokens.
 
 Li et al. 2021, microsoft/esvit. Each token of the student is matched to the most similar token of another
-view of the teacher, by the cosine of what comes out of the backbone. The tokens have a head of their own
-with as many outputs (65536) and a centre of their own. That is K numbers for each of the 2 x 196 + 8 x 36
-tokens of a crop: lower --out-dim or --batch (EsViT has 32 to 64 crops a GPU).
+view of the teacher, by the cosine of the backbone's outputs. The tokens have their own head, with as many
+outputs (65536), and their own centre. That is K numbers for each of the 2 x 196 + 8 x 36 tokens of a crop:
+lower --out-dim or --batch (EsViT has 32 to 64 crops per GPU).
 """
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,15 @@ from train import Recipe
 
 
 def match_tokens(student, teacher):
-    """Indices (B, n): the token of teacher (B, m, d) most similar to each of student (B, n, d), by cosine."""
+    """Returns indices (B, n): the teacher's token (B, m, d) most similar to each student's (B, n, d)."""
     return (F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).transpose(1, 2)).argmax(-1)
 
 
 def region_cross_entropy(student, targets, matches, temp):
     """One student view against some of the teacher's: the sum over these of the mean of -<q_match, log p>.
 
-    student (B, n, K) logits; targets, of (B, m, K) each, and for each of them matches (B, n); p = softmax(
-    student / temp).
+    student: logits (B, n, K); targets: q (B, m, K) of each teacher view; matches (B, n) for each of them;
+    p = softmax(student / temp).
     """
     K = student.shape[-1]
     q = sum(t.gather(1, m.unsqueeze(-1).expand(-1, -1, K)) for t, m in zip(targets, matches))  # (B, n, K)
@@ -32,19 +32,21 @@ def region_cross_entropy(student, targets, matches, temp):
 
 
 class RegionLoss(dirl.DINOLoss):
-    """EsViT's region-level loss: -<q_match, log p> as a mean over tokens, crops and pairs of views.
+    """EsViT's region-level loss: the mean of -<q_match, log p> over tokens, crops and pairs of views.
 
-    student: a size of views each, logits (V_i, B, n_i, K), the U global views first; teacher (U, B, m, K).
+    student: logits (V_i, B, n_i, K) per size of views, the U global views first; teacher (U, B, m, K).
     tokens_s and tokens_t, to match by, have d in K's place. Pairs are DINO's: every view of the student with
-    every other of the teacher. After a call, entropy is the mean H(q) of what was matched.
+    every other of the teacher. After a call, entropy is the mean H(q) of the matched tokens.
     """
 
     def forward(self, student, teacher, tokens_s, tokens_t, teacher_temp=0.04):
-        U, views = len(teacher), [x for size in student for x in size]  # V of (B, n, K)
+        U = len(teacher)
+        views = [x for size in student for x in size]  # V of (B, n, K)
         tokens = [x for size in tokens_s for x in size.detach()]  # V of (B, n, d)
         q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, m, K)
         h = torch.special.entr(q).sum(-1)  # (U, B, m)
-        loss = entropy = 0
+        loss = 0
+        entropy = 0
         for v, logits in enumerate(views):
             others = [u for u in range(U) if u != v]
             matches = [match_tokens(tokens[v], tokens_t[u]) for u in others]  # each (B, n)
@@ -72,7 +74,7 @@ class EsViT(nn.Module):
     def forward(self, views, priors=None):
         """views: one (V_i, B, 3, H, W) per size, the global ones first.
 
-        Returns logits of f (V, B, K), and by size those of the tokens (V_i, B, n_i, K) and the tokens.
+        Returns the logits of f (V, B, K), and per size those of the tokens (V_i, B, n_i, K) and the tokens.
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
@@ -80,7 +82,7 @@ class EsViT(nn.Module):
 
 
 class EsViTLoss(nn.Module):
-    """Half L_f and half L_region of two EsViT models' outputs; (loss, {name: L_name without gradient})."""
+    """(L_f + L_region) / 2 of student's and teacher's outputs; (loss, {name: L_name without gradient})."""
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
@@ -100,7 +102,7 @@ class EsViTLoss(nn.Module):
 
 
 def build(encoder, args):
-    """The Recipe of --ssl esvit."""
+    """Returns the Recipe of --ssl esvit."""
     student = EsViT(encoder, args.out_dim, args.norm_last_layer).to(args.device)
     loss = EsViTLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
     return Recipe(student, dirl.make_teacher(student), loss, ("f", "region"), dict(loss.losses))

@@ -1,7 +1,8 @@
 """The baseline with DINO heads after chosen blocks (A.3, Table 6), to tell the method from its size.
 
---depth 13: Baseline-13, a block more, as DiRL has with its disentangle block. --depth 13 --heads 12 13:
-Baseline-13*. Ours: --heads 12 12, two heads on f, tells the number of heads from the regions.
+--depth 13: Baseline-13, with one more block, as DiRL has its disentangle block. --depth 13 --heads 12 13:
+Baseline-13*. Not in the paper: --heads 12 12, two heads on f, separates the effect of two heads from that of
+regions.
 """
 import torch
 from torch import nn
@@ -11,9 +12,9 @@ from train import Recipe
 
 
 class HeadsAfterBlocks(dirl.DiRL):
-    """DINO with a head on the mean token after each of some blocks (1 is the first; one may be there twice).
+    """DINO with a head on the mean token after each of these blocks (1 is the first; a block may repeat).
 
-    Every mean is of tokens through the encoder's closing LayerNorm, as f is.
+    The tokens go through the encoder's closing LayerNorm before the mean, as those of f do.
     """
 
     def __init__(self, encoder, after, out_dim=65536, norm_last_layer=True):
@@ -36,7 +37,7 @@ class HeadsAfterBlocks(dirl.DiRL):
 
 
 def build(encoder, args):
-    """The Recipe of --heads: the mean of the heads' losses."""
+    """Returns the Recipe of --heads, whose loss is the mean of the heads' losses."""
     student = HeadsAfterBlocks(encoder, args.heads, args.out_dim, args.norm_last_layer).to(args.device)
     weight = dict.fromkeys(student.heads, 1 / len(student.heads))
     loss = dirl.DiRLLoss(student, student_temp=args.student_temp, center_momentum=args.center_momentum,

@@ -1,9 +1,9 @@
 """i-mix in DINO (A.3, Table 9, Fig. 8): the student sees mixed crops and predicts the mixed targets.
 
-Lee et al. 2021, kibok90/imix: x_i becomes l x_i + (1 - l) x_j, j a permutation of the batch, l from
-Beta(1, 1) and at least a half, one for each crop; the loss is l L(i) + (1 - l) L(j). How the paper puts that
-into DINO it does not say. Here: all views of a crop share j and l, the teacher sees unmixed views, and what
-is mixed is its distribution q, as the cross-entropy is linear in it.
+Lee et al. 2021, kibok90/imix: x_i becomes l x_i + (1 - l) x_j, with j a permutation of the batch, and l from
+Beta(1, 1) and at least a half for each crop; the loss is l L(i) + (1 - l) L(j). The paper does not say how it
+puts that into DINO. Here all views of a crop share j and l, the teacher sees unmixed views, and its
+distribution q is mixed, since the cross-entropy is linear in q.
 """
 import torch
 from torch import nn
@@ -12,17 +12,17 @@ from torch.utils.checkpoint import checkpoint
 import dirl
 from train import Recipe
 
-ALPHA = 1.0  # of Beta(alpha, alpha)
+ALPHA = 1.0  # l is drawn from Beta(alpha, alpha)
 
 
 def draw_mix(count, device, alpha=ALPHA):
-    """(l (count,) at least a half, j (count,) a permutation), by torch's random numbers."""
+    """Returns l (count,), at least a half, and j (count,), a permutation, from torch's random numbers."""
     share = torch.distributions.Beta(alpha, alpha).sample((count,))
     return torch.maximum(share, 1 - share).to(device), torch.randperm(count).to(device)
 
 
 def mix(x, share, partner):
-    """l x_i + (1 - l) x_j over the second dimension of x (V, B, ...)."""
+    """Returns l x_i + (1 - l) x_j over the second dimension of x (V, B, ...)."""
     share = share.view(-1, *[1] * (x.dim() - 2))
     return share * x + (1 - share) * x[:, partner]
 
@@ -35,8 +35,8 @@ class MixLoss(dirl.DINOLoss):
     """
 
     def forward(self, student, teacher, share, partner, teacher_temp=0.04):
-        V, U = len(student), len(teacher)
-        B = student.shape[1]
+        V, B, _ = student.shape
+        U = len(teacher)
         different = 1 - torch.eye(U, V, device=teacher.device)
         pairs = different.unsqueeze(-1).expand(-1, -1, B)  # (U, V, B)
         with torch.no_grad():
@@ -51,7 +51,7 @@ class MixLoss(dirl.DINOLoss):
 
 
 class Imix(dirl.DiRL):
-    """DINO on f whose views are mixed: logits (V, B, K), l (B,), j (B,)."""
+    """DINO on f with mixed views; returns logits (V, B, K), l (B,), j (B,)."""
 
     def forward(self, views, priors):
         share, partner = draw_mix(views[0].shape[1], views[0].device)
@@ -59,18 +59,18 @@ class Imix(dirl.DiRL):
         return self.unmixed(mixed, priors), share, partner
 
     def unmixed(self, views, priors):
-        """Logits (V, B, K) of the views unchanged."""
+        """Returns the logits (V, B, K) of the views as given."""
         logits, _ = super().forward(views, priors)["f"]
         return logits
 
 
 def teach_unmixed(teacher, views, priors):
-    """The teacher's logits on the unmixed global views."""
+    """Returns the teacher's logits on the unmixed global views."""
     return teacher.unmixed(views[:1], priors[:1])
 
 
 class ImixLoss(nn.Module):
-    """MixLoss of an Imix model's output and its teacher's logits: (loss, {"f": loss without gradient})."""
+    """MixLoss of an Imix model's output and its teacher's logits; (loss, {"f": loss without gradient})."""
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
         super().__init__()
@@ -87,7 +87,7 @@ class ImixLoss(nn.Module):
 
 
 def build(encoder, args):
-    """The Recipe of --ssl imix."""
+    """Returns the Recipe of --ssl imix."""
     student = Imix(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer).to(args.device)
     loss = ImixLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
     return Recipe(student, dirl.make_teacher(student), loss, ("f",), dict(loss.losses), teach_unmixed)

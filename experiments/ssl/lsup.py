@@ -1,8 +1,8 @@
-"""L_sup (A.3, Fig. 9): DINO, and a linear layer that predicts from each token the cells in its p x p patch.
+"""L_sup (A.3, Fig. 9): DINO, and a linear layer that predicts from each token how many cells its patch has.
 
-The paper gives neither the form of L_sup nor its weight. Here it is the mean squared error over all tokens of
-all the student's views, with the weight of --sup-weight (1). A view's counts come from prior.view_prior: the
-cells go through its crop and flip, and P_c = counts > 0.
+The paper states neither the form of L_sup nor its weight. Here it is the mean squared error over all tokens
+of all the student's views, with the weight of --sup-weight (1). A view's counts come from prior.view_prior:
+the cells go through its crop and flip, and P_c = counts > 0.
 """
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from train import Recipe
 
 
 def count_loss(predicted, counts):
-    """L_sup: the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i), by size."""
-    predicted, counts = (torch.cat([x.float().flatten() for x in sizes]) for sizes in (predicted, counts))
+    """L_sup: the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i) per size."""
+    predicted = torch.cat([x.float().flatten() for x in predicted])
+    counts = torch.cat([x.float().flatten() for x in counts])
     return F.mse_loss(predicted, counts)
 
 
@@ -30,9 +31,9 @@ class CellCounter(nn.Module):
         self.counter = nn.Linear(encoder.embed_dim, 1)
 
     def forward(self, views, counts):
-        """views: one (V_i, B, 3, H, W) per size, counts: the cells of their patches (V_i, B, n_i).
+        """views: one (V_i, B, 3, H, W) per size; counts: the cells of their patches (V_i, B, n_i).
 
-        Returns logits of f (V, B, K), and by size the predicted and the true counts.
+        Returns the logits of f (V, B, K), and per size the predicted and the true counts.
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
@@ -40,7 +41,7 @@ class CellCounter(nn.Module):
 
 
 class AuxiliaryLoss(nn.Module):
-    """L_f + weight L_sup of student's and teacher's outputs: (loss, {"f": L_f, "sup": L_sup})."""
+    """L_f + weight L_sup of student's and teacher's outputs; (loss, {"f": L_f, "sup": L_sup})."""
 
     def __init__(self, out_dim, weight=1.0, student_temp=0.1, center_momentum=0.9):
         super().__init__()
@@ -58,7 +59,7 @@ class AuxiliaryLoss(nn.Module):
 
 
 def build(encoder, args):
-    """The Recipe of --ssl lsup."""
+    """Returns the Recipe of --ssl lsup."""
     student = CellCounter(encoder, args.out_dim, args.norm_last_layer).to(args.device)
     loss = AuxiliaryLoss(args.out_dim, args.sup_weight, args.student_temp, args.center_momentum)
     loss = loss.to(args.device)

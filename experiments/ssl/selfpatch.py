@@ -1,11 +1,12 @@
-"""SelfPatch (4.1, Table 3): DINO, and each patch against what its most similar neighbours have in common.
+"""SelfPatch (4.1, Table 3): DINO, and each patch against an aggregate of its most similar neighbours.
 
-Yun et al. 2022, alinlab/SelfPatch. The teacher aggregates, for every patch of every view, the 4 most similar
-of its 8 neighbours (cosine; the grid is closed to a torus, so that a border patch has 8 too) by two blocks of
-class attention; the student's own patch in the same view has to predict that. Weight 0.1 beside DINO's loss,
-whose f is the same aggregation of all patches; 4096 outputs for patches (--disentangled-dim here).
+Yun et al. 2022, alinlab/SelfPatch. For every patch of every view the teacher aggregates the 4 most similar of
+its 8 neighbours (by cosine; the grid is closed to a torus, so that a border patch has 8, too) through two
+blocks of class attention; the student's patch at that place has to predict the aggregate. This loss has
+weight 0.1 next to DINO's, whose f is the same aggregation of all patches; patches have 4096 outputs (here
+--disentangled-dim).
 
-Evaluation averages the tokens, as of every encoder in this project, not what the aggregation gives.
+Evaluation averages the tokens, as for every encoder in this project, and does not use the aggregation.
 """
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,13 @@ from experiments.ssl.dense import through, tokens_of
 from train import Recipe
 
 NEIGHBOURS = 4  # of 8
-WEIGHT = 0.1  # of L_patch
+WEIGHT = 0.1  # of L_patch, next to L_f
 
 
 def neighbours_of(grid, device=None):
-    """Indices (grid^2, 8) of the neighbours of each patch of a square grid, row by row, closed to a torus.
+    """Returns the indices (grid^2, 8) of each patch's neighbours on a square grid closed to a torus.
 
-    Of a grid with less than 3 patches a side some are there twice, or the patch itself.
+    With fewer than 3 patches a side, neighbours repeat or include the patch itself.
     """
     index = torch.arange(grid * grid, device=device).view(grid, grid)
     around = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
@@ -30,16 +31,16 @@ def neighbours_of(grid, device=None):
 
 
 def similar_neighbours(tokens, count=NEIGHBOURS):
-    """tokens (B, n, d) to the count neighbours (B, n, count, d) whose cosine with the token is highest."""
+    """tokens (B, n, d) -> of each its count most similar neighbours by cosine (B, n, count, d)."""
     around = tokens[:, neighbours_of(int(tokens.shape[1] ** 0.5), tokens.device)]  # (B, n, 8, d)
     best = F.cosine_similarity(around, tokens.unsqueeze(2), dim=-1).topk(count, -1).indices
     return around.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, tokens.shape[-1]))
 
 
 class ClassAttention(dirl.Block):
-    """A block in which one token alone asks (CaiT): it attends to itself and to the others.
+    """A block whose only query is one token x (CaiT): it attends to itself and to the others.
 
-    tokens (N, m, d) and the asking x (N, 1, d) to the new x (N, 1, d).
+    tokens (N, m, d), x (N, 1, d) -> the new x (N, 1, d).
     """
 
     def forward(self, tokens, x):
@@ -50,7 +51,7 @@ class ClassAttention(dirl.Block):
 
 
 class Aggregation(nn.Module):
-    """Tokens (N, m, d) to one (N, d): a learned token asks them in two blocks of class attention."""
+    """Tokens (N, m, d) -> one each (N, d): a learned token queries them in two blocks of class attention."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -68,14 +69,16 @@ class Aggregation(nn.Module):
 
 
 class PatchLoss(dirl.DINOLoss):
-    """L_patch: the mean of -<q, log p> over views, crops and patches, a view with itself.
+    """L_patch: the mean of -<q, log p> over views, crops and patches; each view is paired with itself.
 
-    student, teacher: a size of views each, logits (V_i, B, n_i, K) of the patches and of their neighbours.
-    The centre is that of all patches. After a call, entropy is the mean H(q).
+    student, teacher: logits (V_i, B, n_i, K) per size of views, of the patches and of their neighbours. The
+    centre is that of all patches. After a call, entropy is the mean H(q).
     """
 
     def forward(self, student, teacher, teacher_temp=0.04):
-        views, loss, self.entropy = sum(map(len, student)), 0, 0
+        views = sum(map(len, student))
+        loss = 0
+        self.entropy = 0
         for s, t in zip(student, teacher):
             q = ((t.float() - self.center) / teacher_temp).softmax(-1)
             log_p = (s.float() / self.student_temp).log_softmax(-1)
@@ -99,25 +102,26 @@ class SelfPatch(nn.Module):
             for name, dim in (("f", out_dim), ("patch", patch_dim))})
 
     def forward(self, views, priors=None):
-        """views: one (V_i, B, 3, H, W) per size, to logits of f (V, B, K) and, by size, (V_i, B, n_i, K)."""
+        """views, one (V_i, B, 3, H, W) per size -> logits of f (V, B, K), of patches (V_i, B, n_i, K)."""
         return self.outputs(views, self.aggregation.norm)
 
     def outputs(self, views, patches_of):
-        """forward, with patches_of (tokens (V_i, B, n_i, d) -> the same shape) on the way to the patches."""
-        f, patches = [], []
+        """forward, with patches_of (tokens (V_i, B, n_i, d) -> the same shape) before the head on patches."""
+        f = []
+        patches = []
         for tokens in tokens_of(self.encoder, views):
             f.append(self.aggregation(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]))
             patches.append(through(self.heads["patch"], patches_of(tokens)))
         return through(self.heads["f"], torch.cat(f)), patches
 
     def of_neighbours(self, tokens):
-        """The aggregation of each patch's neighbours in the patch's place, (V_i, B, n_i, d)."""
+        """Returns the aggregation of each patch's neighbours in the patch's place, (V_i, B, n_i, d)."""
         around = similar_neighbours(tokens.flatten(0, 1))  # (V_i B, n_i, 4, d)
         return self.aggregation(around.flatten(0, 1)).view_as(tokens)
 
 
 def teach_neighbours(teacher, views, priors):
-    """The teacher sees all views, and gives each patch's neighbours in the patch's place."""
+    """Returns the teacher's outputs on all views, with each patch's neighbours in the patch's place."""
     return teacher.outputs(views, teacher.of_neighbours)
 
 
@@ -144,7 +148,7 @@ class SelfPatchLoss(nn.Module):
 
 
 def build(encoder, args):
-    """The Recipe of --ssl selfpatch."""
+    """Returns the Recipe of --ssl selfpatch."""
     student = SelfPatch(encoder, args.out_dim, args.disentangled_dim, args.norm_last_layer).to(args.device)
     loss = SelfPatchLoss(args.out_dim, args.disentangled_dim, args.student_temp, args.center_momentum)
     loss = loss.to(args.device)
