@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import mil
+from common.bags import labelled, read_bags
 from common.encoders import check_device, find_encoder, load_encoder
 from common.errors import InputError
 from common.files import print_table, read_csv, write_csv
@@ -122,12 +123,12 @@ def write_split(found, folds, number, data):
 def measure_fold(found, fold, path, args):
     """Returns accuracy, AUC and macro F1 on a fold's test slides, of DSMIL trained on its other slides."""
     names = [name for split in SPLITS for name in fold[split]]
-    bags = shared.read_bags(path.parent, names, path)
+    bags = read_bags(path.parent, names, path)
     missing = [name for name in names if name not in bags]
     if missing:
         raise InputError(f"{path.parent}/features: lacks {len(missing)} slides ({missing[0]}, ..); "
                          f"python eval.py --data {args.data} --checkpoint {path.parent}, or remove them")
-    train, val, test = (shared.labelled(bags, fold[split], found, args.device) for split in SPLITS)
+    train, val, test = (labelled(bags, fold[split], found, args.device) for split in SPLITS)
     model = mil.train_dsmil(train, val, len(found.classes), args.epochs, seed=args.seed,
                             weight_decay=args.mil_weight_decay)
     scores = torch.stack([mil.dsmil_predict(model, bag) for bag, _ in test]).cpu().numpy()

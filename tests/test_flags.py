@@ -37,7 +37,7 @@ def is_script(path):
 
 
 def test_every_script_is_tried():
-    files = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("[!t]*/*.py"))]
+    files = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("[!t]*/**/*.py"))]
     scripts = {".".join(path.with_suffix("").parts) for path in files if is_script(ROOT / path)}
     assert scripts - WITHOUT_FLAGS == SCRIPTS.keys()
 
@@ -46,7 +46,7 @@ def test_every_script_is_tried():
 def test_a_mistyped_flag_is_one_line_that_names_it_and_the_help(tmp_path, monkeypatch, capsys, script, argv):
     monkeypatch.chdir(tmp_path)
     main = importlib.import_module(script).main
-    name = script.removeprefix("experiments.")
+    name = script.rpartition(".")[-1]
     refused(capsys, main, [*argv, "--no-such-flag", "1"], name, "--no-such-flag")
     assert not list(tmp_path.iterdir())
 

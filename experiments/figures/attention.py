@@ -38,7 +38,7 @@ QUERY = "#e00000"  # frame of the token that asks
 
 
 def arguments(argv):
-    parser, _ = shared.parser_of("attention", "Aggregated attention of encoders, side by side.")
+    parser, _ = shared.parser_of("figures.attention", "Aggregated attention of encoders, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     style = argparse.ArgumentDefaultsHelpFormatter
     about = {"distribution": "Fig. 4, 7 to 9, 11: the distribution over all tokens, and its three bins",

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import mil
 from common import classify
+from common.bags import labelled, read_bags
 from common.encoders import attention_of, in_batches
 from common.errors import InputError, run_script
 from common.export import feature, square, write_features
@@ -31,7 +32,7 @@ TOKENS = [f"tokens {interval}" for interval in BINS]
 
 
 def arguments(argv):
-    parser, add = shared.parser_of("heatmap", "Heat maps of attention over a slide, and for QuPath.")
+    parser, add = shared.parser_of("figures.heatmap", "Heat maps of attention over a slide, and for QuPath.")
     shared.add_networks(add)
     add("--slide", help="name of the slide; default: the first of --part")
     add("--pixels", type=whole(50, 20_000), default=900,
@@ -103,16 +104,16 @@ def dsmil_attention(found, path, name, corners, args):
     if not args.repeats or not found.labels:
         return None
     try:
-        bags = shared.read_bags(path.parent, dict.fromkeys([*found.split("train", "val"), name]), path)
+        bags = read_bags(path.parent, dict.fromkeys([*found.split("train", "val"), name]), path)
     except InputError as error:
         print(f"skipped: DSMIL: {error}")
         return None
-    train, val = (shared.labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
+    train, val = (labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
     if name not in bags or not np.array_equal(bags[name]["coords"], corners) or not train or not val:
         raise InputError(f"{path.parent}/features: lacks {name} or has it with other tiles, or lacks all "
                          "training or all validation slides; "
                          f"python eval.py --checkpoint {path.parent}")
-    splits = {"train": train, "val": val, "slide": shared.labelled(bags, [name], found, args.device)}
+    splits = {"train": train, "val": val, "slide": labelled(bags, [name], found, args.device)}
     if args.standardize:
         splits = classify.standardize(splits)
     features, label = splits["slide"][0]

@@ -38,7 +38,7 @@ NEAR = 3.0  # um: two centroids at most this far apart may be the same nucleus
 
 
 def arguments(argv):
-    parser, add = shared.parser_of("priors", "Cells of several segmenters on the same crops.")
+    parser, add = shared.parser_of("figures.priors", "Cells of several segmenters on the same crops.")
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
     shared.add_data(add)

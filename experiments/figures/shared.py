@@ -10,7 +10,7 @@ import dirl
 from common.encoders import check_device, find_encoder, load_encoder
 from common.errors import InputError, Parser, print_skipped
 from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
-from common.files import file_stamp, read_npz, write_csv
+from common.files import write_csv
 from common.flags import add_max_gigapixels, whole
 from data import Crops
 from wsi.cache import file_mpp, prepare, prepare_tiles
@@ -151,32 +151,6 @@ def choose_crops(crops, priors, count):
     if len(good) < count:
         good = np.sort(np.argsort(glass, kind="stable")[:count])
     return candidates[good[spread(len(good), count)]].tolist()
-
-
-def read_bags(run, names, encoder_path):
-    """Returns {slide: {"features" (N, d), "coords" (N, 2)}} of the slides that a run's features/ has.
-
-    InputError if it has none, or one was made from another encoder than encoder_path.
-    """
-    out = {}
-    stamp = file_stamp(encoder_path)
-    for name in names:
-        path = Path(run) / "features" / f"{name}.npz"
-        kept = read_npz(path, "features", "coords", "encoder")
-        if kept and not str(kept["encoder"]).startswith(stamp):
-            raise InputError(f"{path}: was made from another encoder; python eval.py --checkpoint {run}")
-        if kept:
-            out[name] = kept
-    if not out:
-        raise InputError(f"{run}/features: no features of these slides; first: "
-                         f"python eval.py --checkpoint {run}")
-    return out
-
-
-def labelled(bags, names, found, device):
-    """Returns [(features (N, d) on the device, class), ...] of those names that have a bag (read_bags)."""
-    return [(torch.from_numpy(bags[name]["features"]).to(device),
-             found.classes.index(found.labels[name]["label"])) for name in names if name in bags]
 
 
 # ---------------------------------------------------------------- what is written
