@@ -25,7 +25,7 @@ KINDS = dict(zip(("cell", "background"), OTHER_COLORS))
 
 
 def arguments(argv):
-    parser, add = shared.parser_of("figures.tokens", "t-SNE of cell and background tokens, and their distance.")
+    parser, add = shared.parser_of("figures.tokens", "t-SNE of cell and background tokens, their distance.")
     shared.add_networks(add)
     add("--tokens", type=whole(10), default=30_000,
         help="tokens of each kind; t-SNE takes half an hour per network for 30,000, minutes for 3,000")

@@ -29,7 +29,7 @@ LOCALS = 4  # local views to draw, at most
 
 def arguments(argv):
     parser, add = shared.parser_of(
-        "figures.views", "Share of views that have cells and background, over crop scales.", allow_abbrev=False,
+        "figures.views", "Share of views with cells and background, over crop scales.", allow_abbrev=False,
         epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
     add("--mpp", type=MPP, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
     add("--crops", type=whole(), default=2000, help="most crops of the training part; more are steadier")
