@@ -40,7 +40,7 @@ RUN = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epoc
     lambda path: write(path.with_name("Labels.CSV"), "slide,label\ngood,A\n")])
 def test_a_labels_csv_that_is_no_file_of_that_name_is_refused(place, capsys, make):
     make(place / "in" / "labels.csv")
-    refused(capsys, train.main, ["--data", "in", "--mpp", "1"], "rename it or take it out")
+    refused(capsys, train.main, ["--data", "in", "--mpp", "1"], "rename or remove it")
 
 
 def test_two_spellings_of_one_image_are_refused_by_line(place, capsys):
