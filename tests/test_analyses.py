@@ -1,4 +1,4 @@
-"""The paper's figures and tables: mathematics, heat where it belongs, each script at a tiny size."""
+"""The paper's figures and tables: their mathematics, attention in its place, each script at a tiny size."""
 import json
 import shutil
 from itertools import permutations
@@ -14,6 +14,7 @@ import eval as eval_py
 import train
 from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
 from common.errors import InputError
+from common.figures import NETWORK_COLORS, network_colors
 from common.files import file_stamp
 from data import Draws, random_boxes
 from experiments import study, table
@@ -79,7 +80,7 @@ def gaussian(*mean_and_cov):
 
 @pytest.mark.parametrize("q", [gaussian([1, 0.5], [[2, 0.6], [0.6, 1]]),
                                gaussian([0, 0], [[0.01, 0], [0, 4]]), gaussian([3, 3], np.eye(2))])
-def test_jensen_shannon_is_monte_carlos(q):
+def test_jensen_shannon_equals_monte_carlo(q):
     p, rng, terms = gaussian([0, 0], [[1, 0.3], [0.3, 1.5]]), np.random.default_rng(0), []
     for own, other in ((p, q), (q, p)):
         x = rng.multivariate_normal(*own, 200_000)
@@ -101,7 +102,7 @@ def test_distances_by_hand():
         tokens.fit_gaussian(np.outer(np.arange(9.), [1, 2]))
 
 
-def test_drawn_tokens_are_of_their_kind_and_those_of_the_encoder():
+def test_drawn_tokens_have_their_kind_and_are_the_encoders():
     encoder, images = random_encoder("vit_t4", 0, MEAN, STD), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     p_c = (torch.rand(3, 196) < 0.3).float()
     places = tokens.draw_places(p_c, 50, seed=1)
@@ -116,7 +117,7 @@ def test_drawn_tokens_are_of_their_kind_and_those_of_the_encoder():
 
 # ---------------------------------------------------------------- priors (Fig. 15, 16)
 
-def test_matching_is_brute_force(rng=np.random.default_rng(0)):
+def test_matching_equals_brute_force(rng=np.random.default_rng(0)):
     for _ in range(20):
         a, b = rng.uniform(0, 6, (4, 2)), rng.uniform(0, 6, (5, 2))
         near = np.hypot(*(a[:, None] - b).transpose(2, 0, 1)) <= 2
@@ -137,7 +138,7 @@ def test_agreement_by_hand():
 
 # ---------------------------------------------------------------- views (Fig. 14), queries (Fig. 13)
 
-def test_shares_of_regions_are_brute_force(rng=np.random.default_rng(0)):
+def test_shares_of_regions_equal_brute_force(rng=np.random.default_rng(0)):
     cells = torch.tensor(rng.uniform(0, 224, (40, 9, 2)) * [1, 0.5], dtype=torch.float32)
     cells[::2, 3:] = float("nan")
     got = views.region_shares(cells, 0.1, 96, torch.Generator().manual_seed(5))
@@ -160,9 +161,30 @@ def test_a_query_is_a_row_of_the_attention():
             attention.tokens_at(wrong, 14)
 
 
+# ---------------------------------------------------------------- crops to show, colours
+
+def test_crops_to_show_have_both_regions_and_little_glass():
+    images = torch.full((6, 3, 224, 224), 150, dtype=torch.uint8)
+    images[[1, 3], :, :60] = 240  # glass in a quarter
+    priors = torch.zeros(6, 196)
+    priors[:5, :98] = 1  # crop 5 has background alone
+    crops = list(zip(images))
+    assert shared.choose_crops(crops, priors, 9) == [0, 1, 2, 3, 4]  # too few without glass
+    assert shared.choose_crops(crops, priors, 3) == [0, 2, 4]
+    assert shared.choose_crops(crops, torch.zeros(6, 196), 2) == [0, 5]
+
+
+def test_a_network_keeps_its_color():
+    one = network_colors(["Baseline-T4", "demo_vit_t4_dirl", "random start", "other"])
+    two = network_colors(["dirl", "dirl_two_views", "DINO"])
+    assert one["demo_vit_t4_dirl"] == two["dirl"] == NETWORK_COLORS["dirl"]
+    assert one["Baseline-T4"] == two["DINO"] == NETWORK_COLORS["baseline"]
+    assert len(set(one.values())) == 4 and two["dirl_two_views"] not in NETWORK_COLORS.values()
+
+
 # ---------------------------------------------------------------- heat maps
 
-def test_stitching_is_brute_force():
+def test_stitching_equals_brute_force():
     corners, side, unit = np.array([[0, 0], [101, 33], [0, 101]]), 100.8, 7.3
     values = np.random.default_rng(0).random((3, 16))
     got = heatmap.stitch(values, corners, side, unit, (30, 26))
@@ -331,7 +353,7 @@ def test_a_fold_becomes_the_split_that_training_reads(here):
 # ---------------------------------------------------------------- each script at a tiny size
 
 def wrote(path, rows):
-    """The picture is there, and so many rows beside it."""
+    """Checks that the picture exists, with this many rows next to it."""
     assert path.stat().st_size > 10_000 and len(rows_of(path.with_suffix(".csv"))) == rows
 
 

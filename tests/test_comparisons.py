@@ -40,25 +40,25 @@ def leaf(*shape):
 PRESENT = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 1], [0, 1, 1, 1]]).bool()  # 3 views of 4 crops
 
 
-@pytest.mark.parametrize("there", [PRESENT, torch.ones(3, 4).bool()])
-def test_byol_is_the_mean_over_pairs_that_count(there):
+@pytest.mark.parametrize("present", [PRESENT, torch.ones(3, 4).bool()])
+def test_byol_is_the_mean_over_pairs_that_count(present):
     p, z = leaf(3, 4, 5), torch.randn(2, 4, 5)
     pairs = [2 - 2 * cos(p[v, b], z[u, b]) for u in range(2) for v in range(3) for b in range(4)
-             if u != v and there[u, b] and there[v, b]]
-    same(byol_simclr.byol_loss(p, z, there, there[:2]), sum(pairs) / len(pairs), p)
+             if u != v and present[u, b] and present[v, b]]
+    same(byol_simclr.byol_loss(p, z, present, present[:2]), sum(pairs) / len(pairs), p)
 
 
-@pytest.mark.parametrize("there", [PRESENT, torch.ones(3, 4).bool(), torch.ones(2, 4).bool()])
-def test_nt_xent_has_absent_views_in_neither_positives_nor_negatives(there):
-    V, terms = len(there), []
+@pytest.mark.parametrize("present", [PRESENT, torch.ones(3, 4).bool(), torch.ones(2, 4).bool()])
+def test_nt_xent_takes_absent_views_neither_as_positives_nor_as_negatives(present):
+    V, terms = len(present), []
     z = leaf(V, 4, 5)
-    places = [(v, b) for v in range(V) for b in range(4) if there[v, b]]
+    places = [(v, b) for v in range(V) for b in range(4) if present[v, b]]
     for (v, b), (u, c) in itertools.product(places, places):
         if b == c and u != v:
             against = [(cos(z[v, b], z[place]) / 0.5).exp() for place in places if place[1] != b]
             positive = (cos(z[v, b], z[u, b]) / 0.5).exp()
             terms.append(-(positive / (positive + sum(against))).log())
-    same(byol_simclr.nt_xent_loss(z, there), sum(terms) / len(terms), z)
+    same(byol_simclr.nt_xent_loss(z, present), sum(terms) / len(terms), z)
 
 
 def test_nt_xent_of_two_views_by_hand():
@@ -68,12 +68,12 @@ def test_nt_xent_of_two_views_by_hand():
     torch.testing.assert_close(loss, -(torch.e ** torch.tensor(2.) / (torch.e ** torch.tensor(2.) + 2)).log())
 
 
-@pytest.mark.parametrize("there", [torch.zeros(2, 3).bool(), torch.tensor([[1, 0, 0], [1, 0, 0]]).bool()])
-def test_without_pairs_or_negatives_nothing_breaks(there):
+@pytest.mark.parametrize("present", [torch.zeros(2, 3).bool(), torch.tensor([[1, 0, 0], [1, 0, 0]]).bool()])
+def test_without_pairs_or_negatives_nothing_breaks(present):
     z = leaf(2, 3, 5)
-    for loss in (byol_simclr.nt_xent_loss(z, there), byol_simclr.byol_loss(z, z, there, there)):
+    for loss in (byol_simclr.nt_xent_loss(z, present), byol_simclr.byol_loss(z, z, present, present)):
         assert torch.autograd.grad(loss, z)[0].isfinite().all() and loss.isfinite()
-    assert byol_simclr.nt_xent_loss(z, there) == 0
+    assert byol_simclr.nt_xent_loss(z, present) == 0
 
 
 def tiny(**kw):
@@ -82,12 +82,12 @@ def tiny(**kw):
 
 @pytest.mark.parametrize("ssl", ["byol", "simclr"])
 def test_crops_without_the_region_change_nothing(ssl):
-    """Not even batch norm: the projections of cells are those of the crops that have cells."""
+    """Batch norm included: f_c is projected as if the crops without cells were not in the batch."""
     model, x = byol_simclr.RegionProjections(tiny(), "dirl", ssl), torch.randn(2, 5, 3, 48, 48)
     prior = (torch.rand(2, 5, 9) > 0.5).float()
     prior[:, :3, 0], prior[:, :3, 1], prior[:, 3:] = 1, 0, 0
-    z, there = model([x], [prior])["c"]
-    assert there[:, :3].all() and not there[:, 3:].any()
+    z, present = model([x], [prior])["c"]
+    assert present[:, :3].all() and not present[:, 3:].any()
     torch.testing.assert_close(z[:, :3], model([x[:, :3]], [prior[:, :3]])["c"][0])
 
 
@@ -234,7 +234,7 @@ def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
         dirl.update_teacher(student, teacher, 0.96)
         recipe.loss.update_centers()
         entropy = sum(module.entropy for module in recipe.dino.values())
-        fits.append(float(sum(each.values()) - entropy))  # KL(q || p) where there is a q
+        fits.append(float(sum(each.values()) - entropy))  # KL(q || p), if the loss has a q
     assert tuple(each) == recipe.names and set(recipe.dino) <= set(each)
     assert sum(fits[-6:]) < 0.9 * sum(fits[:6])
     f = F.normalize(teacher.encoder(views[0][0]).mean(1), dim=-1)
@@ -261,7 +261,7 @@ def test_flags_that_do_not_go_together(place, capsys, argv, says):
     refused(capsys, compare.main, argv, "compare: ", says)
 
 
-def test_a_stopped_comparison_goes_on_as_if_it_had_not(place, folder, capsys):
+def test_a_stopped_comparison_resumes_exactly(place, folder, capsys):
     byol = ["--ssl", "byol", "--method", "cellback", *SHORT]
     assert compare.main([*byol, "--run", "runs/whole"]) == 0
     assert compare.main([*byol, "--max-steps", "2"]) == 0 and compare.main(byol) == 0
