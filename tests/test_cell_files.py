@@ -79,6 +79,16 @@ def test_files_that_match_no_slide_are_named(place):
     assert names == ["a_notes.csv", "b.csv", "c.zip", "z.json", "a.csv"]
 
 
+def test_a_segmenters_folder_that_is_not_read_is_named(place):
+    found = found_in(Path("x"), ["a.svs"], ["hovernet/a.json", "builtin/a.csv"])
+    line, = unused_cell_files(found)
+    assert line.startswith("x/cells/hovernet: is read only with --prior hovernet; without the flag")
+    assert cell_files(found) == {"a": Path("x/cells/builtin/a.csv")}
+    assert unused_cell_files(find_data("x", 1.0, "hovernet")) == []
+    write(Path("x/cells/a.csv"), "x,y\n1,2\n")
+    assert unused_cell_files(found) == []  # cells of the user's own are read
+
+
 def test_crops_have_their_files_beside_each_other(place):
     for name in ("a", "sub/a", "sub/b.c"):
         saved(place / "c" / "crops" / f"{name}.png", array=tissue(224))

@@ -29,14 +29,16 @@ def hovernet(path, xy, power, mag):
 
 @pytest.mark.parametrize("mpp, power, true_x", [
     (0.2525, 40, 80000), (0.2465, 40, 80000), (0.504, 20, 40000), (0.2325, 20, 40000)])
-def test_hovernet_counts_from_the_recorded_power_whatever_the_um_per_px(tmp_path, capsys, mpp, power, true_x):
+def test_hovernet_counts_from_the_recorded_power_whatever_the_um_per_px(tmp_path, mpp, power, true_x):
     path = write(tmp_path / "s.json", {"mag": 40, "nuc": {"1": {"centroid": [80000, 500]}}})
     want = [[true_x, 500 * power / 40]]
     np.testing.assert_allclose(read_cells(path, mpp, power=power), want)
-    assert "warning" not in capsys.readouterr().out
+    assert sanity.assumed_power(path, power, mpp) == ""
     np.testing.assert_allclose(read_cells(path, mpp), [[80000 * 10 / mpp / 40, 500 * 10 / mpp / 40]])
-    out = capsys.readouterr().out
-    assert out.startswith("warning:") and "no objective power" in out and out.count("\n") == 1
+    assert f"no objective power: {10 / mpp:g}x is assumed" in sanity.assumed_power(path, None, mpp)
+    tile_mode = write(tmp_path / "t.json", {"mag": None, "nuc": {"1": {"centroid": [8, 5]}}})
+    assert sanity.assumed_power(tile_mode, None, mpp) == ""
+    assert sanity.assumed_power(write_xy(tmp_path / "s.csv", [[8, 5]]), None, mpp) == ""
 
 
 @pytest.mark.parametrize("mag", [40, 20])
@@ -168,9 +170,9 @@ def test_misplaced_is_brute_force(tmp_path):
     assert outside > 100 and on_glass > 20
     np.testing.assert_allclose(sanity.misplaced(xy, slide), (outside / 504, on_glass / 504))
     assert sanity.misplaced(np.zeros((0, 2)), slide) == (0, 0)
-    assert sanity.where_cells_are_odd(0.03, 0.03, "f") == ""
-    assert "9% of the cells in f" in sanity.where_cells_are_odd(0.09, 0, "f")
-    assert "9% on its glass" in sanity.where_cells_are_odd(0, 0.09, "f")
+    assert sanity.where_cells_are_odd(0.03, 0.03) == ""
+    assert "9% of the cells lie outside" in sanity.where_cells_are_odd(0.09, 0)
+    assert "9% on its glass" in sanity.where_cells_are_odd(0, 0.09)
 
 
 WRONG = {"exchanged": lambda xy: xy[:, ::-1], "twice": lambda xy: 2 * xy, "um": lambda xy: 0.25 * xy}
@@ -238,7 +240,7 @@ def test_true_cells_of_real_images_are_not_reported():
         truth = json.loads(file.read_text())
         slide = Slide(file.with_suffix(".png"), truth["mpp"])
         shares = sanity.misplaced(np.array(truth["centroids"], float), slide)
-        assert sanity.where_cells_are_odd(*shares, file) == "", shares
+        assert sanity.where_cells_are_odd(*shares) == "", shares
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
@@ -248,7 +250,7 @@ def test_wrong_cells_of_a_real_slide_are_reported(tmp_path):
     other = Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
     assert cache.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
     xy = read_cells(tmp_path / "builtin" / "cmu-1-small-region.npz")
-    assert sanity.where_cells_are_odd(*sanity.misplaced(xy, slide), "f") == ""
+    assert sanity.where_cells_are_odd(*sanity.misplaced(xy, slide)) == ""
     wrong = [(xy[:, ::-1], slide), (xy * 2, slide), (xy / 2, slide), (xy * slide.mpp, slide), (xy, other)]
     for places, on in wrong:
-        assert sanity.where_cells_are_odd(*sanity.misplaced(places, on), "f")
+        assert sanity.where_cells_are_odd(*sanity.misplaced(places, on))

@@ -68,6 +68,12 @@ def test_bad_labels_are_reported_in_one_line(tmp_path, monkeypatch, capsys, text
     assert not Path("runs").exists()
 
 
+def test_labels_of_slides_beside_ready_cut_crops_are_refused(place, capsys):
+    saved(place / "c" / "crops" / "a.png")
+    write(place / "c" / "labels.csv", "slide,label\na,A\n")
+    refused(capsys, train.main, ["--data", "c", "--mpp", "1"], "c/labels.csv: labels slides", "image,label")
+
+
 def test_two_slides_of_one_name_are_refused(tmp_path):
     write(tmp_path / "a.svs", "x")
     write(tmp_path / "a.tiff", "x")
@@ -346,7 +352,7 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
     assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
     out = capsys.readouterr().out
     for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut: 0 of 3", "A 1 of 1 patients",
-                 "hovernet 1", "cannot be read: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
+                 "hovernet 1", "cannot be used: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
                  "no usable train image of B", "no usable test image of A", "warnings: 5"):
         assert says in out, says
 

@@ -4,12 +4,14 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from common.errors import InputError
-from common.files import read_csv
+from common.files import files_under, read_csv
 from wsi import gdc
+from wsi.check import check_md5
 
 DUCT, LOBE = "Infiltrating duct carcinoma, NOS", "Lobular carcinoma, NOS"
 MIXED = "Infiltrating duct and lobular carcinoma"
@@ -175,10 +177,16 @@ def test_what_was_fetched_is_compared_with_the_manifest(server, tmp_path):
     expected = ["ok", "md5 differs", "unfinished", "ok", "missing", "missing"]
     manifest = tmp_path / "lung/manifest.tsv"
     assert gdc.md5_check(folder, manifest) == list(zip(names, expected))
-    assert gdc.unfinished(folder) == [names[2]] and gdc.unfinished(tmp_path / "nowhere") == []
+    assert gdc.unfinished(files_under(folder)) == [names[2]]
     unreadable = gdc.file_status({"filename": "x.svs"}, {"x.svs": folder})
     assert unreadable == "cannot be read (Is a directory)"
+    damaged, missing = gdc.md5_check(folder, manifest)[1][0], names[5]
+    found = SimpleNamespace(source=folder.parent, absent={names[4].removesuffix(".svs"): {}})
+    assert check_md5(found) == [  # what is unfinished or absent from labels.csv's rows is named elsewhere
+        f"{manifest}: 1 of 6 files are missing ({missing}); run gdc-client download again",
+        f"{damaged}: md5 differs; delete it and run gdc-client download again"]
     for text in ("", "id\tfilename\tmd5\n", "id,name,md5\na,b,c\n", "id\tfilename\tmd5\na\tb\n"):
         manifest.write_text(text)
         with pytest.raises(InputError, match="manifest.tsv: no rows"):
             gdc.md5_check(folder, manifest)
+        assert check_md5(found)[0].startswith(f"{manifest}: no rows")

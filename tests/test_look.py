@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
-from synthetic import discs, refused, saved, tissue, write, write_table
+from synthetic import discs, prepared, refused, saved, svs, tissue, write, write_table
+from test_pixels import png16
+from test_slide_files import dicom
 
 import data
 import train
@@ -70,16 +73,25 @@ def test_suggestion_on_slides_without_mpp(slide, says):
 
 # ---------------------------------------------------------------- data.py check on a folder of faults
 
+GRID = np.array([(x, y) for y in range(12, 300, 24) for x in range(12, 300, 24)]) / 0.5  # px of nuclei_slide
+GLASS = np.pad(nuclei_slide(), ((0, 0), (600, 0), (0, 0)), constant_values=245)  # 600 px of it on the left
+ON_GLASS = GRID + (600, 0)  # its nuclei
+
+
+def write_cells(path, xy):
+    write(path, "x,y\n" + "".join(f"{x},{y}\n" for x, y in xy))
+
+
 def broken(folder):
     write(folder / "slides" / "broken.svs", b"II*\0 no slide")
 
 
 def empty(folder):
-    write(folder / "slides" / "empty.svs", b"")
+    write(folder / "slides" / "zerobytes.svs", b"")
 
 
 def unfinished(folder):
-    write(folder / "slides" / "late.svs.partial", b"x")
+    write(folder / "slides" / "uuid" / "undone.svs.partial", b"x")
 
 
 def without_scale(folder):
@@ -90,25 +102,132 @@ def at_twice_the_scale(folder):
     saved(folder / "slides" / "twice.png", array=nuclei_slide())
 
 
+def too_coarse(folder):
+    saved(folder / "slides" / "coarse.png", array=nuclei_slide())
+
+
 def on_grey(folder):
     image = np.pad(nuclei_slide(), ((0, 300), (0, 0), (0, 0)), constant_values=245)
-    saved(folder / "slides" / "grey.png", array=(image * 0.7).astype(np.uint8))
+    saved(folder / "slides" / "murky.png", array=(image * 0.7).astype(np.uint8))
+
+
+def without_color(folder):
+    saved(folder / "slides" / "monochrome.png", "L", nuclei_slide())
+
+
+def with_a_level_of_another_picture(folder):
+    macro = np.full((100, 300, 3), 244, np.uint8)
+    (folder / "slides").mkdir(exist_ok=True)
+    with tifffile.TiffWriter(folder / "slides" / "pyramid.svs") as file:
+        for image in (nuclei_slide(), macro):
+            file.write(image, tile=(128, 128), compression="zlib", photometric="rgb", metadata=None,
+                       description="Aperio|AppMag = 20|MPP = 0.5", subfiletype=int(image is macro))
+
+
+def of_a_long_name(folder):
+    saved(folder / "slides" / f"{LONG}.png", array=nuclei_slide())
+
+
+LONG = "long" * 51
+
+
+def of_another_format(folder):
+    write(folder / "slides" / "olympus.vsi", b"x")
+
+
+def packed(folder):
+    write(folder / "slides" / "packed.svs.gz", b"\x1f\x8b")
+
+
+def of_an_unknown_ending(folder):
+    tifffile.imwrite(folder / "slides" / "renamed.sys", nuclei_slide(), tile=(128, 128), photometric="rgb")
+
+
+def outside_of_slides(folder):
+    write(folder / "d3b07384" / "a.svs", b"x")
+
+
+def without_a_row(folder):
+    svs(folder / "slides" / "unlisted.svs", nuclei_slide(), "Aperio|AppMag = 20|MPP = 0.5")
+
+
+def without_a_file(folder):
+    """Its row in labels.csv is all there is."""
 
 
 def with_damaged_cells(folder):
-    saved(folder / "slides" / "cells.png", array=nuclei_slide())
-    write(folder / "cells" / "cells.json", "{")
+    saved(folder / "slides" / "torn.png", array=nuclei_slide())
+    write(folder / "cells" / "torn.json", "{")
 
 
-FAULTS = [  # (builds it in a folder, the name that check says, its words, the slide's mpp in labels.csv)
-    (broken, "broken.svs", "cannot be read as an image", None),
-    (empty, "empty.svs", "cannot be read as an image", None),
-    (unfinished, "late.svs:", "unfinished", None),
-    (without_scale, "noscale.png", "no um/px; nuclei are", None),
-    (at_twice_the_scale, "twice.png", "its nuclei measure", 1.0),
-    (on_grey, "grey.png", "background is not white", 0.5),
-    (with_damaged_cells, "cells.json", "cells", 0.5),
+def with_cells_exchanged(folder):
+    saved(folder / "slides" / "swapped.png", array=GLASS)
+    write_cells(folder / "cells" / "swapped.csv", ON_GLASS[:, ::-1])
+
+
+def with_cells_in_um(folder):
+    saved(folder / "slides" / "micrometres.png", array=GLASS)
+    write_cells(folder / "cells" / "micrometres.csv", ON_GLASS * 0.5)
+
+
+def with_cells_of_no_slide(folder):
+    write_cells(folder / "cells" / "nobody.geojson", GRID)
+
+
+def with_two_files_of_cells(folder):
+    saved(folder / "slides" / "doubled.png", array=nuclei_slide())
+    for ending in ("csv", "tsv"):
+        write_cells(folder / "cells" / f"doubled.{ending}", GRID)
+
+
+def with_a_mask_of_8_bits(folder):
+    labels = np.zeros((600, 600), np.uint8)
+    for i, (x, y) in enumerate(np.stack(np.meshgrid(range(5, 600, 20), range(5, 600, 20)), 2).reshape(-1, 2)):
+        labels[y: y + 10, x: x + 10] = i % 255 + 1
+    saved(folder / "slides" / "overflow.png", array=nuclei_slide())
+    saved(folder / "cells" / "overflow_cp_masks.png", array=labels)
+
+
+def of_hovernet_without_a_power(folder):
+    saved(folder / "slides" / "powerless.png", array=nuclei_slide())
+    nuclei = {str(i): {"centroid": point} for i, point in enumerate((2 * GRID).tolist())}
+    write(folder / "cells" / "powerless.json", {"mag": 40, "nuc": nuclei})
+
+
+FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp in labels.csv; None: no row)
+    (broken, "broken", "cannot be read as an image", ""),
+    (empty, "zerobytes", "cannot be read as an image", ""),
+    (unfinished, "undone", "unfinished; run gdc-client download again", None),
+    (without_scale, "noscale", "no um/px; nuclei are", ""),
+    (at_twice_the_scale, "twice", "its nuclei measure", 1.0),
+    (too_coarse, "coarse", "too coarse for 1; give a larger --mpp", 2.0),
+    (on_grey, "murky", "background is not white", 0.5),
+    (without_color, "monochrome", "it has no colour", 0.5),
+    (with_a_level_of_another_picture, "pyramid", "its levels of 300 x 100 px are not used", ""),
+    (of_a_long_name, LONG, "more than 200 bytes; rename it", 0.5),
+    (of_another_format, "olympus", "convert it", None),
+    (packed, "packed", "is not unpacked; unpack or remove it", None),
+    (of_an_unknown_ending, "renamed", "rename it to .tif", None),
+    (outside_of_slides, "d3b07384", "only mixed/slides/ is read", None),
+    (without_a_row, "unlisted", "1 of 22 slides have no row and are not used; to use them", None),
+    (without_a_file, "gone", "1 of 22 rows have no file and are skipped; fetch", 0.5),
+    (with_damaged_cells, "torn", "not a known cell file", 0.5),
+    (with_cells_exchanged, "swapped", "100% of the cells lie outside of the slide", 0.5),
+    (with_cells_in_um, "micrometres", "100% on its glass", 0.5),
+    (with_cells_of_no_slide, "nobody", "match no slide and are not read: 1", None),
+    (with_two_files_of_cells, "doubled", "remove the others", 0.5),
+    (with_a_mask_of_8_bits, "overflow", "save the masks with 16 bits", 0.5),
+    (of_hovernet_without_a_power, "powerless", "no objective power: 20x is assumed", 0.5),
 ]
+
+
+def named_once(out, faults):
+    """Asserts that one line that check prints, a warning, names each fault, and that there are no others."""
+    lines = out.splitlines()
+    for name, words in faults:
+        having = [line for line in lines if name in line]
+        assert len(having) == 1 and having[0].startswith("warning: ") and words in having[0], (name, out)
+    assert sum(line.startswith("warning: ") for line in lines) == len({words for _, words in faults})
 
 
 def test_check_names_every_fault_once(place, capsys):
@@ -120,16 +239,62 @@ def test_check_names_every_fault_once(place, capsys):
             rows.append(f"{label}{split},{label},{split},0.5")
     for build, name, _, mpp in FAULTS:
         build(folder)
-        if mpp:
-            rows.append(f"{name.split('.')[0]},A,train,{mpp}")
+        if mpp is not None:
+            rows.append(f"{name},A,train,{mpp}")
+    for hidden in ("slides/._Atrain.png", "slides/._scan.vsi", "cells/._Atrain.json", "._other.svs"):
+        write(folder / hidden, b"\0\5\x16\7")  # macOS
     write_table(folder / "labels.csv", "slide,label,split,mpp", rows)
-    assert data.main(["check", "--data", "mixed", "--workers", "1"]) == 1
+    flags = ["--data", "mixed", "--mpp", "1", "--workers", "1"]
+    for _ in range(2):
+        assert data.main(["check", *flags]) == 1
+        out = capsys.readouterr().out
+        named_once(out, [(name, words) for _, name, words, _ in FAULTS])
+        assert f"warnings: {len(FAULTS)}\n" in out and "._" not in out, out
+        assert "cannot be used: 4" in out and "slides without um/px: 1" in out
+        assert data.main(["prepare", *flags]) == 1  # then nothing is read again
+        capsys.readouterr()
+
+
+def test_check_names_every_fault_of_crops_once(place, capsys):
+    folder = place / "cut" / "crops"
+    for i in range(5):
+        saved(folder / f"{i}.png", array=nuclei_slide()[:224, :224])
+    saved(folder / "oblong.png", array=nuclei_slide()[:223, :224])
+    saved(folder / "larger.png", array=nuclei_slide()[:448, :448])
+    saved(folder / "monochrome.png", "L", nuclei_slide()[:224, :224])
+    png16(folder / "sixteen.png", nuclei_slide()[:224, :224, 1].astype(np.uint16) * 257)
+    png16(folder / "twelve.png", nuclei_slide()[:224, :224].astype(np.uint16) * 16)
+    tifffile.imwrite(folder / "real.tif", nuclei_slide()[:224, :224, 1].astype(np.float32))
+    for name in ("torn.png", "windows.bmp", "._0.png"):
+        write(folder / name, b"x")
+    assert data.main(["check", "--data", "cut", "--mpp", "0.5", "--workers", "1"]) == 1
     out = capsys.readouterr().out
-    for _, name, words, _ in FAULTS:
-        named = [line for line in out.splitlines() if name in line]
-        assert len(named) == 1 and words in named[0], (name, out)
-    assert f"warnings: {len(FAULTS)}" in out, out
-    assert "cannot be read: 2" in out and "slides without um/px: 1" in out
+    grey = "2 of 8 crops have no colour (monochrome.png, sixteen.png); H&E is needed"
+    named_once(out, [
+        ("oblong", "cut it to a square, or put it in slides/"), ("larger", "put it in its own folder"),
+        ("monochrome", grey), ("sixteen", grey), ("twelve", "scale it to 16, or save it as 8-bit RGB"),
+        ("real", "floating-point numbers without a known range; save it as 8-bit RGB"),
+        ("torn", "is the file complete?"), ("windows", ".bmp is not read; convert it")])
+    assert "warnings: 7\n" in out and "cannot be used: 4" in out and "._" not in out
+
+
+def test_check_of_two_dicom_series_names_them_and_what_else_is_not_read(place, capsys):
+    for i, series in enumerate(("1.2.3.5", "1.2.3.6")):
+        dicom(place / "x" / "slides" / "p1" / f"{i}.dcm", series)
+    write(place / "x" / "slides" / "undone.svs.partial", b"x")
+    assert data.main(["check", "--data", "x"]) == 1
+    named_once(capsys.readouterr().out, [
+        ("1.dcm", "belongs to another DICOM series than 0.dcm; put each series into its own folder"),
+        ("undone", "run gdc-client download again")])
+
+
+def test_slides_directly_in_the_working_folder_stay_slides(place):
+    """Their tiles go to datasets/in/crops/, which is no folder of ready-cut crops."""
+    saved(place / "datasets" / "in" / "good.png")
+    for _ in range(2):
+        found, failed = prepared("datasets/in")
+        assert found.kind == "slides" and list(found.images) == ["good"] and failed == []
+    assert found.work.resolve() == found.source.resolve()
 
 
 # ---------------------------------------------------------------- look at a slide

@@ -21,7 +21,7 @@ from wsi.cell_files import cell_file, cell_files, unused_cell_files
 from wsi.cells import READERS, read_cells
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.sanity import misplaced, scale_suggested, what_is_odd, where_cells_are_odd
+from wsi.sanity import assumed_power, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
@@ -177,20 +177,25 @@ def level0_copy(data, name):
 
 
 def read_slide_cells(file, slide):
-    """Returns the cells (K, 2) of an open Slide in level-0 px, whatever the format of the file."""
-    return read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
+    """Returns the cells (K, 2) of an open Slide in level-0 px, whatever the format of the file.
+
+    Also returns a warning if their scale is assumed or if many lie outside of the slide or on its glass,
+    else "".
+    """
+    xy = read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
+    odd = [assumed_power(file, slide.power, slide.mpp), where_cells_are_odd(*misplaced(xy, slide))]
+    warning = "; ".join(filter(None, odd))
+    return xy, f"{warning}; python data.py look SLIDE --cells FILE shows them" if warning else ""
 
 
 def copy_level0(file, copy, path, slide_mpp, source):
     """Reads a segmentation result of any format once, and writes its cells in level-0 px.
 
-    Returns a warning if many of them lie outside of the slide or on its glass, else "".
+    Returns the warning of read_slide_cells, which is kept with them.
     """
-    slide = Slide(path, said_mpp=slide_mpp)
-    xy = read_slide_cells(file, slide)
-    shares = misplaced(xy, slide)
-    save_cells(copy, xy, source, misplaced=shares)
-    return where_cells_are_odd(*shares, file)
+    xy, odd = read_slide_cells(file, Slide(path, said_mpp=slide_mpp))
+    save_cells(copy, xy, source, odd=odd)
+    return odd
 
 
 def ready_cells(data, name):
@@ -205,12 +210,12 @@ def ready_cells(data, name):
     return np.stack([kept["x"], kept["y"]], 1).astype(np.float64)
 
 
-def kept_shares(data, name, file):
-    """Returns the shares of a slide's cells that are misplaced; None if their file has to be read first."""
-    kept = read_npz(level0_copy(data, name), "source", "misplaced")
+def kept_warning(data, name, file):
+    """Returns the warning of read_slide_cells on a slide's cells; None if their file has to be read first."""
+    kept = read_npz(level0_copy(data, name), "source", "odd")
     if not kept or tile_info(data, name) is None or str(kept["source"]) != made_from(data, name, file):
         return None
-    return kept["misplaced"]
+    return str(kept["odd"])
 
 
 def prepare_cells(data, workers=2):
@@ -235,11 +240,11 @@ def prepare_cells(data, workers=2):
     if without_cells and len(without_cells) == len(tiled):
         raise InputError(f"--prior {data.prior}: no slide has such cells; {advice}")
     failed = [f"{path}: no cells of {data.prior}; {advice}" for path in without_cells]
-    for (_, _, path, *_), odd, error in in_processes(copy_level0, to_read, workers, "cells, files"):
+    for (file, _, path, *_), odd, error in in_processes(copy_level0, to_read, workers, "cells, files"):
         if error:
             failed.append(error)
         if odd:
-            tqdm.write(printable(f"warning: {path}: {odd}"))
+            tqdm.write(printable(f"warning: {path}: {file}: {odd}"))
     return failed + list(segment_slides(to_detect, "builtin", data.work / "cells", workers).values())
 
 

@@ -165,8 +165,15 @@ def unused_cell_files(data):
         warnings.append(f"{given}: files that match no {image} and are not read: {len(unmatched)} "
                         f"({first_of(unmatched)}); name each after its {image}, with one of the endings "
                         f"{' '.join(CELL_ENDINGS[:-1])}")
+    found = candidates(data)
+    builtin = {given / "builtin", data.work / "cells" / "builtin"}
+    has_own = any(builtin.isdisjoint(files[0].parents) for files in found.values())
+    for prior in PRIORS:
+        if data.prior == "auto" and not has_own and prior != "builtin" and (given / prior).is_dir():
+            warnings.append(f"{given / prior}: is read only with --prior {prior}; without the flag the "
+                            "built-in detector's cells are used")
     doubled = []
-    for files in candidates(data).values():
+    for files in found.values():
         others = [path.name for path in files[1:] if not path.name.lower().endswith("_seg.npy")]
         if others:
             doubled.append(f"{files[0].name}, not {' or '.join(others)}")

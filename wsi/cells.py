@@ -159,24 +159,26 @@ def parse_json(function, path, *prefix):
         yield from function(JsonSource(file), *prefix, use_float=True, buf_size=CHUNK)
 
 
+def hovernet_mag(path):
+    """Returns the magnification of HoVer-Net's px; None where "mag" is null or missing (tile mode)."""
+    mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
+    if mag is not None and (type(mag) not in (int, float) or not 0 < mag < 1000):
+        raise InputError(f"{path}: \"mag\" is {mag!r:.40}; a magnification such as 40, or null, is expected")
+    return mag
+
+
 def hovernet_scale(path, power, slide_mpp):
-    """Returns level-0 px per px of HoVer-Net's centroids; 1 where "mag" is null or missing (tile mode).
+    """Returns level-0 px per px of HoVer-Net's centroids, 1 in tile mode.
 
     In slide mode HoVer-Net resamples the slide from its recorded objective power to "mag". If no power is
-    recorded, 10 / slide_mpp is used instead, with a warning.
+    recorded, 10 / slide_mpp is used instead, see wsi.sanity.assumed_power.
     """
-    mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
+    mag = hovernet_mag(path)
     if mag is None:
         return 1
-    if type(mag) not in (int, float) or not 0 < mag < 1000:
-        raise InputError(f"{path}: \"mag\" is {mag!r:.40}; a magnification such as 40, or null, is expected")
     if power is None and slide_mpp is None:
         raise InputError(f"{path}: its cells are px at {mag:g}x; give the slide's um/px to convert them")
-    if power is None:
-        power = 10 / slide_mpp
-        print(f"warning: {path}: its cells are px at {mag:g}x, and the slide records no objective power; "
-              f"{power:g}x is assumed, from {slide_mpp:g} um/px")
-    return power / mag
+    return (power or 10 / slide_mpp) / mag
 
 
 def find_place(path, kind):

@@ -1,29 +1,29 @@
 """python data.py check --data NAME: what a data set's folder holds, what is missing and where to get it."""
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
 from common.errors import InputError, printable
 from common.flags import MAX_GIGAPIXELS
-from common.pool import in_processes
+from common.pool import call, in_processes
 from wsi import gdc
 from wsi.cache import (
     describe_side,
     is_builtin,
-    kept_shares,
+    kept_warning,
     other_sides,
     read_slide_cells,
     read_square,
     tile_info,
     usual_side,
-    without_color,
 )
 from wsi.cell_files import cell_files, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
-from wsi.folders import not_read
+from wsi.folders import files_in, first_of, not_read
 from wsi.pixels import is_grey
-from wsi.sanity import misplaced, suggested_scale, what_is_odd, where_cells_are_odd
+from wsi.sanity import suggested_scale, what_is_odd
 from wsi.slides import CROP, NoScale, Slide
 
 NO_SCALE = "not recorded"
@@ -38,42 +38,70 @@ def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIX
     known = DATASETS.get(data, OWN)
     folder = folder_of(data, root)
     print(f"{data}: {known.source}\nexpected: {known.layout.format(folder)}")
-    if found:
-        is_slides = found.kind == "slides"
-    else:
-        is_slides = folder.is_dir() and data not in PATCH_SETS
-    others = not_read(folder) if is_slides else []
+    if not folder.is_dir():
+        return report([f"{folder}/ is missing; see the two lines above"])
+    has_patches = data in PATCH_SETS or found and found.kind == "crops" and found.labels
+    warnings = [] if has_patches else files_to_mend(folder)
     if error:
-        warnings = [error if folder.is_dir() else f"{folder}/ is missing; see the two lines above"]
-        return report(warnings + [line for line in others if line not in error])
-    warnings = [f"{path}: unfinished; run gdc-client download again"
-                for path in gdc.unfinished(folder / "slides")] + others
+        return report([error] + [line for line in warnings if line not in error])
     print(f"{found.kind}: {len(found.images)}")
     broken, lines = check_images(found, workers, gigapixels)
     warnings += lines + check_split(found, broken)
     if data not in PATCH_SETS:
         warnings += check_cells(found, broken, workers)
     if md5:
-        statuses = gdc.md5_check(folder / "slides", folder / "manifest.tsv")
-        warnings += [f"{file}: {status}" for file, status in statuses if status != "ok"]
-    return report(warnings)
+        warnings += check_md5(found)
+    return report(warnings, len(found.warnings))
 
 
-def report(warnings):
-    """Prints the warnings and their number; returns the exit code."""
+def report(warnings, printed=0):
+    """Prints the warnings, and their number with those already printed; returns the exit code."""
     for line in warnings:
         print("warning:", printable(line))
-    print(f"warnings: {len(warnings)}" if warnings else "nothing is missing")
-    return int(bool(warnings))
+    count = len(warnings) + printed
+    print(f"warnings: {count}" if count else "nothing is missing")
+    return int(bool(count))
 
 
-def look_at_slide(path, slide_mpp, said_mpp, gigapixels):
-    """Returns where a slide's um/px are from (NO_SCALE: it has none), its um/px, and what is odd about it."""
+def files_to_mend(folder):
+    """Returns a warning for each unfinished download, and not_read of the folder."""
+    names = gdc.unfinished(files_in(folder))
+    return [f"{name}: unfinished; run gdc-client download again" for name in names] + not_read(folder)
+
+
+def check_md5(found):
+    """Returns a warning for each slide that differs from the manifest, and one for all that are missing.
+
+    Slides that labels.csv lists as missing, and unfinished ones, have their warning already.
+    """
+    manifest = found.source / "manifest.tsv"
+    statuses, error = call(gdc.md5_check, (found.source / "slides", manifest))
+    if error:
+        return [error]
+    missing = [file for file, status in statuses
+               if status == "missing" and Path(file).stem not in found.absent]
+    warnings = []
+    if missing:
+        warnings.append(f"{manifest}: {len(missing)} of {len(statuses)} files are missing "
+                        f"({first_of(missing)}); run gdc-client download again")
+    for file, status in statuses:
+        if status not in ("ok", "missing", "unfinished"):
+            warnings.append(f"{file}: {status}; delete it and run gdc-client download again")
+    return warnings
+
+
+def look_at_slide(path, slide_mpp, said_mpp, mpp, gigapixels):
+    """Returns where a slide's um/px are from (NO_SCALE: it has none), its um/px, and what is odd about it.
+
+    mpp: um/px of the tiles, or None. InputError if the slide cannot be read, or is too coarse for them.
+    """
     try:
         slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     except NoScale:
         return NO_SCALE, None, [f"no um/px; {suggested_scale(path, gigapixels)}; "
                                 "give it with --slide-mpp or a column mpp in labels.csv"]
+    if mpp:
+        slide.check_target(mpp)
     return slide.source, slide.mpp, what_is_odd(slide)
 
 
@@ -86,12 +114,12 @@ def look_at_crop(path):
 def check_images(found, workers, gigapixels):
     """Opens every image and prints where the um/px of slides are from, or the sides of crops.
 
-    Returns the names of the images that cannot be used (unreadable, or no um/px), and a warning for each of
-    these and for whatever is odd.
+    Returns the names of the images that cannot be used (unreadable, too coarse, or no um/px), and a warning
+    for each of these and for whatever is odd.
     """
     if found.kind == "slides":
         look = look_at_slide
-        tasks = {(path, found.slide_mpp, found.said_mpp(name), gigapixels): name
+        tasks = {(path, found.slide_mpp, found.said_mpp(name), found.mpp, gigapixels): name
                  for name, path in found.images.items()}
     else:
         look = look_at_crop
@@ -105,7 +133,7 @@ def check_images(found, workers, gigapixels):
             broken.add(tasks[task])
         else:
             results[tasks[task]] = result
-    print(f"{found.kind} that cannot be read: {len(broken)}")
+    print(f"{found.kind} that cannot be used: {len(broken)}")
     if found.kind == "slides":
         broken |= {name for name, (source, _, _) in results.items() if source == NO_SCALE}
         warnings += check_slides(found, results)
@@ -137,9 +165,10 @@ def check_crops(found, results):
     if found.mpp and usual != CROP:
         print(describe_side(usual, found.mpp))
     warnings = other_sides([found.images[name] for name in results], sides)
-    grey = without_color([grey for _, grey in results.values()])
+    grey = sorted(name for name, (_, is_grey) in results.items() if is_grey)
     if grey:
-        warnings.append(f"{found.source}: {grey}")
+        warnings.append(f"{found.source}: {len(grey):,} of {len(results):,} crops have no colour "
+                        f"({first_of(grey)}); H&E is needed")
     return warnings
 
 
@@ -170,33 +199,30 @@ def check_split(found, broken):
 
 
 def look_at_cells(path, slide_mpp, said_mpp, file):
-    """Returns the shares of the cells in the file that lie outside of the slide and on its glass."""
-    slide = Slide(path, slide_mpp, said_mpp)
-    return misplaced(read_slide_cells(file, slide), slide)
+    """Returns a warning if the cells in the file do not seem to belong where they lie on the slide, or ""."""
+    _, odd = read_slide_cells(file, Slide(path, slide_mpp, said_mpp))
+    return odd
 
 
 def check_places(found, files, workers):
-    """Returns a warning for each slide whose cells do not lie on its tissue; files: {slide: file of cells}.
+    """Returns a warning for each slide whose cells may be misplaced; files: {slide: file of cells}.
 
     Files that prepare() has read are not read again.
     """
-    tasks, places, warnings = [], [], []
+    tasks = []
+    warnings = []
     for name, file in files.items():
         path = found.images[name]
-        shares = kept_shares(found, name, file)
-        if shares is None:
+        odd = kept_warning(found, name, file)
+        if odd is None:
             tasks.append((path, found.slide_mpp, found.said_mpp(name), file))
-        else:
-            places.append((path, file, shares))
-    for task, shares, error in in_processes(look_at_cells, tasks, workers, "cells, files"):
+        elif odd:
+            warnings.append(f"{path}: {file}: {odd}")
+    for (path, *_, file), odd, error in in_processes(look_at_cells, tasks, workers, "cells, files"):
         if error:
             warnings.append(error)
-        else:
-            places.append((task[0], task[-1], shares))
-    for path, file, shares in places:
-        odd = where_cells_are_odd(*shares, file)
-        if odd:
-            warnings.append(f"{path}: {odd}")
+        elif odd:
+            warnings.append(f"{path}: {file}: {odd}")
     return warnings
 
 
@@ -208,13 +234,13 @@ def check_cells(found, broken, workers):
     warnings = unused_cell_files(found)
     files = cell_files(found)
     counts = Counter()
+    missing = []
     to_place = {}
-    for name, path in found.images.items():
+    for name in found.images:
         file = files[name]
         if file is None:
             counts["none yet"] += 1
-            if found.prior not in ("auto", "builtin"):
-                warnings.append(f"{path}: no cells of {found.prior}")
+            missing.append(name)
             continue
         try:
             counts["the built-in detector" if file.parent.name == "builtin" else cell_format(file)] += 1
@@ -224,4 +250,8 @@ def check_cells(found, broken, workers):
         if found.kind == "slides" and name not in broken and not is_builtin(found, file):
             to_place[name] = file
     print("cells:", ", ".join(f"{kind} {n}" for kind, n in counts.most_common()))
+    if missing and found.prior not in ("auto", "builtin"):
+        warnings.append(f"{found.source}/cells: {len(missing)} of {len(found.images)} {found.kind} have no "
+                        f"cells of {found.prior} ({first_of(missing)}); put them into cells/{found.prior}/, "
+                        "or use --prior builtin")
     return warnings + check_places(found, to_place, workers)

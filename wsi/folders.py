@@ -24,7 +24,7 @@ class Data:
     images: {name: file}, slides or crops. labels: {name: {"label", "patient", "split", "mpp"}}; "patient" is
     the unit that stays in one split: a patient, or the source tile or group of ready-cut crops.
     pretrain_only: such rows of slides without a label. absent: those of slides without a file, which still
-    tie their patient to a split.
+    tie their patient to a split. warnings: what was printed about labels.csv.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Data:
     pretrain_only: dict = field(default_factory=dict)
     absent: dict = field(default_factory=dict)
     classes: list = field(default_factory=list)
+    warnings: list = field(default_factory=list)
 
     def split(self, *splits):
         """Returns the names of images in "train", "val" or "test", split after split, each sorted.
@@ -104,11 +105,13 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     kind, images, rows = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
-        others = not_read(source) if kind == "slides" else []
+        others = not_read(source) + [f"put them into {source}/slides/"] if kind == "slides" else []
         raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
     if rows:
-        found.labels, found.pretrain_only, found.absent = check_rows(rows, images, kind)
+        found.labels, found.pretrain_only, found.absent, found.warnings = check_rows(rows, images, kind)
+        for line in found.warnings:
+            print("warning:", line)
         found.classes = sorted({row["label"] for row in found.labels.values()})
     if data in PATCH_SETS:
         found.classes = list(DATASETS[data].classes)
@@ -126,7 +129,10 @@ def read_layout(data, source):
     if "image" in names:
         rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
         return "crops", image_files(rows, source), rows
-    if (source / "crops").is_dir() and not (source / "slides").is_dir():
+    if has_crops(source):
+        if table:
+            raise InputError(f"{table}: labels slides, but {source} holds crops; the columns for crops are "
+                             "image,label, where image is crops/...")
         files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
     images = find_slides(files_in(source))
@@ -144,6 +150,18 @@ def find_table(source):
     return None
 
 
+def has_crops(source):
+    """Returns whether a folder holds ready-cut crops, and not slides with the tiles that were cut from them.
+
+    The latter is so for slides directly in datasets/<name>/, where their tiles go to crops/2um/.
+    """
+    crops = source / "crops"
+    if not crops.is_dir() or (source / "slides").is_dir():
+        return False
+    has_tiles = any(crops.glob("[0-9]*um"))
+    return not (has_tiles and find_slides(files_in(source)))
+
+
 def files_in(source):
     """Returns the files to search for slides: those under slides/ if it exists, else those of the folder."""
     if (source / "slides").is_dir():
@@ -152,10 +170,15 @@ def files_in(source):
 
 
 def not_read(source):
-    """Returns a line for each file that looks like a slide but is not read, and one for all subfolders."""
-    lines = [f"{path}: {why}" for path in sorted(files_in(source)) if (why := why_not_read(path))]
+    """Returns a line for each file that looks like a slide but is not read, and one for all subfolders.
+
+    Of ready-cut crops it is a line for each such file in crops/.
+    """
+    are_crops = has_crops(source)
+    files = files_under(source / "crops") if are_crops else files_in(source)
+    lines = [f"{path}: {why}" for path in sorted(files) if (why := why_not_read(path))]
     others = slides_elsewhere(source)
-    if others:
+    if others and not are_crops:
         lines.append(f"{source}: {len(others)} subfolders or files in it hold slides ({first_of(others)}), "
                      f"but only {source}/slides/ is read, with its subfolders; move them there")
     return lines
@@ -340,11 +363,11 @@ def check_patch_rows(rows, data):
 
 
 def check_rows(rows, images, kind):
-    """Returns labels, pretrain_only and absent of Data; splits that labels.csv leaves open are "".
+    """Returns labels, pretrain_only, absent and warnings of Data; splits that labels.csv leaves open are "".
 
-    Warns of slides without a row and of rows without a slide, since downloads are often partial. InputError
-    for a row without a label and a patient, an unknown split, a repeated name, a crop without a file, fewer
-    than two classes, or splits for some rows only.
+    Slides without a row and rows without a slide cost a warning, since downloads are often partial.
+    InputError for a row without a label and a patient, an unknown split, a repeated name, a crop without a
+    file, fewer than two classes, or splits for some rows only.
     """
     labels = {}
     pretrain_only = {}
@@ -368,21 +391,23 @@ def check_rows(rows, images, kind):
         else:
             pretrain_only[name] = checked
     table = rows[0]["where"].split(": ")[0]
-    warn_of(list(absent), f"{table}: {len(absent)} of {len(rows)} rows have no file and are skipped")
     no_row = sorted(images.keys() - labels.keys() - pretrain_only.keys())
     tcga = [name for name in no_row if tcga_patient(name)]
-    warn_of(tcga, f"{table}: {len(tcga)} of {len(images)} slides have no row; they only pre-train, except "
-            "those of test patients")
     unknown = [name for name in no_row if not tcga_patient(name)]
-    warn_of(unknown, f"{table}: {len(unknown)} of {len(images)} slides have no row and are not used; to use "
-            "them for pre-training, add rows with their patient and an empty label")
+    warnings = [
+        *named(list(absent), f"{table}: {len(absent)} of {len(rows)} rows have no file and are skipped; "
+               "fetch the files or remove the rows"),
+        *named(tcga, f"{table}: {len(tcga)} of {len(images)} slides have no row; they only pre-train, except "
+               "those of test patients; to classify them, add rows with their label"),
+        *named(unknown, f"{table}: {len(unknown)} of {len(images)} slides have no row and are not used; to "
+               "use them for pre-training, add rows with their patient and an empty label")]
     if len({row["label"] for row in labels.values()}) < 2:
         raise InputError(f"{table}: fewer than two classes among the {len(labels)} rows that have a file")
     has_split = [bool(row["split"]) for row in labels.values()]
     if any(has_split) and not all(has_split):
         raise InputError(f"{table}: some lines have a split and others have none; fill in all or none")
-    join_patients(labels | pretrain_only | absent, table)
-    return labels, pretrain_only, absent
+    warnings += join_patients(labels | pretrain_only | absent, table)
+    return labels, pretrain_only, absent, warnings
 
 
 def check_no_label(row, kind):
@@ -398,9 +423,9 @@ def check_no_label(row, kind):
 
 
 def join_patients(rows, table):
-    """Renames, in place, patients of labels.csv with the same TCGA patient to one of their names; warns.
+    """Renames, in place, patients of labels.csv with the same TCGA patient to one of their names.
 
-    rows: {slide: row}.
+    rows: {slide: row}. Returns a list of at most one warning.
     """
     names_of = same_patients((name, row["patient"]) for name, row in rows.items())
     patients = {row["patient"] for row in rows.values()}
@@ -410,14 +435,13 @@ def join_patients(rows, table):
         row["patient"] = min(names)
         if len(names) > 1:
             joined[row["patient"]] = " = ".join(sorted(names))
-    warn_of(list(joined.values()), f"{table}: {len(joined)} patients have several names, by the TCGA names "
-            "of their slides; each counts as one")
+    return named(list(joined.values()), f"{table}: {len(joined)} patients have several names, by the TCGA "
+                 "names of their slides; each counts as one")
 
 
-def warn_of(names, text):
-    """Prints a warning with the first of the names, unless the list is empty."""
-    if names:
-        print(f"warning: {text}: {printable(first_of(names))}")
+def named(names, text):
+    """Returns a list with the text and the first of the names, or [] without names."""
+    return [f"{text}: {printable(first_of(names))}"] if names else []
 
 
 def first_of(names):

@@ -141,9 +141,9 @@ def write(folder, slides, force):
     (folder / "slides").mkdir(exist_ok=True)  # gdc-client expects it
 
 
-def unfinished(folder):
-    """Returns the names of the files under a folder that gdc-client left as .partial, sorted."""
-    return sorted(path.stem for path in files_under(folder) if path.suffix == ".partial")
+def unfinished(files):
+    """Returns the names of the files that gdc-client left as .partial, sorted."""
+    return sorted(path.stem for path in files if path.suffix == ".partial")
 
 
 def file_status(row, files):

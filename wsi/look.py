@@ -18,7 +18,7 @@ from prior import bin_centroids
 from wsi.cache import describe_cells, read_slide_cells
 from wsi.cells import read_cells
 from wsi.folders import find_folder
-from wsi.sanity import USUAL, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
+from wsi.sanity import USUAL, scale_suggested, what_is_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask
@@ -42,10 +42,9 @@ class Cutting:
 def cells_of(slide, file, workers):
     """Returns the cells (K, 2) of a slide in level-0 px: those of a file, or the built-in detector's."""
     if file:
-        xy = read_slide_cells(file, slide)
-        odd = where_cells_are_odd(*misplaced(xy, slide), file)
+        xy, odd = read_slide_cells(file, slide)
         if odd:
-            print(f"warning: {slide.path}: {odd}")
+            print(f"warning: {slide.path}: {file}: {odd}")
         return xy
     with tempfile.TemporaryDirectory() as folder:
         failed = segment_slides([(slide.path, slide.mpp)], "builtin", Path(folder), workers)

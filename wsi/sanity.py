@@ -1,4 +1,4 @@
-"""Sanity checks of a slide's colours and nucleus size at its um/px, and of where its cells lie.
+"""Sanity checks of a slide's colours and nucleus size at its um/px, and of the scale and places of its cells.
 
 Findings are warnings, never errors.
 """
@@ -8,6 +8,8 @@ import numpy as np
 from scipy import ndimage
 
 from prior import DENSITY, HAEMATOXYLIN, TISSUE, WORK_MPP, otsu
+from wsi.cells import cell_format, hovernet_mag
+from wsi.pixels import is_grey
 from wsi.segment import read_box, working_grid
 from wsi.slides import MASK_MPP, NoScale, Slide, tissue_mask
 
@@ -53,6 +55,8 @@ def nucleus_size(images, mpp):
 
 def odd_colors(picture, mask):
     """Returns what is odd in the colours of a picture (H, W, 3) with its tissue mask, a list of texts."""
+    if is_grey(picture):
+        return ["it has no colour, so no tile is cut; H&E is needed"]
     odd = []
     darkness = 255 - picture.min(2)
     background = picture[~mask & (darkness < 128)]
@@ -113,12 +117,23 @@ def misplaced(xy, slide):
     return float((~inside).mean()), float((~mask[y, x]).sum() / len(xy))
 
 
-def where_cells_are_odd(outside, on_glass, file):
-    """Returns a warning about a file of cells with these misplaced shares, or ""."""
+def assumed_power(path, power, slide_mpp):
+    """Returns a warning if HoVer-Net's cells are converted without a recorded objective power, else ""."""
+    if power or cell_format(path) != "hovernet":
+        return ""
+    mag = hovernet_mag(path)
+    if mag is None:
+        return ""
+    return (f"its cells are px at {mag:g}x, and the slide records no objective power: {10 / slide_mpp:g}x is "
+            f"assumed, from {slide_mpp:g} um/px")
+
+
+def where_cells_are_odd(outside, on_glass):
+    """Returns a warning about cells with these misplaced shares, or ""."""
     if outside + on_glass <= MISPLACED:
         return ""
-    return (f"{outside:.0%} of the cells in {file} lie outside of the slide and {on_glass:.0%} on its glass: "
-            "wrong scale, um instead of px, x and y exchanged, or the file of another slide?")
+    return (f"{outside:.0%} of the cells lie outside of the slide and {on_glass:.0%} on its glass: wrong "
+            "scale, um instead of px, x and y exchanged, or the file of another slide?")
 
 
 def suggested_scale(path, gigapixels):

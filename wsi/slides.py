@@ -77,7 +77,7 @@ def why_not_read(path):
     if ending in PACKED_TYPES:
         return "is not unpacked; unpack or remove it"
     if ending in OTHER_TYPES:
-        return f"{ending} is not read; convert it to a pyramidal TIFF, or remove it"
+        return f"{ending} is not read; convert it to TIFF (pyramidal, if it is a slide), or remove it"
     vendor = openslide.OpenSlide.detect_format(path)
     if not vendor:
         return ""
@@ -211,7 +211,8 @@ class Slide:
         self.levels = matching_levels(sizes)
         others = [f"{w} x {h}" for level, (w, h) in enumerate(sizes) if level not in self.levels]
         if others:
-            unused = f"its levels of {', '.join(others)} px are not used: level 0 has other proportions"
+            unused = (f"its levels of {', '.join(others)} px are not used, since level 0 has other "
+                      "proportions: is one a picture of the whole glass?")
             self.warning = f"{self.warning}; {unused}" if self.warning else unused
 
     def scale(self, properties, slide_mpp, said_mpp):

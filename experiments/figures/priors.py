@@ -31,6 +31,7 @@ from wsi.cell_files import files_by_name
 from wsi.cells import read_cells
 from wsi.datasets import DATASETS, PRIORS
 from wsi.look import Shown, close_up, draw_inset, draw_tile
+from wsi.sanity import assumed_power
 from wsi.slides import CROP, Slide
 from wsi.splits import find_data
 
@@ -88,6 +89,9 @@ def cells_from_folder(folder, found, name):
     if not files or info is None:
         return None
     size = info["width"], info["height"]
+    warning = assumed_power(files[0], info["power"], info["slide_mpp"])
+    if warning:
+        print(f"warning: {files[0]}: {warning}")
     return read_cells(files[0], info["slide_mpp"], size, info["power"], info["bounds"])
 
 
