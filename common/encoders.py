@@ -74,7 +74,7 @@ def find_encoder(checkpoint, name=""):
         return path
     if name:
         pattern = f"{name}_vit_*/encoder.pt"
-        advice = f"no run of {name} in runs/; first: python train.py --data {name}"
+        advice = f"no run of {name} in runs/; first: python train.py with the same --data"
     else:
         pattern = "*/encoder.pt"
         advice = "no run in runs/; first: python train.py"

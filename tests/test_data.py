@@ -349,9 +349,10 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
     rows = ["good,A,p,train", "other,B,q,test", "zero,B,r,train"]
     write_table(place / "in" / "labels.csv", "slide,label,patient,split", rows)
     write(place / "in" / "cells" / "good.json", {"mag": None, "nuc": {}})
-    assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
+    flags = ["--mpp", "1", "--slide-mpp", "1", "--workers", "1"]
+    assert data.main(["check", "--data", "in", *flags]) == 1
     out = capsys.readouterr().out
-    for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut: 0 of 3", "A 1 of 1 patients",
+    for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut at 1 um/px: 0 of 3", "A 1 of 1 patients",
                  "hovernet 1", "cannot be used: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
                  "no usable train image of B", "no usable test image of A", "warnings: 5"):
         assert says in out, says

@@ -149,11 +149,12 @@ def check_slides(found, results):
     """
     sources = Counter(source for source, _, _ in results.values())
     values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values() if mpp)
-    cut = sum(tile_info(found, name) is not None for name in found.images)
     print("slides without um/px:", sources[NO_SCALE])
     print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
     print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
-    print(f"tiles cut: {cut} of {len(found.images)} slides")
+    if found.mpp:
+        cut = sum(tile_info(found, name) is not None for name in found.images)
+        print(f"tiles cut at {found.mpp:g} um/px: {cut} of {len(found.images)} slides")
     return [f"{found.images[name]}: {'; '.join(odd)}" for name, (_, _, odd) in results.items() if odd]
 
 

@@ -79,8 +79,9 @@ def run(argv):
     if found.images:
         failed = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(failed)
+    mpp = f" --mpp {args.mpp:g}" if args.mpp else ""
     print(f"Prepared {len(found.images) - len(failed)} {found.kind} in {found.work}/. "
-          f"Next: python train.py --data {args.data}")
+          f"Next: python train.py --data {args.data}{mpp}")
     return exit_code_of(failed)
 
 
