@@ -213,7 +213,7 @@ FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp
     (without_a_file, "gone", "1 of 22 rows have no file and are skipped; fetch", 0.5),
     (with_damaged_cells, "torn", "not a known cell file", 0.5),
     (with_cells_exchanged, "swapped", "100% of the cells lie outside of the slide", 0.5),
-    (with_cells_in_um, "micrometres", "100% on its glass", 0.5),
+    (with_cells_in_um, "micrometres", "um instead of px", 0.5),
     (with_cells_of_no_slide, "nobody", "match no slide and are not read: 1", None),
     (with_two_files_of_cells, "doubled", "remove the others", 0.5),
     (with_a_mask_of_8_bits, "overflow", "save the masks with 16 bits", 0.5),

@@ -159,14 +159,14 @@ def check_slides(found, results):
 
 
 def check_crops(found, results):
-    """Prints the sides of crops; returns a warning for each odd one. results: {crop: (side, is it grey)}."""
+    """Prints the sides of crops; returns a warning for each odd one. results: {crop: look_at_crop of it}."""
     sides = [side for side, _ in results.values()]
     usual = usual_side(sides)
     print("px a side:", ", ".join(f"{side:,} ({n})" for side, n in Counter(sides).most_common(8)))
     if found.mpp and usual != CROP:
         print(describe_side(usual, found.mpp))
     warnings = other_sides([found.images[name] for name in results], sides)
-    grey = sorted(name for name, (_, is_grey) in results.items() if is_grey)
+    grey = sorted(name for name, (_, has_no_color) in results.items() if has_no_color)
     if grey:
         warnings.append(f"{found.source}: {len(grey):,} of {len(results):,} crops have no colour "
                         f"({first_of(grey)}); H&E is needed")
