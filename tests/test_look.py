@@ -1,6 +1,7 @@
 """What a user sees before training: data.py look of a slide and of a folder, and data.py check."""
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SUGGESTED = re.compile(r"nuclei are ([\d.]+) px wide; at 7 um that is ([\d.]+) um/px")
 
 
+@lru_cache
 def nuclei_slide(mpp=0.5, um=300):
     """Nuclei of 7 um in a grid on eosin, uint8, at mpp um/px."""
     centres = [(x, y) for x in range(12, um, 24) for y in range(12, um, 24)]
@@ -118,7 +120,7 @@ def without_color(folder):
 def with_a_level_of_another_picture(folder):
     macro = np.full((100, 300, 3), 244, np.uint8)
     (folder / "slides").mkdir(exist_ok=True)
-    with tifffile.TiffWriter(folder / "slides" / "pyramid.svs") as file:
+    with tifffile.TiffWriter(folder / "slides" / "layered.svs") as file:
         for image in (nuclei_slide(), macro):
             file.write(image, tile=(128, 128), compression="zlib", photometric="rgb", metadata=None,
                        description="Aperio|AppMag = 20|MPP = 0.5", subfiletype=int(image is macro))
@@ -196,14 +198,14 @@ def of_hovernet_without_a_power(folder):
 
 FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp in labels.csv; None: no row)
     (broken, "broken", "cannot be read as an image", ""),
-    (empty, "zerobytes", "cannot be read as an image", ""),
+    (empty, "zerobytes", "is the file complete?", ""),
     (unfinished, "undone", "unfinished; run gdc-client download again", None),
     (without_scale, "noscale", "no um/px; nuclei are", ""),
     (at_twice_the_scale, "twice", "its nuclei measure", 1.0),
     (too_coarse, "coarse", "too coarse for 1; give a larger --mpp", 2.0),
     (on_grey, "murky", "background is not white", 0.5),
     (without_color, "monochrome", "it has no colour", 0.5),
-    (with_a_level_of_another_picture, "pyramid", "its levels of 300 x 100 px are not used", ""),
+    (with_a_level_of_another_picture, "layered", "its levels of 300 x 100 px are not used", ""),
     (of_a_long_name, LONG, "more than 200 bytes; rename it", 0.5),
     (of_another_format, "olympus", "convert it", None),
     (packed, "packed", "is not unpacked; unpack or remove it", None),
@@ -245,14 +247,14 @@ def test_check_names_every_fault_once(place, capsys):
         write(folder / hidden, b"\0\5\x16\7")  # macOS
     write_table(folder / "labels.csv", "slide,label,split,mpp", rows)
     flags = ["--data", "mixed", "--mpp", "1", "--workers", "1"]
-    for _ in range(2):
+    for is_prepared in (False, True):
+        assert not is_prepared or data.main(["prepare", *flags]) == 1  # no file of cells is read again
+        capsys.readouterr()
         assert data.main(["check", *flags]) == 1
         out = capsys.readouterr().out
         named_once(out, [(name, words) for _, name, words, _ in FAULTS])
         assert f"warnings: {len(FAULTS)}\n" in out and "._" not in out, out
         assert "cannot be used: 4" in out and "slides without um/px: 1" in out
-        assert data.main(["prepare", *flags]) == 1  # then nothing is read again
-        capsys.readouterr()
 
 
 def test_check_names_every_fault_of_crops_once(place, capsys):

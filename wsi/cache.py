@@ -185,7 +185,7 @@ def read_slide_cells(file, slide):
     xy = read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
     odd = [assumed_power(file, slide.power, slide.mpp), where_cells_are_odd(*misplaced(xy, slide))]
     warning = "; ".join(filter(None, odd))
-    return xy, f"{warning}; python data.py look SLIDE --cells FILE shows them" if warning else ""
+    return xy, f"{warning} (python data.py look SLIDE --cells FILE shows them)" if warning else ""
 
 
 def copy_level0(file, copy, path, slide_mpp, source):
