@@ -2,7 +2,7 @@
 
     python -m experiments.study claim --data FOLDER     4.1, 4.2 on labelled patches: arms with several seeds
     python -m experiments.study show [--out runs/claim] the table and the figure of claim
-    python -m experiments.study fraction --data lung    Fig. 6: less data, each run measured by eval.py
+    python -m experiments.study fraction --data lung    Fig. 6: less data (the paper: --epochs 50); by eval.py
     python -m experiments.study prior --data lung       Table 7: other segmenters, in the same way
     python -m experiments.study folds --data lung --splits FOLDER --checkpoint RUN     Table 4: HIPT's folds
 
