@@ -88,7 +88,7 @@ def argument_parser():
         help=f"{', '.join(ARMS)}; those from shuffled on are controls and comparisons (experiments.compare), "
              "and set their own flags")
     add("--folds", type=whole(2, 1000), default=5,
-        help="folds of the training part, for logistic regression and fine-tuning")
+        help="folds of the training split, for logistic regression and fine-tuning")
     add("--tune-epochs", type=whole(0, 10 ** 4), default=0,
         help="epochs of fine-tuning (see eval.py patches; 40 in the paper); 0 leaves it out")
     add("--tune-folds", type=whole(1, 1000), default=5, help="folds that are fine-tuned; fewer save time")

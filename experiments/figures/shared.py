@@ -32,7 +32,7 @@ def parser_of(script, description, **more):
 
 
 def add_data(add):
-    """The flags of a script that looks at a data set's crops."""
+    """Adds the flags of a script that shows a data set's crops."""
     add_data_flags(add, "--data", "--mpp", "--slide-mpp", "--tissue")
     add("--workers", type=whole(0, 1024), default=2, help="processes that cut missing tiles")
     add_max_gigapixels(add)
@@ -59,7 +59,7 @@ def check_flags(args):
 def check_out(path):
     """InputError if --out is no .png."""
     if path and Path(path).suffix.lower() != ".png":
-        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go beside it, as .csv")
+        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go next to it, as .csv")
 
 
 # ---------------------------------------------------------------- networks and crops
