@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from synthetic import arrays_of, refused, rows_of, saved, write, write_table
+from synthetic import SmallHead, arrays_of, refused, rows_of, saved, write, write_table
 
+import dirl
 import eval as eval_py
 import train
 from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
@@ -46,6 +47,7 @@ def made(rendered, tmp_path_factory):
     write_table(here / "tiny/labels.csv", "slide,label,patient,split", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
+        patch.setattr(dirl, "DINOHead", SmallHead)
         patch.setattr(train, "main", lambda flags, main=train.main: steps.append("train") or main(flags))
         patch.setattr(study.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
             returncode=eval_py.main(command[2:])))

@@ -204,7 +204,7 @@ def test_ring_centroids_by_hand():
 @pytest.mark.parametrize("before, member, after", [
     ('{"mag": null, "nuc": {', '"1": ' + json.dumps({"centroid": [3.5, 2], "contour": SQUARE * 4}), "}}"),
     ('{"features": [', json.dumps(feature(shape("Polygon", [SQUARE * 4]))), "]}"),
-    ('[{"geometry": {"type": "MultiPolygon", "coordinates": [', json.dumps([SQUARE * 15]),
+    ('[{"geometry": {"type": "MultiPolygon", "coordinates": [', json.dumps([SQUARE * 5]),
      ']}, "properties": {"objectType": "annotation"}}]')])
 def test_memory_does_not_grow_with_the_file(tmp_path, before, member, after):
     peaks = []

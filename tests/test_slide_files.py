@@ -2,7 +2,6 @@
 import gzip
 import platform
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import data
 import train
 from common.errors import InputError
 from common.files import files_under, stamp
-from eval import features_stamp
+from eval import Network, features_stamp
 from wsi import folders, gdc, segment, splits
 from wsi.cache import ready_cells, tile_info, tiles_folder
 from wsi.folders import find_folder
@@ -22,7 +21,7 @@ from wsi.headers import dicom_series
 from wsi.slides import file_identity, sample_hash
 from wsi.splits import find_data
 
-FP32 = SimpleNamespace(bf16=False)
+NETWORK = Network(None, None, "the encoder's stamp")
 CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
 
 
@@ -194,7 +193,7 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     first, failed = prepared("one/cores")
     tiles = {path.name: path.read_bytes() for path in tiles_folder(first).rglob("*.jpg")}
     cells = ready_cells(first, "core1")
-    features = features_stamp(first, "core1", "e", FP32)
+    features = features_stamp(NETWORK, tile_info(first, "core1"), False)
     assert failed == [] and len(tiles) == 4 and "warning" not in capsys.readouterr().out
     second = find_data("two/cores", mpp=1.0, slide_mpp=1.0)
     assert tile_info(second, "core1") is None and ready_cells(second, "core1") is None
@@ -204,7 +203,7 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     assert failed == [] and tiles_folder(second) == tiles_folder(first)
     assert all(tiles[path.name] != path.read_bytes() for path in tiles_folder(second).rglob("*.jpg"))
     assert not np.array_equal(ready_cells(second, "core1"), cells)
-    assert features_stamp(second, "core1", "e", FP32) != features
+    assert features_stamp(NETWORK, tile_info(second, "core1"), False) != features
     assert splits.training_record(first, ["core1"]) != splits.training_record(second, ["core1"])
     prepared("two/cores")
     assert "warning" not in capsys.readouterr().out  # only when it changes
