@@ -12,7 +12,7 @@ patches classifies images (4.1, Table 2). The training set is split into --folds
 validates once while the others train; the epoch that is best on it scores the test set. Writes patches.csv (a
 row per fold) and patches_predictions.csv (the folds' mean score of each test image).
 
-Nothing is tuned on the test set, and an encoder that was trained on a test image is refused.
+Nothing is chosen on the test set, and an encoder that was trained on a test image is refused.
 """
 import argparse
 import sys
@@ -257,7 +257,7 @@ def count_attention(networks, title, found, run, args):
     crops = Crops(found, found.split(split), with_cells=False)
     crops_with_cells = Crops(found, found.split(split))
     if found.kind == "crops" and len(crops_with_cells):
-        crops = crops_with_cells  # those that train.py uses: all of one um/px, without the skipped ones
+        crops = crops_with_cells  # those that train.py takes: of one um/px, and none that it skipped
     has_cells = len(crops_with_cells) == len(crops)
     if has_cells:
         crops = crops_with_cells

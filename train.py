@@ -2,7 +2,7 @@
 
 Prepares missing tiles and cells, pre-trains with DINO on the method's representations, and writes
 runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder), log.csv, config.json.
-The same command resumes a stopped run exactly, since every step draws its random numbers from (seed, step).
+The same command resumes a stopped run: every step draws its random numbers from (seed, step).
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
 import argparse
