@@ -117,9 +117,8 @@ LOCAL = Kind(blur=0.5, solarize=0.0)
 class Augmentation:
     """How views are drawn; the defaults are DINO's.
 
-    Scales are (least, largest) shares of the crop's area, sizes are px. jitter, greyscale, solarize and blur
-    multiply DINO's probabilities; jitter also multiplies its strengths. mean and std (of RGB in 0 to 1) are
-    those the encoder expects.
+    Scales are shares of the crop's area, sizes are px. jitter, greyscale, solarize and blur multiply DINO's
+    probabilities, and jitter its strengths, too. mean and std (RGB in 0 to 1) are the encoder's.
     """
 
     local_crops: int = 8
@@ -246,7 +245,7 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
 def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
     """Jitters colours of images (B, 3, H, W) with probability JITTER, then makes them grey with GREYSCALE.
 
-    jitter multiplies JITTER and the strengths, greyscale multiplies GREYSCALE.
+    jitter multiplies the strengths and their probability, greyscale multiplies that of grey.
     """
     B = len(images)
     jittered = (draws.uniform((B,), 0, 1) < JITTER * jitter).float()

@@ -85,7 +85,7 @@ def argument_parser(prog="python train.py"):
              "weights), or the training crops', with which small runs on H&E learn sooner")
     add("--jitter", type=SHARE, default=1.0,
         help="factor on the strengths and the probability of colour jitter: 1 is DINO's, 0 is none; lower it "
-             "if the outputs of a head stay uniform")
+             "if a head's outputs stay uniform")
     add("--greyscale", type=SHARE, default=1.0, help="factor on the probability of grey (DINO: 1 view in 5)")
     add("--solarize", type=SHARE, default=1.0,
         help="factor on the probability of solarising the second global view (DINO: 1 in 5)")

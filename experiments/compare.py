@@ -5,7 +5,7 @@ eval.py takes its encoder.pt like any other. The same command resumes.
 
     Table 3     --ssl esvit, --ssl selfpatch
     Table 6     --ssl dino --method baseline --arch vit_s --depth 13 [--heads 12 13]
-    Table 8     --ssl byol, --ssl simclr --batch 512, each --epochs 20, --method baseline, cellback, dirl
+    Table 8     --ssl byol, --ssl simclr (the paper: --batch 512), each --method baseline, cellback, dirl
     Table 9     --ssl imix
     Fig. 9      --ssl lsup
     controls    --ssl dino --heads 12 12: two heads on f; --depth 4: fewer blocks, for any method
