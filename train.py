@@ -81,8 +81,8 @@ def argument_parser(prog="python train.py"):
         help="side of the global views in px, a multiple of 16; 112 is 4 times faster but coarser")
     add("--local-size", type=side, default=96, help="side of the local views in px, a multiple of 16")
     add("--stats", default="imagenet", choices=["imagenet", "data"],
-        help="mean and sd that normalise the pixels: ImageNet's, as in DINO (also for --init with ImageNet's "
-             "weights), or the training crops', with which small runs on H&E learn sooner")
+        help="mean and sd that normalise the pixels: ImageNet's as in DINO (also for --init with ImageNet's "
+             "weights), or the training crops' own, with which small runs on H&E learn sooner")
     add("--jitter", type=SHARE, default=1.0,
         help="factor on the strengths and the probability of colour jitter: 1 is DINO's, 0 is none; lower it "
              "if a head's outputs stay uniform")
