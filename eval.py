@@ -145,7 +145,7 @@ class Network:
 
     encoder: nn.Module  # on --device
     folder: Path  # where its features and its slides.csv go
-    stamp: str  # of its weights: features with another stamp are recomputed
+    stamp: str  # of its weights: features of another stamp are recomputed
 
 
 @torch.no_grad()
