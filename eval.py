@@ -40,7 +40,7 @@ from data import Crops, collate
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
-from wsi.datasets import DATASETS, add_data_flags, run_name
+from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.slides import CROP
 from wsi.splits import check_unseen, find_data
 
@@ -311,9 +311,7 @@ def open_data(args, trained_at):
 
     InputError if it does not have what --export needs.
     """
-    mpp = args.mpp
-    if mpp is None and args.data not in DATASETS:
-        mpp = trained_at
+    mpp = evaluated_mpp(args.data, args.mpp, trained_at)
     found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
