@@ -64,8 +64,7 @@ def argument_parser(prog="python train.py"):
              "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); for data sets of some thousand crops")
     add("--out-dim", type=whole(2, 10 ** 7), default=65536,
         help="outputs K of the heads of f, f_c and f_b; fewer for small data sets")
-    add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096,
-        help="outputs of the four disentangled heads")
+    add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096, help="outputs of the other four heads")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
         help="keeps the prototypes' norms at 1; --no-norm-last-layer learns them, which DINO found better "
              "for ViT-S but less stable")
