@@ -5,10 +5,10 @@
     python data.py look SLIDE              draws a slide: tissue, tiles, cells; or all slides of a folder
     python data.py prepare --data NAME     cuts tiles and finds cells, as train.py does before it trains
 
-Views are DINO's (Caron et al. 2021), computed on the device for a whole batch, and the cells go through the
-same geometry. Two things differ, for speed: crops are resampled bilinearly and without antialiasing (DINO:
-bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`), in which hue turns about the
-grey axis and only the result is clipped.
+Views are DINO's (Caron et al. 2021), computed on the device for a whole batch; the cells go through the same
+crop and flip as the pixels. Two details differ from DINO, for speed: crops are resampled bilinearly without
+antialiasing (DINO: bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`), in which
+hue turns about the grey axis and only the result is clipped.
 """
 import math
 import sys
@@ -29,10 +29,11 @@ from wsi.slides import CROP
 # ---------------------------------------------------------------- crops with their cells
 
 class Crops(torch.utils.data.Dataset):
-    """The crops of some slides, or ready-cut ones: item i is (uint8 (3, 224, 224), cells (K, 2) in px of it).
+    """The crops of some slides, or ready-cut crops: item i is (uint8 (3, 224, 224), its cells (K, 2) in px).
 
-    files[i], owner[i] (its slide), corners[i] (level-0 px) and cells(i) describe it. Images that could not be
-    prepared are skipped. with_cells=False needs no cells. shuffle_seed: for shuffle_places, as a control.
+    files[i], owner[i] (its slide), corners[i] (level-0 px) and cells(i) describe crop i. Images that could
+    not be prepared are skipped. with_cells=False: crops without cells, which need none to be prepared.
+    shuffle_seed: moves each crop's cells by shuffle_places, as a control.
     """
 
     def __init__(self, data, names, with_cells=True, shuffle_seed=None):
@@ -49,7 +50,7 @@ class Crops(torch.utils.data.Dataset):
             corners.extend(corner)
             counts.append(len(xy))
             cells.frombytes(xy.astype(np.float32).tobytes())
-        # Flat arrays, which worker processes share uncopied; crop i has xy[start[i]: start[i + 1]].
+        # Flat arrays: worker processes share them without a copy. Crop i has xy[start[i]: start[i + 1]].
         self.corners = np.frombuffer(corners, np.int64).reshape(-1, 2)
         self.start = np.cumsum(counts)
         self.xy = np.frombuffer(cells, np.float32).reshape(-1, 2)
@@ -78,7 +79,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 def shuffle_places(xy, rng, patch_size=16):
-    """Permutes the patches of a crop: the cells (K, 2) of a patch move to another place together."""
+    """Permutes the patches of a crop, each with its cells (K, 2): the number of cell patches is unchanged."""
     grid = CROP // patch_size
     column, row = (np.clip(xy, 0, CROP - 1) // patch_size).astype(int).T
     place = rng.permutation(grid * grid)[row * grid + column]
@@ -134,9 +135,9 @@ class Augmentation:
 
 
 class Draws:
-    """Random numbers for one shard of a batch, which is divided over processes and accumulated steps.
+    """Random numbers for one shard of a batch (a batch is divided over processes and --accumulate).
 
-    Draws the whole batch's numbers and keeps the shard's, so that a crop's views do not depend on how the
+    Draws numbers for the whole batch and keeps the shard's, so that a crop's views do not depend on how the
     batch is divided. All come from the generator, on its device; shard is (index, count).
     """
 
@@ -146,7 +147,7 @@ class Draws:
         self.index, self.count = shard
 
     def uniform(self, shape, low, high):
-        """Returns uniform numbers of that shape (B, ..), where B is the number of crops in the shard."""
+        """Returns uniform numbers of this shape (B, ..), where B is the number of crops in the shard."""
         B = shape[0]
         whole = torch.empty((self.count * B, *shape[1:]), device=self.device)
         whole.uniform_(low, high, generator=self.generator)
@@ -154,10 +155,10 @@ class Draws:
 
 
 def random_boxes(count, size, scale, draws, ratio=(3 / 4, 4 / 3), tries=10):
-    """Draws random resized crops of a size x size image: (count, 4), left, top, width, height in whole px.
+    """Draws random resized crops of a size x size image: (count, 4) as left, top, width, height in whole px.
 
-    The share of the area is uniform in scale, the log of the aspect ratio is uniform; the first of ten tries
-    that fits is taken, else the whole image.
+    The share of the area is uniform in scale, the log of the aspect ratio uniform in ratio. The first of
+    `tries` boxes that fits into the image is taken; if none fits, the whole image.
     """
     area = draws.uniform((count, tries), *scale) * size * size
     aspect = draws.uniform((count, tries), math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -182,7 +183,7 @@ def resample(images, boxes, flip, size):
     B, _, H, W = images.shape
     left, top, w, h = boxes.unbind(1)
     sign = 1 - 2 * flip.float()
-    theta = torch.zeros(B, 2, 3, device=images.device)  # from view to image coordinates, both -1 to 1
+    theta = torch.zeros(B, 2, 3, device=images.device)  # maps view to image coordinates, both -1 to 1
     theta[:, 0, 0] = sign * w / W
     theta[:, 0, 2] = (2 * left + w) / W - 1
     theta[:, 1, 1] = h / H
@@ -201,7 +202,7 @@ def affine(matrix, offset=None):
 
 
 def hue_matrix(turn):
-    """Returns (B, 3, 3) that turn colours about the grey axis, in YIQ, by a share of a circle (B,)."""
+    """Returns matrices (B, 3, 3) that turn RGB about YIQ's grey axis; turn (B,): shares of a full circle."""
     yiq = torch.tensor([LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=turn.device)
     cos = torch.cos(2 * math.pi * turn)
     sin = torch.sin(2 * math.pi * turn)
@@ -216,9 +217,9 @@ def hue_matrix(turn):
 def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
     """Returns colour jitter and grey as one affine map of RGB: (B, 3, 4), rgb -> A rgb + b.
 
-    mean (B, 3): each image's mean colour. brightness, contrast, saturation (B,): factors as Pillow's
-    ImageEnhance takes them, 1 changes nothing; hue (B,): turn about the grey axis as a share of a circle;
-    grey (B,) bool, applied last. order (B, 4): the order of the four, each row a permutation of 0 to 3.
+    mean (B, 3): each image's mean colour. brightness, contrast, saturation (B,): factors as in Pillow's
+    ImageEnhance, 1 for no change; hue (B,): turn about the grey axis as a share of a circle; grey (B,) bool,
+    applied last. order (B, 4): in which order 0 brightness, 1 contrast, 2 saturation, 3 hue are applied.
     """
     B = len(mean)
     device = mean.device
@@ -242,7 +243,7 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
 
 
 def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
-    """Jitters the colours of images (B, 3, H, W) with probability JITTER, then turns GREYSCALE of them grey.
+    """Jitters colours of images (B, 3, H, W) with probability JITTER, then makes them grey with GREYSCALE.
 
     jitter multiplies the strengths and their probability, greyscale multiplies that of grey.
     """
@@ -317,9 +318,9 @@ def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1
 
 
 def apply_where(chosen, function, images, *values):
-    """Applies function(images, *values) where chosen (B,) and keeps the other images; values (B,).
+    """Returns function(images, *values) where chosen (B,) is true, the images elsewhere; values (B,).
 
-    On CUDA, applies to all and selects: boolean indexing would force a sync.
+    On CUDA, applies to all and selects: boolean indexing would force a sync. On a CPU, works in place.
     """
     if images.is_cuda:
         return torch.where(chosen[:, None, None, None], function(images, *values), images)

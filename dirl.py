@@ -1,7 +1,7 @@
 """DiRL: the method of "Attention De-sparsification Matters" (sections 3.1, 3.3, 3.4, 3.5).
 
 Imports torch and the standard library only, so that every function can be copied out unchanged.
-Shapes: B crops, n tokens of a crop, d features, K outputs of a head, V views, U = 2 global views.
+Shapes: B crops, n tokens per crop, d features, K outputs of a head, V views, of which U = 2 are global.
 A prior is P_c (B, n): 1 for a patch with a cell, 0 for background.
 """
 import copy
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5  # the paper leaves it out; ViT and DINO divide
+        self.scale = (dim // num_heads) ** -0.5  # as in ViT and DINO; the paper's formula omits it
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -107,12 +107,12 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder: images (B, 3, H, W) -> T_L (B, n, d); it has no class token, and f is T_L.mean(1).
+    """The encoder: images (B, 3, H, W) -> T_L (B, n, d). It has no class token: f is T_L.mean(1).
 
-    T_L comes out of a closing LayerNorm, as ViT's and DINO's tokens do; eq. 2 has none. H and W are multiples
-    of patch_size (ValueError if not); other sizes than img_size interpolate the position embedding. Images
-    are RGB of 0 to 1, less mean, divided by std (default: ImageNet's, as DINO). The state dict has timm's
-    names (timm has no vit_h).
+    A final LayerNorm, as in ViT and DINO, returns T_L; eq. 2 has none. H and W are multiples of patch_size
+    (ValueError if not); for sizes other than img_size the position embedding is interpolated. Images are RGB
+    that the caller has normalised with mean and std (default: ImageNet's, as in DINO); the encoder only
+    keeps these two. The state dict has timm's names (timm has no vit_h).
     """
 
     def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0,
@@ -123,7 +123,7 @@ class VisionTransformer(nn.Module):
         self.patch_size = patch_size
         self.mean = tuple(mean)
         self.std = tuple(std)
-        self.grid = img_size // patch_size  # patches a side
+        self.grid = img_size // patch_size  # patches per side
         self.patch_embed = PatchEmbed(embed_dim, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid ** 2, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()  # later blocks are dropped more often
@@ -133,7 +133,7 @@ class VisionTransformer(nn.Module):
         self.apply(init_weights)
 
     def embed(self, images):
-        """T_0 (B, n, d): patches through E, plus the position embedding at this view's size."""
+        """T_0 (B, n, d): the patches' embeddings (eq. 1) plus the position embedding at this view's size."""
         H, W = images.shape[-2:]
         p = self.patch_size
         if H % p or W % p:
@@ -167,14 +167,14 @@ def vit_s(depth=12, **kw):
 
 
 class ViTH(VisionTransformer):
-    """ViT-H (Table 4): 8 blocks of ViT-S, then 4 of ViT-T, trained together; the linear layer is ours."""
+    """ViT-H (Table 4): 8 blocks of ViT-S, then 4 of ViT-T, trained together."""
 
     def __init__(self, drop_path=0.0, **kw):
         super().__init__(384, depth=0, num_heads=6, **kw)
         rates = torch.linspace(0, drop_path, 12).tolist()
         small = [Block(384, 6, rate) for rate in rates[:8]]
         tiny = [Block(192, 3, rate) for rate in rates[8:]]
-        self.blocks = nn.Sequential(*small, nn.Linear(384, 192), *tiny)
+        self.blocks = nn.Sequential(*small, nn.Linear(384, 192), *tiny)  # the paper names no layer between
         self.norm = nn.LayerNorm(192, eps=1e-6)
         self.embed_dim = 192
         self.num_heads = 3
@@ -186,7 +186,7 @@ def vit_h(**kw):
     return ViTH(**kw)
 
 
-vit_t4 = partial(vit_t, depth=4)  # ours, for runs of minutes
+vit_t4 = partial(vit_t, depth=4)  # not in the paper: for runs of minutes
 ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": vit_t4}
 
 
@@ -207,8 +207,8 @@ def region_mean(tokens, region):
 def cell_back_pool(tokens, prior):
     """Eq. 3: f_c = P_c^T T_L / |P_c| and f_b = (1 - P_c)^T T_L / |1 - P_c|.
 
-    Each region gets a feature of its own to match, so that neither can win all of the attention.
-    tokens (B, n, d), prior (B, n) -> f_c, f_b (B, d). An empty region gives zeros and takes no gradient.
+    Each region has its own feature to match, so that neither can win all of the attention.
+    tokens (B, n, d), prior (B, n) -> f_c, f_b (B, d). An empty region pools to zeros and passes no gradient.
     """
     prior = prior.to(tokens.dtype)
     return region_mean(tokens, prior), region_mean(tokens, 1 - prior)
@@ -219,9 +219,9 @@ def cell_back_pool(tokens, prior):
 def disentangle_masks(prior):
     """Eq. 4: P_c (B, n) -> M_self and M_cross, (B, n, n) of exact 0 and -inf, to add to the logits.
 
-    They part what tokens say to their own region from what they say to the other one.
+    M_self lets a token attend to its own region only, M_cross to the other region and to itself:
     M_self(i, j) = 0 where P_c(i) = P_c(j); M_cross(i, j) = 0 where P_c(i) != P_c(j) or i = j.
-    The diagonal is open in both, so no row is all -inf: with one region only, M_cross attends to itself.
+    The diagonal is 0 in both, so no row is all -inf: if the other region is empty, M_cross leaves i = j.
     """
     same = prior.unsqueeze(-1) == prior.unsqueeze(-2)  # (B, n, n)
     eye = torch.eye(prior.shape[-1], dtype=torch.bool, device=prior.device)
@@ -247,7 +247,7 @@ class DisentangleBlock(Block):
         return t_self, t_cross
 
     def under_mask(self, tokens, logits, v, mask):
-        """Eq. 5 with a mask (B, n, n), then eq. 2's two residual sums."""
+        """Eq. 5 with one of the masks (B, n, n), then the two sums of eq. 6 or 7; returns (B, n, d)."""
         attention = (logits + mask.unsqueeze(1)).softmax(-1)
         x = tokens + self.attn.merge(attention.to(v.dtype) @ v)  # T'
         return x + self.mlp(self.norm2(x))
@@ -256,11 +256,11 @@ class DisentangleBlock(Block):
 # ---------------------------------------------------------------- 3.5 heads and loss
 
 class DINOHead(nn.Module):
-    """DINO's projection head: f (N, in_dim) -> logits (N, out_dim), by 2048, 2048 and a unit vector of 256.
+    """DINO's projection head: f (N, in_dim) -> 2048 -> 2048 -> unit vector of 256 -> logits (N, out_dim).
 
     The last layer is weight-normalised with its norm fixed at 1: logits are cosines with out_dim prototypes.
-    They are computed in fp32 whatever the autocast: at the teacher's temperature of 0.04 rounding to bf16
-    would move a logit by up to 0.13. norm_last_layer=False: each prototype learns its norm, starting at 1.
+    They are computed in fp32 even under autocast: after division by the teacher's temperature of 0.04, bf16
+    would be off by up to 0.13. norm_last_layer=False: each prototype learns its norm, starting at 1.
     """
 
     def __init__(self, in_dim, out_dim, hidden_dim=2048, bottleneck_dim=256, norm_last_layer=True):
@@ -282,14 +282,14 @@ class DINOHead(nn.Module):
 
 
 def process_mean(x):
-    """Averages x in place over all processes where torch.distributed runs several, and returns it."""
+    """Averages x in place over all processes, if torch.distributed runs several, and returns it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(x.div_(torch.distributed.get_world_size()))
     return x
 
 
 def row_mask(present, outputs):
-    """present (V, B) as float; ones for all rows of outputs (V, B, K) where it is None."""
+    """Returns present (V, B) as float; if it is None, ones for all rows of outputs (V, B, K)."""
     if present is None:
         return torch.ones(outputs.shape[:2], device=outputs.device)
     return present.float()
@@ -300,7 +300,7 @@ def view_cross_entropy(student, q, pairs, temp):
 
     student (B, K) logits, q (U, B, K), pairs (U, B); p = softmax(student / temp).
     """
-    target = torch.einsum("ub,ubk->bk", pairs, q)  # all q[u, b] meet the same log p[b]
+    target = torch.einsum("ub,ubk->bk", pairs, q)  # summed over u first, since log p[b] is the same for all
     return -(target * (student.float() / temp).log_softmax(-1)).sum()
 
 
@@ -311,10 +311,10 @@ class DINOLoss(nn.Module):
     student (V, B, K): logits of all views, the U global ones first; teacher (U, B, K). Every student view is
     compared with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). Returns the mean over the pairs that count, 0 if
-    none does. Call update_center() once a step, after the loss.
+    none does. Call update_center() once per step, after the loss.
 
-    `entropy` is the mean of H(q) in the last call, ln K where outputs are uniform and 0 where they are on one
-    prototype; the loss is H(q) + KL(q || p).
+    `entropy` is the mean H(q) of the last call: ln K if the outputs are uniform, 0 if each is on a single
+    prototype. The loss is H(q) + KL(q || p).
     """
 
     def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
@@ -330,9 +330,9 @@ class DINOLoss(nn.Module):
         V, U = len(student), len(teacher)
         mask_s = row_mask(present_s, student)  # (V, B)
         mask_t = row_mask(present_t, teacher)  # (U, B)
-        different = 1 - torch.eye(U, V, device=teacher.device)  # no view is compared with itself
+        different = 1 - torch.eye(U, V, device=teacher.device)  # 0 where both are the same view
         pairs = different.unsqueeze(-1) * mask_t.unsqueeze(1) * mask_s  # (U, V, B): 1 for a pair that counts
-        # Under DDP the count is averaged over ranks, so that the mean of their losses is the whole batch's.
+        # Under DDP the count is averaged over ranks, so the mean of the ranks' losses is the whole batch's.
         count = process_mean(pairs.sum()).clamp(min=1e-6)
 
         with torch.no_grad():
@@ -341,23 +341,23 @@ class DINOLoss(nn.Module):
             self.add_to_center(teacher, mask_t)
 
         total = 0
-        for v in range(V):  # log p of a view is computed again in the backward pass instead of kept
+        for v in range(V):  # each view's log p is recomputed in the backward pass, to save memory
             total = total + checkpoint(view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
                                        use_reentrant=False, preserve_rng_state=False)
         return total / count
 
     def add_to_center(self, teacher, mask):
-        """Adds the rows of teacher (U, B, K) that count, by mask (U, B), to this step's."""
+        """Adds the rows of teacher (U, B, K) where mask (U, B) is 1 to the sums of this step."""
         self.step_sum += torch.einsum("ub,ubk->k", mask, teacher.float())
         self.step_rows += mask.sum()
 
     @torch.no_grad()
     def update_center(self):
-        """centre = m centre + (1 - m) mean of the teacher's rows that counted since the last call."""
+        """centre = m centre + (1 - m) (mean of the teacher's rows that counted since the last call)."""
         total = process_mean(self.step_sum)
         rows = process_mean(self.step_rows)
-        share = (1 - self.center_momentum) * (rows > 0).float()  # without a row the centre stays
-        self.center.lerp_(total / rows.clamp(min=1e-6), share)
+        weight = (1 - self.center_momentum) * (rows > 0).float()  # 0 without rows: the centre stays
+        self.center.lerp_(total / rows.clamp(min=1e-6), weight)
         self.step_sum.zero_()
         self.step_rows.zero_()
 
@@ -370,15 +370,15 @@ METHODS = {"baseline": ("f",), "cellback": REGIONS, "dirl": REGIONS + DISENTANGL
 
 
 def eq9_weights(names, lambda_1=0.5, lambda_2=0.1 / 4):
-    """{name: its weight in eq. 9}: lambda_1 of c and b, lambda_2 of the disentangled ones, 1 of f."""
+    """Returns {name: weight of L_name}: lambda_1 and lambda_2 as in eq. 9, 1 for the baseline's f."""
     weight = {"f": 1.0} | dict.fromkeys(REGIONS, lambda_1) | dict.fromkeys(DISENTANGLED, lambda_2)
     return {name: weight[name] for name in names}
 
 
 class DiRL(nn.Module):
-    """Encoder, disentangle block and a head for each representation of the method.
+    """Encoder, disentangle block and one head per representation of the method.
 
-    "baseline" is DINO on f; "cellback" has f_c and f_b; "dirl" has all six (ValueError otherwise).
+    method: "baseline" is DINO on f, "cellback" has f_c and f_b, "dirl" has all six; ValueError for others.
     """
 
     def __init__(self, encoder, method="dirl", out_dim=65536, disentangled_dim=4096, norm_last_layer=True):
@@ -398,12 +398,12 @@ class DiRL(nn.Module):
     def represent(self, images, prior):
         """images (B, 3, H, W), P_c (B, n) -> {name: f_name (B, d)}, {name: is its region present (B,)}.
 
-        f_cb is the cells' mean, and present if cells are, even without background (M_cross is then i = j).
+        f_cb is a mean over cell tokens, so it is present in any view with cells, even without background.
         """
         tokens = self.encoder(images)  # T_L (B, n, d)
         has_cell, has_background = regions_present(prior)
         if self.method == "baseline":
-            return {"f": tokens.mean(1)}, {"f": has_cell | has_background}
+            return {"f": tokens.mean(1)}, {"f": has_cell | has_background}  # present in all views
         f_c, f_b = cell_back_pool(tokens, prior)  # eq. 3
         f = {"c": f_c, "b": f_b}
         if self.method == "dirl":
@@ -414,7 +414,7 @@ class DiRL(nn.Module):
         return f, {name: pooled[name[0]] for name in f}
 
     def forward(self, views, priors):
-        """views: one (V_i, B, 3, H, W) per size, the global ones first; priors: (V_i, B, n) to match.
+        """views: one (V_i, B, 3, H, W) per view size, global first; priors: the P_c (V_i, B, n_i) of each.
 
         Returns {name: (logits (V, B, K), present (V, B))} over all V views.
         """
@@ -431,9 +431,9 @@ class DiRL(nn.Module):
 class DiRLLoss(nn.Module):
     """Eq. 9: lambda_1 (L_c + L_b) + lambda_2 (L_cc + L_bb + L_cb + L_bc); the baseline is L_f alone.
 
-    Takes the outputs of two DiRL models and returns (loss, {name: L_name without gradient}). Call
-    update_centers() once a step. skip_empty=False: a region that a view lacks counts too, pooled to zeros.
-    weight: {name: weight of L_name} in the place of eq. 9's.
+    Called on the outputs of two DiRL models; returns (loss, {name: L_name without gradient}). Call
+    update_centers() once per step. skip_empty=False: a region that a view lacks counts too, as zeros.
+    weight: {name: weight of L_name} instead of eq. 9's.
     """
 
     def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9,
@@ -483,7 +483,7 @@ def aggregated_attention(attention):
 def attention_bins(aggregated):
     """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4): three floats that sum to 1."""
     bins = aggregated < 0.5, (aggregated >= 0.5) & (aggregated <= 2), aggregated > 2  # NaN is in none
-    return tuple(bin.float().mean().item() for bin in bins)
+    return tuple(inside.float().mean().item() for inside in bins)
 
 
 # ---------------------------------------------------------------- for speed
@@ -491,7 +491,7 @@ def attention_bins(aggregated):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d_head)) v: q, k, v (B, heads, n, d_head) -> (B, heads, n, d_head).
 
-    torch's fused attention, but for bf16 on a CPU, where the formula as written is faster.
+    torch's fused attention, except for bf16 on a CPU, where the plain formula is faster.
     """
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v

@@ -4,12 +4,12 @@
     python eval.py patches --data mhist|chaoyang|FOLDER
 
 slides takes the newest run of the data set (or --checkpoint). It counts the test crops' aggregated attention
-in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features over
---repeats seeds and scores it on the test slides (3.6, Table 1). With --compare random it measures the same
-network at its random start, too. Ready-cut crops have no slides: their attention is all that is measured.
+in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features with
+--repeats seeds and scores it on the test slides (3.6, Table 1). --compare random also measures the same
+network at its random start. For ready-cut crops, which belong to no slide, only attention is measured.
 
-patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds. Each
-validates once, the others train, and the epoch that was best on it scores the test set. Writes patches.csv (a
+patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds. Each fold
+validates once while the others train; the epoch that is best on it scores the test set. Writes patches.csv (a
 row per fold) and patches_predictions.csv (the folds' mean score of each test image).
 
 Nothing is chosen on the test set, and an encoder that was trained on a test image is refused.
@@ -40,14 +40,14 @@ from data import Crops, collate
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
-from wsi.datasets import DATASETS, add_data_flags, run_name
+from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.slides import CROP
 from wsi.splits import check_unseen, find_data
 
 MEASURES = ("accuracy", "AUC", "macro F1")
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")  # of aggregated attention, Fig. 4
-FEW_SLIDES = 100  # training slides; with fewer DSMIL needs other settings than the paper's
-FEW_DECAY = 5e-3  # DSMIL's weight decay for these, and the demo's
+FEW_SLIDES = 100  # with fewer training slides, DSMIL needs other settings than the paper's
+FEW_DECAY = 5e-3  # DSMIL's weight decay for few slides, and the demo's
 
 
 # ---------------------------------------------------------------- flags
@@ -74,14 +74,14 @@ def slides_arguments(argv):
     add = parser.add_argument
     add("--compare", default="none", choices=["none", "random"],
         help="random also measures the same network at its random start, in columns next to the trained one: "
-             "it shows what the training is worth, and takes as long again")
+             "it shows what the training is worth, and doubles the time")
     add("--repeats", type=whole(1, 10 ** 4), default=5,
-        help="how often DSMIL is trained, each time with another seed; more for steadier figures")
+        help="how often DSMIL is trained, each time with another seed; more for steadier numbers")
     add("--epochs", type=whole(1, 10 ** 6), default=200,
         help="DSMIL epochs; fewer if there are thousands of slides")
     add("--mil-weight-decay", type=between(0, 10), default=5e-2,
-        help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it makes the "
-             "attention of all instances the same")
+        help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
+             "attention over the instances")
     add("--standardize", action=argparse.BooleanOptionalAction, default=False,
         help="standardises features with the training slides' mean and sd before DSMIL; helps with few "
              "slides, and when features share a large offset")
@@ -158,7 +158,7 @@ def embed(function, crops, args, title):
 
 
 def features_stamp(network, info, bf16):
-    """What a slide's features are made from: encoder, precision, the slide's file and its tiles."""
+    """Returns what a slide's features are made from: encoder, precision, the slide's file and its tiles."""
     precision = "bf16" if bf16 else "fp32"
     cut_from = "{file_name} {file_hash} pixels {pixels} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
     return f"{network.stamp} {precision} {cut_from}"
@@ -167,7 +167,7 @@ def features_stamp(network, info, bf16):
 def extract(network, found, args):
     """Writes features/<slide>.npz of each slide that has tiles, and returns the names of these slides.
 
-    It holds features (N, d) and coords (N, 2) in level-0 px. Features of the same encoder and tiles are kept.
+    It holds features (N, d) and coords (N, 2) in level-0 px. Files of the same encoder and tiles are kept.
     """
     names = []
     for name in tqdm(sorted(found.images), desc="features, slides", leave=False):
@@ -208,7 +208,7 @@ def check_classes(found, names):
 
 
 def warn_of_few_slides(count, args):
-    """Prints a warning if DSMIL has the paper's settings and only count training slides."""
+    """Prints a warning if DSMIL has the paper's settings but only a few training slides."""
     if count < FEW_SLIDES and (args.mil_weight_decay > FEW_DECAY or not args.standardize):
         print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
               f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
@@ -218,8 +218,8 @@ def classify_slides(found, run, names, args):
     """Trains DSMIL on the features of the slides in names and scores the test slides.
 
     Writes slides.csv (a row per seed) and predictions.csv (mean scores of the test slides). Returns rows of
-    the table, and {test slide: DSMIL's attention (repeats, N)}. The last rows are of a logistic regression on
-    each slide's mean feature, which shows what the features are worth without MIL.
+    the table, and {test slide: DSMIL's attention (repeats, N)}. The last rows are those of a logistic
+    regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
     kept = {name: read_bag(run, name) for name in names if name in found.labels}
     bags = {split: labelled(kept, found.split(split), found, args.device) for split in SPLITS}
@@ -251,7 +251,7 @@ def count_attention(networks, title, found, run, args):
     """Counts aggregated attention over crops of the test split in the bins of Fig. 4, and draws it.
 
     networks: {name: Network}. Returns {name: rows of the table}, and the rows that all share. Without labels
-    all crops count, which are those of training. The overlay shows P_c if all crops have their cells.
+    the crops are those of training. The overlay shows P_c if the cells of all crops are known.
     """
     split = "test" if found.split("test") else "train"
     crops = Crops(found, found.split(split), with_cells=False)
@@ -307,13 +307,11 @@ def write_exports(found, names, run, kinds):
 # ---------------------------------------------------------------- slides: the command
 
 def open_data(args, trained_at):
-    """Returns the data set of --data; its um/px is --mpp, the data set's, or what the encoder trained_at.
+    """Returns the data set of --data; its um/px is --mpp, else a known data set's, else trained_at.
 
     InputError if it does not have what --export needs.
     """
-    mpp = args.mpp
-    if mpp is None and args.data not in DATASETS:
-        mpp = trained_at
+    mpp = evaluated_mpp(args.data, args.mpp, trained_at)
     found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
@@ -326,7 +324,7 @@ def open_data(args, trained_at):
 
 
 def random_start(trained, about, device):
-    """The Network as its training started: the same architecture with random weights of the run's seed."""
+    """Returns the Network with random weights of the run's seed: its start, unless the run had --init."""
     seed = read_json(trained.folder / "config.json").get("seed", 0)
     mean, std = trained.encoder.mean, trained.encoder.std
     encoder = encoders.random_encoder(about["arch"], seed, mean, std, about.get("depth")).to(device)
@@ -344,7 +342,7 @@ def evaluate_slides(args):
     if args.shard:
         return extract_shard(trained, found, args)
 
-    # What would make the table worthless is refused now, rather than after hours of features.
+    # What would make the table worthless is refused now, before hours of feature extraction.
     has_slides = found.kind == "slides"
     has_labelled_slides = has_slides and bool(found.labels)
     if has_labelled_slides:
@@ -434,7 +432,7 @@ def encoders_of(found, args):
 
 
 def classify_patches(encoder, patches, args, name):
-    """Trains on each fold and scores the test images; yields what classify.linear_folds yields."""
+    """Trains on each fold and scores the test images; returns classify.linear_folds or fine_tuned_folds."""
     if encoder is None:
         return classify.linear_folds(classify.pixel_statistics(patches.images), patches)
     encoder.to(args.device)

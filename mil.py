@@ -1,10 +1,10 @@
-"""DSMIL (Li et al. 2021), the multiple instance learning of section 3.6; torch alone.
+"""DSMIL (Li et al. 2021), the multiple instance learning of section 3.6. Imports torch only.
 
-The network is that of the authors' code when the paper was written (2022: query network with two layers, the
-features themselves as values, 200 epochs). Its orthogonal start is from their later code, because the earlier
-one reads its initial weights from a file. Two things differ. Theirs keeps the epoch with the best AUC and
-accuracy on the slides that it reports, ours the epoch with the lowest loss on validation slides. Theirs
-classifies with the threshold per class that is best on the reported slides, ours takes the highest class.
+The network is that of the authors' code of 2022, when the paper was written: a query network of two layers,
+the features themselves as values, 200 epochs. The orthogonal initialisation is from their later code, since
+the earlier one loads its initial weights from a file. Two choices differ. They keep the epoch with the best
+AUC and accuracy on the slides that they report; we keep the one with the lowest loss on validation slides.
+They tune a threshold per class on the reported slides; we take the class with the highest score.
 
 A bag is the feature matrix (N, d) of a slide's N crops; C classes.
 """
@@ -19,9 +19,9 @@ from torch import nn
 class DSMIL(nn.Module):
     """Dual-stream MIL: a bag (N, d) -> instance scores (N, C), bag scores (C,), attention (N, C).
 
-    Stream 1 scores every instance; the highest of each class is its critical instance. Stream 2 attends
-    from it: attention = softmax over the instances of q . q_critical / sqrt(128). The bag's embedding (C, d)
-    is the mean of the features weighted by this attention; a Conv1d with one filter per class scores it.
+    Stream 1 scores every instance; the highest-scoring one of each class is its critical instance. Stream 2
+    compares all instances with it: attention = softmax over the instances of q . q_critical / sqrt(128). The
+    attention-weighted mean of the features is the bag's embedding (C, d), scored by a Conv1d.
     """
 
     def __init__(self, in_dim, num_classes):
@@ -37,7 +37,7 @@ class DSMIL(nn.Module):
     def forward(self, features):
         scores = self.instance(features)  # (N, C)
         q = self.query(features)  # (N, 128)
-        # Equal to q[scores.argmax(0)], but its gradient has C rows instead of N.
+        # The same as q[scores.argmax(0)], but its gradient has C rows instead of N.
         critical = self.query(features[scores.argmax(0)])  # (C, 128)
         attention = (q @ critical.T / math.sqrt(q.shape[1])).softmax(0)  # (N, C), columns sum to 1
         embedding = attention.T @ features  # (C, d)
@@ -45,7 +45,7 @@ class DSMIL(nn.Module):
 
 
 def class_weights(labels, num_classes):
-    """Weights (C,) inverse to the classes' counts, N / (C n_c), so that all classes weigh the same.
+    """Returns weights (C,) inverse to the classes' counts, N / (C n_c), so that all classes weigh the same.
 
     labels: ints, of the training slides; ValueError if a class has none.
     """
@@ -56,7 +56,7 @@ def class_weights(labels, num_classes):
 
 
 def dsmil_loss(scores, bag_scores, label, weights=None):
-    """Half the bag's and half the highest instances' binary cross-entropy per class; label is an int.
+    """Half the bag's binary cross-entropy over the classes, half the critical instances'; label is an int.
 
     weights (C,): if given, the loss is multiplied by the weight of the slide's class.
     """
@@ -67,7 +67,7 @@ def dsmil_loss(scores, bag_scores, label, weights=None):
 
 
 def dsmil_predict(model, features):
-    """A bag (N, d) -> class scores (C,): the mean of the bag's and the highest instances' sigmoids."""
+    """A bag (N, d) -> class scores (C,): the mean of the bag's and the critical instances' sigmoids."""
     with torch.no_grad():
         scores, bag_scores, _ = model(features)
         return (bag_scores.sigmoid() + scores.max(0).values.sigmoid()) / 2
@@ -77,9 +77,10 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
                 weights=None):
     """Trains DSMIL on bags [(features (N, d), label), ...] with batch 1; returns the model in eval mode.
 
-    Adam with betas (0.5, 0.9), cosine from lr to 5e-6; the epoch with the lowest loss on val is kept.
-    progress(epoch, loss, val_loss), if given, is called after each epoch; weights (C,), if given, weigh the
-    classes in both losses (class_weights). ValueError without a training or validation bag.
+    lr, weight_decay and batch are A.1.2's, the rest Li et al.'s: Adam with betas (0.5, 0.9), cosine from lr
+    to 5e-6. The epoch with the lowest loss on val is kept. progress(epoch, loss, val_loss), if given, is
+    called after each epoch; weights (C,), if given, weigh the classes in both losses (class_weights).
+    ValueError without a training or validation bag.
     """
     if not train or not val:
         raise ValueError("DSMIL needs at least one training and one validation bag")

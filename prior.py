@@ -1,7 +1,8 @@
 """The cell prior (section 3.2): centroid map C, P_c, the P_c of a view, and a built-in nucleus detector.
 
-C and its max-pooling are written as in 3.2; training bins the cells of a view into P_c directly (view_prior).
-The detector replaces the paper's HoVer-Net or Cellpose, so that everything runs without further packages.
+centroid_map and downsample_prior are 3.2 as written. Training bins a view's cells into P_c directly, with the
+same result (view_prior). The detector replaces the paper's HoVer-Net or Cellpose, so that everything runs
+without further packages.
 
 Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the centre of the first px is 0.5.
 """
@@ -35,7 +36,7 @@ def downsample_prior(c_map, patch_size=16):
 
 
 def bin_centroids(centroids, size, patch_size=16):
-    """Returns the same P_c (n,) without drawing C: 1 for each p x p patch that holds a centroid."""
+    """Returns the same P_c (n,) without drawing C: 1 for each p x p patch that holds a centroid (K, 2)."""
     grid = size // patch_size
     xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(-1, 2))
     xy = (xy[((xy >= 0) & (xy < grid * patch_size)).all(1)] // patch_size).long()
@@ -48,14 +49,15 @@ def view_prior(cells, boxes, flip, size, patch_size=16, counts=False):
     """Returns P_c (B, n) of views of size x size px, whose cells are cropped and flipped as the pixels are.
 
     cells (B, K, 2) in px of the crop, padded with NaN; boxes (B, 4) as left, top, width, height in px of the
-    crop; flip (B,) bool, left to right. Cells are binned first and the patches are flipped, which is the same
-    because a mirrored px lies in the mirrored patch. counts: returns the number of cells per patch instead.
+    crop; flip (B,) bool, left to right; size: a multiple of patch_size. Cells are binned first and then the
+    patches are flipped: a px and its mirror image lie in mirrored patches. counts: returns the number of
+    cells per patch instead.
     """
     grid = size // patch_size
     xy = (cells - boxes[:, None, :2]) / boxes[:, None, 2:] * size  # px of the view
     inside = ((xy >= 0) & (xy < size)).all(-1)  # false for NaN
     xy = (torch.where(inside.unsqueeze(-1), xy, 0) // patch_size).long()
-    patch = torch.where(inside, xy[..., 1] * grid + xy[..., 0], grid * grid)  # the last bin is for outside
+    patch = torch.where(inside, xy[..., 1] * grid + xy[..., 0], grid * grid)  # last bin: cells outside
     prior = torch.zeros(len(cells), grid * grid + 1, device=cells.device)
     if counts:
         prior.scatter_add_(1, patch, torch.ones_like(patch, dtype=prior.dtype))
@@ -67,13 +69,13 @@ def view_prior(cells, boxes, flip, size, patch_size=16, counts=False):
 
 # ---------------------------------------------------------------- built-in detector
 
-DETECTOR = 1  # version of the detector; raise it with every change to what it finds
+DETECTOR = 1  # version of the detector; raise it whenever a change alters what it finds
 WORK_MPP = 0.5  # um/px: finer images are averaged down to this; nuclei of 3 um are still 6 px wide
 SMOOTH = 1.9  # um: sigma of the density before its gradient is taken
 GATHER = 0.9  # um: sigma of the convergence
 MIN_DISTANCE = 1.5  # um between two seeds
 TISSUE = 0.05  # least density of tissue: glass does not count in the estimates
-EDGE_FLOOR = 0.03  # least edge and threshold, so that nothing is found in glass and plain tissue
+EDGE_FLOOR = 0.03  # lower limits of edge and threshold: without them noise in glass becomes nuclei
 THRESHOLD_FLOOR = 0.1
 
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # H, E, rest (Ruifrok 2001)
@@ -84,7 +86,7 @@ DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float3
 def downsample_factor(mpp, target=WORK_MPP):
     """Returns the side in px of the square that is averaged into one working px.
 
-    It is a whole number, so that all regions of a slide share one grid.
+    A whole number, so that all regions of a slide share one grid.
     """
     return max(1, int(target / mpp + 0.25))
 
@@ -100,9 +102,10 @@ def slope(values, axis):
 
 
 def density_and_slopes(image, mpp):
-    """Image, uint8 RGB (H, W, 3) at mpp um/px -> haematoxylin density (h, w), its slopes in y and x, um/px.
+    """Image, uint8 RGB (H, W, 3) at mpp um/px -> density, dy, dx, px.
 
-    All are those of the working px. The density is clipped to 0 to 2 and smoothed; the slopes are per um.
+    density (h, w): haematoxylin, clipped to 0 to 2 and smoothed, on the working px; dy, dx (h, w): its slopes
+    per um; px: um per working px.
     """
     factor = downsample_factor(mpp)
     if factor > 1:
@@ -114,10 +117,10 @@ def density_and_slopes(image, mpp):
 
 
 def convergence(dy, dx, edge, px):
-    """Returns minus the smoothed divergence of the slopes' direction, which is high where they point inwards.
+    """Returns minus the smoothed divergence of the slopes' direction (h, w): high where they point inwards.
 
-    Each slope is divided by sqrt(its length^2 + edge^2), with edge in density per um. Slopes steeper than
-    edge count by direction alone, so that pale and dark nuclei respond alike; flatter ones fade out.
+    Each slope is divided by sqrt(its length^2 + edge^2), with edge in density per um: of slopes steeper than
+    edge only the direction counts, so pale and dark nuclei respond alike; flatter slopes fade out.
     """
     length = np.sqrt(dy * dy + dx * dx + edge * edge)
     sigma = GATHER / px
@@ -158,8 +161,8 @@ def segment_nuclei(image, mpp, thresholds=None):
 
     Image, uint8 RGB (H, W, 3) at mpp um/px -> centroids (K, 2) in px of the image. Seeds are local maxima of
     the convergence where convergence times density exceeds the threshold; px farther than 15 um from a seed
-    do not affect it. thresholds: estimate_thresholds of the slide that the image is a region of, by default
-    estimated from the image. ValueError for another dtype or shape, or an mpp <= 0.
+    do not affect it. thresholds: estimate_thresholds of the slide that the image is a region of; by default
+    they are estimated from the image. ValueError for another dtype or shape, or an mpp <= 0.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -175,7 +178,7 @@ def segment_nuclei(image, mpp, thresholds=None):
     radius = max(1, round(MIN_DISTANCE / px))
     peaks = response == ndimage.maximum_filter(response, 2 * radius + 1)
     peaks &= response * density > threshold
-    labels, count = ndimage.label(peaks, np.ones((3, 3)))  # a symmetric nucleus peaks in a plateau: one seed
+    labels, count = ndimage.label(peaks, np.ones((3, 3)))  # adjacent px of one plateau are one seed
     y, x = np.nonzero(peaks)
     index = labels[y, x] - 1
     size = np.bincount(index, minlength=count)

@@ -1,4 +1,5 @@
 """Tests of the mathematics: eq. 1 to 9, P_c, views, DSMIL, schedules; brute force, by hand, invariants."""
+import inspect
 import math
 import random
 
@@ -15,6 +16,7 @@ import mil
 import prior
 import train
 from common import optimization
+from eval import patches_arguments, slides_arguments
 from wsi.datasets import DATASETS
 
 torch.set_num_threads(1)  # with tensors this small, threads would only wait for one another
@@ -30,7 +32,7 @@ def tiny(**kw):
 
 
 def random_prior(B, n):
-    """P_c (B, n) in which both regions are there."""
+    """Returns P_c (B, n) with both regions in every row."""
     p_c = (torch.rand(B, n) < 0.4).float()
     p_c[:, 0], p_c[:, 1] = 1, 0
     return p_c
@@ -136,14 +138,14 @@ def test_eq6_7_block_against_one_token_at_a_time():
         q, k, v = block.attn.project(block.norm1(tokens[b: b + 1]))
         for which in range(2):
             for i in range(6):
-                seen = [j for j in range(6) if (p_c[b, i] == p_c[b, j]).item() == (which == 0) or i == j]
-                heads = [((q[0, h, i] @ k[0, h, seen].T) / 2).softmax(-1) @ v[0, h, seen] for h in range(2)]
+                js = [j for j in range(6) if (p_c[b, i] == p_c[b, j]).item() == (which == 0) or i == j]
+                heads = [((q[0, h, i] @ k[0, h, js].T) / 2).softmax(-1) @ v[0, h, js] for h in range(2)]
                 x = tokens[b, i] + block.attn.proj(torch.cat(heads))
                 x = x + block.mlp(block.norm2(x))
                 torch.testing.assert_close(got[which][b, i], x, atol=1e-5, rtol=1e-5)
 
 
-def test_the_block_takes_every_token_for_itself_where_cross_is_vacuous():
+def test_under_m_cross_tokens_attend_to_themselves_if_the_other_region_is_empty():
     block, tokens = dirl.DisentangleBlock(8, 2), torch.randn(1, 5, 8)
     whole = block(tokens, torch.ones(1, 5))[1]
     alone = torch.cat([block(tokens[:, i: i + 1], torch.ones(1, 1))[1] for i in range(5)], 1)
@@ -196,7 +198,7 @@ def test_center_sees_only_rows_that_count():
     loss, teacher = dirl.DINOLoss(4), torch.randn(2, 2, 4)
     present = torch.tensor([[True, False], [False, False]])
     loss(torch.randn(2, 2, 4), teacher, 0.04, present, present)
-    assert (loss.center == 0).all()  # it moves once a step, when told to
+    assert (loss.center == 0).all()  # only update_center moves it
     loss.update_center()
     torch.testing.assert_close(loss.center, 0.1 * teacher[0, 0])
     before = loss.center.clone()
@@ -234,7 +236,7 @@ def test_loss_is_the_teachers_entropy_and_the_divergence():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_keep_their_digits_whatever_the_autocast(autocast):
-    """At the teacher's temperature a logit is off by 0.01 at most; bf16 would make it 0.13."""
+    """Divided by the teacher's temperature, a logit is off by at most 0.01; in bf16 it would be 0.13."""
     head = dirl.DINOHead(24, 512)
     f = torch.randn(64, 24)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -293,8 +295,8 @@ def test_eq9_weights_and_default_sizes():
     sizes = {name: head.last_layer.out_features for name, head in model.heads.items()}
     assert sizes == {"c": 65536, "b": 65536, "cc": 4096, "bb": 4096, "cb": 4096, "bc": 4096}
     model = dirl.DiRL(tiny(), "dirl", 32, 16)
-    views, priors = [torch.randn(2, 2, 3, 64, 64), torch.randn(3, 2, 3, 32, 32)], [
-        torch.stack([random_prior(2, 16)] * 2), torch.stack([random_prior(2, 4)] * 3)]
+    views = [torch.randn(2, 2, 3, 64, 64), torch.randn(3, 2, 3, 32, 32)]
+    priors = [torch.stack([random_prior(2, 16)] * 2), torch.stack([random_prior(2, 4)] * 3)]
     student = model(views, priors)
     teacher = dirl.make_teacher(model)(views[:1], priors[:1])
     assert student["c"][0].shape == (5, 2, 32) and student["bc"][0].shape == (5, 2, 16)
@@ -309,10 +311,10 @@ def test_skip_empty_false_counts_every_region_as_present():
     for name, share in (("c", 0.5), ("b", 1.0)):
         student[name] = torch.randn(3, 4, 16), torch.rand(3, 4) < share
         target[name] = torch.randn(2, 4, 16), torch.rand(2, 4) < share
-    all_there = [{name: (x, torch.ones_like(p)) for name, (x, p) in views.items()}
-                 for views in (student, target)]
+    all_present = [{name: (x, torch.ones_like(p)) for name, (x, p) in views.items()}
+                   for views in (student, target)]
     counted, each = dirl.DiRLLoss(model, skip_empty=False)(student, target)
-    want, want_each = dirl.DiRLLoss(model)(*all_there)
+    want, want_each = dirl.DiRLLoss(model)(*all_present)
     assert torch.equal(counted, want) and all(torch.equal(each[name], want_each[name]) for name in each)
     _, skipped = dirl.DiRLLoss(model)(student, target)
     assert torch.equal(skipped["b"], each["b"]) and not torch.equal(skipped["c"], each["c"])
@@ -326,7 +328,7 @@ def test_methods_have_their_heads(method, names):
 
 
 @pytest.mark.parametrize("value, absent", [(0.0, ("c", "cc", "cb")), (1.0, ("b", "bb", "bc"))])
-def test_no_gradient_and_no_nan_from_a_region_that_is_not_there(value, absent):
+def test_an_empty_region_has_no_gradient_and_no_nan(value, absent):
     model = dirl.DiRL(tiny(), "dirl", 32, 16)
     views, priors = [torch.randn(2, 2, 3, 64, 64)], [torch.full((2, 2, 16), value)]
     total, each = dirl.DiRLLoss(model)(model(views, priors), dirl.make_teacher(model)(views, priors))
@@ -443,7 +445,7 @@ def test_c_max_pooled_equals_direct_binning_and_loops():
 # ---------------------------------------------------------------- views
 
 def random_box(rng, size, scale):
-    """Left, top, width, height of DINO's random resized crop: ten tries, else the whole image."""
+    """Returns left, top, width, height of DINO's random resized crop: ten tries, else the whole image."""
     for _ in range(10):
         area = rng.uniform(*scale) * size * size
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -454,14 +456,14 @@ def random_box(rng, size, scale):
 
 
 def pillow_hue(image, turn):
-    """Hue turned in HSV by that share of a circle."""
+    """Returns the image with its hue turned in HSV by a share of a circle."""
     h, s, v = image.convert("HSV").split()
     h = Image.fromarray((np.asarray(h).astype(int) + round(turn * 255)).astype(np.uint8))
     return Image.merge("HSV", (h, s, v)).convert("RGB")
 
 
 def tissue_like(size=224, seed=0):
-    """A synthetic image of smooth colours, uint8 (size, size, 3)."""
+    """Returns a synthetic image of smooth colours, uint8 (size, size, 3)."""
     noise = np.random.default_rng(seed).standard_normal((size, size, 1))
     smooth = sum(ndimage.gaussian_filter(noise, (sigma, sigma, 0)) * sigma for sigma in (1.5, 6))
     return np.clip(smooth * [60, 90, 50] + [180, 130, 170], 0, 255).astype(np.uint8)
@@ -579,15 +581,31 @@ def test_schedules_by_hand():
     assert optimization.cosine(0.996, 1, 20, 20) == pytest.approx(1)
 
 
-def test_defaults_are_the_papers_and_dinos(monkeypatch):
+def test_defaults_are_the_papers_and_dinos():
     args = train.arguments(["--data", "lung"])
     assert (args.batch, args.out_dim, args.disentangled_dim, args.epochs) == (256, 65536, 4096, 100)
     assert (args.lambda_1, args.lambda_2, args.lr, args.min_lr) == (0.5, 0.1 / 4, 5e-4, 1e-6)
     assert (args.momentum, args.teacher_temp, args.student_temp) == (0.996, 0.04, 0.1)
     assert (args.clip, args.drop_path, args.center_momentum, args.freeze_last_layer) == (3.0, 0.1, 0.9, 1)
+    assert (args.warmup_epochs, args.weight_decay, args.weight_decay_end) == (10, 0.04, 0.4)
+    views = data.Augmentation()
+    assert (args.local_crops, args.global_size, args.local_size) == (8, 224, 96)
+    assert (views.local_crops, views.global_size, views.local_size) == (8, 224, 96)
+    assert args.global_scale == views.global_scale == (0.4, 1.0)
+    assert args.local_scale == views.local_scale == (0.05, 0.4)
     epochs = {d: train.arguments(["--data", d]).epochs for d in ("brca", "paad", "bright3", "bright6")}
     assert epochs == {"brca": 30, "paad": 100, "bright3": 50, "bright6": 50}
     assert [DATASETS[d].mpp for d in ("lung", "brca", "paad", "bright3")] == [2.0, 2.0, 2.0, 1.0]
+
+
+def test_dsmil_and_fine_tuning_have_the_settings_of_a_1_2():
+    default = {name: value.default for name, value in inspect.signature(mil.train_dsmil).parameters.items()}
+    assert (default["lr"], default["weight_decay"]) == (2e-4, 5e-2)
+    assert slides_arguments(["--data", "lung"]).mil_weight_decay == 5e-2
+    for name, lr, epochs, milestones in (("mhist", 3e-4, 40, [20, 30]), ("chaoyang", 1e-4, 45, [20, 30, 40])):
+        args = patches_arguments(["--data", name])
+        assert (args.lr, args.epochs, args.milestones) == (lr, epochs, milestones)
+        assert (args.weight_decay, args.batch, args.folds) == (1e-2, 128, 5)
 
 
 def test_gradients_are_clipped_parameter_by_parameter():
@@ -598,10 +616,10 @@ def test_gradients_are_clipped_parameter_by_parameter():
     torch.testing.assert_close(b.grad, torch.tensor([0.3, 0.4]))
 
 
-def test_every_epoch_sees_every_crop_once_and_goes_on_in_the_middle():
+def test_an_epoch_draws_no_crop_twice_and_resumes_in_the_middle():
     whole = list(optimization.batches(10, 3, 0, 9, seed=1))
     assert whole[4:] == list(optimization.batches(10, 3, 4, 9, seed=1))
     for epoch in range(3):
-        seen = sum(whole[3 * epoch: 3 * epoch + 3], [])
-        assert len(set(seen)) == 9
+        drawn = sum(whole[3 * epoch: 3 * epoch + 3], [])
+        assert len(set(drawn)) == 9
     assert whole[:3] != whole[3:6]

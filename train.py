@@ -39,7 +39,7 @@ from wsi.splits import find_data, training_record
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 
 def argument_parser(prog="python train.py"):
-    """Returns the parser of train.py; experiments add their own flags to it."""
+    """Returns the parser of train.py; experiments add flags to it. Epochs and um/px: wsi/datasets.py."""
     parser = Parser(
         prog=prog, allow_abbrev=False, parents=[running_flags()],
         description="Pre-trains DiRL; the same command again resumes a stopped run.",
@@ -51,7 +51,7 @@ def argument_parser(prog="python train.py"):
     add = parser.add_argument_group("data").add_argument
     add_data_flags(add)
     add("--shuffle-prior", action="store_true",
-        help="moves the cell patches of each crop to random places in it, as a control")
+        help="moves the cell patches of each crop to random places in the crop, as a control")
     add("--fraction", type=between(1e-9, 1), default=1.0, help="share of the training crops to use (Fig. 6)")
 
     add = parser.add_argument_group("model").add_argument
@@ -64,21 +64,20 @@ def argument_parser(prog="python train.py"):
              "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); for data sets of some thousand crops")
     add("--out-dim", type=whole(2, 10 ** 7), default=65536,
         help="outputs K of the heads of f, f_c and f_b; fewer for small data sets")
-    add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096,
-        help="outputs of the four disentangled heads")
+    add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096, help="outputs of the other four heads")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
         help="keeps the prototypes' norms at 1; --no-norm-last-layer learns them, which DINO found better "
-             "for ViT-S, but less stable")
+             "for ViT-S but less stable")
     add("--drop-path", type=between(0, 0.99), default=0.1, help="stochastic depth of the student's encoder")
 
     add = parser.add_argument_group("views").add_argument
     add("--local-crops", type=whole(0, 100), default=8,
         help="local views per crop; 0 is the two-view setting, which is faster")
     add("--global-scale", type=SHARE, nargs=2, default=(0.4, 1.0),
-        help="smallest and largest area of a global view, as shares of the crop; 0.14 1 with --local-crops 0")
+        help="least and largest area of a global view, as shares of the crop; 0.14 1 with --local-crops 0")
     add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="the same for the local views")
     add("--global-size", type=side, default=224,
-        help="side of the global views in px, a multiple of 16; 112 is 4 times faster, and coarser")
+        help="side of the global views in px, a multiple of 16; 112 is 4 times faster but coarser")
     add("--local-size", type=side, default=96, help="side of the local views in px, a multiple of 16")
     add("--stats", default="imagenet", choices=["imagenet", "data"],
         help="mean and sd that normalise the pixels: ImageNet's as in DINO (also for --init with ImageNet's "
@@ -97,15 +96,15 @@ def argument_parser(prog="python train.py"):
     add("--lambda-2", type=between(0, 100), default=0.1 / 4, help="weight of L_cc, L_bb, L_cb, L_bc in eq. 9")
     add("--empty-regions", default="skip", choices=["skip", "zeros"],
         help="views without cells, or without background: skip keeps them out of that region's loss; zeros "
-             "counts them as features of zeros, as a control (their gradients are very large at the start)")
+             "counts them as zero features, as a control (with very large gradients at the start)")
     temperature = between(1e-4, 100)
     add("--student-temp", type=temperature, default=0.1, help="temperature of the student")
     add("--teacher-temp", type=temperature, default=0.04,
         help="temperature of the teacher; lower it if the loss stays at ln(out_dim)")
     add("--warmup-teacher-temp", type=temperature, default=0.04,
-        help="temperature of the teacher when its warm-up starts; lower it if the loss does not fall")
+        help="temperature of the teacher at the start of its warm-up; lower it if the loss does not fall")
     add("--warmup-teacher-temp-epochs", type=whole(0, 10 ** 6), default=0,
-        help="epochs of linear warm-up to --teacher-temp; in DINO's recipes 30 of 100 to 800, to 0.07")
+        help="epochs of linear warm-up to --teacher-temp; DINO's long recipes take 30 epochs, to 0.07")
     add("--center-momentum", type=SHARE, default=0.9, help="momentum of each head's centre")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -114,7 +113,7 @@ def argument_parser(prog="python train.py"):
     add("--batch", type=whole(1, 10 ** 6), default=256, help="crops per step; lower it if memory runs out")
     add("--accumulate", type=whole(), default=1,
         help="shards in which a batch goes through the network; more if memory runs out. Exact for the "
-             "baseline; a shard without a pair of views of a region adds nothing to that region's loss")
+             "baseline; for a region, a shard without a pair of views that have it counts as a loss of 0")
     add("--lr", type=between(0, 10), default=5e-4,
         help="peak learning rate for a batch of 256; it is scaled by --batch / 256")
     add("--min-lr", type=between(0, 10), default=1e-6, help="learning rate at the end")
@@ -128,13 +127,13 @@ def argument_parser(prog="python train.py"):
     add("--freeze-last-layer", type=whole(0, 10 ** 6), default=1,
         help="epochs at the start in which the heads' last layers are frozen; more if the loss does not fall")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
-        help="auto takes bf16 if the device has it natively; fp32 if a loss is not finite")
-    add("--seed", type=SEED, default=0, help="seed of everything but the split; the same repeats the run")
+        help="auto takes bf16 if the device has it natively; use fp32 if a loss is not finite")
+    add("--seed", type=SEED, default=0, help="seed of everything but the split; the same seed repeats a run")
     return parser
 
 
 def parse(parser, argv):
-    """Parses a command line; fills in defaults that depend on other flags; InputError if two flags clash."""
+    """Returns the flags of a command line, with defaults that depend on others; InputError if two clash."""
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
         if word.endswith("=--"):  # argparse would return an empty list for it
@@ -163,7 +162,7 @@ def parse(parser, argv):
 
 
 def arguments(argv=None):
-    """Parses a command line of train.py."""
+    """Returns the flags of a command line of train.py."""
     return parse(argument_parser(), argv)
 
 
@@ -183,8 +182,8 @@ class Recipe:
     """What is trained, and with which loss; experiments.compare has other recipes.
 
     loss: called on (student's output, teacher's output, teacher's temperature), returns (loss, {name: L_name
-    without gradient}); its update_centers() is called once per step. names: of these losses. dino: the
-    dirl.DINOLoss of each head with prototypes, whose entropy is logged. teach: called on (teacher, views,
+    without gradient}); its update_centers() is called once per step. names: those of the losses. dino: {name:
+    the dirl.DINOLoss of a head with prototypes}, whose entropy is logged. teach: called on (teacher, views,
     priors), returns the teacher's output. counts: views come with the cells per patch instead of P_c.
     """
 
@@ -231,7 +230,7 @@ class StepSettings:
 
 
 def settings_of(args, per_epoch, mean, std):
-    """Returns the StepSettings of a run's flags; per_epoch: steps in an epoch."""
+    """Returns the StepSettings of a run's flags; per_epoch: steps per epoch."""
     augmentation = Augmentation(
         args.local_crops, tuple(args.global_scale), tuple(args.local_scale), args.global_size,
         args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, mean, std)
@@ -277,17 +276,17 @@ def measured(recipe, loss, each, priors):
 def training_step(recipe, model, optimizer, images, cells, step, how, section=nullcontext):
     """Trains one step on uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
-    model: recipe.student, or its wrapper (DistributedDataParallel, torch.compile). section(name): a context
-    around each section of the step, which experiments.benchmark times. Returns the step's Schedule, and
-    measured() averaged over shards and processes with, at the end, 1 if all gradients were finite.
+    model: recipe.student or its wrapper (DistributedDataParallel, torch.compile). section(name): a context
+    around each section of the step, which experiments.benchmark times. Returns the step's Schedule and the
+    values of measured(), averaged over shards and processes; appended is 1 if all gradients were finite.
     """
-    # This step's learning rate, weight decay, and momentum and temperature of the teacher.
+    # The step's learning rate and weight decay, and the teacher's momentum and temperature.
     now = how.schedules.at(step)
     optimization.set_rates(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
     shards = []
 
-    # A batch that does not fit into memory is divided into shards (--accumulate).
+    # A batch that does not fit into memory goes through in shards (--accumulate).
     for images, cells, shard in shards_of(images, cells, how.accumulate):
         # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
         with section("views and priors"):
@@ -314,7 +313,7 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
             optimization.freeze_last_layers(recipe.student)
         optimizer.step()
 
-    # The teacher follows the student, theta_t = m theta_t + (1 - m) theta_s, and the centres the teacher.
+    # theta_t = m theta_t + (1 - m) theta_s; the centres move towards the mean of the teacher's outputs.
     with section("teacher's update"):
         dirl.update_teacher(recipe.student, recipe.teacher, now.momentum)
         recipe.loss.update_centers()
@@ -385,7 +384,7 @@ RANK_CROPS = 32
 
 
 def contrast_at_start(encoder, crops, how):
-    """Returns contrast() of an encoder on two global views of some crops.
+    """Returns how much more f varies between some crops than between two global views of one (contrast).
 
     The views have their own random stream, so that training draws the same numbers with and without this.
     """
@@ -399,7 +398,7 @@ def contrast_at_start(encoder, crops, how):
 
 def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
-    # A bad --init or --probe is refused now, because preparing slides may take hours.
+    # A bad --init or --probe is refused first, because preparing slides may take hours.
     if args.init:
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
@@ -431,7 +430,7 @@ def train(args, build=build_dirl):
             schedule, values = training_step(recipe, model, optimizer, images, cells, step, how)
             step += 1
 
-            # The log; the features' rank and the probe at an epoch's end; a checkpoint now and then.
+            # At an epoch's end the rank of the features and the probe; always the log; a checkpoint if due.
             rank_of_f, probed = None, None
             if step % per_epoch == 0 and not rank():
                 rank_of_f = effective_rank(encoders.represent(recipe.teacher.encoder, rank_images))

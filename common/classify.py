@@ -52,7 +52,7 @@ def unit(groups):
 def make_folds(labels, groups, classes, count, seed):
     """Stratified folds of labels (N,) that keep groups (N,) whole: [(train indices, val indices), ...].
 
-    InputError if a class has fewer groups than folds, or is missing from the training part of a fold.
+    InputError if a class has fewer groups than folds, or is missing from a fold's training images.
     """
     for c, name in enumerate(classes):
         present = len(set(groups[labels == c]))

@@ -1,4 +1,4 @@
-"""LC25000's lung part in the layout of our results: python -m experiments.lc25000 lung_image_sets.
+"""LC25000's lung images in the layout of our results: python -m experiments.lc25000 lung_image_sets.
 
 LC25000 (Borkowski et al. 2019, arXiv:1912.12142; github.com/tampapath/lung_colon_image_set links to the
 download) holds 15,000 lung images of 768 x 768 px, in lung_aca/, lung_n/ and lung_scc/: some 750 source

@@ -57,7 +57,7 @@ def find_patches(data):
 
 
 def divide(rows, classes, args):
-    """Returns rows of labels.csv as Patches without images; InputError if a class or part is too small."""
+    """Returns rows of labels.csv as Patches without images; InputError if a class or split is too small."""
     labels = np.array([classes.index(row["label"]) for row in rows])
     groups = np.array([row["patient"] for row in rows])
     is_test = np.array([row["split"] == "test" for row in rows])
@@ -65,17 +65,17 @@ def divide(rows, classes, args):
     test = np.flatnonzero(is_test)
     if len(np.unique(labels[test])) < len(classes):
         raise InputError(f"{args.data}/labels.csv: a class has no test image; every class needs one")
-    for part, indices in ("training", train), ("test", test):
+    for split, indices in ("training", train), ("test", test):
         if len(indices) < 20:
-            raise InputError(f"{args.data}/labels.csv: {len(indices)} {part} images; at least 20 are needed")
+            raise InputError(f"{args.data}/labels.csv: {len(indices)} {split} images; at least 20 are needed")
     folds = make_folds(labels[train], groups[train], classes, args.folds, 0)
     folds = [(train[fitted], train[validated]) for fitted, validated in folds]
     train_bags = make_bags(train, labels, groups, args.bag_groups, 0)
     test_bags = make_bags(test, labels, groups, args.bag_groups, 0)
-    for part, bags, least in ("training", train_bags, 5), ("test", test_bags, 1):
+    for split, bags, least in ("training", train_bags, 5), ("test", test_bags, 1):
         counts = np.bincount([label for _, label in bags], minlength=len(classes))
         if args.bag_seeds and counts.min() < least:
-            raise InputError(f"--bag-groups {args.bag_groups}: fewer than {least} {part} bags of "
+            raise InputError(f"--bag-groups {args.bag_groups}: fewer than {least} {split} bags of "
                              f"{classes[counts.argmin()]}; lower it, or --bag-seeds 0")
     return Patches(classes, labels, groups, train, test, folds, train_bags, test_bags)
 

@@ -2,7 +2,7 @@
 
     python -m experiments.study claim --data FOLDER     4.1, 4.2 on labelled patches: arms with several seeds
     python -m experiments.study show [--out runs/claim] the table and the figure of claim
-    python -m experiments.study fraction --data lung    Fig. 6: less data, each run measured by eval.py
+    python -m experiments.study fraction --data lung    Fig. 6: less data (the paper: --epochs 50); by eval.py
     python -m experiments.study prior --data lung       Table 7: other segmenters, in the same way
     python -m experiments.study folds --data lung --splits FOLDER --checkpoint RUN     Table 4: HIPT's folds
 
@@ -88,7 +88,7 @@ def argument_parser():
         help=f"{', '.join(ARMS)}; those from shuffled on are controls and comparisons (experiments.compare), "
              "and set their own flags")
     add("--folds", type=whole(2, 1000), default=5,
-        help="folds of the training part, for logistic regression and fine-tuning")
+        help="folds of the training split, for logistic regression and fine-tuning")
     add("--tune-epochs", type=whole(0, 10 ** 4), default=0,
         help="epochs of fine-tuning (see eval.py patches; 40 in the paper); 0 leaves it out")
     add("--tune-folds", type=whole(1, 1000), default=5, help="folds that are fine-tuned; fewer save time")

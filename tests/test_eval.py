@@ -20,6 +20,7 @@ from common.files import save_tensors
 from common.metrics import auc, bootstrap, macro_f1
 from wsi.cache import load_crops, prepare_cells, ready_cells
 from wsi.cells import read_cells
+from wsi.datasets import evaluated_mpp
 from wsi.splits import find_data
 
 CPU = ["--device", "cpu", "--workers", "1"]
@@ -414,6 +415,15 @@ def test_slides_named_by_digits_are_named_at_clams_export(tmp_path, capsys, name
     export.export_clam(found, tmp_path, dict.fromkeys(names, info), tmp_path / "clam")
     out = capsys.readouterr().out
     assert out.count("\n") == warned and (names[0] in out and "with a letter in front" in out) == warned
+
+
+@pytest.mark.parametrize("data, mpp, trained_at, evaluated, warned", [
+    ("lung", None, 2.0, 2.0, False), ("lung", None, 1.0, 2.0, True), ("lung", 1.0, 1.0, 1.0, False),
+    ("folder", None, 1.0, 1.0, False), ("folder", 0.5, 1.0, 0.5, False), ("mhist", None, 1.0, None, False)])
+def test_an_encoder_is_evaluated_at_its_um_px_or_with_a_warning(data, mpp, trained_at, evaluated, warned,
+                                                                capsys):
+    assert evaluated_mpp(data, mpp, trained_at) == evaluated
+    assert ("--mpp 1 takes the encoder's" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("argv, labels, says", [

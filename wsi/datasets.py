@@ -77,6 +77,20 @@ def run_name(data):
     return data if data in DATASETS else safe_name(data)
 
 
+def evaluated_mpp(data, mpp, trained_at):
+    """Returns the um/px to evaluate an encoder at: --mpp, else a known data set's, else trained_at.
+
+    Prints a warning if a known data set's um/px is not trained_at, the one that the encoder was trained at.
+    """
+    if mpp is not None or data not in DATASETS:
+        return mpp or trained_at
+    mpp = DATASETS[data].mpp
+    if mpp and trained_at and mpp != trained_at:
+        print(f"warning: --data {data} is cut at {mpp:g} um/px, but the encoder was trained at "
+              f"{trained_at:g}; --mpp {trained_at:g} takes the encoder's")
+    return mpp
+
+
 DATA_FLAGS = {
     "--data": dict(default="demo", help=f"{', '.join(DATASETS)}, or a folder with slides or crops"),
     "--mpp": dict(

@@ -14,7 +14,7 @@ from common.files import write_csv
 from common.flags import add_max_gigapixels, whole
 from data import Crops
 from wsi.cache import file_mpp, prepare, prepare_tiles
-from wsi.datasets import DATASETS, add_data_flags
+from wsi.datasets import add_data_flags, evaluated_mpp
 from wsi.splits import check_unseen, find_data
 
 COLORS = (*(NETWORK_COLORS[method] for method in dirl.METHODS), *OTHER_COLORS[:4])
@@ -32,7 +32,7 @@ def parser_of(script, description, **more):
 
 
 def add_data(add):
-    """The flags of a script that looks at a data set's crops."""
+    """Adds the flags of a script that shows a data set's crops."""
     add_data_flags(add, "--data", "--mpp", "--slide-mpp", "--tissue")
     add("--workers", type=whole(0, 1024), default=2, help="processes that cut missing tiles")
     add_max_gigapixels(add)
@@ -59,7 +59,7 @@ def check_flags(args):
 def check_out(path):
     """InputError if --out is no .png."""
     if path and Path(path).suffix.lower() != ".png":
-        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go beside it, as .csv")
+        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go next to it, as .csv")
 
 
 # ---------------------------------------------------------------- networks and crops
@@ -99,7 +99,7 @@ def open_all(args):
     """
     networks = load_networks(args)
     trained_at = next(iter(networks.values()))[2]["mpp"]
-    mpp = args.mpp or (None if args.data in DATASETS else trained_at)
+    mpp = evaluated_mpp(args.data, args.mpp, trained_at)
     found = find_data(args.data, mpp, args.prior, slide_mpp=args.slide_mpp)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
