@@ -8,9 +8,9 @@ weight 0.1 next to DINO's, whose f is the same aggregation of all patches; patch
 
 As in the original, neighbours are chosen and aggregated among tokens without the closing norm, which follows
 the aggregation, and both centres are of all the teacher's views; compare.DEFAULTS has the original's scales.
-What differs: the closing norm is the encoder's (theirs: next to the aggregation), evaluation averages the
-tokens after it, as for every encoder in this project, without the aggregation, and a batch has 256 crops
-(1,024). All other settings are DINO's in both.
+What differs: the closing norm is the encoder's (theirs: next to the aggregation), so that training reaches
+it; evaluation averages the tokens after it, as for every encoder in this project, without the aggregation; a
+batch has the paper's 256 crops (theirs: 1,024). All other settings are DINO's in both.
 """
 import torch
 import torch.nn.functional as F
