@@ -118,7 +118,8 @@ class Augmentation:
     """How views are drawn; the defaults are DINO's.
 
     Scales are shares of the crop's area, sizes are px. jitter, greyscale, solarize and blur multiply DINO's
-    probabilities, and jitter its strengths, too. mean and std (RGB in 0 to 1) are the encoder's.
+    probabilities, and jitter its strengths, too (above 1 only these). mean and std (RGB in 0 to 1) are the
+    encoder's.
     """
 
     local_crops: int = 8
@@ -245,10 +246,10 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
 def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
     """Jitters colours of images (B, 3, H, W) with probability JITTER, then makes them grey with GREYSCALE.
 
-    jitter multiplies the strengths and their probability, greyscale multiplies that of grey.
+    jitter multiplies the strengths and, below 1, their probability; greyscale multiplies that of grey.
     """
     B = len(images)
-    jittered = (draws.uniform((B,), 0, 1) < JITTER * jitter).float()
+    jittered = (draws.uniform((B,), 0, 1) < JITTER * min(1, jitter)).float()
 
     def change(strength):
         return jittered * draws.uniform((B,), -strength * jitter, strength * jitter)

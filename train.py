@@ -82,9 +82,9 @@ def argument_parser(prog="python train.py"):
     add("--stats", default="imagenet", choices=["imagenet", "data"],
         help="mean and sd that normalise the pixels: ImageNet's as in DINO (also for --init with ImageNet's "
              "weights), or the training crops' own, with which small runs on H&E learn sooner")
-    add("--jitter", type=SHARE, default=1.0,
-        help="factor on the strengths and the probability of colour jitter: 1 is DINO's, 0 is none; lower it "
-             "if a head's outputs stay uniform")
+    add("--jitter", type=between(0, 2), default=1.0,
+        help="factor on the strengths of colour jitter and, below 1, on its probability: 0 is none, 1 "
+             "DINO's, 2 near SimCLR's; lower it if a head's outputs stay uniform")
     add("--greyscale", type=SHARE, default=1.0, help="factor on the probability of grey (DINO: 1 view in 5)")
     add("--solarize", type=SHARE, default=1.0,
         help="factor on the probability of solarising the second global view (DINO: 1 in 5)")

@@ -1,32 +1,54 @@
 """What the paper compares with: python -m experiments.compare --ssl NAME [--method M] [flags of train.py].
 
 Runs train.py's own loop with another recipe and writes the same files to runs/<data>_<arch>_<method>_<ssl>/;
-eval.py takes its encoder.pt like any other. The same command resumes.
+eval.py takes its encoder.pt like any other. The same command resumes. --accumulate and torchrun work as with
+train.py, but for BYOL and SimCLR.
 
-    Table 3     --ssl esvit, --ssl selfpatch
+    Table 3     --ssl esvit --arch vit_s, --ssl selfpatch --arch vit_s
     Table 6     --ssl dino --method baseline --arch vit_s --depth 13 [--heads 12 13]
-    Table 8     --ssl byol, --ssl simclr (the paper: --batch 512), each --method baseline, cellback, dirl
+    Table 8     --ssl byol, --ssl simclr, each --method baseline, cellback, dirl
     Table 9     --ssl imix
     Fig. 9      --ssl lsup
     controls    --ssl dino --heads 12 12: two heads on f; --depth 4: fewer blocks, for any method
 """
-import os
 import sys
 
 import torch
 
 import train
+from common.distributed import join, leave, processes
 from common.errors import InputError, run_script
 from common.flags import between, whole
 from experiments.ssl import byol_simclr, esvit, heads, imix, lsup, selfpatch
 
 BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build}
 BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
+WHOLE_BATCH = {"byol": "batch norm", "simclr": "its negatives"}  # what takes the crops of a batch together
+
+# What replaces train.py's defaults; flags on the command line, and --data demo's defaults, come first.
+DEFAULTS = {
+    "byol": {
+        "epochs": 20,  # Table 8's caption
+        "local_crops": 0,  # two views of
+        "global_scale": (0.08, 1.0),  # byol/utils/dataset.py; their colours are those of DINO's global views
+        "momentum": 0.97},  # byol/configs/byol.py: 0.97 for 40 epochs, 0.99 for 100 and 300, 0.996 for 1000
+    "simclr": {
+        "epochs": 20,  # Table 8's caption; dsmil-wsi/simclr/config.yaml as well
+        "batch": 512,  # A.1.2
+        "local_crops": 0,  # two views of
+        "global_scale": (0.08, 1.0),  # torchvision's RandomResizedCrop in simclr/data_aug/dataset_wrapper.py,
+        "jitter": 2.0,  # which jitters by 0.8, 0.8, 0.8, 0.2
+        "solarize": 0.0},  # and solarises nothing
+    "selfpatch": {"global_scale": (0.25, 1.0), "local_scale": (0.05, 0.25)},  # main_selfpatch.py
+}
 
 
 def argument_parser():
     """Returns train.py's parser with the flags of a comparison added."""
     parser = train.argument_parser("python -m experiments.compare")
+    for ssl, own in DEFAULTS.items():
+        flags = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in own.items())
+        parser.epilog += f"; --ssl {ssl} these: {flags}"
     add = parser.add_argument_group("comparison").add_argument
     add("--ssl", default="dino", choices=list(BUILD),
         help="self-supervised loss; byol, simclr and dino take every --method, the others are baselines")
@@ -44,6 +66,7 @@ def arguments(argv):
     known, _ = parser.parse_known_args(argv)
     if known.ssl in BASELINES or known.heads:
         parser.set_defaults(method="baseline")
+    parser.set_defaults(**DEFAULTS.get(known.ssl, {}))
     args = train.parse(parser, argv)
     check(args)
     if not known.run:
@@ -55,16 +78,16 @@ def arguments(argv):
 
 def check(args):
     """InputError for flags that clash."""
-    if args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("--accumulate and torchrun: work with train.py only; a comparison needs its batch "
-                         "whole")
+    if args.ssl in WHOLE_BATCH and (args.accumulate > 1 or processes() > 1):
+        raise InputError(f"--accumulate and torchrun: --ssl {args.ssl} needs its batch whole, for "
+                         f"{WHOLE_BATCH[args.ssl]}")
     if args.heads and args.arch == "vit_h":
         raise InputError("--heads: --arch vit_h has blocks of two sizes; use another --arch")
     if args.heads:
         depth = len(train.start_encoder(args, train.MEAN, train.STD).blocks)
-        if args.ssl != "dino" or max(args.heads) > depth:
-            raise InputError(f"--heads {' '.join(map(str, args.heads))}: needs --ssl dino, and blocks "
-                             f"between 1 and {depth} of this encoder")
+        if args.ssl != "dino" or max(args.heads) != depth:  # blocks after the last head would not learn
+            raise InputError(f"--heads {' '.join(map(str, args.heads))}: needs --ssl dino, and as its last "
+                             f"block {depth}, the last of this encoder")
     if args.method != "baseline" and (args.heads or args.ssl in BASELINES):
         what = "--heads" if args.heads else f"--ssl {args.ssl}"
         raise InputError(f"--method {args.method}: {what} needs --method baseline")
@@ -80,8 +103,12 @@ def build(encoder, args):
 
 def main(argv=None):
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
-    return run_script("compare", lambda: train.train(arguments(argv), build), "--batch or --local-crops",
-                      "the same command resumes")
+    join()
+    try:
+        return run_script("compare", lambda: train.train(arguments(argv), build), "--batch or --local-crops",
+                          "the same command resumes")
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from wsi.datasets import PRIORS, run_name
 from wsi.splits import find_data
 
 # The arms of claim: flags of train.py, or of experiments.compare, which trains those with --ssl. "random" is
-# an untrained encoder; "shuffled" and those after it are controls and comparisons.
+# an untrained encoder; "shuffled" and those after it are controls and comparisons. byol, simclr and selfpatch
+# have their own views, epochs, batch and momentum (compare.DEFAULTS) unless the command gives these flags.
 ARMS = {
     "random": [],
     "baseline": ["--method", "baseline"],
@@ -224,9 +225,9 @@ def claim(args):
     found = measures.find_patches(args.data)
     measures.divide(list(found.labels.values()), found.classes, args)
     training_crops = round(settings.fraction * len(found.split("train", "val")))
-    if training_crops < settings.batch:
-        raise InputError(f"--batch {settings.batch}: there are only {training_crops} training crops; lower "
-                         "--batch")
+    batch = max(job.settings.batch for job in jobs)
+    if training_crops < batch:
+        raise InputError(f"--batch {batch}: there are only {training_crops} training crops; lower --batch")
     labels_stamp = stamp_of(found.labels)
     keep_settings(Path(args.out) / "settings.json", settings, labels_stamp)
 

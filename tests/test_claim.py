@@ -267,6 +267,13 @@ def test_arms_are_flags_that_train_takes(here):
         assert args.method == method, arm
 
 
+def test_an_arm_whose_own_batch_is_too_large_is_refused_before_any_is_trained(here, capsys):
+    batch = RUN.index("--batch")
+    argv = [*RUN[:batch], *RUN[batch + 2:], "--bag-seeds", "0", "--arms", "random", "simclr"]
+    refused(capsys, study.main, argv, "--batch 512: there are only 36 training crops")
+    assert not (here / "runs").exists()
+
+
 # ---------------------------------------------------------------- LC25000
 
 def test_lc25000_in_our_layout(tmp_path, capsys, monkeypatch):

@@ -1,14 +1,19 @@
 """The comparisons of experiments/: each loss against its definition, and that each of them learns."""
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import SmallHead, refused, rows_of, tissue
+from synthetic import SmallHead, refused, rows_of, tissue, write
+from test_processes import ROOT, same_run
 from test_train import FOLDER
 
+import data
 import dirl
 import train
 from common.encoders import load_encoder
@@ -91,6 +96,34 @@ def test_crops_without_the_region_change_nothing(ssl):
     torch.testing.assert_close(z[:, :3], model([x[:, :3]], [prior[:, :3]])["c"][0])
 
 
+def test_batch_norm_sees_one_view_at_a_time():
+    model, x = byol_simclr.RegionProjections(tiny(), "baseline", "byol"), torch.randn(2, 5, 3, 48, 48)
+    x[1] *= 3  # views with unlike statistics
+    prior = torch.ones(2, 5, 9)
+    z, _ = model([x], [prior])["f"]
+    for v in range(2):
+        alone, _ = model([x[v: v + 1]], [prior[v: v + 1]])["f"]
+        torch.testing.assert_close(z[v], alone[0])
+    together, _ = model([x.flatten(0, 1)[None]], [prior.flatten(0, 1)[None]])["f"]
+    assert (z.flatten(0, 1) - together[0]).abs().max() > 0.01
+
+
+def test_byols_mlp_by_hand():
+    mlp, x = byol_simclr.byol_mlp(6), torch.randn(5, 6)
+    first, last = mlp[0], mlp[3]
+    h = x @ first.weight.t() + first.bias
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(mlp(x), h.clamp(min=0) @ last.weight.t(), atol=1e-4, rtol=1e-4)  # no bias
+
+
+def test_simclrs_jitter_is_stronger_and_not_more_frequent():
+    grey = torch.full((4000, 3, 1, 1), 0.5)
+    out = data.random_jitter(grey, data.Draws(torch.Generator().manual_seed(0)), jitter=2, greyscale=0)
+    change = (out[:, 0, 0, 0] - 0.5).abs()
+    assert (change > 1e-6).float().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert 0.38 < change.max() <= 0.4 + 1e-6  # brightness up to 0.8, of 0.5
+
+
 def test_eq_9_weighs_the_regions():
     names = dirl.METHODS["dirl"]
     student, teacher = ({name: (leaf(2, 3, 4), torch.ones(2, 3).bool()) for name in names} for _ in range(2))
@@ -106,19 +139,40 @@ def cross_entropy(student, teacher, center, t=0.04, s=0.1):
     return -(((teacher - center) / t).softmax(-1) * (student / s).log_softmax(-1)).sum()
 
 
-def test_esvit_matches_each_token_to_the_most_similar():
-    student, tokens = [leaf(2, 3, 4, 6), leaf(1, 3, 2, 6)], [torch.randn(2, 3, 4, 5), torch.randn(1, 3, 2, 5)]
-    teacher, of_teacher, module = torch.randn(2, 3, 4, 6) / 10, torch.randn(2, 3, 4, 5), esvit.RegionLoss(6)
+@pytest.mark.parametrize("rows", [5, 4096])
+def test_esvit_matches_each_token_to_the_most_similar(monkeypatch, rows):
+    """The logits (.., 6) are z (.., 3) times prototypes (6, 3), whether multiplied at once or in shards."""
+    monkeypatch.setattr(esvit, "ROWS", rows)
+    z, prototypes = [leaf(2, 3, 4, 3), leaf(1, 3, 2, 3)], leaf(6, 3)
+    tokens = [torch.randn(2, 3, 4, 5), torch.randn(1, 3, 2, 5)]
+    z_t, prototypes_t, of_teacher = torch.randn(2, 3, 4, 3) / 10, torch.randn(6, 3), torch.randn(2, 3, 4, 5)
+    module = esvit.RegionLoss(6)
     module.center.copy_(torch.randn(6) / 10)
-    center, terms = module.center.clone(), []
+    student, teacher = [x @ prototypes.t() for x in z], z_t @ prototypes_t.t()
+    center, terms, entropies = module.center.clone(), [], []
     for v, (logits, f) in enumerate((x, y) for xs, ys in zip(student, tokens) for x, y in zip(xs, ys)):
         for u, b in itertools.product(range(2), range(3)):
             for x, y in zip(logits[b], f[b]) if u != v else ():
-                best = max(range(4), key=lambda j: cos(y, of_teacher[u, b, j]))
-                terms.append(cross_entropy(x, teacher[u, b, best], center) / len(f[b]))
-    same(module(student, teacher, tokens, of_teacher), sum(terms) / (4 * 3), *student)  # 4 pairs, 3 crops
+                best = teacher[u, b, max(range(4), key=lambda j: cos(y, of_teacher[u, b, j]))]
+                terms.append(cross_entropy(x, best, center) / len(f[b]))
+                q = ((best - center) / 0.04).softmax(-1)
+                entropies.append(-(q * q.log()).sum() / len(f[b]))
+    loss = module((z, prototypes), (z_t, prototypes_t), tokens, of_teacher)
+    same(loss, sum(terms) / (4 * 3), *z, prototypes)  # 4 pairs, 3 crops
+    torch.testing.assert_close(module.entropy, sum(entropies) / (4 * 3))
     module.update_center()
     torch.testing.assert_close(module.center, 0.9 * center + 0.1 * teacher.mean((0, 1, 2)))
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_esvits_factors_multiply_to_the_heads_logits(norm_last_layer):
+    head = dirl.DINOHead(24, 7, norm_last_layer=norm_last_layer)
+    if not norm_last_layer:
+        torch.nn.init.uniform_(head.last_norm, 1, 2)
+    tokens = [torch.randn(2, 3, 4, 24), torch.randn(1, 3, 2, 24)]
+    z, prototypes = esvit.logit_factors(head, tokens)
+    for x, factor in zip(tokens, z):
+        torch.testing.assert_close(factor @ prototypes.t(), head(x.flatten(0, 2)).unflatten(0, x.shape[:3]))
 
 
 def test_selfpatch_takes_the_most_similar_of_eight_neighbours():
@@ -147,13 +201,27 @@ def test_selfpatch_compares_each_view_with_itself():
 def test_selfpatch_teacher_aggregates_neighbours_and_sees_all_views():
     model = selfpatch.SelfPatch(tiny(), 16, 8).eval()
     model.heads["patch"] = torch.nn.Identity()
+    torch.nn.init.uniform_(model.encoder.norm.weight, 0.1, 2)
+    torch.nn.init.normal_(model.encoder.norm.bias)
     views = [torch.randn(2, 2, 3, 48, 48), torch.randn(1, 2, 3, 48, 48)]
-    tokens = model.encoder(views[0][1])
-    torch.testing.assert_close(model(views)[1][0][1], model.aggregation.norm(tokens))
+    torch.testing.assert_close(model(views)[1][0][1], model.encoder(views[0][1]))  # what evaluation averages
+    tokens = model.encoder.blocks(model.encoder.embed(views[0][1]))  # not yet normalised
     expected = model.aggregation(selfpatch.similar_neighbours(tokens)[0])  # (n, 4, d) of the first crop
     taught = selfpatch.teach_neighbours(model, views, None)[1]
-    torch.testing.assert_close(taught[0][1, 0], expected)
+    torch.testing.assert_close(taught[0][1, 0], model.encoder.norm(expected))
     assert len(taught) == 2
+
+
+def test_selfpatch_centres_on_all_views_of_the_teacher():
+    shapes = (2, 3, 4, 6), (1, 3, 2, 6)
+    f_s, f_t, module = torch.randn(3, 3, 8), torch.randn(3, 3, 8), selfpatch.SelfPatchLoss(8, 6)
+    patches_s, patches_t = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    _, each = module((f_s, patches_s), (f_t, patches_t))
+    pairs = [cross_entropy(f_s[v, b], f_t[u, b], 0) for u in range(2) for v in range(3) for b in range(3)
+             if u != v]  # the targets are the two global views only
+    torch.testing.assert_close(each["f"], sum(pairs) / len(pairs))
+    module.update_centers()
+    torch.testing.assert_close(module.losses["f"].center, 0.1 * f_t.mean((0, 1)))
 
 
 def test_imix_weighs_the_losses_against_both_crops():
@@ -236,6 +304,7 @@ def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
         entropy = sum(module.entropy for module in recipe.dino.values())
         fits.append(float(sum(each.values()) - entropy))  # KL(q || p), if the loss has a q
     assert tuple(each) == recipe.names and set(recipe.dino) <= set(each)
+    assert all(p.grad is not None for p in student.parameters())  # torchrun waits for each of them
     assert sum(fits[-6:]) < 0.9 * sum(fits[:6])
     f = F.normalize(teacher.encoder(views[0][0]).mean(1), dim=-1)
     assert effective_rank(f) > 1.5 and (f @ f.t()).min() < 0.9
@@ -253,12 +322,64 @@ SHORT = [*SIZES, "--depth", "2"]
 @pytest.mark.parametrize("argv, says", [
     (["--ssl", "imix", "--method", "dirl"], "--method dirl"), (["--ssl", "byol", "--heads", "2"], "--heads"),
     (["--ssl", "dino", "--heads", "2", "13"], "--heads"), (["--ssl", "dino", "--depth", "0"], "--depth"),
+    (["--ssl", "dino", "--depth", "4", "--heads", "2", "3"], "block 4"),
+    (["--ssl", "byol", "--accumulate", "2"], "batch norm"),
+    (["--ssl", "simclr", "--accumulate", "2"], "negatives"),
     (["--ssl", "dino", "--arch", "vit_h", "--depth", "13"], "--arch vit_h"),
     (["--ssl", "dino", "--arch", "vit_h", "--heads", "12"], "--arch vit_h"),
     (["--ssl", "lsup", "--sup-weight", "nan"], "--sup-weight"),
     (["--ssl", "byol", "--empty-regions", "zeros"], "--empty-regions")])
 def test_flags_that_do_not_go_together(place, capsys, argv, says):
     refused(capsys, compare.main, argv, "compare: ", says)
+
+
+def test_a_comparison_has_its_originals_settings_unless_flags_say_otherwise():
+    def settings(*argv):
+        args = compare.arguments(["--data", "lung", *argv])
+        return (args.epochs, args.batch, args.local_crops, tuple(args.global_scale), tuple(args.local_scale),
+                args.momentum, args.jitter, args.solarize)
+    paper = 100, 256, 8, (0.4, 1.0), (0.05, 0.4), 0.996, 1.0, 1.0
+    for ssl in ("dino", "esvit", "imix", "lsup"):
+        assert settings("--ssl", ssl) == paper
+    assert settings("--ssl", "byol") == (20, 256, 0, (0.08, 1.0), (0.05, 0.4), 0.97, 1.0, 1.0)
+    assert settings("--ssl", "simclr") == (20, 512, 0, (0.08, 1.0), (0.05, 0.4), 0.996, 2.0, 0.0)
+    assert settings("--ssl", "selfpatch") == (100, 256, 8, (0.25, 1.0), (0.05, 0.25), 0.996, 1.0, 1.0)
+    given = ["--epochs", "100", "--batch", "256", "--local-crops", "8", "--global-scale", "0.4", "1",
+             "--momentum", "0.996", "--jitter", "1", "--solarize", "1"]
+    assert settings("--ssl", "byol", *given) == settings("--ssl", "simclr", *given) == paper
+    demo = compare.arguments(["--data", "demo", "--ssl", "simclr"])
+    assert (demo.batch, demo.jitter, demo.momentum) == (32, 0.7, 0.99)
+
+
+SHARDS = [*SHORT, "--drop-path", "0"]
+
+
+@pytest.mark.parametrize("argv", [["esvit"], ["selfpatch"], ["lsup"], ["dino", "--heads", "1", "2"]])
+def test_a_batch_in_shards_is_the_batch(place, folder, argv):
+    argv = ["--ssl", *argv, *SHARDS]
+    assert compare.main([*argv, "--run", "runs/one"]) == 0
+    assert compare.main([*argv, "--run", "runs/shards", "--accumulate", "2"]) == 0
+    same_run(place / "runs" / "one", place / "runs" / "shards")
+
+
+SCRIPT = """
+import sys, dirl, synthetic
+from experiments import compare
+dirl.DINOHead = synthetic.SmallHead
+sys.exit(compare.main())
+"""
+
+
+def test_two_processes_compare_as_one_does(place, folder):
+    argv = ["--ssl", "esvit", *SHARDS]
+    assert compare.main([*argv, "--run", "runs/one"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+               str(write(place / "compare_small.py", SCRIPT)), *argv, "--run", "runs/two"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+                           timeout=150)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    same_run(place / "runs" / "one", place / "runs" / "two")
 
 
 def test_a_stopped_comparison_resumes_exactly(place, folder, capsys):

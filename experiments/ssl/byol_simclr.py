@@ -5,8 +5,17 @@ view without a region enters nothing of that region: neither batch norm's statis
 negatives. Shapes as in dirl.py: V views of B crops, U = 2 global ones; present is (V, B).
 
 BYOL: Grill et al. 2020, google-deepmind/deepmind-research/byol; SimCLR: Chen et al. 2020, which the paper
-takes from Li et al. 2021, binli123/dsmil-wsi/simclr. Their optimisers (LARS; Adam) are not used: all
-comparisons share train.py's.
+takes from Li et al. 2021, binli123/dsmil-wsi/simclr. Their views, batch and momentum are in compare.DEFAULTS.
+What differs from them:
+
+- Optimiser, learning rate, decay, clipping: train.py's, as in all comparisons (BYOL: LARS, decay 1e-6;
+  SimCLR: Adam, learning rate and decay 1e-5; neither clips).
+- BYOL: a batch has train.py's 256 crops (theirs: 4,096); the loss is the mean of the two pairs (their sum);
+  the target starts as a copy of the student (with other random weights); linear layers start as torch's
+  (truncated normal); jitter multiplies brightness (adds to it).
+- SimCLR: saturation varies by 0.4 (theirs: 0.8); one view is always blurred, the other in 1 of 10 cases (each
+  in 1 of 2); pixels are normalised (they are not); all crops are trained on, and the last epoch is kept (nine
+  tenths, and the epoch with the lowest loss on the others).
 """
 import torch
 import torch.nn.functional as F
@@ -85,10 +94,10 @@ class Eq9Loss(nn.Module):
 def byol_mlp(in_dim):
     """BYOL's projector and predictor: linear, batch norm, ReLU, linear; (N, in_dim) -> (N, 256).
 
-    Both networks normalise by the statistics of the batch, as in BYOL; here all views are one batch.
+    Both networks normalise by the statistics of the batch, as in BYOL.
     """
     return nn.Sequential(nn.Linear(in_dim, HIDDEN), nn.BatchNorm1d(HIDDEN, track_running_stats=False),
-                         nn.ReLU(), nn.Linear(HIDDEN, PROJECTION))
+                         nn.ReLU(), nn.Linear(HIDDEN, PROJECTION, bias=False))
 
 
 def simclr_mlp(in_dim):
@@ -113,23 +122,24 @@ class RegionProjections(dirl.DiRL):
     def project(self, views, priors, predictors):
         """forward with these predictors; {} stops at the projections.
 
-        Only rows whose region is present go through the layers. A single row has no batch statistics and
-        counts as absent.
+        Batch norm sees one view at a time, as in BYOL, and of it only the rows whose region is present. A
+        single row has no batch statistics and counts as absent.
         """
         B = views[0].shape[1]
         by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
         projected = {}
         for name, projector in self.heads.items():
-            f = torch.cat([f[name] for f, _ in by_size])  # (V B, d)
-            present = torch.cat([region[name] for _, region in by_size])  # (V B,)
-            present = present & (present.sum() > 1)
-            z = f.new_zeros(len(f), PROJECTION)
-            if present.any():
-                rows = projector(f[present])
-                if name in predictors:
-                    rows = predictors[name](rows)
-                z = z.to(rows.dtype).index_put((present,), rows)
-            projected[name] = z.unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
+            f = torch.cat([f[name] for f, _ in by_size]).unflatten(0, (-1, B))  # (V, B, d)
+            present = torch.cat([region[name] for _, region in by_size]).unflatten(0, (-1, B))  # (V, B)
+            present = present & (present.sum(1, keepdim=True) > 1)
+            z = torch.zeros(*present.shape, PROJECTION, device=f.device)
+            for v in range(len(z)):
+                if present[v].any():
+                    rows = projector(f[v, present[v]])
+                    if name in predictors:
+                        rows = predictors[name](rows)
+                    z[v, present[v]] = rows.float()
+            projected[name] = z, present
         return projected
 
 

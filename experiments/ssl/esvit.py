@@ -2,8 +2,15 @@
 
 Li et al. 2021, microsoft/esvit. Each token of the student is matched to the most similar token of another
 view of the teacher, by the cosine of the backbone's outputs. The tokens have their own head, with as many
-outputs (65536), and their own centre. That is K numbers for each of the 2 x 196 + 8 x 36 tokens of a crop:
-lower --out-dim or --batch (EsViT has 32 to 64 crops per GPU).
+outputs (65536), and their own centre.
+
+Logits of all 2 x 196 + 8 x 36 tokens of a batch of 256 crops would take 42 GiB, and their gradients as much
+again. The head's two factors are kept instead, and multiplied for ROWS tokens at a time in both passes. By
+calculation (not measured on a GPU) a step of ViT-S in bf16 then takes 0.12 GiB per crop and 12 GiB besides:
+the batch of 256 fits in 80 GB.
+
+What differs from the original: f is the mean token, since this encoder has no class token, and a batch has
+the paper's 256 crops (theirs: 512). All other settings are DINO's in both.
 """
 import torch
 import torch.nn.functional as F
@@ -14,50 +21,65 @@ import dirl
 from experiments.ssl.dense import through, tokens_of
 from train import Recipe
 
+ROWS = 4096  # tokens whose logits exist at once: 1 GiB with 65536 outputs, five times that at the peak
+
 
 def match_tokens(student, teacher):
     """Returns indices (B, n): the teacher's token (B, m, d) most similar to each student's (B, n, d)."""
     return (F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).transpose(1, 2)).argmax(-1)
 
 
-def region_cross_entropy(student, targets, matches, temp):
-    """One student view against some of the teacher's: the sum over these of the mean of -<q_match, log p>.
+def logit_factors(head, tokens):
+    """Factors of a DINOHead's logits z prototypes^T: tokens [(.., d), ..] -> z [(.., 256), ..], (K, 256)."""
+    z = [F.normalize(head.mlp(x).float(), dim=-1) for x in tokens]
+    prototypes = F.normalize(head.last_layer.weight, dim=-1)
+    return z, prototypes if head.last_norm is None else prototypes * head.last_norm
 
-    student: logits (B, n, K); targets: q (B, m, K) of each teacher view; matches (B, n) for each of them;
-    p = softmax(student / temp).
+
+def region_cross_entropy(student, prototypes_s, matched, prototypes_t, center, student_temp, teacher_temp):
+    """Some tokens of a student's view against their matches: the sums of -<q_match, log p> and of H(q_match).
+
+    student (N, 256), matched (W, N, 256) in W views of the teacher; prototypes (K, 256): logit_factors.
     """
-    K = student.shape[-1]
-    q = sum(t.gather(1, m.unsqueeze(-1).expand(-1, -1, K)) for t, m in zip(targets, matches))  # (B, n, K)
-    return -(q * (student.float() / temp).log_softmax(-1)).sum(-1).mean()
+    q = ((matched @ prototypes_t.t() - center) / teacher_temp).softmax(-1)  # (W, N, K)
+    log_p = (student @ prototypes_s.t() / student_temp).log_softmax(-1)  # (N, K)
+    return -(q.sum(0) * log_p).sum(), torch.special.entr(q).sum()
 
 
 class RegionLoss(dirl.DINOLoss):
     """EsViT's region-level loss: the mean of -<q_match, log p> over tokens, crops and pairs of views.
 
-    student: logits (V_i, B, n_i, K) per size of views, the U global views first; teacher (U, B, m, K).
-    tokens_s and tokens_t, to match by, have d in K's place. Pairs are DINO's: every view of the student with
-    every other of the teacher. After a call, entropy is the mean H(q) of the matched tokens.
+    student: factors of the logits, z (V_i, B, n_i, 256) per size of views, the U global views first, and the
+    prototypes (K, 256); teacher: z (U, B, m, 256) and prototypes. tokens_s and tokens_t, to match by, have d
+    in the place of 256. Pairs are DINO's: every view of the student with every other of the teacher. After a
+    call, entropy is the mean H(q) of the matched tokens.
     """
 
     def forward(self, student, teacher, tokens_s, tokens_t, teacher_temp=0.04):
-        U = len(teacher)
-        views = [x for size in student for x in size]  # V of (B, n, K)
+        z_s, prototypes_s = student
+        z_t, prototypes_t = teacher
+        U = len(z_t)
+        views = [z for size in z_s for z in size]  # V of (B, n, 256)
         tokens = [x for size in tokens_s for x in size.detach()]  # V of (B, n, d)
-        q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, m, K)
-        h = torch.special.entr(q).sum(-1)  # (U, B, m)
         loss = 0
         entropy = 0
-        for v, logits in enumerate(views):
+        for v, z in enumerate(views):
             others = [u for u in range(U) if u != v]
-            matches = [match_tokens(tokens[v], tokens_t[u]) for u in others]  # each (B, n)
-            loss = loss + checkpoint(region_cross_entropy, logits, [q[u] for u in others], matches,
-                                     self.student_temp, use_reentrant=False, preserve_rng_state=False)
-            entropy = entropy + sum(h[u].gather(1, match).mean() for u, match in zip(others, matches))
+            matches = [match_tokens(tokens[v], tokens_t[u]).unsqueeze(-1) for u in others]  # each (B, n, 1)
+            matched = torch.stack([z_t[u].take_along_dim(match, 1) for u, match in zip(others, matches)])
+            rows = z.flatten(0, 1)  # (B n, 256)
+            for shard, targets in zip(rows.split(ROWS), matched.flatten(1, 2).split(ROWS, 1)):
+                sums = checkpoint(region_cross_entropy, shard, prototypes_s, targets, prototypes_t,
+                                  self.center, self.student_temp, teacher_temp, use_reentrant=False,
+                                  preserve_rng_state=False)
+                loss = loss + sums[0] / len(rows)
+                entropy = entropy + sums[1] / len(rows)
         pairs = U * (len(views) - 1)
         self.entropy = entropy / pairs
         with torch.no_grad():
-            rows = teacher.flatten(1, 2)  # (U, B m, K)
-            self.add_to_center(rows, torch.ones(rows.shape[:2], device=rows.device))
+            rows = z_t.flatten(0, 2)
+            mean = rows.mean(0) @ prototypes_t.t()  # the mean of the teacher's logits
+            self.add_to_center(mean.view(1, 1, -1), mean.new_full((1, 1), len(rows)))
         return loss / pairs
 
 
@@ -74,11 +96,12 @@ class EsViT(nn.Module):
     def forward(self, views, priors=None):
         """views: one (V_i, B, 3, H, W) per size, the global ones first.
 
-        Returns the logits of f (V, B, K), and per size those of the tokens (V_i, B, n_i, K) and the tokens.
+        Returns the logits of f (V, B, K), the factors of the tokens' logits, z (V_i, B, n_i, 256) per size
+        and prototypes (K, 256), and the tokens.
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
-        return through(self.heads["f"], f), [through(self.heads["region"], t) for t in tokens], tokens
+        return through(self.heads["f"], f), logit_factors(self.heads["region"], tokens), tokens
 
 
 class EsViTLoss(nn.Module):
@@ -91,7 +114,8 @@ class EsViTLoss(nn.Module):
 
     def forward(self, student, teacher, teacher_temp=0.04):
         f_s, region_s, tokens_s = student
-        f_t, (region_t,), (tokens_t,) = teacher
+        f_t, ((z_t,), prototypes_t), (tokens_t,) = teacher
+        region_t = z_t, prototypes_t
         each = {"f": self.losses["f"](f_s, f_t, teacher_temp),
                 "region": self.losses["region"](region_s, region_t, tokens_s, tokens_t, teacher_temp)}
         return sum(each.values()) / 2, {name: loss.detach() for name, loss in each.items()}

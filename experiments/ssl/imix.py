@@ -3,7 +3,8 @@
 Lee et al. 2021, kibok90/imix: x_i becomes l x_i + (1 - l) x_j, with j a permutation of the batch, and l from
 Beta(1, 1) and at least a half for each crop; the loss is l L(i) + (1 - l) L(j). The paper does not say how it
 puts that into DINO. Here all views of a crop share j and l, the teacher sees unmixed views, and its
-distribution q is mixed, since the cross-entropy is linear in q.
+distribution q is mixed, since the cross-entropy is linear in q. With torchrun or --accumulate the permutation
+is one of each shard, as in the original on several GPUs.
 """
 import torch
 from torch import nn

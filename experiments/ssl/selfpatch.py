@@ -6,14 +6,18 @@ blocks of class attention; the student's patch at that place has to predict the 
 weight 0.1 next to DINO's, whose f is the same aggregation of all patches; patches have 4096 outputs (here
 --disentangled-dim).
 
-Evaluation averages the tokens, as for every encoder in this project, and does not use the aggregation.
+As in the original, neighbours are chosen and aggregated among tokens without the closing norm, which follows
+the aggregation, and both centres are of all the teacher's views; compare.DEFAULTS has the original's scales.
+What differs: the closing norm is the encoder's (theirs: next to the aggregation), so that training reaches
+it; evaluation averages the tokens after it, as for every encoder in this project, without the aggregation; a
+batch has the paper's 256 crops (theirs: 1,024). All other settings are DINO's in both.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.ssl.dense import through, tokens_of
+from experiments.ssl.dense import through
 from train import Recipe
 
 NEIGHBOURS = 4  # of 8
@@ -57,7 +61,6 @@ class Aggregation(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList([ClassAttention(dim, num_heads) for _ in range(2)])
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(dirl.init_weights)
         nn.init.trunc_normal_(self.token, std=0.02)
 
@@ -65,7 +68,7 @@ class Aggregation(nn.Module):
         x = self.token.expand(len(tokens), -1, -1)
         for block in self.blocks:
             x = block(tokens, x)
-        return self.norm(x).squeeze(1)
+        return x.squeeze(1)
 
 
 class PatchLoss(dirl.DINOLoss):
@@ -103,16 +106,19 @@ class SelfPatch(nn.Module):
 
     def forward(self, views, priors=None):
         """views, one (V_i, B, 3, H, W) per size -> logits of f (V, B, K), of patches (V_i, B, n_i, K)."""
-        return self.outputs(views, self.aggregation.norm)
+        tokens = self.tokens_of(views)
+        return self.logits(tokens, tokens)
 
-    def outputs(self, views, patches_of):
-        """forward, with patches_of (tokens (V_i, B, n_i, d) -> the same shape) before the head on patches."""
-        f = []
-        patches = []
-        for tokens in tokens_of(self.encoder, views):
-            f.append(self.aggregation(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]))
-            patches.append(through(self.heads["patch"], patches_of(tokens)))
-        return through(self.heads["f"], torch.cat(f)), patches
+    def tokens_of(self, views):
+        """Returns the tokens (V_i, B, n_i, d) of each size, without the closing norm."""
+        tokens = [self.encoder.blocks(self.encoder.embed(x.flatten(0, 1))) for x in views]
+        return [t.unflatten(0, x.shape[:2]) for t, x in zip(tokens, views)]
+
+    def logits(self, tokens, patches):
+        """Returns the logits of f, aggregated from tokens, and of patches; both (V_i, B, n_i, d) per size."""
+        f = torch.cat([self.aggregation(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in tokens])
+        norm = self.encoder.norm
+        return through(self.heads["f"], norm(f)), [through(self.heads["patch"], norm(x)) for x in patches]
 
     def of_neighbours(self, tokens):
         """Returns the aggregation of each patch's neighbours in the patch's place, (V_i, B, n_i, d)."""
@@ -122,7 +128,8 @@ class SelfPatch(nn.Module):
 
 def teach_neighbours(teacher, views, priors):
     """Returns the teacher's outputs on all views, with each patch's neighbours in the patch's place."""
-    return teacher.outputs(views, teacher.of_neighbours)
+    tokens = teacher.tokens_of(views)
+    return teacher.logits(tokens, [teacher.of_neighbours(x) for x in tokens])
 
 
 class SelfPatchLoss(nn.Module):
@@ -136,9 +143,11 @@ class SelfPatchLoss(nn.Module):
     def forward(self, student, teacher, teacher_temp=0.04):
         f_s, patches_s = student
         f_t, patches_t = teacher
-        f_t = f_t[: len(patches_t[0])]  # the global views
-        each = {"f": self.losses["f"](f_s, f_t, teacher_temp),
+        U = len(patches_t[0])  # global views
+        each = {"f": self.losses["f"](f_s, f_t[:U], teacher_temp),
                 "patch": self.losses["patch"](patches_s, patches_t, teacher_temp)}
+        with torch.no_grad():  # f's centre is of the local views, too
+            self.losses["f"].add_to_center(f_t[U:], torch.ones(f_t[U:].shape[:2], device=f_t.device))
         total = each["f"] + WEIGHT * each["patch"]
         return total, {name: loss.detach() for name, loss in each.items()}
 
