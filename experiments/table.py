@@ -2,7 +2,8 @@
 
     python -m experiments.table runs [--format latex] [--measures accuracy auc macro_f1 middle]
 
-Reads slides.csv, patches.csv and results.csv of every run below a folder, as eval.py writes them. Repeats
+Reads slides.csv, patches.csv and results.csv of every run below a folder, and of each other folder where
+eval.py writes results: on_<data>/ of another data set, encoder_<epoch>/, weights of other programs. Repeats
 are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; a run with other
 settings has its own row, which names what differs. Every setting in which the rows of a data set differ is
 listed below the table; bold marks the best of a column of accuracies, AUC or F1.
@@ -37,7 +38,8 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
        "lsup": "L_sup"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
-NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision"}
+NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",
+              "steps", "weights"}
 IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels"}  # or not a setting
 ARM_COLORS = ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f",
               "#a65628", *matplotlib.colormaps["tab20"].colors)  # of the arms of study claim, in their order
@@ -124,9 +126,13 @@ def labels_of(runs):
 
 def settings_of(folder, config):
     """Returns {setting: value as text} of a run: flags and crops of its config.json, and its steps."""
+    if "weights" in config:  # another program's: its training has no such settings
+        return {}
     settings = defaults_of(config) | config
     log = read_log(folder / "log.csv")
-    settings["steps"] = int(log[-1]["step"]) + 1 if log else "unknown"
+    if log:
+        settings["steps"] = int(log[-1]["step"]) + 1
+    settings.setdefault("steps", "unknown")
     return {name.replace("_", " "): str(value) for name, value in settings.items()
             if name not in IN_THE_LABEL}
 

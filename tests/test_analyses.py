@@ -390,7 +390,7 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
     refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "not a slide in the train part")
     shutil.copytree(here / ONE, here / "runs/copy")
     assert eval_py.main(["--data", "plain", *ON[2:], "--checkpoint", "runs/copy"]) == 0
-    rows = rows_of(here / "runs/copy/results.csv")
+    rows = rows_of(here / "runs/copy/on_plain/results.csv")
     over = {row["over"] for row in rows if row["measure"].startswith("tokens")}
     assert over == {"4 training crops (no labels)"}
 
