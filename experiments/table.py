@@ -39,8 +39,8 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",
-              "steps", "weights"}
-IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels"}  # or not a setting
+              "steps", "weights", "pretrained_on"}
+IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels", "pretrained_on"}  # or no setting
 ARM_COLORS = ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f",
               "#a65628", *matplotlib.colormaps["tab20"].colors)  # of the arms of study claim, in their order
 
@@ -121,7 +121,22 @@ def labels_of(runs):
             if name not in NO_SETTING and differs and value != usual:
                 additions.append(f"{name.replace('_', ' ')} {value}")
         labels.append(", ".join([f"{METHODS.get(method, method)}-{SIZES.get(arch, arch)}", *additions]))
-    return labels
+    return told_apart(labels, runs)
+
+
+def told_apart(labels, runs):
+    """Adds the data set of pre-training to equal labels of runs that differ in it and are measured on the same.
+
+    These are not repeats of one network: encoders of lung and of brca on MHIST, for example.
+    """
+    sources = [(label, config.get("pretrained_on", config["data"]))
+               for label, (_, config, _) in zip(labels, runs)]
+    sources_of = defaultdict(set)  # {(label, data set of the results): sources}
+    for source, (_, _, values) in zip(sources, runs):
+        for data, _ in values:
+            sources_of[source[0], data].add(source)
+    several = set().union(*(found for found in sources_of.values() if len(found) > 1))
+    return [f"{label}, pretrained on {data}" if (label, data) in several else label for label, data in sources]
 
 
 def settings_of(folder, config):

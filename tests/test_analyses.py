@@ -282,6 +282,20 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     refused(capsys, table.main, [str(tmp_path / "nothing")], "nothing", "eval.py")
 
 
+def test_encoders_of_two_data_sets_on_a_third_are_no_repeats(tmp_path):
+    for name, data, method in (("a", "one", "dirl"), ("b", "two", "dirl"), ("c", "two", "baseline")):
+        result(tmp_path / name, [0.8], data=data, method=method)
+        write_table(tmp_path / name / "patches.csv", "data,encoder,training,fold,accuracy,auc",
+                    [f"mhist,{name},fine-tuned,1,0.5,0.5"])
+    result(tmp_path / "a/on_three", [0.6], data="three", pretrained_on="one")
+    assert table.main([str(tmp_path), "--measures", "accuracy"]) == 0
+    rows = {(row["network"], row["data"]): row["repeats"] for row in rows_of(tmp_path / "table.csv")}
+    assert rows == dict.fromkeys([
+        ("Baseline-T4", "two"), ("Baseline-T4", "mhist"), ("DiRL-T4, pretrained on one", "one"),
+        ("DiRL-T4, pretrained on one", "mhist"), ("DiRL-T4, pretrained on one", "three"),
+        ("DiRL-T4, pretrained on two", "two"), ("DiRL-T4, pretrained on two", "mhist")], "1")
+
+
 def trained(folder, steps, **config):
     """A measured run that trained for that many steps."""
     result(folder, [0.8], **config)
