@@ -40,7 +40,8 @@ SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",
               "steps", "weights", "pretrained_on"}
-IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels", "pretrained_on"}  # or no setting
+IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels",  # or no setting
+                "pretrained_on"}
 ARM_COLORS = ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f",
               "#a65628", *matplotlib.colormaps["tab20"].colors)  # of the arms of study claim, in their order
 
@@ -125,18 +126,21 @@ def labels_of(runs):
 
 
 def told_apart(labels, runs):
-    """Adds the data set of pre-training to equal labels of runs that differ in it and are measured on the same.
+    """Adds the data set of pre-training to the labels of encoders that differ in it alone.
 
-    These are not repeats of one network: encoders of lung and of brca on MHIST, for example.
+    Only if they were measured on the same data set, such as those of lung and of brca on MHIST: they would
+    be taken for repeats.
     """
-    sources = [(label, config.get("pretrained_on", config["data"]))
-               for label, (_, config, _) in zip(labels, runs)]
+    sources = []  # (label, data set of pre-training) of each run
     sources_of = defaultdict(set)  # {(label, data set of the results): sources}
-    for source, (_, _, values) in zip(sources, runs):
+    for label, (_, config, values) in zip(labels, runs):
+        source = label, config.get("pretrained_on", config["data"])
+        sources.append(source)
         for data, _ in values:
-            sources_of[source[0], data].add(source)
+            sources_of[label, data].add(source)
     several = set().union(*(found for found in sources_of.values() if len(found) > 1))
-    return [f"{label}, pretrained on {data}" if (label, data) in several else label for label, data in sources]
+    return [f"{source[0]}, pretrained on {source[1]}" if source in several else source[0]
+            for source in sources]
 
 
 def settings_of(folder, config):
