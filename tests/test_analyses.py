@@ -219,8 +219,9 @@ def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
     image[:] = 245 * np.exp(-0.4 * STAINS[1])
     image[416: 512, 384: 512] = (60, 20, 70)
     saved(tmp_path / "in/slides/s.png", array=image)
-    about = {"it": (Dark(), tmp_path / "encoder.pt", {"mpp": 2.0})}
-    monkeypatch.setattr(shared, "load_networks", lambda args: about)
+    about = {"mpp": 2.0, "data": "in", "trained_on": {"data": "in"}}
+    networks = {"it": (Dark(), tmp_path / "encoder.pt", about)}
+    monkeypatch.setattr(shared, "load_networks", lambda args: networks)
     drawn, draw = [], heatmap.draw
     monkeypatch.setattr(heatmap, "draw", lambda *what: drawn.extend(what) or draw(*what))
     argv = ["--checkpoint", "it", "--data", "in", "--mpp", "2", "--slide-mpp", "1", "--part", "train",
