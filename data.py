@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common.encoders import MEAN, STD, normalize
+from common.figures import spread
 from prior import view_prior
 from wsi.cache import read_crop
 from wsi.cli import main
@@ -84,6 +85,20 @@ def shuffle_places(xy, rng, patch_size=16):
     column, row = (np.clip(xy, 0, CROP - 1) // patch_size).astype(int).T
     place = rng.permutation(grid * grid)[row * grid + column]
     return np.stack([place % grid, place // grid], 1) * patch_size + xy % patch_size
+
+
+def share_of(crops, fraction, seed):
+    """Draws a share of the crops (Fig. 6); returns them, and the owner of each."""
+    if fraction == 1:
+        return crops, crops.owner
+    order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept = sorted(order[: max(1, round(fraction * len(crops)))])
+    return torch.utils.data.Subset(crops, kept), [crops.owner[i] for i in kept]
+
+
+def some_of(crops, count):
+    """Returns at most count of the crops, evenly spread: uint8 (N, 3, H, W)."""
+    return torch.stack([crops[i][0] for i in spread(len(crops), count)])
 
 
 def collate(items):

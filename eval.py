@@ -12,7 +12,9 @@ patches classifies images (4.1, Table 2). The training set is split into --folds
 validates once while the others train; the epoch that is best on it scores the test set. Writes patches.csv (a
 row per fold) and patches_predictions.csv (the folds' mean score of each test image).
 
-Nothing is chosen on the test set, and an encoder that was trained on a test image is refused.
+Nothing is chosen on the test set, and an encoder that was trained on a test image is refused. Results go to
+the encoder's run; those on another data set go to on_<data>/ in it. --checkpoint FILE --arch vit_s measures
+weights in timm's or DINO's names, such as ImageNet's, in runs/<data>_<file's name>/.
 """
 import argparse
 import sys
@@ -42,7 +44,7 @@ from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.slides import CROP
-from wsi.splits import check_unseen, find_data
+from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
 MEASURES = ("accuracy", "AUC", "macro F1")
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")  # of aggregated attention, Fig. 4
@@ -54,7 +56,10 @@ FEW_DECAY = 5e-3  # DSMIL's weight decay for few slides, and the demo's
 
 def add_common(add, batch, seed):
     """The flags of both commands."""
-    add("--checkpoint", help="an encoder.pt, or the folder of its run; default: the newest run")
+    add("--checkpoint", help="an encoder.pt, or the folder of its run; default: the newest run. With --arch "
+                             "also a state dict in timm's or DINO's names, such as ImageNet's weights")
+    add("--arch", choices=list(dirl.ARCHS),
+        help="architecture of a state dict (default: an encoder.pt's own), and of patches' --encoder random")
     add("--batch", type=whole(1, 10 ** 6), default=batch,
         help="images at a time; lower it if memory runs out")
     add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
@@ -113,8 +118,6 @@ def patches_arguments(argv):
     add("--encoder", nargs="+", default=["checkpoint"], choices=["checkpoint", "random", "pixels"],
         help="what is classified; random and pixels are baselines: an untrained encoder, and the image's "
              "colour statistics (always linear)")
-    add("--arch", choices=list(dirl.ARCHS),
-        help="architecture of --encoder random; default: the checkpoint's, else vit_t")
     add("--linear", action="store_true",
         help="fits a logistic regression to frozen features: seconds where fine-tuning takes hours")
     add("--folds", type=whole(2, 1000), default=5,
@@ -144,7 +147,8 @@ class Network:
     """An encoder that is measured."""
 
     encoder: nn.Module  # on --device
-    folder: Path  # where its features and its slides.csv go
+    folder: Path  # where its results go
+    features: Path  # the folder of features/
     stamp: str  # of its weights: features of another stamp are recomputed
 
 
@@ -176,11 +180,11 @@ def extract(network, found, args):
             continue
         names.append(name)
         stamp = features_stamp(network, info, args.bf16)
-        bag = read_bag(network.folder, name)
+        bag = read_bag(network.features, name)
         if bag is None or str(bag["encoder"]) != stamp:
             crops = Crops(found, [name], with_cells=False)
             features = embed(lambda x: represent(network.encoder, x, args.bf16), crops, args, name)
-            write_bag(network.folder, name, features.numpy(), crops.corners, stamp)
+            write_bag(network.features, name, features.numpy(), crops.corners, stamp)
     return names
 
 
@@ -190,22 +194,12 @@ def extract_shard(network, found, args):
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if found.images else []
     print_skipped(skipped)
     names = extract(network, found, args)
-    print(f"Wrote {network.folder}/features/ of the {len(names)} slides of --shard {args.shard}. "
+    print(f"Wrote {network.features}/features/ of the {len(names)} slides of --shard {args.shard}. "
           "Next, when all shards are done: the same command without --shard")
     return exit_code_of(skipped)
 
 
 # ---------------------------------------------------------------- slides: DSMIL
-
-def check_classes(found, names):
-    """InputError if names hold no training or no test slide of a class, or no validation slide at all."""
-    for split in SPLITS:
-        present = {found.labels[name]["label"] for name in found.split(split) if name in names}
-        missing = [label for label in found.classes if label not in present]
-        if missing and (split != "val" or not present):
-            raise InputError(f"{found.source}/labels.csv: no usable {split} slide of {', '.join(missing)}; "
-                             "add slides or change the split")
-
 
 def warn_of_few_slides(count, args):
     """Prints a warning if DSMIL has the paper's settings but only a few training slides."""
@@ -214,14 +208,14 @@ def warn_of_few_slides(count, args):
               f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
 
 
-def classify_slides(found, run, names, args):
-    """Trains DSMIL on the features of the slides in names and scores the test slides.
+def classify_slides(found, network, names, args):
+    """Trains DSMIL on a network's features of the slides in names and scores the test slides.
 
     Writes slides.csv (a row per seed) and predictions.csv (mean scores of the test slides). Returns rows of
     the table, and {test slide: DSMIL's attention (repeats, N)}. The last rows are those of a logistic
     regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
-    kept = {name: read_bag(run, name) for name in names if name in found.labels}
+    kept = {name: read_bag(network.features, name) for name in names if name in found.labels}
     bags = {split: labelled(kept, found.split(split), found, args.device) for split in SPLITS}
     if args.standardize:
         bags = classify.standardize(bags)
@@ -233,8 +227,8 @@ def classify_slides(found, run, names, args):
     predictions = [("slide", "label", *found.classes)]
     for name, row in zip(test_names, scores):
         predictions.append((name, found.labels[name]["label"], *[f"{score:.4f}" for score in row]))
-    write_csv(run / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
-    write_csv(run / "predictions.csv", predictions)
+    write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
+    write_csv(network.folder / "predictions.csv", predictions)
 
     over = f"{len(scores)} test slides"
     _, *columns = zip(*rows)  # without the seeds
@@ -256,14 +250,12 @@ def count_attention(networks, title, found, run, args):
     split = "test" if found.split("test") else "train"
     crops = Crops(found, found.split(split), with_cells=False)
     crops_with_cells = Crops(found, found.split(split))
-    if found.kind == "crops" and len(crops_with_cells):
-        crops = crops_with_cells  # those that train.py takes: of one um/px, and none that it skipped
     has_cells = len(crops_with_cells) == len(crops)
     if has_cells:
         crops = crops_with_cells
     else:
         print(f"warning: {len(crops_with_cells)} of {len(crops)} crops have cells: the overlay is drawn "
-              f"without P_c. Cells come from python train.py, or from {found.source}/cells/.")
+              f"without P_c. Cells come from python data.py prepare, or from {found.source}/cells/.")
 
     counted = Subset(crops, spread(len(crops), args.attention_crops))
     over = f"{len(counted)} {found.crops_of_part(split)}"
@@ -288,19 +280,21 @@ def count_attention(networks, title, found, run, args):
     return tables, shared
 
 
-def write_exports(found, names, run, kinds):
+def write_exports(found, names, network, kinds):
     """Writes what --export asks for, of the slides in names, which have features."""
+    run = network.folder
+    features = network.features / "features"
     infos = {}
     for name in names:
         info = tile_info(found, name)
         infos[name] = info | {"side": tile_side(info)}
     if "clam" in kinds:
-        export_clam(found, run / "features", infos, run / "clam")
+        export_clam(found, features, infos, run / "clam")
     if "csv" in kinds:
-        export_csv(found, run / "features", [name for name in names if name in found.labels], run / "csv")
+        export_csv(found, features, [name for name in names if name in found.labels], run / "csv")
     if "geojson" in kinds:
         for name, info in tqdm(infos.items(), "geojson, slides", leave=False):
-            corners = read_bag(run, name)["coords"]
+            corners = read_bag(network.features, name)["coords"]
             export_geojson(run / "geojson" / f"{name}.geojson", corners, info, ready_cells(found, name))
 
 
@@ -328,17 +322,23 @@ def random_start(trained, about, device):
     seed = read_json(trained.folder / "config.json").get("seed", 0)
     mean, std = trained.encoder.mean, trained.encoder.std
     encoder = encoders.random_encoder(about["arch"], seed, mean, std, about.get("depth")).to(device)
-    return Network(encoder, trained.folder / "random_start", f"{about['arch']} {seed} {mean} {std}")
+    return Network(encoder, trained.folder / "random_start", trained.features / "random_start",
+                   f"{about['arch']} {seed} {mean} {std}")
 
 
 def evaluate_slides(args):
     """Measures an encoder on slides or ready-cut crops; returns the exit code."""
     # The encoder, and the data set at the um/px that it was trained at.
-    path = encoders.find_encoder(args.checkpoint, run_name(args.data))
-    encoder, about = encoders.load_encoder(path)
-    run = path.parent
-    trained = Network(encoder.to(args.device), run, file_stamp(path))
+    data = run_name(args.data)
+    path = encoders.find_encoder(args.checkpoint, data)
+    encoder, about = encoders.open_encoder(path, args.arch)
+    if args.arch not in (None, about["arch"]):
+        raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
     found = open_data(args, about["mpp"])
+    run = encoders.results_folder(path, about, data)
+    features = encoders.features_folder(path, about, found.name)
+    trained = Network(encoder.to(args.device), run, features, file_stamp(path))
+    encoders.describe_results(run, path, about, data)
     if args.shard:
         return extract_shard(trained, found, args)
 
@@ -354,7 +354,8 @@ def evaluate_slides(args):
         with_tiles = {name for name in found.images if tile_info(found, name)}
         check_classes(found, with_tiles)  # again, because slides may have been skipped
     synthetic = ". The demo's slides are synthetic." if args.data == "demo" else ""
-    print(f"{path}: {about['method']} {about['arch']} of {about['data']}, step {about['step']}{synthetic}")
+    origin = f" of {about['data']}, step {about['step']}" if about["data"] else ", trained elsewhere"
+    print(f"{path}: {about['method']} {about['arch']}{origin}{synthetic}")
     if has_labelled_slides:
         warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), args)
 
@@ -362,7 +363,7 @@ def evaluate_slides(args):
     networks = {"trained": trained}
     if args.compare == "random":
         networks["random start"] = random_start(trained, about, args.device)
-    title = f"{about['data']}, {about['arch']}, {about['method']}"
+    title = f"{data}, {about['arch']}, {about['method']}"
     tables, shared = count_attention(networks, title, found, run, args)
     written = ["results.csv"]
 
@@ -372,13 +373,14 @@ def evaluate_slides(args):
         for name, network in networks.items():
             slides = extract(network, found, args)
             if has_labelled_slides:
-                rows, attention[name] = classify_slides(found, network.folder, slides, args)
-                rows += check_with_truth(found, network.folder, slides, attention[name])
+                rows, attention[name] = classify_slides(found, network, slides, args)
+                rows += check_with_truth(found, network.features, slides, attention[name])
                 tables[name] = rows + tables[name]
-        write_exports(found, slides, run, args.export)
-        written += ["features/", *[f"{kind}/" for kind in args.export]]
+        write_exports(found, slides, trained, args.export)
+        print(f"Wrote {features}/features/")
+        written += [f"{kind}/" for kind in args.export]
         if has_labelled_slides:
-            draw_slide(found, run, attention, run / "attention_slide.png")
+            draw_slide(found, features, attention, run / "attention_slide.png")
             written += ["slides.csv", "predictions.csv", "attention_slide.png"]
         else:
             print("No labels.csv: features are written, no slide is classified.")
@@ -392,22 +394,6 @@ def evaluate_slides(args):
 
 # ---------------------------------------------------------------- patches
 
-def find_patches(args):
-    """Returns the data set of labelled images; InputError if it has none, or a class has no test image."""
-    folder = Path(args.data)
-    if folder.is_dir() and not (folder / "labels.csv").is_file():
-        raise InputError(f"{folder}/labels.csv: is missing; write it with the columns image,label[,split]")
-    found = find_data(args.data, None, "auto", args.split_seed)
-    if found.kind != "crops":
-        raise InputError(f"{found.source}/labels.csv: has no column image; patches are images, "
-                         "for slides: python eval.py slides")
-    present = {found.labels[name]["label"] for name in found.split("test")}
-    missing = [label for label in found.classes if label not in present]
-    if missing:
-        raise InputError(f"--data {args.data}: no test image of {', '.join(missing)}; every class needs one")
-    return found
-
-
 def encoders_of(found, args):
     """Returns {name: encoder} of --encoder, None for pixels, and the run folder that the results go to."""
     chosen = {}
@@ -416,13 +402,15 @@ def encoders_of(found, args):
     mean, std = encoders.MEAN, encoders.STD
     if "checkpoint" in args.encoder or args.checkpoint:
         path = encoders.find_encoder(args.checkpoint)
-        encoder, about = encoders.load_encoder(path)
-        run = path.parent
+        encoder, about = encoders.open_encoder(path, args.arch)
+        data = about["data"] or run_name(args.data)
+        run = encoders.results_folder(path, about, data)  # patches.csv tells data sets apart by a column
         arch = about["arch"]
         mean, std = encoder.mean, encoder.std
         if "checkpoint" in args.encoder:
             check_unseen(found, found.split("test"), about["trained_on"], path)
             chosen[run.resolve().name] = encoder
+        encoders.describe_results(run, path, about, data)
     if "random" in args.encoder:
         arch = args.arch or arch
         chosen[f"random {arch}"] = encoders.random_encoder(arch, args.seed, mean, std)
@@ -447,7 +435,7 @@ def classify_patches(encoder, patches, args, name):
 
 def evaluate_patches(args):
     """Classifies labelled images with each of --encoder; returns the exit code."""
-    found = find_patches(args)
+    found = find_patches(args.data, args.split_seed)
     chosen, run = encoders_of(found, args)
     images, good, skipped = load_crops(list(found.images.values()), args.workers)
     print_skipped(skipped)

@@ -1,8 +1,9 @@
 """Pre-training (3.5, A.1.2): python train.py [--data demo] [--arch vit_t] [--method dirl].
 
-Prepares missing tiles and cells, pre-trains with DINO on the method's representations, and writes
-runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder), log.csv, config.json.
-The same command resumes a stopped run: every step draws its random numbers from (seed, step).
+Prepares missing tiles, and cells unless it is the baseline; pre-trains with DINO on the method's
+representations, and writes runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder),
+log.csv, config.json. The same command resumes a stopped run: every step draws its random numbers from (seed,
+step).
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 import dirl
 from common import encoders, optimization
@@ -29,10 +30,10 @@ from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, who
 from common.log import Log
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
-from data import Augmentation, Crops, collate, make_views
+from data import Augmentation, Crops, collate, make_views, share_of, some_of
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
-from wsi.datasets import DATASETS, DEMO, OWN, add_data_flags, run_name
+from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name
 from wsi.probe import read_probe
 from wsi.splits import find_data, training_record
 
@@ -335,13 +336,21 @@ class TrainingData:
     std: tuple
 
 
+def uses_cells(args):
+    """Whether a head or a loss uses P_c: DINO's do not, but --ssl lsup (experiments.compare) counts cells."""
+    return args.method != "baseline" or args.ssl == "lsup"
+
+
 def training_crops(args):
     """Prepares the data set and returns its TrainingData; InputError if too few crops can be used."""
+    with_cells = uses_cells(args)
+    prior = args.prior if with_cells else NO_CELLS
     with first_before_others():
         if args.data == "demo":
             make_demo(Path("datasets/demo"), workers=args.workers)
-        found = find_data(args.data, args.mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
-        warn_of_cell_files(found)
+        found = find_data(args.data, args.mpp, prior, args.split_seed, slide_mpp=args.slide_mpp)
+        if with_cells:
+            warn_of_cell_files(found)
         skipped = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(skipped)
     names = found.split("train", "val") + found.unlabelled()
@@ -349,23 +358,15 @@ def training_crops(args):
     if not len(crops):
         raise InputError(skipped[0] if skipped else
                          f"{found.source}: holds no crop to train on; see python data.py check")
-    print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), crop_mpp(found)))
-    owners = crops.owner
-    if args.fraction < 1:
-        order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed)).tolist()
-        kept = sorted(order[: max(1, round(args.fraction * len(crops)))])
-        crops, owners = Subset(crops, kept), [owners[i] for i in kept]
+    if with_cells:
+        print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), crop_mpp(found)))
+    crops, owners = share_of(crops, args.fraction, args.seed)
     if len(crops) < args.batch:
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
     mean, std = MEAN, STD
     if args.stats == "data":
         mean, std = encoders.stats_of_crops(some_of(crops, 128))
     return TrainingData(found, crops, skipped, training_record(found, sorted(set(owners))), mean, std)
-
-
-def some_of(crops, count):
-    """Returns at most count of the crops, evenly spread: uint8 (N, 3, H, W)."""
-    return torch.stack([crops[i][0] for i in spread(len(crops), count)])
 
 
 def loader_of(crops, args, start, steps):
@@ -424,7 +425,7 @@ def train(args, build=build_dirl):
     model = torch.compile(model) if args.compile else model
 
     log = Log(run.folder, recipe.names, recipe.dino, start, steps, per_epoch, args.batch, args.out_dim,
-              reads_late=how.device.type == "cuda", diverged=run.diverged)
+              reads_late=how.device.type == "cuda", diverged=run.diverged, has_cells=uses_cells(args))
     with run, log, stop_signals() as stop:
         for images, cells in loader_of(data.crops, args, start, steps):
             schedule, values = training_step(recipe, model, optimizer, images, cells, step, how)

@@ -31,7 +31,7 @@ def read_bag(run, name):
 
 
 def read_bags(run, names, encoder_path):
-    """Returns {slide: read_bag} of the slides that have features in a run's folder.
+    """Returns {slide: read_bag} of the slides that have features in a folder (encoders.features_folder).
 
     InputError if none has, or if one has those of an encoder other than encoder_path.
     """
@@ -43,11 +43,11 @@ def read_bags(run, names, encoder_path):
             continue
         if not str(bag["encoder"]).startswith(stamp):
             raise InputError(f"{features_file(run, name)}: was made from another encoder; "
-                             f"python eval.py --checkpoint {run}")
+                             f"python eval.py --checkpoint {encoder_path}")
         bags[name] = bag
     if not bags:
         raise InputError(f"{run}/features: no features of these slides; first: "
-                         f"python eval.py --checkpoint {run}")
+                         f"python eval.py --checkpoint {encoder_path}")
     return bags
 
 

@@ -1,14 +1,17 @@
-"""Encoders: devices, encoder.pt, weights of other programs, features f, aggregated attention."""
+"""Encoders: devices, encoder.pt, weights of other programs, where results go, features f, attention."""
+import math
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import dirl
 from common.errors import InputError, one_line
-from common.files import load_tensors, save_tensors
+from common.files import file_stamp, load_tensors, read_json, save_tensors, write_json
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 MAX_DEPTH = 100  # blocks of an encoder
@@ -74,7 +77,8 @@ def find_encoder(checkpoint, name=""):
         return path
     if name:
         pattern = f"{name}_vit_*/encoder.pt"
-        advice = f"no run of {name} in runs/; first: python train.py with the same --data"
+        advice = (f"no run of {name} in runs/; first: python train.py with the same --data, or give another run "
+                  "by --checkpoint")
     else:
         pattern = "*/encoder.pt"
         advice = "no run in runs/; first: python train.py"
@@ -93,7 +97,7 @@ def load_encoder(path):
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again (weights of other "
-                         "programs are for train.py --init)")
+                         "programs: eval.py with --arch, or train.py --init)")
     depth = about.get("depth")  # None: the architecture's own
     if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
         raise InputError(f"{path}: its depth is damaged; pre-train again")
@@ -105,9 +109,14 @@ def load_encoder(path):
         encoder.load_state_dict(about.pop("encoder"))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its weights are not {about['arch']}'s ({one_line(error)})") from None
+    check_finite(encoder, path)
+    return encoder.eval(), about
+
+
+def check_finite(encoder, path):
+    """InputError if a weight of the encoder at path is not finite."""
     if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
         raise InputError(f"{path}: has weights that are not finite; use another one, or pre-train again")
-    return encoder.eval(), about
 
 
 def pixel_values(path, values):
@@ -119,16 +128,73 @@ def pixel_values(path, values):
     return red, green, blue
 
 
-def weights_of(state):
+def save_encoder(path, encoder, **about):
+    """Writes encoder.pt; about: arch, depth, method, ssl, data, mpp, step and trained_on."""
+    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(encoder.mean),
+                        "std": list(encoder.std), **about})
+
+
+# ---------------------------------------------------------------- weights of other programs
+
+class ClassTokenViT(dirl.VisionTransformer):
+    """A ViT with a class token, which is f, as in timm and DINO: images (B, 3, H, W) -> that token (B, 1, d).
+
+    last_attention is among the n patches: the class token's row and column are dropped, and every row sums
+    to 1 again.
+    """
+
+    def __init__(self, embed_dim, depth, num_heads):
+        super().__init__(embed_dim, depth, num_heads)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))  # its position embedding is added to it
+
+    def embed(self, images):
+        patches = super().embed(images)  # (B, n, d)
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
+
+    def forward(self, images):
+        return super().forward(images)[:, :1]
+
+    def last_attention(self, images):
+        among_patches = super().last_attention(images)[..., 1:, 1:]
+        return among_patches / among_patches.sum(-1, keepdim=True)
+
+
+def open_encoder(path, arch=None):
+    """Returns what load_encoder does; of another program's weights, if their arch is given.
+
+    Nothing is known of their training: data, mpp and step are None, and the record of it is empty.
+    """
+    if arch is None:
+        return load_encoder(path)
+    state = read_state(path)
+    if isinstance(state, dict) and "trained_on" in state:  # an encoder.pt: its own arch and record count
+        return load_encoder(path)
+    encoder = make_encoder(arch, MEAN, STD)
+    if "cls_token" in weights_of(state, path):
+        encoder = ClassTokenViT(encoder.embed_dim, len(encoder.blocks), encoder.num_heads)
+    init_encoder(encoder, path, state)
+    check_finite(encoder, path)
+    print(f"warning: {path}: does not record what it was trained on; make sure it has seen no test image")
+    about = {"arch": arch, "method": re.sub(r"[^\w.-]+", "_", path.stem), "data": None, "mpp": None,
+             "step": None, "trained_on": {"data": None, "images": {}, "patients": []}}
+    return encoder.eval(), about
+
+
+def read_state(path):
+    """Returns the content of a file of weights; DINO's have their flags, a Namespace, which is allowed."""
+    return load_tensors(path, allowed=[Namespace])
+
+
+def weights_of(state, path):
     """Returns {timm's name: tensor} of a loaded encoder.pt, or of a state dict of timm's or DINO's.
 
     DINO keeps student and teacher (the teacher is taken) and puts "module." and "backbone." before the names.
-    ValueError if there is no state dict.
+    InputError if the file at path has no state dict.
     """
     for key in ("encoder", "teacher", "state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
-        raise ValueError("no state dict")
+        raise InputError(f"{path}: holds no state dict; save the encoder's, in timm's or DINO's names")
     weights = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -141,8 +207,8 @@ def fit_positions(positions, like):
 
     Tokens before the square grid (class, distillation, registers) are dropped. ValueError if they are many.
     """
-    side = int(positions.shape[1] ** 0.5)
-    wanted = int(like.shape[1] ** 0.5)
+    side = math.isqrt(positions.shape[1])
+    wanted = math.isqrt(like.shape[1])
     if positions.shape[1] - side * side > 5:
         raise ValueError(f"a position embedding of {positions.shape[1]} tokens has no square grid")
     grid = positions[:, -side * side:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, d, side, side)
@@ -151,41 +217,82 @@ def fit_positions(positions, like):
     return grid.flatten(2).transpose(1, 2)
 
 
-def fit_weights(encoder, path):
+def fit_weights(encoder, path, state=None):
     """Returns {name: tensor} for all weights of an encoder, from another file, and the names that it ignores.
 
-    InputError if one of the encoder's weights is missing in the file or has another size. DINO's files also
-    hold their flags, as an argparse.Namespace, which is therefore allowed.
+    state: the file's content, if it has been read. InputError if one of the encoder's weights is missing in
+    it or has another size.
     """
     own = encoder.state_dict()
+    given = weights_of(read_state(path) if state is None else state, path)
     try:
-        given = weights_of(load_tensors(path, allowed=[Namespace]))
         positions, like = given.get("pos_embed"), own.get("pos_embed")
         if None not in (positions, like) and positions.ndim == 3 and positions.shape[-1] == like.shape[-1]:
             given["pos_embed"] = fit_positions(positions, like)
+            has_class_position = math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]
+            if has_class_position and "cls_token" in own:
+                given["cls_token"] = given["cls_token"] + positions[:, :1]
         missing = sorted(own.keys() - given.keys())
         other = [name for name in own if name in given and given[name].shape != own[name].shape]
         if missing or other:
             raise ValueError(f"{len(missing)} of its {len(own)} weights are missing and {len(other)} have "
                              f"another size, such as {(missing + other)[0]}")
-    except ValueError as error:
-        raise InputError(f"--init {path}: does not fit --arch ({error}); another --arch, or a file of "
-                         "vit_tiny or vit_small with patches of 16 px") from None
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: does not fit --arch ({error}); another --arch, or a file of vit_tiny or "
+                         "vit_small with patches of 16 px") from None
     return {name: given[name].float() for name in own}, sorted(given.keys() - own.keys())
 
 
-def init_encoder(encoder, path):
+def init_encoder(encoder, path, state=None):
     """Loads the weights of another file into an encoder; prints what was taken and what was ignored."""
-    weights, ignored = fit_weights(encoder, path)
+    weights, ignored = fit_weights(encoder, path, state)
     encoder.load_state_dict(weights)
     rest = f", ignored {', '.join(ignored)}" if ignored else ""
-    print(f"--init {path}: took {len(weights)} tensors{rest}")
+    print(f"{path}: took {len(weights)} tensors{rest}")
 
 
-def save_encoder(path, encoder, **about):
-    """Writes encoder.pt; about: arch, depth, method, ssl, data, mpp, step and trained_on."""
-    save_tensors(path, {"encoder": encoder.state_dict(), "mean": list(encoder.mean),
-                        "std": list(encoder.std), **about})
+# ---------------------------------------------------------------- where results go
+
+def results_folder(path, about, data):
+    """Returns the folder of the results that an encoder has on a data set, so that none overwrites another's.
+
+    path, about: of open_encoder. It is the run of an encoder.pt, encoder_<epoch>/ in it of an
+    encoder_<epoch>.pt, on_<data>/ in these on another data set than the training's, and
+    runs/<data>_<file's stem>/ of another program's weights.
+    """
+    if about["data"] is None:
+        return Path("runs") / f"{data}_{about['method']}"
+    folder = path.parent if path.name == "encoder.pt" else path.with_suffix("")
+    return folder if data == about["data"] else folder / f"on_{data}"
+
+
+def features_folder(path, about, slides):
+    """Returns the folder of features/: like results_folder, but data sets of the same slides share it.
+
+    slides: the name of their folder (wsi.folders.Data.name), "bright" for bright3 and bright6.
+    """
+    return results_folder(path, about | {"data": about["trained_on"]["data"]}, slides)
+
+
+def describe_results(folder, path, about, data):
+    """Writes a results_folder's config.json, which experiments.table reads, unless it is the run's own.
+
+    InputError if the folder has results of other weights: files of other programs may have the same name.
+    """
+    config = {"data": data, "arch": about["arch"], "method": about["method"]}
+    if about["data"] is None:
+        config["weights"] = file_stamp(path)
+        if read_json(folder / "config.json") not in ({}, config):
+            raise InputError(f"{folder}: has results of other weights than {path}; rename the file")
+    elif folder == path.parent:
+        return
+    else:
+        config = read_json(path.parent / "config.json") | config | {"steps": about["step"]}
+        if data != about["data"]:
+            config["pretrained_on"] = about["data"]
+        if path.name != "encoder.pt":
+            config["checkpoint"] = path.stem
+    write_json(folder / "config.json", config)
 
 
 # ---------------------------------------------------------------- features and attention

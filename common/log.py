@@ -34,11 +34,12 @@ class Log:
     names: of the losses. dino: {name: dirl.DINOLoss} of the heads with prototypes; the teacher's entropy H(q)
     and the divergence KL(q || p), which add up to a head's loss, are logged as shares of ln K. reads_late:
     reads the values of READ_EVERY steps at once, because every read makes a GPU wait. diverged(step, loss)
-    returns the message for a loss that is not finite.
+    returns the message for a loss that is not finite. has_cells: without them both_regions and cell_share
+    stay empty.
     """
 
     def __init__(self, folder, names, dino, start, steps, per_epoch, batch, out_dim, diverged,
-                 reads_late=False):
+                 reads_late=False, has_cells=True):
         self.names = names
         self.ln_k = {name: math.log(len(cross_entropy.center)) for name, cross_entropy in dino.items()}
         self.start = start
@@ -46,6 +47,7 @@ class Log:
         self.batch = batch
         self.ln_out_dim = math.log(out_dim)
         self.diverged = diverged
+        self.has_cells = has_cells
         self.started_at = time.monotonic()
         self.read_every = READ_EVERY if reads_late else 1
         self.warned = set()  # heads
@@ -101,8 +103,9 @@ class Log:
 
         row = {"step": step, "epoch": step // self.per_epoch, "loss": f"{loss:.6g}",
                "lr": f"{schedule.lr:.6g}", "momentum": f"{schedule.momentum:.8g}",
-               "teacher_temp": f"{schedule.teacher_temp:.6g}", "both_regions": f"{both_regions:.4g}",
-               "cell_share": f"{cell_share:.4g}", "ln_out_dim": f"{self.ln_out_dim:.6g}"}
+               "teacher_temp": f"{schedule.teacher_temp:.6g}", "ln_out_dim": f"{self.ln_out_dim:.6g}"}
+        if self.has_cells:
+            row |= {"both_regions": f"{both_regions:.4g}", "cell_share": f"{cell_share:.4g}"}
         for column, of_heads in (("loss", losses), ("entropy", entropy), ("kl", kl)):
             row |= {f"{column}_{head}": f"{value:.6g}" for head, value in of_heads.items()}
         if effective_rank is not None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import mil
 from common.bags import labelled, read_bags
-from common.encoders import check_device, find_encoder, load_encoder
+from common.encoders import check_device, features_folder, find_encoder, load_encoder
 from common.errors import InputError
 from common.files import print_table, read_csv, write_csv
 from common.flags import SEED, between, whole
@@ -120,14 +120,17 @@ def write_split(found, folds, number, data):
 
 # ---------------------------------------------------------------- DSMIL on the folds
 
-def measure_fold(found, fold, path, args):
-    """Returns accuracy, AUC and macro F1 on a fold's test slides, of DSMIL trained on its other slides."""
+def measure_fold(found, fold, path, folder, args):
+    """Returns accuracy, AUC and macro F1 on a fold's test slides, of DSMIL trained on its other slides.
+
+    path, folder: the encoder.pt, and where its features are.
+    """
     names = [name for split in SPLITS for name in fold[split]]
-    bags = read_bags(path.parent, names, path)
+    bags = read_bags(folder, names, path)
     missing = [name for name in names if name not in bags]
     if missing:
-        raise InputError(f"{path.parent}/features: lacks {len(missing)} slides ({missing[0]}, ..); "
-                         f"python eval.py --data {args.data} --checkpoint {path.parent}, or remove them")
+        raise InputError(f"{folder}/features: lacks {len(missing)} slides ({missing[0]}, ..); "
+                         f"python eval.py --data {args.data} --checkpoint {path}, or remove them")
     train, val, test = (labelled(bags, fold[split], found, args.device) for split in SPLITS)
     model = mil.train_dsmil(train, val, len(found.classes), args.epochs, seed=args.seed,
                             weight_decay=args.mil_weight_decay)
@@ -148,7 +151,7 @@ def measure_network(name, pattern, found, folds, args):
             raise InputError(f"{path}: was pre-trained on {len(leaked)} of the {len(fold['test'])} test "
                              f"slides of fold {number}, or on their patients ({leaked[0]}, ..); pre-train "
                              "for each fold (--write-split), or --allow-seen")
-        values = measure_fold(found, fold, path, args)
+        values = measure_fold(found, fold, path, features_folder(path, about, found.name), args)
         counts = (len(fold[split]) for split in SPLITS)
         rows.append((name, about["arch"], number, *values, *counts, len(leaked)))
     return rows

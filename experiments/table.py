@@ -2,7 +2,8 @@
 
     python -m experiments.table runs [--format latex] [--measures accuracy auc macro_f1 middle]
 
-Reads slides.csv, patches.csv and results.csv of every run below a folder, as eval.py writes them. Repeats
+Reads slides.csv, patches.csv and results.csv of every run below a folder, and of each other folder where
+eval.py writes results: on_<data>/ of another data set, encoder_<epoch>/, weights of other programs. Repeats
 are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; a run with other
 settings has its own row, which names what differs. Every setting in which the rows of a data set differ is
 listed below the table; bold marks the best of a column of accuracies, AUC or F1.
@@ -37,8 +38,10 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
        "lsup": "L_sup"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
-NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision"}
-IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels"}  # or not a setting
+NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",
+              "steps", "weights", "pretrained_on"}
+IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels",  # or no setting
+                "pretrained_on"}
 ARM_COLORS = ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f",
               "#a65628", *matplotlib.colormaps["tab20"].colors)  # of the arms of study claim, in their order
 
@@ -119,14 +122,36 @@ def labels_of(runs):
             if name not in NO_SETTING and differs and value != usual:
                 additions.append(f"{name.replace('_', ' ')} {value}")
         labels.append(", ".join([f"{METHODS.get(method, method)}-{SIZES.get(arch, arch)}", *additions]))
-    return labels
+    return told_apart(labels, runs)
+
+
+def told_apart(labels, runs):
+    """Adds the data set of pre-training to the labels of encoders that differ in it alone.
+
+    Only if they were measured on the same data set, such as those of lung and of brca on MHIST: they would
+    be taken for repeats.
+    """
+    sources = []  # (label, data set of pre-training) of each run
+    sources_of = defaultdict(set)  # {(label, data set of the results): sources}
+    for label, (_, config, values) in zip(labels, runs):
+        source = label, config.get("pretrained_on", config["data"])
+        sources.append(source)
+        for data, _ in values:
+            sources_of[label, data].add(source)
+    several = set().union(*(found for found in sources_of.values() if len(found) > 1))
+    return [f"{source[0]}, pretrained on {source[1]}" if source in several else source[0]
+            for source in sources]
 
 
 def settings_of(folder, config):
     """Returns {setting: value as text} of a run: flags and crops of its config.json, and its steps."""
+    if "weights" in config:  # another program's: its training has no such settings
+        return {}
     settings = defaults_of(config) | config
     log = read_log(folder / "log.csv")
-    settings["steps"] = int(log[-1]["step"]) + 1 if log else "unknown"
+    if log:
+        settings["steps"] = int(log[-1]["step"]) + 1
+    settings.setdefault("steps", "unknown")
     return {name.replace("_", " "): str(value) for name, value in settings.items()
             if name not in IN_THE_LABEL}
 

@@ -221,8 +221,9 @@ def test_one_dark_square_lights_up_in_place(tmp_path, monkeypatch):
     image[:] = 245 * np.exp(-0.4 * STAINS[1])
     image[416: 512, 384: 512] = (60, 20, 70)
     saved(tmp_path / "in/slides/s.png", array=image)
-    about = {"it": (Dark(), tmp_path / "encoder.pt", {"mpp": 2.0})}
-    monkeypatch.setattr(shared, "load_networks", lambda args: about)
+    about = {"mpp": 2.0, "data": "in", "trained_on": {"data": "in"}}
+    networks = {"it": (Dark(), tmp_path / "encoder.pt", about)}
+    monkeypatch.setattr(shared, "load_networks", lambda args: networks)
     drawn, draw = [], heatmap.draw
     monkeypatch.setattr(heatmap, "draw", lambda *what: drawn.extend(what) or draw(*what))
     argv = ["--checkpoint", "it", "--data", "in", "--mpp", "2", "--slide-mpp", "1", "--part", "train",
@@ -282,6 +283,20 @@ def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path,
     text = (tmp_path / "table.tex").read_text()
     assert r"Baseline-T4 & \textbf{0.850} $\pm$ 0.071 & 0.600" in text and r"{c}{other\_set}" in text
     refused(capsys, table.main, [str(tmp_path / "nothing")], "nothing", "eval.py")
+
+
+def test_encoders_of_two_data_sets_on_a_third_are_no_repeats(tmp_path):
+    for name, data, method in (("a", "one", "dirl"), ("b", "two", "dirl"), ("c", "two", "baseline")):
+        result(tmp_path / name, [0.8], data=data, method=method)
+        write_table(tmp_path / name / "patches.csv", "data,encoder,training,fold,accuracy,auc",
+                    [f"mhist,{name},fine-tuned,1,0.5,0.5"])
+    result(tmp_path / "a/on_three", [0.6], data="three", pretrained_on="one")
+    assert table.main([str(tmp_path), "--measures", "accuracy"]) == 0
+    rows = {(row["network"], row["data"]): row["repeats"] for row in rows_of(tmp_path / "table.csv")}
+    assert rows == dict.fromkeys([
+        ("Baseline-T4", "two"), ("Baseline-T4", "mhist"), ("DiRL-T4, pretrained on one", "one"),
+        ("DiRL-T4, pretrained on one", "mhist"), ("DiRL-T4, pretrained on one", "three"),
+        ("DiRL-T4, pretrained on two", "two"), ("DiRL-T4, pretrained on two", "mhist")], "1")
 
 
 def trained(folder, steps, **config):
@@ -392,7 +407,7 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
     refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "not a slide in the train part")
     shutil.copytree(here / ONE, here / "runs/copy")
     assert eval_py.main(["--data", "plain", *ON[2:], "--checkpoint", "runs/copy"]) == 0
-    rows = rows_of(here / "runs/copy/results.csv")
+    rows = rows_of(here / "runs/copy/on_plain/results.csv")
     over = {row["over"] for row in rows if row["measure"].startswith("tokens")}
     assert over == {"4 training crops (no labels)"}
 

@@ -108,7 +108,7 @@ def test_check_and_the_start_of_training_name_them_once(place, capsys):
     out = capsys.readouterr().out
     assert out.count("goood.geojson") == 1 and "the built-in detector" not in out
     argv = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--workers", "1",
-            "--device", "cpu", "--max-steps", "1", "--method", "baseline", "--out-dim", "8",
+            "--device", "cpu", "--max-steps", "1", "--method", "cellback", "--out-dim", "8",
             "--local-crops", "0", "--global-size", "32", "--epochs", "1", "--warmup-epochs", "0"]
     assert train.main(argv) == 0
     warned = [line for line in capsys.readouterr().out.splitlines() if "goood" in line]

@@ -14,6 +14,7 @@ import train
 from common.files import load_tensors
 from data import Crops
 from prior import segment_nuclei
+from wsi import cache
 from wsi.cache import crop_mpp, file_mpp, load_crops, prepare
 from wsi.splits import find_data
 
@@ -77,12 +78,12 @@ def test_cells_of_real_crops_of_1000_px(place):
 
 def test_train_and_eval_take_the_um_per_px_of_224_px(place, capsys):
     nuclei_crops(place / "c")
-    flags = [*SMALL, "--data", "c", "--mpp", "0.25"]
+    flags = [*SMALL, "--data", "c", "--mpp", "0.25", "--method", "cellback"]
     assert train.main(flags) == 0
     out = capsys.readouterr().out
     density = 1e6 * len(CENTRES) / 250 ** 2
     assert f"{2 * len(CENTRES)} cells in 2 crops, {density:.0f} per mm2" in out
-    run = place / "runs" / "c_vit_t4_baseline"
+    run = place / "runs" / "c_vit_t4_cellback"
     assert load_tensors(run / "encoder.pt")["mpp"] == pytest.approx(250 / 224)
     assert json.loads((run / "config.json").read_text())["mpp"] == pytest.approx(250 / 224)
     assert train.main(flags) == 0  # the same run, which is finished
@@ -91,6 +92,25 @@ def test_train_and_eval_take_the_um_per_px_of_224_px(place, capsys):
         assert eval_py.main(["--data", "c", "--checkpoint", str(run), *mpp, *CPU]) == 0
         out = capsys.readouterr().out
         assert "drawn without P_c" not in out and "patches with a cell" in out
+
+
+def test_the_baseline_takes_the_same_crops_without_their_cells(place, capsys, monkeypatch):
+    nuclei_crops(place / "c")
+    saved(place / "c" / "crops" / "other.png", array=tissue(448))
+    write(place / "c" / "crops" / "broken.png", "x")
+    monkeypatch.setattr(cache, "segment_nuclei", lambda *args: pytest.fail("cells are looked for"))
+    assert train.main([*SMALL, "--data", "c", "--mpp", "0.25"]) == 1
+    out = capsys.readouterr().out
+    assert "other.png: is 448 px a side" in out and "broken.png: cannot be read" in out and "cells" not in out
+    run = place / "runs" / "c_vit_t4_baseline"
+    about = load_tensors(run / "encoder.pt")
+    assert about["mpp"] == pytest.approx(250 / 224)
+    assert set(about["trained_on"]["images"]) == {"0.png", "1.png"}
+    for mpp in ([], ["--mpp", "0.25"]):
+        assert eval_py.main(["--data", "c", "--checkpoint", str(run), *mpp, *CPU]) == 0
+        out = capsys.readouterr().out
+        assert "0 of 2 crops have cells" in out and "patches with a cell" not in out
+    assert [path.name for path in (place / "datasets/c/cells").iterdir()] == ["crops_none.npz"]
 
 
 def test_a_finer_um_per_px_than_any_slide_has_is_refused(place, capsys):

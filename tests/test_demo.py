@@ -175,7 +175,8 @@ def test_the_truth_of_tiles_is_counted_by_hand(tmp_path):
 def test_the_random_start_is_next_to_the_trained_network(folder, monkeypatch):
     run = folder.parent / "runs" / "tiny_set_vit_t4_dirl"
     save_encoder(run / "encoder.pt", random_encoder("vit_t4", 3, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="tiny", mpp=2.0, step=1, trained_on={"data": "tiny", "images": {}, "patients": []})
+                 data="tiny_set", mpp=2.0, step=1,
+                 trained_on={"data": "tiny_set", "images": {}, "patients": []})
     (run / "config.json").write_text('{"seed": 3}')
     argv = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU, "--repeats", "2",
             "--epochs", "2", "--overlays", "1", "--compare", "random"]

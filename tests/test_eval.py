@@ -24,6 +24,7 @@ from wsi.datasets import evaluated_mpp
 from wsi.splits import find_data
 
 CPU = ["--device", "cpu", "--workers", "1"]
+SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU]
 STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 
@@ -45,7 +46,8 @@ def run_folder(name="runs/tiny_vit_t_dirl", seed=0):
     """A run with an encoder.pt that was never trained, normalized by other statistics than ImageNet's."""
     encoder = random_encoder("vit_t", seed, *STATS)
     save_encoder(Path(name) / "encoder.pt", encoder, arch="vit_t", method="dirl",
-                 data="tiny", mpp=2.0, step=0, trained_on={"data": "tiny", "images": {}, "patients": []})
+                 data="tiny_set", mpp=2.0, step=0,
+                 trained_on={"data": "tiny_set", "images": {}, "patients": []})
     return Path(name)
 
 
@@ -325,8 +327,8 @@ def check_clam_tables(folder, names):
 def test_exports_load_back_equal_and_are_written_once(folder, capsys):
     replace(folder / "labels.csv", (",nests,", ",ILC / other,"))
     run = run_folder()
-    argv = ["slides", "--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU,
-            "--repeats", "2", "--epochs", "3", "--class-weights", "--overlays", "1", "--checkpoint", str(run)]
+    argv = ["slides", *SET, "--repeats", "2", "--epochs", "3", "--class-weights", "--overlays", "1",
+            "--checkpoint", str(run)]
     assert eval_py.main([*argv, "--export", "clam", "csv", "geojson"]) == 0
     out = capsys.readouterr().out
     assert "slide macro F1" in out and "clam/, csv/, geojson/" in out

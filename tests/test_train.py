@@ -3,6 +3,7 @@ import errno
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from common.encoders import MEAN, STD, load_encoder, normalize
 from common.errors import InputError
 from common.files import load_tensors, save_tensors
 from common.watch import effective_rank
-from experiments import benchmark, curves
-from wsi import segment
+from experiments import benchmark, compare, curves
+from wsi import cache, segment
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--workers", "1", "--device", "cpu"]
@@ -125,12 +126,37 @@ def test_a_changed_split_is_refused_and_eval_needs_no_cells(place, folder, capsy
     refused(capsys, train.main, argv, "images 6 (stamp")
     replace(folder / "labels.csv", *((new, old) for old, new in moved))
     assert train.main(argv) == 0  # the split is as it was: the run is resumed
-    for path in (place / "datasets" / "tiny_set" / "cells").rglob("*.npz"):
-        path.unlink()
     assert eval_py.main([*test, "--prior", "hovernet"]) == 0  # features and DSMIL need no prior
     out = capsys.readouterr().out
     assert "drawn without P_c" in out and "slide AUC" in out and "patches with a cell" not in out
     assert (run / "attention_overlay.png").is_file() and not list(place.rglob("cells/**/*.npz"))
+
+
+def test_the_baseline_looks_for_no_cells_and_keeps_slides_without_them(place, folder, monkeypatch, capsys):
+    write(folder / "cells" / "glands_0.json", "broken")
+    assert train.main([*FOLDER, "--max-steps", "1", "--method", "cellback"]) == 1
+    assert "skipped: tiny set/cells/glands_0.json" in capsys.readouterr().out
+    shutil.rmtree(place / "datasets" / "tiny_set" / "cells")
+    for name in ("read_cells", "segment_nuclei", "segment_slides"):
+        monkeypatch.setattr(cache, name, lambda *args, **kw: pytest.fail("cells are looked for"))
+    assert train.main([*FOLDER, "--max-steps", "1", "--method", "baseline"]) == 0
+    out = capsys.readouterr().out
+    assert "cells" not in out and "6 crops of 6 slides" in out
+    assert not (place / "datasets" / "tiny_set" / "cells").exists()
+    runs = [place / "runs" / f"tiny_set_vit_t4_{method}" for method in ("cellback", "baseline")]
+    trained_on = [load_tensors(run / "encoder.pt")["trained_on"]["images"] for run in runs]
+    assert trained_on[1].keys() - trained_on[0].keys() == {"glands_0"}
+    cellback, baseline = (rows_of(run / "log.csv")[0] for run in runs)
+    assert cellback["cell_share"] and cellback["both_regions"]
+    assert baseline["cell_share"] == baseline["both_regions"] == "" and baseline["loss_f"]
+
+
+@pytest.mark.parametrize("flags, cells", [
+    ([], True), (["--method", "cellback"], True), (["--method", "baseline"], False),
+    (["--ssl", "lsup"], True), (["--ssl", "imix"], False), (["--ssl", "byol", "--method", "dirl"], True),
+    (["--ssl", "dino", "--heads", "4", "4"], False)])
+def test_cells_are_for_methods_that_use_them(flags, cells):
+    assert train.uses_cells(compare.arguments(["--arch", "vit_t4", *flags])) == cells
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(place, folder, monkeypatch, capsys):
@@ -165,13 +191,14 @@ def test_a_full_disk_loses_nothing_that_was_finished(place, capsys, monkeypatch,
         pytest.skip("this system has no /dev/full")
     writers = {"tile": (Image.Image, "save"), "cells": (np, "savez_compressed"),
                "checkpoint": (torch, "save")}
+    argv = [*SMALL, "--method", "cellback"]
     with monkeypatch.context() as patch:
         patch.setattr(*writers[what], full)
-        assert train.main(SMALL) == 2
+        assert train.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.count("train.py:") == 1 and "No space left" in error
     assert not list(place.rglob("*.part"))
-    assert train.main(SMALL) == 0  # resumes when there is room
+    assert train.main(argv) == 0  # resumes when there is room
 
 
 def test_damaged_files_of_a_run_are_refused_and_nothing_is_executed(place, capsys):
@@ -346,7 +373,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
 @pytest.mark.parametrize("flag, content, says", [
     ("--init", None, "w.pth: is missing"), ("--init", "text", "w.pth: cannot be loaded"),
     ("--init", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull"),
-    ("--init", {}, "--init w.pth: does not fit --arch"),
+    ("--init", {}, "w.pth: does not fit --arch"),
     ("--probe", None, "--probe w.pth: is missing"), ("--probe", POINTER, "--probe w.pth: is missing"),
     ("--checkpoint", None, "--checkpoint w.pth: is missing"), ("--checkpoint", {}, "is not an encoder.pt"),
     ("--checkpoint", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull")])

@@ -19,6 +19,7 @@ from common.pool import call, in_processes, shard_of
 from prior import segment_nuclei
 from wsi.cell_files import cell_file, cell_files, unused_cell_files
 from wsi.cells import READERS, read_cells
+from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
 from wsi.sanity import assumed_power, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
@@ -30,7 +31,8 @@ def prepare(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
     """Cuts the missing tiles and finds the missing cells; returns a line for each image that was skipped."""
     if data.kind == "crops":
         return prepare_crop_cells(data, workers)
-    return prepare_tiles(data, tissue, workers, gigapixels) + prepare_cells(data, workers)
+    skipped = prepare_tiles(data, tissue, workers, gigapixels)
+    return skipped if data.prior == NO_CELLS else skipped + prepare_cells(data, workers)
 
 
 def warn_of_cell_files(data):
@@ -199,7 +201,9 @@ def copy_level0(file, copy, path, slide_mpp, source):
 
 
 def ready_cells(data, name):
-    """Returns a slide's cells (K, 2) in level-0 px, sorted by y; None if prepare_cells has to run first."""
+    """Returns a slide's cells (K, 2) in level-0 px, sorted by y; None if prepare has to run first."""
+    if data.prior == NO_CELLS:
+        return np.zeros((0, 2))
     file = cell_file(data, name)
     if file is None or tile_info(data, name) is None:
         return None
@@ -279,11 +283,13 @@ def read_crop(path):
 def cells_of_crop(path, mpp, cells):
     """Returns the CropCells of an image file: from a file of cells, or by the detector on the file's own px.
 
-    mpp: um/px of the image file. cells: the file of cells, or None.
+    mpp: um/px of the image file, None with NO_CELLS. cells: the file of cells, or None.
     """
     image = read_square(path)
     pixels = np.asarray(image)
-    if cells is None:
+    if mpp is None:
+        xy = np.zeros((0, 2))
+    elif cells is None:
         xy = segment_nuclei(pixels, mpp)
     else:
         xy = read_cells(cells, slide_size=image.size)
@@ -296,17 +302,35 @@ def usual_side(sides):
     return max(counts, key=lambda side: (counts[side], side))
 
 
-def crop_side(data):
-    """Returns the side in px of a data set's ready-cut crops in their files; None before cells are found.
+def crop_sides(data):
+    """Returns {ready-cut crop: its side in px in its file} of those that prepare could read, {} before it.
 
-    Crops of another side would have other um/px at CROP px: read_crop_cells skips them.
+    The sides do not depend on the cells: without those of the data set's prior, what NO_CELLS left counts.
     """
-    kept = read_npz(crop_cells_file(data), "names", "side")
-    if kept is None:
-        return None
-    side_of = dict(zip(kept["names"].tolist(), kept["side"].tolist()))
-    sides = [side for name, side in side_of.items() if name in data.images]
-    return usual_side(sides) if sides else None
+    for prior in (data.prior, NO_CELLS):
+        kept = read_npz(crop_cells_file(data, prior), "names", "side")
+        if kept:
+            sides = zip(kept["names"].tolist(), kept["side"].tolist())
+            return {name: side for name, side in sides if name in data.images}
+    return {}
+
+
+def crop_side(data):
+    """Returns the side in px of a data set's ready-cut crops in their files; None before prepare.
+
+    Crops of another side would have other um/px at CROP px: they are skipped.
+    """
+    sides = crop_sides(data)
+    return usual_side(sides.values()) if sides else None
+
+
+def usable_crops(data):
+    """Returns the names of the ready-cut crops of the usual side; before prepare those of all."""
+    sides = crop_sides(data)
+    if not sides:
+        return list(data.images)
+    usual = usual_side(sides.values())
+    return [name for name in sides if sides[name] == usual]
 
 
 def crop_mpp(data):
@@ -317,7 +341,7 @@ def crop_mpp(data):
 def file_mpp(data, mpp):
     """Returns the um/px that ready-cut crops have in their files if the network sees mpp; None if unknown."""
     side = crop_side(data)
-    return mpp / (side / CROP) if side else None
+    return mpp / (side / CROP) if side and mpp else None
 
 
 def other_sides(paths, sides):
@@ -341,14 +365,15 @@ def without_color(grey):
     return f"{sum(grey):,} of {len(grey):,} crops have no colour; H&E is needed"
 
 
-def crop_cells_file(data):
-    """Returns the file that keeps all cells of a data set's crops."""
-    return data.work / "cells" / f"crops_{data.prior}.npz"
+def crop_cells_file(data, prior):
+    """Returns the file that keeps all cells of a data set's crops by a prior."""
+    return data.work / "cells" / f"crops_{prior}.npz"
 
 
 def cell_files_of_crops(data):
     """Returns {crop: its file of cells, or None}."""
-    if not (data.source / "cells").is_dir() and data.prior in ("auto", "builtin"):
+    has_files = (data.source / "cells").is_dir()
+    if data.prior == NO_CELLS or data.prior in ("auto", "builtin") and not has_files:
         return dict.fromkeys(data.images)
     return cell_files(data)
 
@@ -366,9 +391,10 @@ def prepare_crop_cells(data, workers):
     files = cell_files_of_crops(data)
     tasks = {}
     failed = []
+    mpp = None if data.prior == NO_CELLS else data.mpp
     for name in sorted(data.images.keys() - done.keys()):
-        if files[name] or data.prior in ("auto", "builtin"):
-            tasks[data.images[name], data.mpp, files[name]] = name
+        if files[name] or data.prior in ("auto", "builtin", NO_CELLS):
+            tasks[data.images[name], mpp, files[name]] = name
         else:
             failed.append(f"{data.images[name]}: no cells of {data.prior}; "
                           f"put them into {data.source}/cells/{data.prior}/")
@@ -398,14 +424,19 @@ def write_crop_cells(data, done, files):
     xy = np.clip(xy, -1e9, 1e9).astype(np.float32)
     owner = np.repeat(np.arange(len(done)), [len(crop.xy) for crop in crops])
     source = [made_from(data, name, files[name]) for name in done]
-    with atomic_write(crop_cells_file(data)) as temp, open(temp, "wb") as file:
+    with atomic_write(crop_cells_file(data, data.prior)) as temp, open(temp, "wb") as file:
         np.savez_compressed(file, x=xy[:, 0], y=xy[:, 1], crop=owner, names=list(done), source=source,
                             side=[crop.side for crop in crops], grey=[crop.grey for crop in crops])
 
 
 def kept_crops(data):
-    """Returns {crop: its CropCells} of the kept cells that were computed from the files found now."""
-    path = crop_cells_file(data)
+    """Returns {crop: its CropCells} of the kept cells that were computed from the files found now.
+
+    {} if the um/px that they were found at are unknown.
+    """
+    if data.mpp is None:
+        return {}
+    path = crop_cells_file(data, data.prior)
     kept = read_npz(path, "x", "y", "crop", "names", "source", "side", "grey")
     if kept is None:
         if path.is_file():

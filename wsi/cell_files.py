@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from common.errors import InputError
 from wsi.cells import cell_format
-from wsi.datasets import PRIORS
+from wsi.datasets import NO_CELLS, PRIORS
 from wsi.folders import first_of
 from wsi.slides import SLIDE_TYPES
 
@@ -137,7 +137,8 @@ def unmatched_files(data):
     places = [given]
     if data.prior not in ("auto", "builtin"):
         places.append(given / data.prior)
-    ours = {f"crops_{prior}.npz" for prior in PRIORS}  # found here if the user's folder is datasets/<name>
+    # Our own files are found here if the user's folder is datasets/<name>.
+    ours = {f"crops_{prior}.npz" for prior in (*PRIORS, NO_CELLS)}
     folders = names_by_folder(data)
     unmatched = []
     for place in places:

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from wsi.cache import read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder
+from wsi.cache import read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder, usable_crops
 
 
 def crops_of(data, names, with_cells):
@@ -13,7 +13,7 @@ def crops_of(data, names, with_cells):
         for name in names:
             yield from slide_crops(data, name, with_cells)
         return
-    cells_of = read_crop_cells(data) if with_cells else dict.fromkeys(names, np.zeros((0, 2)))
+    cells_of = read_crop_cells(data) if with_cells else dict.fromkeys(usable_crops(data), np.zeros((0, 2)))
     for name in names:
         if name in cells_of:
             yield name, data.images[name], (0, 0), cells_of[name]

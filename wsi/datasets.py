@@ -59,6 +59,7 @@ DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_di
             center_momentum=0.3, freeze_last_layer=100, drop_path=0.0, jitter=0.7, greyscale=0.0,
             solarize=0.0, blur=0.3)
 PRIORS = ("auto", "builtin", "hovernet", "cellpose", "histomicstk")
+NO_CELLS = "none"  # a prior that no flag names: crops without their cells, for the baseline
 
 
 def folder_of(data, root):

@@ -34,7 +34,7 @@ class Data:
     kind: str  # "slides" or "crops"
     images: dict
     slide_mpp: float = None  # --slide-mpp: um/px of slides that record none
-    prior: str = "auto"  # whose cells: one of PRIORS
+    prior: str = "auto"  # whose cells: one of PRIORS, or NO_CELLS
     labels: dict = field(default_factory=dict)
     pretrain_only: dict = field(default_factory=dict)
     absent: dict = field(default_factory=dict)

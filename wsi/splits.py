@@ -1,4 +1,6 @@
 """The split of a data set by patient (A.1), and the check that no encoder is tested on its training data."""
+from pathlib import Path
+
 import numpy as np
 
 from common.errors import InputError
@@ -23,6 +25,22 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
             raise InputError(
                 f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} ({name}); "
                 f"keep a patient in one split, in labels.csv or {found.work}/split.csv")
+    return found
+
+
+def find_patches(data, split_seed=0):
+    """Returns a data set of labelled images; InputError if it has none, or a class has no test image."""
+    folder = Path(data)
+    if folder.is_dir() and not (folder / "labels.csv").is_file():
+        raise InputError(f"{folder}/labels.csv: is missing; write it with the columns image,label[,split]")
+    found = find_data(data, split_seed=split_seed)
+    if found.kind != "crops":
+        raise InputError(f"{found.source}/labels.csv: has no column image; patches are images, "
+                         "for slides: python eval.py slides")
+    present = {found.labels[name]["label"] for name in found.split("test")}
+    missing = [label for label in found.classes if label not in present]
+    if missing:
+        raise InputError(f"--data {data}: no test image of {', '.join(missing)}; every class needs one")
     return found
 
 
@@ -99,6 +117,16 @@ def draw_split(rows, kept, splits, seed):
             left -= wanted
         split_of |= dict.fromkeys(undecided, "train")
     return split_of
+
+
+def check_classes(found, names):
+    """InputError if names hold no training or no test slide of a class, or no validation slide at all."""
+    for split in ("train", "val", "test"):
+        present = {found.labels[name]["label"] for name in found.split(split) if name in names}
+        missing = [label for label in found.classes if label not in present]
+        if missing and (split != "val" or not present):
+            raise InputError(f"{found.source}/labels.csv: no usable {split} slide of {', '.join(missing)}; "
+                             "add slides or change the split")
 
 
 # ---------------------------------------------------------------- what an encoder was trained on

@@ -95,24 +95,24 @@ def write_geojson(path, attention, corners, side, bounds, of_tile):
 
 # ---------------------------------------------------------------- DSMIL
 
-def dsmil_attention(found, path, name, corners, args):
+def dsmil_attention(found, encoder_path, folder, name, corners, args):
     """Returns DSMIL's attention (N,) to a slide's N tiles for its class; the mean of --repeats trainings.
 
     Trains on the training part, validates on the validation part. Without features it prints a line and
-    returns None; InputError if they belong to other tiles than corners (N, 2).
+    returns None; InputError if they belong to other tiles than corners (N, 2). folder: of features/.
     """
     if not args.repeats or not found.labels:
         return None
     try:
-        bags = read_bags(path.parent, dict.fromkeys([*found.split("train", "val"), name]), path)
+        bags = read_bags(folder, dict.fromkeys([*found.split("train", "val"), name]), encoder_path)
     except InputError as error:
         print(f"skipped: DSMIL: {error}")
         return None
     train, val = (labelled(bags, found.split(part), found, args.device) for part in ("train", "val"))
     if name not in bags or not np.array_equal(bags[name]["coords"], corners) or not train or not val:
-        raise InputError(f"{path.parent}/features: lacks {name} or has it with other tiles, or lacks all "
+        raise InputError(f"{folder}/features: lacks {name} or has it with other tiles, or lacks all "
                          "training or all validation slides; "
-                         f"python eval.py --checkpoint {path.parent}")
+                         f"python eval.py --checkpoint {encoder_path}")
     splits = {"train": train, "val": val, "slide": labelled(bags, [name], found, args.device)}
     if args.standardize:
         splits = classify.standardize(splits)
@@ -148,7 +148,7 @@ def draw(picture, maps, title):
 
 
 def run(args):
-    encoders, paths, found, names = shared.open_all(args)
+    encoders, files, found, names = shared.open_all(args)
     name = args.slide or names[0]
     if found.kind != "slides" or name not in names:
         raise InputError(f"--slide {name}: not a slide in the {args.part} part of {found.source}; see --part")
@@ -169,7 +169,7 @@ def run(args):
         high = (attention > 2).mean(1)
         of_tile = dict(zip(TOKENS, (low, 1 - low - high, high)))
         maps[network] = {"aggregated attention": stitch(attention, crops.corners, side, unit, shape)}
-        instances = dsmil_attention(found, paths[network], name, crops.corners, args)
+        instances = dsmil_attention(found, *files[network], name, crops.corners, args)
         if instances is not None:
             of_tile["DSMIL"] = instances
             maps[network]["DSMIL's attention"] = stitch(
