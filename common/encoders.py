@@ -77,8 +77,8 @@ def find_encoder(checkpoint, name=""):
         return path
     if name:
         pattern = f"{name}_vit_*/encoder.pt"
-        advice = (f"no run of {name} in runs/; first: python train.py with the same --data, or give another run "
-                  "by --checkpoint")
+        advice = (f"no run of {name} in runs/; first: python train.py with the same --data, or give another "
+                  "run by --checkpoint")
     else:
         pattern = "*/encoder.pt"
         advice = "no run in runs/; first: python train.py"
