@@ -402,7 +402,8 @@ def test_a_stopped_comparison_resumes_exactly(place, folder, capsys):
 
 
 def test_every_comparison_goes_through_the_loop(place, folder, capsys):
-    for argv in (["--ssl", "simclr"], ["--ssl", "lsup"], ["--ssl", "dino", "--heads", "1", "2"]):
+    shards = ["--ssl", "imix", "--accumulate", "2"]
+    for argv in (["--ssl", "simclr"], shards, ["--ssl", "lsup"], ["--ssl", "dino", "--heads", "1", "2"]):
         assert compare.main([*argv, *SHORT, "--max-steps", "1", "--run", "runs/one"]) == 0
         (Path("runs/one") / "checkpoint.pt").unlink()
         load_encoder("runs/one/encoder.pt")
