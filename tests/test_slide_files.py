@@ -21,7 +21,7 @@ from wsi.headers import dicom_series
 from wsi.slides import file_identity, sample_hash
 from wsi.splits import find_data
 
-NETWORK = Network(None, None, "the encoder's stamp")
+NETWORK = Network(None, None, None, "the encoder's stamp")
 CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
 
 
