@@ -69,3 +69,15 @@ def test_modules_files_and_links_in_the_docs_exist():
         missing = [name for name in modules + scripts if not (ROOT / name).is_file()]
         missing += [link for link in links if not (document.parent / link).is_file()]
         assert not missing, (document.name, missing)
+
+
+def test_the_python_block_in_readme_runs():
+    """As README has it, but with 2 crops instead of 8 and few outputs."""
+    block = re.search(r"## In Python\n+```python\n(.*?)```", README, re.DOTALL)[1]
+    for old, new in (("(2, 8,", "(2, 2,"), ("(8, 8,", "(8, 2,"), ("65536", "64"), ("4096", "16")):
+        assert old in block
+        block = block.replace(old, new)
+    names = {}
+    exec(block, names)
+    assert names["loss"].isfinite() and list(names["each"]) == ["c", "b", "cc", "bb", "cb", "bc"]
+    assert names["tokens"].shape == (2, 196, 192)
