@@ -136,11 +136,6 @@ def stamp(**inputs):
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stamp_of(value):
-    """Returns the stamp of a dict."""
-    return stamp(**value)
-
-
 def file_stamp(path):
     """Returns the first 16 hex digits of the SHA-256 of a file's contents."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

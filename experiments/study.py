@@ -24,7 +24,7 @@ import train
 from common import encoders
 from common.checkpoint import check_config
 from common.errors import InputError, Parser, run_script
-from common.files import file_stamp, read_json, stamp_of, write_json
+from common.files import file_stamp, read_json, stamp, write_json
 from common.flags import RUNNING, SEED, between, whole
 from common.log import is_finished
 from experiments import compare, folds, measures, table
@@ -228,7 +228,7 @@ def claim(args):
     batch = max(job.settings.batch for job in jobs)
     if training_crops < batch:
         raise InputError(f"--batch {batch}: there are only {training_crops} training crops; lower --batch")
-    labels_stamp = stamp_of(found.labels)
+    labels_stamp = stamp(**found.labels)
     keep_settings(Path(args.out) / "settings.json", settings, labels_stamp)
 
     patches = cache(lambda: measures.load_patches(found, args, settings.workers))  # only if one is measured
