@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import tifffile
@@ -135,6 +136,30 @@ def tcga(folder, patients, slides_each=2):
     slides_named(folder, names)
     rows = [f"{name},{'AB'[int(name[8:12]) % 2]}" for name in names]
     write_table(folder / "labels.csv", "slide,label", rows)
+
+
+def patch(path, label, seed, size=224):
+    """A noisy image that is redder the higher its label."""
+    noise = np.random.default_rng(seed).integers(0, 60, (size, size, 3)) + [60 * label, 60, 60]
+    saved(path, array=noise.clip(0, 255).astype(np.uint8))
+
+
+def make_mhist(more=()):
+    header = "Image Name,Majority Vote Label,Number of Annotators who Selected SSA (Out of 7),Partition"
+    rows = []
+    for i in range(10):
+        label, votes, split = ("HP", "SSA")[i % 2], (0, 7)[i % 2], "test" if i >= 6 else "train"
+        patch(Path(f"datasets/mhist/images/MHIST_{i}.png"), i % 2, i)
+        rows.append(f"MHIST_{i}.png,{label},{votes},{split}")
+    write_table(Path("datasets/mhist/annotations.csv"), header, [*rows, *more])
+
+
+def make_chaoyang():
+    for part, count in (("train", 8), ("test", 4)):
+        entries = [{"name": f"{part}/{i}.JPG", "label": i % 4} for i in range(count)]
+        for i, entry in enumerate(entries):
+            patch(Path("datasets/chaoyang", entry["name"]), i % 4, i, size=512)
+        write(Path(f"datasets/chaoyang/{part}.json"), entries)
 
 
 class Evil:

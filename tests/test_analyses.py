@@ -3,7 +3,6 @@ import json
 import shutil
 from itertools import permutations
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,8 +48,7 @@ def made(rendered, tmp_path_factory):
         patch.chdir(here)
         patch.setattr(dirl, "DINOHead", SmallHead)
         patch.setattr(train, "main", lambda flags, main=train.main: steps.append("train") or main(flags))
-        patch.setattr(study.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
-            returncode=eval_py.main(command[2:])))
+        patch.setattr(eval_py, "main", lambda flags, main=eval_py.main: steps.append("eval") or main(flags))
         assert study.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
         assert study.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
     return here

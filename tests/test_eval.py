@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from synthetic import arrays_of, refused, replace, rows_of, saved, times, write, write_table
+from synthetic import (
+    arrays_of,
+    make_chaoyang,
+    make_mhist,
+    patch,
+    refused,
+    replace,
+    rows_of,
+    times,
+    write,
+    write_table,
+)
 
 import dirl
 import eval as eval_py
@@ -36,12 +47,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "DRAWS", 50)
 
 
-def patch(path, label, seed, size=224):
-    """A noisy image that is redder the higher its label."""
-    noise = np.random.default_rng(seed).integers(0, 60, (size, size, 3)) + [60 * label, 60, 60]
-    saved(path, array=noise.clip(0, 255).astype(np.uint8))
-
-
 def run_folder(name="runs/tiny_vit_t_dirl", seed=0):
     """A run with an encoder.pt that was never trained, normalized by other statistics than ImageNet's."""
     encoder = random_encoder("vit_t", seed, *STATS)
@@ -59,24 +64,6 @@ def make_folder(root="given", per_class=8):
         patch(Path(root, f"im/{i}.png"), 2 * label, i)
         rows.append(f"im/{i}.png,{'ab'[label]},{split},group{label}_{i // 4}")
     write_table(Path(root, "labels.csv"), "image,label,split,group", rows)
-
-
-def make_mhist(more=()):
-    header = "Image Name,Majority Vote Label,Number of Annotators who Selected SSA (Out of 7),Partition"
-    rows = []
-    for i in range(10):
-        label, votes, split = ("HP", "SSA")[i % 2], (0, 7)[i % 2], "test" if i >= 6 else "train"
-        patch(Path(f"datasets/mhist/images/MHIST_{i}.png"), i % 2, i)
-        rows.append(f"MHIST_{i}.png,{label},{votes},{split}")
-    write_table(Path("datasets/mhist/annotations.csv"), header, [*rows, *more])
-
-
-def make_chaoyang():
-    for part, count in (("train", 8), ("test", 4)):
-        entries = [{"name": f"{part}/{i}.JPG", "label": i % 4} for i in range(count)]
-        for i, entry in enumerate(entries):
-            patch(Path("datasets/chaoyang", entry["name"]), i % 4, i, size=512)
-        write(Path(f"datasets/chaoyang/{part}.json"), entries)
 
 
 # ---------------------------------------------------------------- patches: settings, layouts, folds
