@@ -9,7 +9,9 @@ from synthetic import prepared, saved, tissue, write
 import data
 import train
 from data import Crops
+from wsi import cache
 from wsi.cell_files import cell_file, cell_files, image_names, unmatched_files, unused_cell_files
+from wsi.datasets import DATASETS
 from wsi.splits import find_data
 
 POINT = json.dumps({"type": "Feature", "geometry": {"type": "Point", "coordinates": [20, 30]}})
@@ -87,6 +89,34 @@ def test_a_segmenters_folder_that_is_not_read_is_named(place):
     assert unused_cell_files(find_data("x", 1.0, "hovernet")) == []
     write(Path("x/cells/a.csv"), "x,y\n1,2\n")
     assert unused_cell_files(found) == []  # cells of the user's own are read
+
+
+def test_auto_takes_the_papers_segmenter_first_and_tells_what_it_took(place, capsys):
+    """lung: HoVer-Net's, from cells/hovernet/ and then cells/; other files in cells/; the detector's."""
+    folder = Path("datasets/lung")
+    files = ["hovernet/a.csv", "a.json", "b.csv", "cellpose/c.csv", "builtin/d.csv", "e.csv"]
+    assert DATASETS["lung"].prior == "hovernet"
+    assert {DATASETS[name].prior for name in ("brca", "paad", "bright3", "bright6")} == {"cellpose"}
+    found_in(folder, [f"{name}.svs" for name in "abcdef"], files)
+    write(folder / "cells/b.json", {"mag": None, "nuc": {}})
+    write(folder / "cells/e.geojson", POINT)
+    found = find_data("lung")
+    read = {name: path and path.relative_to(folder / "cells").as_posix()
+            for name, path in cell_files(found).items()}
+    assert read == {"a": "hovernet/a.csv", "b": "b.json", "c": None, "d": "builtin/d.csv", "e": "e.geojson",
+                    "f": None}
+    cache.tell_cell_files(found)
+    line, *warnings = capsys.readouterr().out.splitlines()
+    assert line == ("cells of 6 slides (--prior auto): 1 in datasets/lung/cells/hovernet/, "
+                    "2 in datasets/lung/cells/, 3 by the built-in detector")
+    assert len(warnings) == 1 and "e.geojson, not e.csv" in warnings[0]
+    cache.tell_cell_files(find_data("lung", prior="cellpose"))
+    assert "--prior auto" not in capsys.readouterr().out
+
+    (folder / "cells/b.csv").rename(folder / "cells/hovernet/z.csv")
+    assert "match no slide and are not read: 1 (hovernet/z.csv)" in unused_cell_files(find_data("lung"))[0]
+    own = find_data(str(folder))  # as a folder of one's own, without the paper's segmenter
+    assert cell_files(own)["a"] == folder / "cells/a.json"
 
 
 def test_crops_have_their_files_beside_each_other(place):

@@ -211,6 +211,18 @@ def test_a_region_that_fails_costs_its_slide_alone(slide, cellpose, capsys, monk
     assert [path.name for path in Path("cells/cellpose").iterdir()] == ["t.npz"]
 
 
+def test_slides_in_gdc_clients_folders_are_found_and_crops_and_cells_are_not(slide):
+    for name in ("lung/slides/d3b07384/a.png", "lung/slides/b.png", "lung/crops/2um/c/0_0.jpg",
+                 "flat/e/a.png", "flat/b.png", "flat/crops/2um/c/0_0.jpg", "flat/cells/b_cp_masks.png"):
+        saved(Path(name), array=slide)
+    write(Path("lung/slides/d3b07384/logs/a.svs.parcel"), "no slide")
+    for folder in ("lung", "lung/slides", "flat"):
+        found = segment.slides_by_name([Path(folder)])
+        assert sorted(found) == ["a", "b"] and found["a"].parent.name in ("d3b07384", "e")
+    assert segment.main(["lung", "--slide-mpp", "0.5", "--workers", "1", "--out", "lung/cells"]) == 0
+    assert [path.name for path in times(Path("lung/cells"))] == ["a.npz", "b.npz"]
+
+
 @pytest.mark.parametrize("argv, says", [
     (["s.png", "--segmenter", "hovernet"], "invalid choice"), (["s.png", "--mpp", "0"], "--mpp: 0"),
     (["s.png", "--slide-mpp", "nan"], "--slide-mpp: nan"), (["s.png", "--workers", "0"], "--workers: 0"),

@@ -17,7 +17,7 @@ from common.files import atomic_write, read_json, read_npz
 from common.flags import MAX_GIGAPIXELS
 from common.pool import call, in_processes, shard_of
 from prior import segment_nuclei
-from wsi.cell_files import cell_file, cell_files, unused_cell_files
+from wsi.cell_files import cell_file, cell_files, is_builtin, unused_cell_files, whose_cells
 from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
@@ -35,8 +35,10 @@ def prepare(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
     return skipped if data.prior == NO_CELLS else skipped + prepare_cells(data, workers)
 
 
-def warn_of_cell_files(data):
-    """Prints a warning for files of cells/ that match no image, and for those that another file hides."""
+def tell_cell_files(data):
+    """Prints whose cells --prior auto takes, and a warning for files of cells/ that are not read."""
+    if data.prior == "auto":
+        print(whose_cells(data))
     for line in unused_cell_files(data):
         print("warning:", printable(line))
 
@@ -153,11 +155,6 @@ def none_usable(failed, kind):
 
 
 # ---------------------------------------------------------------- cells of slides
-
-def is_builtin(data, file):
-    """Whether a file of cells was written by the built-in detector, here."""
-    return file.parent == data.work / "cells" / "builtin"
-
 
 def made_from(data, name, cells):
     """Returns what an image's cells are computed from, a text that is kept with them and compared later.

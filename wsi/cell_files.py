@@ -6,9 +6,10 @@ series: "CMU 1.svs - Series 0.geojson".
 """
 import os
 import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from wsi.cells import cell_format
 from wsi.datasets import NO_CELLS, PRIORS
 from wsi.folders import first_of
@@ -87,19 +88,34 @@ def is_of_prior(path, prior):
         return False  # not a cell file
 
 
-def candidates(data, only=None):
-    """Returns {key_of an image: its cell files in the first place that has any}.
+def first_prior(data):
+    """Returns the segmenter whose cells are looked for first, "" with --prior auto and no paper_prior."""
+    return data.paper_prior if data.prior == "auto" else data.prior
 
-    The places are cells/<prior>/ and then cells/, where only files of that segmenter count. With --prior auto
-    they are cells/ and then cells/builtin/. The user's folder comes before datasets/<name>/. only: a key;
-    other images are not searched for.
+
+def places_of(data):
+    """Returns the folders to look for cell files in, best first, each with a segmenter or "" for any.
+
+    They are cells/<prior>/, then the files of that segmenter in cells/. With --prior auto they are these of
+    the paper's segmenter, if the data set has one, then cells/, then cells/builtin/. The user's folder comes
+    before datasets/<name>/.
     """
     given = data.source / "cells"
     work = data.work / "cells"
+    places = []
+    prior = first_prior(data)
+    if prior:
+        places += [(given / prior, ""), (work / prior, ""), (given, prior)]
     if data.prior == "auto":
-        places = [given, given / "builtin", work / "builtin"]
-    else:
-        places = [given / data.prior, work / data.prior, given]
+        places += [(given, ""), (given / "builtin", ""), (work / "builtin", "")]
+    return places
+
+
+def candidates(data, only=None):
+    """Returns {key_of an image: its cell files in the first of places_of that has any}.
+
+    only: a key; other images are not searched for.
+    """
     folders = names_by_folder(data)
     start = ""
     if only is not None:
@@ -107,11 +123,11 @@ def candidates(data, only=None):
         folders = {parent: folders[parent]}
         start = PurePosixPath(only).name.removesuffix(".ome")
     found = {}
-    for place in places:
+    for place, prior in places_of(data):
         for folder, names in folders.items():
             for name, files in files_by_name(place / folder, names, start).items():
-                if place == given and data.prior != "auto":
-                    files = [path for path in files if is_of_prior(path, data.prior)]
+                if prior:
+                    files = [path for path in files if is_of_prior(path, prior)]
                 if files:
                     found.setdefault((PurePosixPath(folder) / name).as_posix(), files)
     return found
@@ -129,14 +145,37 @@ def cell_files(data):
     return {name: found.get(key_of(data, name), [None])[0] for name in data.images}
 
 
+def whose_cells(data):
+    """Returns a line for --prior auto: how many images have their cells in which folder."""
+    places = [place for place, _ in places_of(data)]
+    counts = Counter()
+    for file in cell_files(data).values():
+        if file is None or not builtin_folders(data).isdisjoint(file.parents):
+            counts["by the built-in detector"] += 1
+        else:
+            counts[f"in {next(place for place in places if place in file.parents)}/"] += 1
+    numbers = ", ".join(f"{number} {place}" for place, number in counts.items())
+    return printable(f"cells of {len(data.images)} {data.kind} (--prior auto): {numbers}")
+
+
+def builtin_folders(data):
+    """Returns the folders of the built-in detector's cells: of wsi.segment, and ours."""
+    return {folder / "cells" / "builtin" for folder in (data.source, data.work)}
+
+
+def is_builtin(data, file):
+    """Whether a file of cells was written by the built-in detector, here."""
+    return file.parent == data.work / "cells" / "builtin"
+
+
 # ---------------------------------------------------------------- files that are not read
 
 def unmatched_files(data):
     """Returns the files in the user's cells/ and cells/<prior>/ that are not named after an image."""
     given = data.source / "cells"
     places = [given]
-    if data.prior not in ("auto", "builtin"):
-        places.append(given / data.prior)
+    if first_prior(data) not in ("", "builtin"):
+        places.append(given / first_prior(data))
     # Our own files are found here if the user's folder is datasets/<name>.
     ours = {f"crops_{prior}.npz" for prior in (*PRIORS, NO_CELLS)}
     folders = names_by_folder(data)
@@ -167,10 +206,10 @@ def unused_cell_files(data):
                         f"({first_of(unmatched)}); name each after its {image}, with one of the endings "
                         f"{' '.join(CELL_ENDINGS[:-1])}")
     found = candidates(data)
-    builtin = {given / "builtin", data.work / "cells" / "builtin"}
-    has_own = any(builtin.isdisjoint(files[0].parents) for files in found.values())
+    has_own = any(builtin_folders(data).isdisjoint(files[0].parents) for files in found.values())
     for prior in PRIORS:
-        if data.prior == "auto" and not has_own and prior != "builtin" and (given / prior).is_dir():
+        is_read = prior in ("builtin", data.paper_prior)
+        if data.prior == "auto" and not has_own and not is_read and (given / prior).is_dir():
             warnings.append(f"{given / prior}: is read only with --prior {prior}; without the flag the "
                             "built-in detector's cells are used")
     doubled = []

@@ -10,7 +10,6 @@ from common.pool import call, in_processes
 from wsi import gdc
 from wsi.cache import (
     describe_side,
-    is_builtin,
     kept_warning,
     other_sides,
     read_slide_cells,
@@ -18,7 +17,7 @@ from wsi.cache import (
     tile_info,
     usual_side,
 )
-from wsi.cell_files import cell_files, unused_cell_files
+from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import files_in, first_of, not_read

@@ -18,6 +18,7 @@ class DataSet(NamedTuple):
     source: str  # where to get it
     layout: str = SLIDES_LAYOUT  # {0} is its folder
     folder: str = ""  # if it is not the data set's name
+    prior: str = ""  # the paper's segmenter (4.1), which --prior auto looks for first
 
 
 BRIGHT3 = {"PB": "non-cancerous", "UDH": "non-cancerous", "ADH": "pre-cancerous", "FEA": "pre-cancerous",
@@ -28,15 +29,19 @@ BRIGHT = ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB
 
 DATASETS = {
     "demo": DataSet(2.0, 16, ("negative", "positive"), "drawn by python train.py; synthetic"),
-    "lung": DataSet(2.0, 100, ("LUAD", "LUSC"), "the GDC: python data.py manifest --data lung; LUAD, LUSC"),
-    "brca": DataSet(2.0, 30, ("IDC", "ILC"), "the GDC: python data.py manifest --data brca; IDC, ILC"),
+    "lung": DataSet(2.0, 100, ("LUAD", "LUSC"), "the GDC: python data.py manifest --data lung; LUAD, LUSC",
+                    prior="hovernet"),
+    "brca": DataSet(2.0, 30, ("IDC", "ILC"), "the GDC: python data.py manifest --data brca; IDC, ILC",
+                    prior="cellpose"),
     "paad": DataSet(
         2.0, 100, ("basal", "classical"),
         "slides from the GDC (project TCGA-PAAD, diagnostic slides, portal.gdc.cancer.gov); basal or "
         "classical per patient is in the supplement of TCGA's PAAD paper (Raphael et al. 2017), for "
-        "labels.csv"),
-    "bright3": DataSet(1.0, 50, tuple(sorted(set(BRIGHT3.values()))), BRIGHT, folder="bright"),
-    "bright6": DataSet(1.0, 50, tuple(sorted(BRIGHT3)), BRIGHT, folder="bright"),  # the same slides
+        "labels.csv", prior="cellpose"),
+    "bright3": DataSet(1.0, 50, tuple(sorted(set(BRIGHT3.values()))), BRIGHT, folder="bright",
+                       prior="cellpose"),
+    "bright6": DataSet(1.0, 50, tuple(sorted(BRIGHT3)), BRIGHT, folder="bright",  # the same slides
+                       prior="cellpose"),
     "mhist": DataSet(
         None, None, ("HP", "SSA"), "bmirds.github.io/MHIST, after registering",
         "{0}/images/*.png, {0}/annotations.csv as distributed"),
@@ -102,8 +107,9 @@ DATA_FLAGS = {
         type=SHARE, default=0.5, help="least share of tissue in a tile; lower it for thin biopsies"),
     "--prior": dict(
         default="auto", choices=PRIORS,
-        help="whose cells P_c is drawn from (Table 7): files in cells/<prior>/ or cells/; auto takes your "
-             "own if any exist, else the built-in detector's"),
+        help="whose cells P_c is drawn from (Table 7): files in cells/<prior>/ or cells/; auto takes the "
+             "paper's (lung: hovernet; brca, paad, bright: cellpose), else other files in cells/, else the "
+             "built-in detector's"),
     "--split-seed": dict(
         type=SEED, default=0,
         help="seed of the split when it is first drawn; afterwards datasets/<data>/split.csv counts"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import InputError, check_mpp, printable
 from common.files import files_under, read_csv, read_json, write_json
-from wsi.datasets import BRIGHT3, DATASETS, PATCH_SETS, folder_of, safe_name
+from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
 from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
@@ -35,6 +35,7 @@ class Data:
     images: dict
     slide_mpp: float = None  # --slide-mpp: um/px of slides that record none
     prior: str = "auto"  # whose cells: one of PRIORS, or NO_CELLS
+    paper_prior: str = ""  # whose cells "auto" looks for first, "" for none
     labels: dict = field(default_factory=dict)
     pretrain_only: dict = field(default_factory=dict)
     absent: dict = field(default_factory=dict)
@@ -107,7 +108,8 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
         others = not_read(source) + [f"put them into {source}/slides/"] if kind == "slides" else []
         raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
-    found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior)
+    paper_prior = DATASETS.get(data, OWN).prior
+    found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
     if rows:
         found.labels, found.pretrain_only, found.absent, found.warnings = check_rows(rows, images, kind)
         for line in found.warnings:

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from common.errors import InputError, Parser, one_line, run_script
-from common.files import atomic_write, stamp
+from common.files import atomic_write, files_under, stamp
 from common.flags import MPP, add_max_gigapixels, whole
 from common.pool import call, in_processes
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
@@ -235,7 +235,7 @@ def arguments(argv):
         prog="python -m wsi.segment", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Segments the cells of slides. If it is stopped, run it again to resume.")
     add = parser.add_argument
-    add("slides", nargs="+", type=Path, metavar="SLIDE", help="slides, or folders of slides")
+    add("slides", nargs="+", type=Path, metavar="SLIDE", help="slides, or folders of slides (subfolders too)")
     add("--segmenter", default="builtin", choices=list(SEGMENTERS),
         help="cellpose (slow without a GPU) and histomicstk have to be installed")
     add("--out", default="cells", type=Path,
@@ -254,12 +254,23 @@ def um_per_px(path, slide_mpp, gigapixels):
     return Slide(path, slide_mpp, gigapixels=gigapixels).mpp
 
 
+def slides_in(folder):
+    """Returns the slides under a folder (gdc-client makes subfolders), of a data set those under slides/.
+
+    Images in crops/ and cells/ are no slides.
+    """
+    if (folder / "slides").is_dir():
+        folder = folder / "slides"
+    files = [path for path in files_under(folder)
+             if path.relative_to(folder).parts[0] not in ("crops", "cells")]
+    return find_slides(files).values()
+
+
 def slides_by_name(paths):
     """Returns {name: file} of slides and folders of slides; InputError for no slide, or two of one name."""
     files = {}
     for given in paths:
-        slides = find_slides(given.iterdir()).values() if given.is_dir() else [given]
-        for path in slides:
+        for path in slides_in(given) if given.is_dir() else [given]:
             other = files.setdefault(slide_name(path), path)
             if other != path:
                 raise InputError(f"{path}: has the same name as {other}; rename one of them")
