@@ -2,16 +2,18 @@
 import gzip
 import json
 import pickle
+import sqlite3
 import tracemalloc
+from contextlib import closing
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from synthetic import Evil, write
+from synthetic import Evil, prepared, write
 
 from common.errors import InputError
-from wsi import cells
+from wsi import cells, label_images
 
 SQUARE = [[10, 20], [14, 20], [14, 26], [10, 26], [10, 20]]  # its centroid is (12, 23)
 ELL = [[0, 0], [4, 0], [4, 1], [1, 1], [1, 3], [0, 3]]  # two rectangles: (2, .5) of 4 and (.5, 2) of 2
@@ -239,7 +241,7 @@ def test_cellpose_masks_of_16_and_32_bit(tmp_path, monkeypatch, name, kind, save
     path = tmp_path / name
     save(path, LABELS.astype(kind), **options)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's limit stops no mask, and is put back
-    monkeypatch.setattr(cells, "BAND", 9)
+    monkeypatch.setattr(label_images, "BAND", 9)
     assert cells.cell_format(path) == "cellpose"
     np.testing.assert_allclose(cells.read_cells(path), CENTRES)
     assert Image.MAX_IMAGE_PIXELS == 1000
@@ -251,8 +253,8 @@ def test_cellpose_masks_of_16_and_32_bit(tmp_path, monkeypatch, name, kind, save
 
 
 def test_labels_below_0_are_background_and_no_label_is_no_cell(tmp_path):
-    np.testing.assert_allclose(cells.label_centroids(LABELS - (LABELS == 0)), CENTRES)
-    assert cells.label_centroids(LABELS[:0]).shape == (0, 2)
+    np.testing.assert_allclose(label_images.label_centroids(LABELS - (LABELS == 0)), CENTRES)
+    assert label_images.label_centroids(LABELS[:0]).shape == (0, 2)
     for kind in (np.uint8, np.uint16):
         tifffile.imwrite(tmp_path / "e_cp_masks.tif", np.zeros((50, 40), kind), compression="zlib")
         assert cells.read_cells(tmp_path / "e_cp_masks.tif").shape == (0, 2)
@@ -343,6 +345,45 @@ def test_npz_and_a_table_without_rows(tmp_path):
         np.savez(path, **bad)
         refused(path)
     assert not mark.exists()  # nothing was executed
+
+
+# ---------------------------------------------------------------- tiatoolbox
+
+def annotation_store(path, rows):
+    """Writes rows (cx, cy, area) as tiatoolbox's SQLiteStore does, which keeps a point without geometry."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path)) as store, store:
+        store.execute("CREATE TABLE metadata (key TEXT UNIQUE, value TEXT)")
+        store.execute("CREATE TABLE annotations(id INTEGER PRIMARY KEY, key TEXT UNIQUE, objtype TEXT, "
+                      "cx FLOAT NOT NULL, cy FLOAT NOT NULL, geometry BLOB, properties TEXT, "
+                      "area FLOAT NOT NULL)")
+        for i, (x, y, area) in enumerate(rows):
+            store.execute("INSERT INTO annotations VALUES (NULL, ?, 'Polygon', ?, ?, ?, '{}', ?)",
+                          (f"key {i}", x, y, b"x" if area else None, area))
+    return path
+
+
+def test_tiatoolboxs_store_has_centroids_in_level_0_px(tmp_path):
+    path = annotation_store(tmp_path / "a slide.db", [(2.5, 3, 80), (700, 41.25, 0), (-4, 9, 60)])
+    before = path.read_bytes()
+    assert cells.cell_format(path) == "tiatoolbox"
+    xy = cells.read_cells(path, 0.25, (10, 10), power=40, bounds=(5, 5))  # which change nothing
+    assert xy.tolist() == [[2.5, 3], [700, 41.25], [-4, 9]]
+    assert [file.name for file in tmp_path.iterdir()] == ["a slide.db"] and path.read_bytes() == before
+    assert cells.read_cells(annotation_store(tmp_path / "b.db", [])).shape == (0, 2)
+    tiles = annotation_store(tmp_path / "c.db", [(100, 100, 224 ** 2)] * 3 + [(1, 1, 99)])
+    assert "regions, not cells" in refused(tiles)
+    refused(annotation_store(tmp_path / "d.db", [("west", 3, 80)]))
+    for cut in (path.read_bytes()[:5000], path.read_bytes()[:40]):
+        refused(write(tmp_path / "e.db", cut))
+
+
+def test_a_store_in_other_px_than_the_slides_is_warned_of(place, capsys):
+    for scale, warned in ((1, 0), (4, 1)):  # good.png is 256 px wide
+        path = place / f"in/cells/{'hovernet/' * (scale > 1)}good.db"
+        annotation_store(path, [(x * scale, x * scale, 40) for x in range(20, 250, 10)])
+        prepared(prior="hovernet" if scale > 1 else "auto")
+        assert ("of the cells lie outside of the slide" in capsys.readouterr().out) == warned
 
 
 # ---------------------------------------------------------------- gzip

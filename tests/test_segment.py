@@ -17,7 +17,7 @@ from synthetic import arrays_of, discs, halve, refused, saved, times, write
 from demo import slides as demo
 from prior import segment_nuclei
 from wsi import segment
-from wsi.cells import label_centroids
+from wsi.label_images import label_centroids
 
 NUCLEI = Path(__file__).resolve().parents[2] / "shared" / "data" / "nuclei"
 

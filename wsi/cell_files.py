@@ -16,7 +16,7 @@ from wsi.folders import first_of
 from wsi.slides import SLIDE_TYPES
 
 CELL_ENDINGS = (  # most preferred first; cellpose always writes _seg.npy, a pickle, which is not read
-    ".json", ".geojson", ".csv", ".tsv", ".json.gz", ".geojson.gz", ".csv.gz", ".tsv.gz", ".npz",
+    ".json", ".geojson", ".csv", ".tsv", ".json.gz", ".geojson.gz", ".csv.gz", ".tsv.gz", ".npz", ".db",
     "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff", "_seg.npy")
 ANY_TYPE = "|".join(map(re.escape, SLIDE_TYPES))
 IMAGE_ENDING = re.compile(rf"(.+?)(?:{ANY_TYPE})(?: - .+)?", re.IGNORECASE)

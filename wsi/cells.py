@@ -1,24 +1,24 @@
-"""Readers of segmentation results (3.2): HoVer-Net, Cellpose, HistomicsTK, QuPath (GeoJSON) and tables.
+"""Readers of segmentation results (3.2): HoVer-Net, Cellpose, HistomicsTK, QuPath, tiatoolbox and tables.
 
 Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the centre of the first px is 0.5.
 "Level-0 px" are the pixels of a slide at full resolution.
 """
 import gzip
 import re
+import sqlite3
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import ijson
 import numpy as np
-import tifffile
-from PIL import Image
 
 from common.errors import InputError, one_line, printable
 from common.files import is_gzip, open_bytes, read_csv
+from wsi.label_images import TIFF, mask_cells
 
-BAND = 256  # rows of a label image that are counted at once
 READERS = 2  # version of the readers; raise it when a file is read as other cells than before
 MOST_CELLS = 20_000_000  # of one slide, ten times what the largest slides hold
 BATCH = 1000  # outlines whose centroids are computed at once
@@ -30,7 +30,7 @@ OTHERS = "annotations or others that are not cells"  # reasons to skip an object
 NO_SHAPE = "without a geometry"
 CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
 BOM = b"\xef\xbb\xbf"
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
+SQLITE = b"SQLite format 3\0"
 JSON_KINDS = re.compile(rb"""
     (?P<hovernet> "nuc"\s*:\s*\{ ) |
     (?P<histomicstk> "elements"\s*:\s*\[ | "annotation"\s*:\s*\{ ) |
@@ -43,7 +43,7 @@ PLACES = {  # where the nuclei are, as an ijson prefix; "" is a bare list
 
 
 def cell_format(path):
-    """Returns "hovernet", "histomicstk", "geojson", "cellpose" or "table" (csv, npz).
+    """Returns "hovernet", "histomicstk", "geojson", "cellpose", "tiatoolbox" or "table" (csv, npz).
 
     The format is recognised by the file's first megabyte, except that a CSV is recognised by its name (.csv,
     .tsv). JSON and CSV may be compressed by gzip. InputError for any other file.
@@ -58,6 +58,8 @@ def cell_format(path):
         raise InputError(f"{path}: cannot be read ({error.strerror}); a file of cells is expected") from None
     if head.startswith((b"\x93NUMPY", b"\x89PNG", *TIFF)):
         return "cellpose"
+    if head.startswith(SQLITE):
+        return "tiatoolbox"
     if head.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
         found = JSON_KINDS.search(head)
         if found:
@@ -66,7 +68,7 @@ def cell_format(path):
         return "table"
     problem = "not a known cell file" if head else "is empty"
     raise InputError(f"{path}: {problem}; use JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's "
-                     "_cp_masks image, or a .csv or .npz with x and y")
+                     "_cp_masks image, tiatoolbox's .db, or a .csv or .npz with x and y")
 
 
 def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0)):
@@ -81,6 +83,7 @@ def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0))
       number is printed. Coordinates start at the slide's bounds, the corner of QuPath's image.
     - Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the masks of a
       smaller copy of the slide.
+    - tiatoolbox's annotation store: the centroid of each annotation, in level-0 px.
     - Table: x and y in level-0 px.
 
     InputError if the file cannot be read.
@@ -91,6 +94,8 @@ def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0))
         check_inflated(path)
         if kind == "cellpose":
             xy = mask_cells(path, slide_size)
+        elif kind == "tiatoolbox":
+            xy = store_cells(path)
         elif kind == "table":
             xy = table_cells(path)
         else:
@@ -367,98 +372,24 @@ def ring_centroids(rings):
         return origin + np.where(inside & (np.abs(area) > 1e-6), centroid, mean)
 
 
-# ---------------------------------------------------------------- label images and tables
+# ---------------------------------------------------------------- tables
 
-def mask_cells(path, slide_size):
-    """Returns the cells (K, 2) of a label image, scaled to slide_size (width, height).
+def store_cells(path):
+    """Returns the cells (K, 2) of an annotation store, the SQLite file of tiatoolbox.
 
-    InputError for other proportions than the slide's, or labels that have wrapped.
+    It keeps each annotation's centroid, cx and cy, in px of the slide's baseline, which is level 0: since its
+    version 2 tiatoolbox scales the nuclei of a whole slide to it. InputError if most of the area is in
+    annotations larger than a nucleus, as it is in stores of regions or tiles.
     """
-    labels = read_labels(path)
-    if labels.dtype == np.uint8 and labels.any() and labels[labels > 0].min() == 255:
-        raise ValueError("a mask of 0 and 255, where a label image is needed")
-    height, width = labels.shape
-    slide_width, slide_height = slide_size or (width, height)
-    scale = (slide_width / width, slide_height / height)
-    if min(scale) < 1 or not 0.99 <= scale[0] / scale[1] <= 1.01:
-        raise InputError(f"{path}: is {width} x {height} px, its slide {slide_width} x {slide_height}; masks "
-                         "of the whole slide are needed, at its size or of a smaller copy")
-    if has_wrapped(labels):
-        bits = 8 * labels.itemsize
-        largest = np.iinfo(labels.dtype).max
-        raise InputError(f"{path}: cells share labels, because the labels wrap at {largest}, the largest "
-                         f"number of {bits} bits; save the masks with {2 * bits} bits (as cellpose's "
-                         "--save_tif does)")
-    return label_centroids(labels) * scale
-
-
-def read_labels(path):
-    """Returns the label image (H, W) of a PNG or TIFF, of integers; ValueError for other images."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head == b"\x93NUM":
-        raise InputError(f"{path}: is a pickle, which can run any program; save the masks with cellpose's "
-                         "--save_tif or --save_png, or with cellpose.io.save_masks, and use "
-                         f"{path.stem.removesuffix('_seg')}_cp_masks.tif or .png")
-    if head in TIFF:
-        with tifffile.TiffFile(path) as tiff:
-            page, image = tiff.pages[0], tiff.series[0]
-            paletted = page.photometric == tifffile.PHOTOMETRIC.PALETTE
-            if image.ndim != 2 or image.dtype.kind not in "iu" or paletted:
-                raise ValueError(f"an image {image.shape} of {image.dtype}, where a label image is needed")
-            if page.compression != tifffile.COMPRESSION.LZW:  # tifffile needs another package for LZW
-                return image.asarray()
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # a whole slide is no decompression bomb
-    try:
-        with Image.open(path, formats=("PNG", "TIFF")) as image:
-            if image.mode not in ("L", "I", "I;16", "I;16B"):
-                raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
-            return np.asarray(image)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-
-
-def has_wrapped(labels):
-    """Returns whether labels (H, W) of 8 or 16 bits start over at 1, or are capped at the largest number.
-
-    Only labels that reach the largest number can do so. A label that cells share is spread much wider than a
-    cell: the variance of its px over their count is 20 or more if three cells share it, 0.16 in a disc, and 1
-    in a line twelve times as long as wide. Up to 2 % may be that wide, since a segmenter may err.
-    """
-    largest = np.iinfo(labels.dtype).max
-    if labels.itemsize > 2 or not labels.size or labels.max() < 0.98 * largest:
-        return False
-    sums = np.zeros((5, largest + 1))
-    for top in range(0, len(labels), BAND):
-        band = labels[top: top + BAND]
-        y, x = np.nonzero(band > 0)
-        label = band[y, x]
-        y += top
-        for row, weights in zip(sums, (None, x, y, x ** 2, y ** 2)):
-            row += np.bincount(label, weights, largest + 1)
-    count, *moments = sums[:, sums[0] > 0]
-    x, y, xx, yy = moments / count
-    variance = xx - x ** 2 + yy - y ** 2
-    return (variance > 10 * count).mean() > 0.02 or count[-1] > 20 * np.median(count)
-
-
-def label_centroids(labels):
-    """Returns the centroids (K, 2) of an image's labels (H, W), in the order of the labels.
-
-    Labels of 0 and below are background; labels may have gaps.
-    """
-    found = [labels[:0].ravel()]
-    sums = [np.zeros((3, 0))]
-    for top in range(0, len(labels), BAND):
-        band = labels[top: top + BAND]
-        y, x = np.nonzero(band > 0)
-        label, index = np.unique(band[y, x], return_inverse=True)
-        found.append(label)
-        sums.append([np.bincount(index), np.bincount(index, x + 0.5), np.bincount(index, y + top + 0.5)])
-    label, index = np.unique(np.concatenate(found), return_inverse=True)  # a label may lie in several bands
-    count, x, y = (np.bincount(index, values, len(label)) for values in np.concatenate(sums, 1))
-    return np.stack([x / count, y / count], 1)
+    address = f"{path.resolve().as_uri()}?mode=ro&immutable=1"  # creates no files next to it
+    with closing(sqlite3.connect(address, uri=True)) as store:
+        store.execute("PRAGMA trusted_schema = OFF")
+        rows = store.execute("SELECT cx, cy, area FROM annotations")
+        x, y, area = np.fromiter(rows, np.dtype((np.float64, 3))).T
+    if area[area > LARGEST_NUCLEUS ** 2].sum() > area.sum() / 2:
+        raise InputError(f"{path}: its annotations are regions, not cells; use the store of a nucleus "
+                         "segmentor or detector")
+    return np.stack([x, y], 1)
 
 
 def table_cells(path):

@@ -21,8 +21,8 @@ from common.files import atomic_write, files_under, stamp
 from common.flags import MPP, add_max_gigapixels, whole
 from common.pool import call, in_processes
 from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
-from wsi.cells import label_centroids
 from wsi.datasets import add_data_flags
+from wsi.label_images import label_centroids
 from wsi.slides import (
     MASK_MPP,
     SLIDE_TYPES,
