@@ -2,7 +2,7 @@
 
     python -m experiments.study claim --data FOLDER     4.1, 4.2 on labelled patches: arms with several seeds
     python -m experiments.study show [--out runs/claim] the table and the figure of claim
-    python -m experiments.study fraction --data lung    Fig. 6: less data (the paper: --epochs 50); by eval.py
+    python -m experiments.study fraction --data lung    Fig. 6: less data, 50 epochs; measured by eval.py
     python -m experiments.study prior --data lung       Table 7: other segmenters, in the same way
     python -m experiments.study folds --data lung --splits FOLDER --checkpoint RUN     Table 4: HIPT's folds
 
@@ -57,7 +57,8 @@ for ssl in ("byol", "simclr"):  # Table 8
 ARMS |= {ssl: ["--ssl", ssl] for ssl in ("esvit", "selfpatch", "imix", "lsup")}  # Tables 3 and 9, Fig. 9
 BASELINE_OF = {"two_views": "baseline_two_views"}  # the others: "baseline"
 SWEEPS = {  # flag of train.py: its values, what they show
-    "fraction": (["0.2", "0.4", "0.6", "0.8", "1"], "Fig. 6: methods over shares of the training crops"),
+    "fraction": (["0.2", "0.4", "0.6", "0.8", "1"], "Fig. 6: methods over shares of the training crops; "
+                 "--epochs is 50 as in the paper, except for the demo"),
     "prior": (["histomicstk", "cellpose", "hovernet"],
               "Table 7: methods over segmenters (the baseline has no prior and runs once)")}
 SET_BY = {"claim": ("--probe", "--shuffle-prior"), "fraction": ("--fraction",), "prior": ("--prior",)}
@@ -130,6 +131,8 @@ def arguments(argv):
     for flag in ("--run", "--seed", "--method", *SET_BY[args.command]):
         if flag in given:
             raise InputError(f"{flag}: the study sets it; use --arms, --methods, --values, --seeds or --out")
+    if args.command == "fraction" and train.arguments(args.rest).data != "demo":
+        args.rest = ["--epochs", "50", *args.rest]  # A.1.2, on lung; --epochs on the command line comes last
     if args.command == "prior" and not set(args.values) <= set(PRIORS):
         raise InputError(f"--values {' '.join(args.values)}: priors are {', '.join(PRIORS)}")
     return args

@@ -410,6 +410,46 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
     assert over == {"4 training crops (no labels)"}
 
 
+def run_with_prior(here, name, prior, method="dirl", data="tiny"):
+    """elsewhere/<name>: a run that learned from the cells of a segmenter, but from no image."""
+    run = here / "elsewhere" / name
+    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method=method,
+                 ssl=None, data=data, mpp=2.0, step=0,
+                 trained_on={"data": data, "images": {}, "patients": []})
+    write(run / "config.json", {"prior": prior, "method": method, "data": data})
+    return f"elsewhere/{name}"
+
+
+def test_figures_draw_the_cells_that_their_runs_learned_from(here, capsys):
+    own = run_with_prior(here, "own", "cellpose")
+    plain = run_with_prior(here, "plain", "builtin", method="baseline")
+    other = run_with_prior(here, "other", "builtin")
+    elsewhere = run_with_prior(here, "elsewhere", "builtin", data="more")
+    for file in (here / "tiny/slides").glob("*.png"):
+        write_table(here / f"tiny/cells/cellpose/{file.stem}.csv", "x,y", ["100,100"])
+
+    def opened(command, *flags):
+        args = attention.arguments([command, *ON, *flags])
+        _, _, found, names = shared.open_all(args, command != "distribution")
+        return found, shared.crops_of(found, names, args)
+    found, crops = opened("overlay", "--checkpoint", plain, elsewhere, own)
+    first = [i for i, (x, y) in enumerate(crops.corners.tolist()) if x < 100]
+    want = torch.zeros(196)
+    want[int(100 / 2 // 16) * 14 + int(100 / 2 // 16)] = 1  # 1 um/px: a crop's px are 2 of the slide's
+    assert found.prior == "cellpose" and first and "warning" not in capsys.readouterr().out
+    assert all(torch.equal(crops.priors()[i], want) for i in first)
+    assert opened("overlay", "--checkpoint", plain, elsewhere)[0].prior == "auto"
+    assert opened("overlay", "--checkpoint", own, "--prior", "builtin")[0].prior == "builtin"
+    capsys.readouterr()
+    found, _ = opened("query", "--checkpoint", other, own)
+    assert found.prior == "builtin"
+    assert "(other from builtin, own from cellpose); P_c is drawn from those of builtin" in (
+        capsys.readouterr().out)
+    opened("distribution", "--checkpoint", other, own)
+    assert "learned from" not in capsys.readouterr().out
+    shutil.rmtree(here / "tiny/cells")
+
+
 def test_heatmap_tokens_and_views_scripts(here, capsys):
     argv = [*ON, *TWO, "--slide", "nests_4", "--repeats", "1", "--epochs", "2", "--out", "h.png"]
     assert heatmap.main(argv) == 0
@@ -433,6 +473,14 @@ def test_priors_script(here, capsys):
     wrote(here / "p.png", 1)
     assert float(rows_of(here / "p.csv")[0]["F1 within 3 um"]) < 0.1
     refused(capsys, priors.main, [*WHERE, "--prior", "builtin", "gone"], "--prior gone")
+
+
+def test_fig_6_trains_for_50_epochs_but_on_the_demo(here):
+    def epochs(*flags):
+        _, jobs = study.sweep_jobs(study.arguments(["fraction", *flags]))
+        return {job.settings.epochs for job in jobs}
+    assert epochs("--data", "lung") == epochs("--data", "tiny", "--mpp", "2") == {50}
+    assert epochs("--data", "lung", "--epochs", "3") == {3} and epochs("--data", "demo") == {16}
 
 
 def test_sweep_script(here, capsys):

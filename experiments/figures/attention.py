@@ -181,7 +181,7 @@ def query(encoders, found, names, args):
 
 
 def run(args):
-    encoders, _, found, names = shared.open_all(args)
+    encoders, _, found, names = shared.open_all(args, with_cells=args.command != "distribution")
     {"distribution": distribution, "overlay": overlay, "query": query}[args.command](
         encoders, found, names, args)
     return 0

@@ -148,7 +148,7 @@ def draw(picture, maps, title):
 
 
 def run(args):
-    encoders, files, found, names = shared.open_all(args)
+    encoders, files, found, names = shared.open_all(args, with_cells=False)
     name = args.slide or names[0]
     if found.kind != "slides" or name not in names:
         raise InputError(f"--slide {name}: not a slide in the {args.part} part of {found.source}; see --part")

@@ -10,11 +10,11 @@ import dirl
 from common.encoders import check_device, features_folder, find_encoder, load_encoder
 from common.errors import InputError, Parser, print_skipped
 from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
-from common.files import write_csv
+from common.files import read_json, write_csv
 from common.flags import add_max_gigapixels, whole
 from data import Crops
 from wsi.cache import file_mpp, prepare, prepare_tiles
-from wsi.datasets import add_data_flags, evaluated_mpp
+from wsi.datasets import PRIORS, add_data_flags, evaluated_mpp
 from wsi.splits import check_unseen, find_data
 
 COLORS = (*(NETWORK_COLORS[method] for method in dirl.METHODS), *OTHER_COLORS[:4])
@@ -43,7 +43,9 @@ def add_networks(add):
     add("--checkpoint", nargs="+", required=True, metavar="[NAME=]RUN",
         help="runs, or their encoder.pt, each with a name for the figure (default: the run's folder)")
     add_data(add)
-    add_data_flags(add, "--prior")
+    add("--prior", choices=PRIORS,
+        help="whose cells P_c is drawn from; default: those that the runs learned from, and auto (see "
+             "train.py) for baselines and on other data sets")
     add("--part", default="test", choices=["test", "val", "train"],
         help="split to take slides from; an encoder trained on one of the test part is refused")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
@@ -91,16 +93,37 @@ def load_networks(args):
     return out
 
 
-def open_all(args):
+def prior_of(networks, found):
+    """Returns the --prior of the runs that learned from the cells of this data set, "auto" without such runs.
+
+    Prints a warning if it differs between them.
+    """
+    priors = {}
+    for name, (_, path, about) in networks.items():
+        learned_from_cells = about["method"] in ("cellback", "dirl") or about.get("ssl") == "lsup"
+        prior = read_json(path.parent / "config.json").get("prior")
+        if learned_from_cells and about["trained_on"]["data"] == found.name and prior in PRIORS:
+            priors[name] = prior
+    first = next(iter(priors.values()), "auto")
+    if len(set(priors.values())) > 1:
+        texts = [f"{name} from {prior}" for name, prior in priors.items()]
+        print(f"warning: the networks learned from different cells ({', '.join(texts)}); P_c is drawn from "
+              f"those of {first}; --prior takes others")
+    return first
+
+
+def open_all(args, with_cells=True):
     """Returns ({name: encoder}, {name: (its encoder.pt, where its features are)}, data set, names of --part).
 
-    Without labels args.part becomes "train", which is all. InputError if an encoder was trained on one of the
-    test part.
+    with_cells: P_c is drawn, so without --prior the data set has the one of prior_of. Without labels
+    args.part becomes "train", which is all. InputError if an encoder was trained on one of the test part.
     """
     networks = load_networks(args)
     trained_at = next(iter(networks.values()))[2]["mpp"]
     mpp = evaluated_mpp(args.data, args.mpp, trained_at)
-    found = find_data(args.data, mpp, args.prior, slide_mpp=args.slide_mpp)
+    found = find_data(args.data, mpp, args.prior or "auto", slide_mpp=args.slide_mpp)
+    if with_cells and not args.prior:
+        found.prior = prior_of(networks, found)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
     if not found.labels:
