@@ -140,7 +140,7 @@ class ClassTokenViT(dirl.VisionTransformer):
     """A ViT with a class token, which is f, as in timm and DINO: images (B, 3, H, W) -> that token (B, 1, d).
 
     last_attention is among the n patches: the class token's row and column are dropped, and every row sums
-    to 1 again.
+    to 1 again. class_attention is that row.
     """
 
     def __init__(self, embed_dim, depth, num_heads):
@@ -157,6 +157,14 @@ class ClassTokenViT(dirl.VisionTransformer):
     def last_attention(self, images):
         among_patches = super().last_attention(images)[..., 1:, 1:]
         return among_patches / among_patches.sum(-1, keepdim=True)
+
+    def class_attention(self, images):
+        """The class token's row of the last block (B, heads, n), as DINO's visualize_attention.py shows it.
+
+        It is without the class token itself, and sums to 1.
+        """
+        row = super().last_attention(images)[..., 0, 1:]
+        return row / row.sum(-1, keepdim=True)
 
 
 def open_encoder(path, arch=None):

@@ -8,9 +8,10 @@ from itertools import cycle
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.collections import PatchCollection
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 import dirl
 from common.files import atomic_write
@@ -23,6 +24,7 @@ NETWORK_COLORS = {"baseline": "#1b1b1b", "dino": "#1b1b1b", "cellback": "#0072B2
 OTHER_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", *matplotlib.colormaps["tab20"].colors)
 KIND_COLORS = ("#FFFFFF", "#F0E442", "#E69F00", "#BBBBBB", "#0072B2", "#CC79A7", "#56B4E9", "#009E73",
                "#D55E00")  # of the demo's tiles
+REGION_COLORS = {"tumour": "white", "lymphocytes": "limegreen", "necrosis": "yellow"}  # Fig. 12
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")
 
 
@@ -101,11 +103,20 @@ def draw_bars(axis, attention, colors):
     axis.set_box_aspect(1)
 
 
-def draw_overlays(crops, attention, priors=None):
+def draw_outlines(axis, outlines):
+    """Draws outlines [(region: of REGION_COLORS, points (K, 2)), ...] with a dark rim on a picture."""
+    for region, points in outlines:
+        ring = np.concatenate([points, points[:1]])
+        rim = [withStroke(linewidth=2.4, foreground="black")]
+        drawn = LineCollection([ring], colors=REGION_COLORS[region], linewidths=1.4, path_effects=rim)
+        axis.add_collection(drawn, autolim=False)
+
+
+def draw_overlays(crops, attention, priors=None, outlines=None, title="crop"):
     """Returns Fig. 5 or 12, a row per crop: the crop, P_c, each network's attention over it, and its bins.
 
     crops: images (3, H, H); attention: {network: aggregated attention (B, n)}; priors: P_c (n,) of each crop,
-    or None without cells.
+    or None without cells; outlines: those of each crop, see draw_outlines, or None; title: of the images.
     """
     colors = network_colors(attention)
     first = 1 if priors is None else 2  # column of attention
@@ -120,14 +131,17 @@ def draw_overlays(crops, attention, priors=None):
             draw_prior(line[1], priors[i], side)
         for axis, values in zip(line[first:], attention.values()):
             shown = draw_heat(axis, values[i], side)
+        if outlines is not None:
+            for axis in (line[0], *line[first:-1]):
+                draw_outlines(axis, outlines[i])
         draw_bars(line[-1], {network: values[i] for network, values in attention.items()}, colors)
-    axes[0, 0].set_title("crop", fontsize=9)
+    axes[0, 0].set_title(title, fontsize=9)
     if priors is not None:
         axes[0, 1].set_title("P_c: patches with a cell", fontsize=9)
     for axis, network in zip(axes[0, first:], attention):
         axis.set_title(network, fontsize=9, color=colors[network])
     axes[0, -1].set_title("tokens per bin of attention, %", fontsize=9)
-    add_scale(figure, shown, "aggregated attention of a token (even share: 1)", "max", ax=axes[:, -2],
+    add_scale(figure, shown, "attention of a token (even share: 1)", "max", ax=axes[:, -2],
               shrink=min(1, 2.5 / len(crops)))
     return figure
 

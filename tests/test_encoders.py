@@ -70,6 +70,9 @@ def test_the_class_token_of_other_programs_weights_is_f(tmp_path, capsys):
     among = attention[..., 1:, 1:]
     shares = among / among.sum(-1, keepdim=True)
     torch.testing.assert_close(attention_of(encoder, images), shares.sum(2).mean(1), atol=1e-3, rtol=0)
+    row = attention[..., 0, 1:]
+    row_seen = encoder.class_attention(normalize(images / 255, MEAN, STD))
+    torch.testing.assert_close(row_seen, row / row.sum(-1, keepdim=True), atol=1e-5, rtol=0)
     assert (about["method"], about["arch"], about["data"]) == ("dino_small", "vit_t4", None)
     out = capsys.readouterr().out
     assert "ignored" not in out and "does not record what it was trained on" in out

@@ -1,8 +1,10 @@
-"""Where encoders look (4.2, A.6): Fig. 4, 7 to 9 and 11, Fig. 5 and 12, Fig. 13.
+"""Where encoders look (1, 4.2, A.6): Fig. 4, 7 to 9 and 11, Fig. 5 and 12, Fig. 13, Fig. 1.
 
     python -m experiments.figures.attention distribution --checkpoint Baseline=RUN DiRL=RUN [--data demo]
     python -m experiments.figures.attention overlay ...     crops with aggregated attention, bars of the bins
     python -m experiments.figures.attention query ...       what single tokens attend to
+    python -m experiments.figures.attention picture FILE --checkpoint DINO=FILE DiRL=RUN --arch vit_s
+                                                            two views of a picture, with a class token's row
 
 Each writes a picture and its numbers as CSV next to it. Whole slides: experiments/figures/heatmap.py.
 """
@@ -14,9 +16,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 import dirl
-from common.encoders import attention_of, in_batches, inputs_of
+from common.encoders import ClassTokenViT, attention_of, in_batches, inputs_of
 from common.errors import InputError, run_script
 from common.figures import (
     BINS,
@@ -28,13 +31,18 @@ from common.figures import (
     draw_prior,
     spread,
 )
-from common.flags import whole
+from common.flags import SEED, whole
 from common.report import note_on_middle
+from data import Augmentation
 from experiments.figures import shared
+from experiments.figures.outlines import outlines_of
+from experiments.figures.views import views_of
+from wsi.pixels import read_image
 from wsi.slides import CROP
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 QUERY = "#e00000"  # frame of the token that asks
+SQUARE = 336  # px of a picture's square: views of 40 to 100 % of it are resampled by 0.9 to 1.5 times
 
 
 def arguments(argv):
@@ -43,11 +51,21 @@ def arguments(argv):
     style = argparse.ArgumentDefaultsHelpFormatter
     about = {"distribution": "Fig. 4, 7 to 9, 11: the distribution over all tokens, and its three bins",
              "overlay": "Fig. 5, 12: crops with the attention over them, and bars of the three bins",
-             "query": "Fig. 13: the row of the attention of single tokens"}
+             "query": "Fig. 13: the row of the attention of single tokens",
+             "picture": "Fig. 1: two augmented views of any picture; of encoders with a class token also its "
+                        "row, which DINO shows"}
     for command, help in about.items():
         sub = commands.add_parser(command, help=help, description=help, formatter_class=style)
-        shared.add_networks(sub.add_argument)
         sub.add_argument("--out", default=f"runs/attention_{command}.png", help="the picture")
+        if command == "picture":
+            shared.add_checkpoints(sub.add_argument)
+            sub.add_argument("image", type=Path, metavar="FILE",
+                             help="a PNG or JPEG, whose middle square is taken")
+            sub.add_argument("--arch", choices=list(dirl.ARCHS),
+                             help="architecture of checkpoints of other programs (DINO's or timm's names)")
+            sub.add_argument("--seed", type=SEED, default=0, help="seed of the two views")
+            continue
+        shared.add_networks(sub.add_argument)
         if command == "distribution":
             sub.add_argument("--crops", type=whole(), default=1000, help="most crops; more is steadier")
             continue
@@ -56,6 +74,10 @@ def arguments(argv):
                               "file's name; default: some with cells, background and little glass")
         sub.add_argument("--crops", type=whole(), default=4 if command == "overlay" else 1,
                          help="how many crops without --show")
+        if command == "overlay":
+            sub.add_argument("--outlines", type=Path, metavar="FOLDER",
+                             help="with QuPath's annotations as <slide>.geojson; draws tumour in white, "
+                                  "lymphocytes in green, necrosis in yellow")
         if command == "query":
             sub.add_argument("--query", nargs="+", default=["3"], metavar="X,Y",
                              help="query tokens, by a point of each in px of the crop (0 to 224); one "
@@ -141,11 +163,51 @@ def overlay(encoders, found, names, args):
     images = shared.images_of(crops, chosen)
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64)
                   for name, encoder in encoders.items()}
-    rows = [("crop", "network", *BINS)]
-    for k, i in enumerate(chosen):
-        for name, values in aggregated.items():
-            rows.append((name_of(crops, i), name, *dirl.attention_bins(values[k])))
-    shared.save_both(draw_overlays(images, aggregated, crops.priors()[chosen]), rows, args.out, dpi=110)
+    outlines = outlines_of(args.outlines, found, crops, chosen) if args.outlines else None
+    figure = draw_overlays(images, aggregated, crops.priors()[chosen], outlines)
+    rows = bins_of("crop", [name_of(crops, i) for i in chosen], aggregated)
+    shared.save_both(figure, rows, args.out, dpi=110)
+
+
+def bins_of(kind, names, aggregated):
+    """Returns the rows of a CSV: for each image and network the shares of the bins; {network: (B, n)}."""
+    rows = [(kind, "network", *BINS)]
+    for i, name in enumerate(names):
+        for network, values in aggregated.items():
+            rows.append((name, network, *dirl.attention_bins(values[i])))
+    return rows
+
+
+def two_views(path, seed):
+    """Returns two of DINO's global views of a picture's middle square, uint8 (2, 3, 224, 224)."""
+    image = read_image(path)
+    side = min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    square = image.resize((SQUARE, SQUARE), Image.BICUBIC, (left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    (_, views), = views_of([(pixels, torch.zeros(0, 2))], Augmentation(local_crops=0), seed)
+    return torch.stack([(view * 255).round().byte() for view, _ in views])
+
+
+@torch.no_grad()
+def picture(args):
+    """Fig. 1: two views of a picture, the attention of each network, bars of its bins.
+
+    A network with a class token has two columns: that token's row, and the aggregated attention, which is the
+    paper's.
+    """
+    networks = shared.load_networks(args, args.arch)
+    views = two_views(args.image, args.seed)
+    attention = {}
+    for name, (encoder, _, _) in networks.items():
+        if isinstance(encoder, ClassTokenViT):
+            row = encoder.class_attention(inputs_of(encoder, views)).mean(1).cpu()  # (2, n)
+            attention[f"{name}: class token"] = row * row.shape[-1]
+            name = f"{name}: aggregated"
+        attention[name] = attention_of(encoder, views).cpu()
+    figure = draw_overlays(views, attention, title="view")
+    shared.save_both(figure, bins_of("view", ["1", "2"], attention), args.out, dpi=110)
 
 
 def query(encoders, found, names, args):
@@ -181,6 +243,9 @@ def query(encoders, found, names, args):
 
 
 def run(args):
+    if args.command == "picture":
+        picture(args)
+        return 0
     encoders, _, found, names = shared.open_all(args, with_cells=args.command != "distribution")
     {"distribution": distribution, "overlay": overlay, "query": query}[args.command](
         encoders, found, names, args)

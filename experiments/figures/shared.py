@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import dirl
-from common.encoders import check_device, features_folder, find_encoder, load_encoder
+from common.encoders import check_device, features_folder, find_encoder, open_encoder
 from common.errors import InputError, Parser, print_skipped
 from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
 from common.files import read_json, write_csv
@@ -38,17 +38,22 @@ def add_data(add):
     add_max_gigapixels(add)
 
 
-def add_networks(add):
-    """Adds the flags of a script that compares checkpoints on the crops of a data set."""
+def add_checkpoints(add):
+    """Adds the flags of a script that compares checkpoints."""
     add("--checkpoint", nargs="+", required=True, metavar="[NAME=]RUN",
         help="runs, or their encoder.pt, each with a name for the figure (default: the run's folder)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
+
+
+def add_networks(add):
+    """Adds the flags of a script that compares checkpoints on the crops of a data set."""
+    add_checkpoints(add)
     add_data(add)
     add("--prior", choices=PRIORS,
         help="whose cells P_c is drawn from; default: those that the runs learned from, and auto (see "
              "train.py) for baselines and on other data sets")
     add("--part", default="test", choices=["test", "val", "train"],
         help="split to take slides from; an encoder trained on one of the test part is refused")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
 
 
 def check_flags(args):
@@ -83,12 +88,15 @@ def named(texts, flag):
     return out
 
 
-def load_networks(args):
-    """Returns {name: (encoder on --device, its encoder.pt, the file's other values)} of --checkpoint."""
+def load_networks(args, arch=None):
+    """Returns {name: (encoder on --device, its file, the file's other values)} of --checkpoint.
+
+    arch: of files that are no encoder.pt, see common.encoders.open_encoder.
+    """
     out = {}
     for name, run in named(args.checkpoint, "--checkpoint").items():
         path = find_encoder(run)
-        encoder, about = load_encoder(path)
+        encoder, about = open_encoder(path, arch)
         out[name] = encoder.to(args.device), path, about
     return out
 
