@@ -32,7 +32,7 @@ from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, make_views, share_of, some_of
 from demo.slides import make_demo
-from wsi.cache import crop_mpp, describe_cells, prepare, tell_cell_files
+from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name
 from wsi.probe import read_probe
 from wsi.splits import find_data, training_record
@@ -350,7 +350,7 @@ def training_crops(args):
             make_demo(Path("datasets/demo"), workers=args.workers)
         found = find_data(args.data, args.mpp, prior, args.split_seed, slide_mpp=args.slide_mpp)
         if with_cells:
-            tell_cell_files(found)
+            warn_of_cell_files(found)
         skipped = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(skipped)
     names = found.split("train", "val") + found.unlabelled()

@@ -140,7 +140,7 @@ class ClassTokenViT(dirl.VisionTransformer):
     """A ViT with a class token, which is f, as in timm and DINO: images (B, 3, H, W) -> that token (B, 1, d).
 
     last_attention is among the n patches: the class token's row and column are dropped, and every row sums
-    to 1 again. class_attention is that row.
+    to 1 again.
     """
 
     def __init__(self, embed_dim, depth, num_heads):

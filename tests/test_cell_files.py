@@ -8,6 +8,7 @@ from synthetic import prepared, saved, tissue, write
 
 import data
 import train
+from common.errors import InputError
 from data import Crops
 from wsi import cache
 from wsi.cell_files import cell_file, cell_files, image_names, unmatched_files, unused_cell_files
@@ -105,13 +106,13 @@ def test_auto_takes_the_papers_segmenter_first_and_tells_what_it_took(place, cap
             for name, path in cell_files(found).items()}
     assert read == {"a": "hovernet/a.csv", "b": "b.json", "c": None, "d": "builtin/d.csv", "e": "e.geojson",
                     "f": None}
-    cache.tell_cell_files(found)
-    line, *warnings = capsys.readouterr().out.splitlines()
-    assert line == ("cells of 6 slides (--prior auto): 1 in datasets/lung/cells/hovernet/, "
-                    "2 in datasets/lung/cells/, 3 by the built-in detector")
-    assert len(warnings) == 1 and "e.geojson, not e.csv" in warnings[0]
-    cache.tell_cell_files(find_data("lung", prior="cellpose"))
-    assert "--prior auto" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="none of the 6 slides"):
+        cache.prepare(found, workers=1)
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "cells of 6 slides (--prior auto): 1 in datasets/lung/cells/hovernet/, 2 in datasets/lung/cells/, "
+        "3 by the built-in detector")
+    warned, = unused_cell_files(found)
+    assert "e.geojson, not e.csv" in warned
 
     (folder / "cells/b.csv").rename(folder / "cells/hovernet/z.csv")
     assert "match no slide and are not read: 1 (hovernet/z.csv)" in unused_cell_files(find_data("lung"))[0]

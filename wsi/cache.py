@@ -29,16 +29,16 @@ from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
 def prepare(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
     """Cuts the missing tiles and finds the missing cells; returns a line for each image that was skipped."""
+    if data.prior == "auto":
+        print(whose_cells(data))
     if data.kind == "crops":
         return prepare_crop_cells(data, workers)
     skipped = prepare_tiles(data, tissue, workers, gigapixels)
     return skipped if data.prior == NO_CELLS else skipped + prepare_cells(data, workers)
 
 
-def tell_cell_files(data):
-    """Prints whose cells --prior auto takes, and a warning for files of cells/ that are not read."""
-    if data.prior == "auto":
-        print(whose_cells(data))
+def warn_of_cell_files(data):
+    """Prints a warning for files of cells/ that match no image, and for those that another file hides."""
     for line in unused_cell_files(data):
         print("warning:", printable(line))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from common.errors import Parser, exit_code_of, print_skipped, run_script
 from common.flags import add_max_gigapixels, whole
 from common.pool import add_shard, call
-from wsi.cache import keep_shard, prepare, tell_cell_files
+from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
 from wsi.datasets import add_data_flags
 from wsi.gdc import PROJECTS, SERVER, manifest
@@ -73,7 +73,7 @@ def run(argv):
         found, error = call(find_data, how)
         return check(args.data, args.root, found, error, args.md5, args.workers, args.max_gigapixels)
     found = find_data(*how)
-    tell_cell_files(found)  # before the other shards' slides are taken out
+    warn_of_cell_files(found)  # before the other shards' slides are taken out
     keep_shard(found, args.shard)
     failed = []
     if found.images:
