@@ -2,8 +2,7 @@
 
 Prepares missing tiles, and cells unless it is the baseline; pre-trains with DINO on the method's
 representations, and writes runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder),
-log.csv, config.json. The same command resumes a stopped run: every step draws its random numbers from (seed,
-step).
+log.csv, config.json. The same command resumes a stopped run: a step draws its random numbers from (seed, step).
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
 import argparse
@@ -33,7 +32,7 @@ from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, make_views, share_of, some_of
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
-from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name
+from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
 from wsi.probe import read_probe
 from wsi.splits import find_data, training_record
 
@@ -168,7 +167,7 @@ def arguments(argv=None):
 
 
 def default_run(args):
-    return f"runs/{run_name(args.data)}_{args.arch}_{args.method}"
+    return f"runs/{run_name(args.data, args.split, args.drop_shared)}_{args.arch}_{args.method}"
 
 
 # ---------------------------------------------------------------- models
@@ -348,7 +347,8 @@ def training_crops(args):
     with first_before_others():
         if args.data == "demo":
             make_demo(Path("datasets/demo"), workers=args.workers)
-        found = find_data(args.data, args.mpp, prior, args.split_seed, slide_mpp=args.slide_mpp)
+        found = find_data(args.data, args.mpp, prior, args.split_seed, slide_mpp=args.slide_mpp,
+                          split=args.split, drop_shared=args.drop_shared)
         if with_cells:
             warn_of_cell_files(found)
         skipped = prepare(found, args.tissue, args.workers, args.max_gigapixels)
@@ -450,11 +450,11 @@ def train(args, build=build_dirl):
 def config_of(args, data, how):
     """Returns the content of config.json: the settings that must stay the same when a run is resumed."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
-    images = data.trained_on["images"]
+    images = f"{len(data.trained_on['images'])} (stamp {stamp(**data.trained_on)})"
     return flags | {
-        "data": run_name(args.data), "mpp": crop_mpp(data.found), "precision": "bf16" if how.bf16 else "fp32",
-        "crops": len(data.crops), "images": f"{len(images)} (stamp {stamp(**data.trained_on)})",
-        "pixels": [data.mean, data.std]}
+        "data": run_name(args.data, args.split, args.drop_shared), "mpp": crop_mpp(data.found),
+        "crops": len(data.crops), "images": images, "pixels": [data.mean, data.std],
+        "precision": "bf16" if how.bf16 else "fp32"}
 
 
 def announce(args, run, data, how, start, encoder):
@@ -475,11 +475,12 @@ def finish(args, run, log, step, steps, skipped, stop):
         print(f"Stopped at step {step} of {steps}{speed}; "
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
+        data = " ".join([args.data, *split_flags(args.split, args.drop_shared)])
         where = "" if args.run == default_run(args) else f" --checkpoint {run.folder}/encoder.pt"
         done = f"{run.folder} had finished its {steps} steps; nothing was trained"
         if step > log.start:
             done = f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
-        print(f"{done}. Next: python eval.py --data {args.data}{where}")
+        print(f"{done}. Next: python eval.py --data {data}{where}")
     code = exit_code_of(skipped)
     return 130 if stop else code
 

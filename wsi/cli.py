@@ -7,7 +7,7 @@ from common.flags import add_max_gigapixels, whole
 from common.pool import add_shard, call
 from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
-from wsi.datasets import add_data_flags
+from wsi.datasets import add_data_flags, split_flags
 from wsi.gdc import PROJECTS, SERVER, manifest
 from wsi.look import Cutting, look
 from wsi.splits import complete_split, find_data
@@ -72,7 +72,7 @@ def run(argv):
     if args.command == "check":
         found, error = call(find_data, how)
         return check(args.data, args.root, found, error, args.md5, args.workers, args.max_gigapixels)
-    found = find_data(*how)
+    found = find_data(*how, args.split, args.drop_shared)
     warn_of_cell_files(found)  # before the other shards' slides are taken out
     keep_shard(found, args.shard)
     failed = []
@@ -80,8 +80,9 @@ def run(argv):
         failed = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(failed)
     mpp = f" --mpp {args.mpp:g}" if args.mpp else ""
+    data = " ".join([args.data, *split_flags(args.split, args.drop_shared)])
     print(f"Prepared {len(found.images) - len(failed)} {found.kind} in {found.work}/. "
-          f"Next: python train.py --data {args.data}{mpp}")
+          f"Next: python train.py --data {data}{mpp}")
     return exit_code_of(failed)
 
 

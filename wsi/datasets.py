@@ -78,9 +78,22 @@ def safe_name(folder):
     return re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
 
 
-def run_name(data):
-    """Returns the name of a data set (a key of DATASETS or a folder) in names of runs."""
-    return data if data in DATASETS else safe_name(data)
+def run_name(data, split=None, drop_shared=False):
+    """Returns the name of a data set in names of runs; with a published split, that of both.
+
+    data: a key of DATASETS or a folder. lung with HIPT's tcga_lung/splits_0.csv: lung_tcga_lung_splits_0.
+    """
+    name = data if data in DATASETS else safe_name(data)
+    if split:
+        path = Path(split).resolve()
+        name = f"{name}_{safe_name(path.parent)}_{safe_name(path.with_suffix(''))}"
+    return f"{name}_unshared" if drop_shared else name
+
+
+def split_flags(split, drop_shared):
+    """Returns --split and --drop-shared as a command line has them, [] if they are not given."""
+    flags = ["--split", split] if split else []
+    return flags + ["--drop-shared"] if drop_shared else flags
 
 
 def evaluated_mpp(data, mpp, trained_at):
@@ -113,6 +126,13 @@ DATA_FLAGS = {
     "--split-seed": dict(
         type=SEED, default=0,
         help="seed of the split when it is first drawn; afterwards datasets/<data>/split.csv counts"),
+    "--split": dict(
+        metavar="FILE", help="a published split, a CSV with the columns train,val,test as CLAM and HIPT have "
+                             "it; the data set's own split is neither used nor changed"),
+    "--drop-shared": dict(
+        action="store_true",
+        help="with --split: slides of patients who are in two splits leave training, so that no test patient "
+             "is seen; without the flag they are counted and the split is taken as published"),
 }
 
 

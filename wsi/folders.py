@@ -23,8 +23,9 @@ class Data:
 
     images: {name: file}, slides or crops. labels: {name: {"label", "patient", "split", "mpp"}}; "patient" is
     the unit that stays in one split: a patient, or the source tile or group of ready-cut crops.
-    pretrain_only: such rows of slides without a label. absent: those of slides without a file, which still
-    tie their patient to a split. warnings: what was printed about labels.csv.
+    pretrain_only: such rows of slides without a label, or that a published split leaves out. absent: those of
+    slides without a file, which still tie their patient to a split. warnings: what was printed about
+    labels.csv. split_file: of a published split (wsi.published), else the data set's own split counts.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Data:
     absent: dict = field(default_factory=dict)
     classes: list = field(default_factory=list)
     warnings: list = field(default_factory=list)
+    split_file: Path = None
 
     def split(self, *splits):
         """Returns the names of images in "train", "val" or "test", split after split, each sorted.
@@ -69,9 +71,9 @@ class Data:
         """Returns the slides without a label that join pre-training: no slide of their patient is tested.
 
         The patient is known from a row of labels.csv with an empty label, or from a TCGA name; slides of
-        unknown patients are skipped.
+        unknown patients are skipped. A published split has no such slides.
         """
-        if not self.labels:
+        if not self.labels or self.split_file:
             return []
         names_of = self.names_of_patients()
         tested = set()

@@ -6,16 +6,25 @@ import numpy as np
 from common.errors import InputError
 from common.files import read_csv, write_csv
 from wsi.folders import SPLITS, find_folder, first_of, patient_of, same_patients, tcga_patient
+from wsi.published import published_split, shared_patients
 from wsi.slides import file_identity
 
+ADVICE = "use another encoder, or pre-train again with this split"
 
-def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide_mpp=None):
+
+def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide_mpp=None, split=None,
+              drop_shared=False):
     """Returns the wsi.folders.Data of a name or a folder, with a split for every label.
 
     Splits that labels.csv leaves open are in datasets/<name>/split.csv, drawn once by patient with
-    split_seed. InputError if files are missing or a patient is in two splits.
+    split_seed. split: the file of a published one, which is used instead (published_split). InputError if
+    files are missing, or a patient is in two splits of the data set's own.
     """
     found = find_folder(data, mpp, prior, root, slide_mpp)
+    if split:
+        return published_split(found, split, drop_shared)
+    if drop_shared:
+        raise InputError("--drop-shared: is for a published split; name its file by --split")
     rows = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
     found.absent |= {name: row for name, row in rows.items() if name not in found.labels}
     split_of = {}
@@ -125,8 +134,9 @@ def check_classes(found, names):
         present = {found.labels[name]["label"] for name in found.split(split) if name in names}
         missing = [label for label in found.classes if label not in present]
         if missing and (split != "val" or not present):
-            raise InputError(f"{found.source}/labels.csv: no usable {split} slide of {', '.join(missing)}; "
-                             "add slides or change the split")
+            where = found.split_file or f"{found.source}/labels.csv"
+            raise InputError(f"{where}: no usable {split} slide of {', '.join(missing)}; add slides or change "
+                             "the split")
 
 
 # ---------------------------------------------------------------- what an encoder was trained on
@@ -143,13 +153,13 @@ def training_record(found, names):
     return {"data": found.name, "images": hashes, "patients": sorted(patients)}
 
 
-def check_unseen(found, names, trained_on, path):
-    """InputError if the encoder at path was trained on one of these images or on one of their patients.
+def seen_images(found, names, trained_on):
+    """Returns which of these images an encoder saw in training, and which it saw another image of.
 
-    trained_on: the encoder's training_record. Images are the same if their names and file hashes are (in an
-    older encoder.pt: sizes). A patient's name counts within one data set, a TCGA patient's in all. Also
-    InputError if the encoder was trained on a slide of this data set whose patient is unknown, since it may
-    be a test patient.
+    trained_on: the encoder's training_record. Seen are images that it was trained on, or on another image of
+    their patient; those of patients whom a published split has in two splits are the second list. Images are
+    the same if their names and file hashes are (in an older encoder.pt: sizes). A patient's name counts
+    within one data set, a TCGA patient's in all.
     """
     same_data = trained_on["data"] == found.name
     names_of = found.names_of_patients()
@@ -160,20 +170,38 @@ def check_unseen(found, names, trained_on, path):
         patients |= {rows[name]["patient"] for name in images if name in rows}
     else:
         patients = set(filter(tcga_patient, patients))
-    leaks = []
+    accepted = set().union(*shared_patients(found).values())
+    seen, shared = [], []
     for name in names:
         identity = file_identity(found.images[name])
         same_image = images.get(name) in (identity["file_hash"], identity["file_bytes"])
         same_name = same_data and name in images
-        same_patient = patients & names_of[found.labels[name]["patient"]]
-        if same_image or same_name or same_patient:
-            leaks.append(name)
-    if leaks:
-        raise InputError(f"{path}: was trained on {len(leaks)} of these {len(names)} test images or their "
-                         f"patients ({first_of(leaks)}); use another encoder, or pre-train again with this "
-                         "split")
+        patient = found.labels[name]["patient"]
+        same_patient = bool(patients & names_of[patient])
+        if same_image or same_name or (same_patient and patient not in accepted):
+            seen.append(name)
+        elif same_patient:
+            shared.append(name)
+    return seen, shared
+
+
+def check_unseen(found, names, trained_on, path, advice=ADVICE):
+    """InputError if the encoder at path has seen one of these images (seen_images), with advice.
+
+    Also if it was trained on a slide of this data set whose patient is unknown, since it may be a test
+    patient. Prints how many images are of patients whom a published split has in two splits.
+    """
+    seen, shared = seen_images(found, names, trained_on)
+    if seen:
+        raise InputError(f"{path}: was trained on {len(seen)} of these {len(names)} test images or their "
+                         f"patients ({first_of(seen)}); {advice}")
+    if shared:
+        print(f"warning: {path}: was trained on other slides of the patients of {len(shared)} of these "
+              f"{len(names)} test slides, as {found.split_file} has it")
+    images = trained_on["images"]
+    rows = found.absent | found.pretrain_only | found.labels
     unknown = [name for name in images if name in trained_on["patients"] and name not in rows]
-    if same_data and found.kind == "slides" and names and unknown:
+    if trained_on["data"] == found.name and found.kind == "slides" and names and unknown:
         raise InputError(f"{path}: was trained on {len(unknown)} slides without a row in labels.csv "
                          f"({first_of(unknown)}), perhaps of test patients; add rows with their patient and "
                          "an empty label, or pre-train again")

@@ -1,0 +1,122 @@
+"""Published splits: files of slides' names as CLAM and HIPT publish them, one per fold; and our own folds.
+
+They are taken as published and leave the data set's own split alone (split.csv, labels.csv).
+"""
+import re
+from dataclasses import replace
+from itertools import combinations, zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from common.bags import SPLITS
+from common.classify import make_folds
+from common.errors import InputError
+from common.files import read_csv, write_csv
+from wsi.folders import slide_of
+
+
+def published_split(found, path, drop_shared=False):
+    """Returns a copy of a wsi.folders.Data with the published split at path; slides not in it are not used.
+
+    Patients with slides in two splits are counted and printed. drop_shared: their slides leave training, and
+    validation if the others are tested, so that no patient is left in two splits. InputError if found is not
+    of slides with labels, or none of them is in the file.
+    """
+    if found.kind != "slides" or not found.labels:
+        raise InputError(f"{path}: is a split of slides; {found.source} has no slides with a labels.csv")
+    split_of = read_published(path, found.labels)
+    labels = {name: row | {"split": split_of[name]} for name, row in found.labels.items() if name in split_of}
+    if not labels:
+        raise InputError(f"{path}: none of its {len(split_of)} slides has a file and a label in "
+                         f"{found.source}")
+    missing = len(split_of) - len(labels)
+    if missing:
+        print(f"skipped: {path}: {missing} of {len(split_of)} slides are not in {found.source}")
+    omitted = {name: row for name, row in found.labels.items() if name not in labels}
+    if omitted:
+        print(f"skipped: {path}: does not list {len(omitted)} of the {len(found.labels)} labelled slides")
+    of_split = replace(found, labels=labels, pretrain_only=found.pretrain_only | omitted, split_file=path)
+
+    shared = shared_patients(of_split)
+    if any(shared.values()):
+        counts = [f"{first} and {second} {len(patients)}" for (first, second), patients in shared.items()]
+        done = "as published; --drop-shared takes their slides out of training"
+        if drop_shared:
+            done = f"{leave_out(of_split, shared)} slides of theirs are left out of the first of the two"
+        print(f"warning: {path}: {len(set().union(*shared.values()))} patients have slides in two splits "
+              f"({', '.join(counts)}); {done}")
+    return of_split
+
+
+def shared_patients(found):
+    """Returns {(split, later split): patients with slides in both}; none in a data set's own split."""
+    patients = {split: set() for split in SPLITS}
+    for row in found.labels.values():
+        patients[row["split"]].add(row["patient"])
+    return {(first, second): patients[first] & patients[second] for first, second in combinations(SPLITS, 2)}
+
+
+def leave_out(found, shared):
+    """Takes slides of shared_patients out of the first of the two splits, in place; returns their number."""
+    slides = set()
+    for (first, _), patients in shared.items():
+        slides |= {name for name in found.split(first) if found.labels[name]["patient"] in patients}
+    for name in slides:
+        found.pretrain_only[name] = found.labels.pop(name)
+    return len(slides)
+
+
+def read_published(path, labels):
+    """Returns {slide: split} of a file with the columns train,val,test; labels: the known slides.
+
+    InputError for other columns, or for a slide that is listed twice.
+    """
+    columns, rows = read_csv(path)
+    if not set(SPLITS) <= set(columns):
+        raise InputError(f"{path}: its first line has to name the columns train,val,test")
+    split_of = {}
+    for split in SPLITS:
+        for line, row in rows:
+            name = slide_of(row.get(split, ""), labels)
+            if name in split_of:
+                raise InputError(f"{path}: line {line}: {name} is listed twice; a slide belongs to one split")
+            if name:
+                split_of[name] = split
+    return split_of
+
+
+# ---------------------------------------------------------------- folds
+
+def fold_files(folder):
+    """Returns {number: file} of the splits_<number>.csv in a folder; InputError if it has none."""
+    files = {int(path.stem[7:]): path for path in Path(folder).glob("splits_*.csv")
+             if re.fullmatch(r"splits_\d+", path.stem)}
+    if not files:
+        raise InputError(f"{folder}: has no splits_0.csv; give a folder of HIPT's or CLAM's splits/")
+    return dict(sorted(files.items()))
+
+
+def draw_folds(found, count, seed):
+    """Returns the folder of count folds of the labelled slides, stratified by class, with whole patients.
+
+    Fold k tests the k-th part of the slides and validates on the next one. The files, in CLAM's format, are
+    datasets/<name>/folds_<count>_seed<seed>/splits_<k>.csv; once written, they stay as they are.
+    """
+    folder = found.work / f"folds_{count}_seed{seed}"
+    if all((folder / f"splits_{number}.csv").is_file() for number in range(count)):
+        return folder
+    names = np.array(sorted(found.labels))
+    labels = np.array([found.classes.index(found.labels[name]["label"]) for name in names])
+    patients = np.array([found.labels[name]["patient"] for name in names])
+    parts = [part for _, part in make_folds(labels, patients, found.classes, count, seed)]
+    if any(len(set(labels[part])) < len(found.classes) for part in parts):
+        raise InputError(f"--folds {count}: a fold would test no slide of a class, because patients have many "
+                         "slides; use fewer folds or another --split-seed")
+    for number, test in enumerate(parts):
+        val = parts[(number + 1) % count]
+        train = np.setdiff1d(np.arange(len(names)), np.concatenate([val, test]))
+        columns = [names[part] for part in (train, val, test)]
+        write_csv(folder / f"splits_{number}.csv", [SPLITS, *zip_longest(*columns, fillvalue="")])
+    print(f"Wrote {folder}/: {count} folds of {len(names)} slides, by patient")
+    return folder
