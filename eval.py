@@ -30,6 +30,7 @@ from tqdm import tqdm
 import dirl
 from common import classify, encoders
 from common.bags import SPLITS, labelled, read_bag, score_mean_features, train_and_score, write_bag
+from common.crossval import DSMILSettings, score_folds
 from common.encoders import attention_of, in_batches, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.export import export_clam, export_csv, export_geojson
@@ -44,7 +45,7 @@ from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.slides import CROP
-from wsi.splits import check_classes, check_unseen, find_data, find_patches
+from wsi.splits import check_classes, check_unseen, find_data, find_patches, open_folds
 
 MEASURES = ("accuracy", "AUC", "macro F1")
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")  # of aggregated attention, Fig. 4
@@ -90,6 +91,8 @@ def slides_arguments(argv):
     add("--standardize", action=argparse.BooleanOptionalAction, default=False,
         help="standardises features with the training slides' mean and sd before DSMIL; helps with few "
              "slides, and when features share a large offset")
+    add("--folds", type=whole(3, 1000), metavar="K",
+        help="only tests DSMIL, by K folds of all labelled slides, by patient and stratified by class")
     add("--class-weights", action="store_true",
         help="weights slides inversely to the size of their class in training; for a rare class")
     add("--attention-crops", type=whole(), default=1000,
@@ -306,7 +309,8 @@ def open_data(args, trained_at):
     InputError if it does not have what --export needs.
     """
     mpp = evaluated_mpp(args.data, args.mpp, trained_at)
-    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp)
+    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
+                      split=args.split, drop_shared=args.drop_shared)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
     if args.export and found.kind == "crops":
@@ -329,7 +333,7 @@ def random_start(trained, about, device):
 def evaluate_slides(args):
     """Measures an encoder on slides or ready-cut crops; returns the exit code."""
     # The encoder, and the data set at the um/px that it was trained at.
-    data = run_name(args.data)
+    data = run_name(args.data, args.split, args.drop_shared)
     path = encoders.find_encoder(args.checkpoint, data)
     encoder, about = encoders.open_encoder(path, args.arch)
     if args.arch not in (None, about["arch"]):
@@ -347,22 +351,32 @@ def evaluate_slides(args):
     has_labelled_slides = has_slides and bool(found.labels)
     if has_labelled_slides:
         check_classes(found, found.images)
+    if args.folds:
+        folds = open_folds(found, args.folds, args.split_seed, about["trained_on"], path)
     check_unseen(found, found.split("test"), about["trained_on"], path)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
     print_skipped(skipped)
     if has_labelled_slides:
         with_tiles = {name for name in found.images if tile_info(found, name)}
         check_classes(found, with_tiles)  # again, because slides may have been skipped
+        warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), args)
     synthetic = ". The demo's slides are synthetic." if args.data == "demo" else ""
     origin = f" of {about['data']}, step {about['step']}" if about["data"] else ", trained elsewhere"
     print(f"{path}: {about['method']} {about['arch']}{origin}{synthetic}")
-    if has_labelled_slides:
-        warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), args)
 
     # Attention, of every network.
     networks = {"trained": trained}
     if args.compare == "random":
         networks["random start"] = random_start(trained, about, args.device)
+    if args.folds:
+        for fold in folds.values():
+            check_classes(fold, with_tiles)
+        settings = DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
+                                 args.mil_weight_decay, args.standardize, args.class_weights)
+        for name, network in networks.items():
+            kept = {slide: read_bag(network.features, slide) for slide in extract(network, found, args)}
+            score_folds(folds, kept, settings, args.device, name, run)
+        return exit_code_of(skipped)
     title = f"{data}, {about['arch']}, {about['method']}"
     tables, shared = count_attention(networks, title, found, run, args)
     written = ["results.csv"]

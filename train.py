@@ -2,7 +2,7 @@
 
 Prepares missing tiles, and cells unless it is the baseline; pre-trains with DINO on the method's
 representations, and writes runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder),
-log.csv, config.json. The same command resumes a stopped run: a step draws its random numbers from (seed, step).
+log.csv, config.json. The same command resumes a run: each step draws its random numbers from (seed, step).
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
 import argparse
@@ -66,8 +66,7 @@ def argument_parser(prog="python train.py"):
         help="outputs K of the heads of f, f_c and f_b; fewer for small data sets")
     add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096, help="outputs of the other four heads")
     add("--norm-last-layer", action=argparse.BooleanOptionalAction, default=True,
-        help="keeps the prototypes' norms at 1; --no-norm-last-layer learns them, which DINO found better "
-             "for ViT-S but less stable")
+        help="keeps the prototypes' norms at 1; DINO found learning them better for ViT-S, but less stable")
     add("--drop-path", type=between(0, 0.99), default=0.1, help="stochastic depth of the student's encoder")
 
     add = parser.add_argument_group("views").add_argument

@@ -57,7 +57,7 @@ def make_folds(labels, groups, classes, count, seed):
     for c, name in enumerate(classes):
         present = len(set(groups[labels == c]))
         if present < count:
-            raise InputError(f"--folds {count}: the training set has {present} {unit(groups)} of {name}; "
+            raise InputError(f"--folds {count}: there are only {present} {unit(groups)} of {name} to divide; "
                              "use fewer folds")
     if unit(groups) == "groups":
         folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(labels, labels, groups)

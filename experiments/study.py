@@ -28,7 +28,7 @@ from common.files import file_stamp, read_json, stamp, write_json
 from common.flags import RUNNING, SEED, between, whole
 from common.log import is_finished
 from experiments import compare, folds, measures, table
-from wsi.datasets import PRIORS, run_name
+from wsi.datasets import PRIORS, run_name, split_flags
 from wsi.splits import find_data
 
 # The arms of claim: flags of train.py, or of experiments.compare, which trains those with --ssl. "random" is
@@ -298,6 +298,7 @@ def eval_flags(job, args):
     for flag, value in ("--mpp", settings.mpp), ("--slide-mpp", settings.slide_mpp):
         if value is not None:
             flags += [flag, str(value)]
+    flags += split_flags(settings.split, settings.drop_shared)
     return ["slides", *flags, "--tissue", str(settings.tissue), "--prior", settings.prior,
             "--compare", "none", "--repeats", str(args.repeats), "--epochs", str(args.mil_epochs),
             "--mil-weight-decay", str(args.mil_weight_decay)]

@@ -20,7 +20,6 @@ from data import Draws, random_boxes
 from experiments import study, table
 from experiments.figures import attention, heatmap, priors, shared, tokens, views
 from prior import STAINS, bin_centroids
-from wsi.splits import find_data
 
 WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
 ON = [*WHERE, "--device", "cpu"]
@@ -347,22 +346,11 @@ def test_folds_by_published_split_files(here, capsys):
     assert study.main([*argv, "--checkpoint", "own=elsewhere/fold_{fold}"]) == 0
     shutil.rmtree(here / "elsewhere/fold_1")
     refused(capsys, study.main, [*argv, "--checkpoint", "own=elsewhere/fold_{fold}"], "elsewhere/fold_1")
-    refused(capsys, study.main, [*argv, "--write-split", "0"], "labels.csv", "column split")
     argv += ["--checkpoint", make_seen(here, "nests_3")]
-    refused(capsys, study.main, argv, "1 of the 2 test slides", "--allow-seen")
+    refused(capsys, study.main, argv, "1 of these 2 test images", "--allow-seen")
     assert study.main([*argv, "--allow-seen"]) == 0 and "2 of 4" in capsys.readouterr().out
     write_table(here / "splits/splits_0.csv", "train,val,test", ["nests_0,nests_0,nests_1"])
     refused(capsys, study.main, argv, "nests_0 is listed twice")
-
-
-def test_a_fold_becomes_the_split_that_training_reads(here):
-    shutil.copytree(here / "tiny", here / "open", dirs_exist_ok=True)
-    rows = [f"{row['slide']},{row['label']}" for row in rows_of(here / "tiny/labels.csv")]
-    write_table(here / "open/labels.csv", "slide,label", rows)
-    write_splits(here / "splits")
-    assert study.main(["folds", "--data", "open", "--splits", "splits", "--write-split", "1"]) == 0
-    found = find_data("open")
-    assert found.split("val") == ["glands_1", "nests_1"] and "nests_3" in found.split("test")
 
 
 # ---------------------------------------------------------------- each script at a tiny size

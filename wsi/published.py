@@ -36,7 +36,8 @@ def published_split(found, path, drop_shared=False):
     omitted = {name: row for name, row in found.labels.items() if name not in labels}
     if omitted:
         print(f"skipped: {path}: does not list {len(omitted)} of the {len(found.labels)} labelled slides")
-    of_split = replace(found, labels=labels, pretrain_only=found.pretrain_only | omitted, split_file=path)
+    of_split = replace(found, labels=labels, pretrain_only=found.pretrain_only | omitted,
+                       split_file=Path(path))
 
     shared = shared_patients(of_split)
     if any(shared.values()):
@@ -111,8 +112,8 @@ def draw_folds(found, count, seed):
     patients = np.array([found.labels[name]["patient"] for name in names])
     parts = [part for _, part in make_folds(labels, patients, found.classes, count, seed)]
     if any(len(set(labels[part])) < len(found.classes) for part in parts):
-        raise InputError(f"--folds {count}: a fold would test no slide of a class, because patients have many "
-                         "slides; use fewer folds or another --split-seed")
+        raise InputError(f"--folds {count}: a fold would test no slide of a class, because some patients "
+                         "have many slides; use fewer folds or another --split-seed")
     for number, test in enumerate(parts):
         val = parts[(number + 1) % count]
         train = np.setdiff1d(np.arange(len(names)), np.concatenate([val, test]))

@@ -89,7 +89,8 @@ def run(args):
     how = train.settings_of(settings, 1, MEAN, STD).augmentation
     how = replace(how, local_crops=min(how.local_crops, LOCALS))
     for mpp in dict.fromkeys(args.mpp):
-        found = find_data(settings.data, mpp, settings.prior, slide_mpp=settings.slide_mpp)
+        found = find_data(settings.data, mpp, settings.prior, slide_mpp=settings.slide_mpp,
+                          split=settings.split, drop_shared=settings.drop_shared)
         if found.kind != "slides":
             raise InputError(f"--data {settings.data}: ready-cut crops have one um/px; slides are needed")
         crops = shared.crops_of(found, found.split("train", "val"), settings)

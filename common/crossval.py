@@ -1,0 +1,71 @@
+"""Cross-validation of slides: DSMIL on folds, each a wsi.folders.Data with its own split; mean and sd."""
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from common import classify
+from common.bags import SPLITS, labelled, train_and_score
+from common.files import merge_csv, print_table
+
+FOLDS_KEYS = ("folds", "network")  # rows of folds.csv that differ in one of these are kept
+
+
+@dataclass(frozen=True)
+class DSMILSettings:
+    """How DSMIL is trained (see the flags of eval.py)."""
+
+    seeds: range
+    epochs: int
+    weight_decay: float
+    standardize: bool
+    class_weights: bool
+
+
+def score_fold(found, bags, settings, device):
+    """Trains DSMIL on the training slides of a fold, once with each seed, and scores its test slides.
+
+    bags: {slide: read_bag}; slides without one are skipped. Returns the means over the seeds: (accuracy, AUC,
+    macro F1), and the scores (T, C).
+    """
+    pairs = {split: labelled(bags, found.split(split), found, device) for split in SPLITS}
+    if settings.standardize:
+        pairs = classify.standardize(pairs)
+    rows, scores, _ = train_and_score(pairs, len(found.classes), settings.seeds, settings.epochs,
+                                      settings.weight_decay, settings.class_weights)
+    return np.mean([measures for _, *measures in rows], 0), scores
+
+
+def score_folds(folds, bags, settings, device, network, out):
+    """Scores DSMIL on folds, {number: Data}, and prints each one's measures, their mean and their sd.
+
+    network: the name of what made the bags. Writes, after each fold, out/folds.csv, a row per fold, and
+    out/folds_predictions.csv, a row per test slide; rows of other folds or networks in them are kept.
+    """
+    name = next(iter(folds.values())).split_file.parent.name
+    rows, predictions, measured = [], [], []
+    for number, found in tqdm(folds.items(), f"{network}, folds", leave=False):
+        values, scores = score_fold(found, bags, settings, device)
+        measured.append(values)
+        key = {"folds": name, "network": network, "fold": number}
+        kept = {split: [slide for slide in found.split(split) if slide in bags] for split in SPLITS}
+        counts = {split: len(slides) for split, slides in kept.items()}
+        rows.append(key | dict(zip(("accuracy", "auc", "macro_f1"), texts(values))) | counts)
+        for slide, of_slide in zip(kept["test"], scores):
+            columns = [f"score {label}" for label in found.classes]
+            predictions.append(key | {"slide": slide, "label": found.labels[slide]["label"]}
+                               | dict(zip(columns, texts(of_slide))))
+        merge_csv(out / "folds.csv", FOLDS_KEYS, rows)  # now: the next fold may take an hour
+        merge_csv(out / "folds_predictions.csv", FOLDS_KEYS, predictions)
+    table = [("fold", "accuracy", "AUC", "macro F1", *SPLITS)]
+    table += [tuple(map(str, list(row.values())[2:])) for row in rows]
+    table.append(("mean", *texts(np.mean(measured, 0)), "", "", ""))
+    table.append(("sd", *texts(np.std(measured, 0, ddof=1)), "", "", ""))
+    print(f"{network}: DSMIL by {name}, {len(settings.seeds)} trainings a fold")
+    print_table(table)
+    print(f"Wrote {out}/folds.csv, folds_predictions.csv")
+
+
+def texts(values):
+    """Numbers with four digits."""
+    return [f"{value:.4f}" for value in values]
