@@ -7,9 +7,9 @@ splits_<k>.csv for each fold, with the columns train,val,test of slides' names. 
 features that eval.py wrote for the slides of a run.
 
 The paper is "consistent with their data split for prior-guided pretraining and MIL training"; it leaves open
-whether each fold has its own encoder. The folds overlap (lung: 93 of 1,033 slides are tested ten times, 618
-of them at all), and what one fold tests, others train on: an encoder for all has seen test slides of nearly
-every fold (HIPT's own has seen all of TCGA). Without that leak each fold has its own encoder:
+whether each fold has its own encoder. The folds overlap (lung: each tests 93 of 1,033 slides, all together
+618), and what one fold tests, others train on: an encoder for all has seen test slides of nearly every fold
+(HIPT's own has seen all of TCGA). Without that leak each fold has its own encoder:
 
     python train.py --data lung --arch vit_h --split FOLDER/splits_0.csv --run runs/hipt_0
     python eval.py --data lung --split FOLDER/splits_0.csv --checkpoint runs/hipt_0
