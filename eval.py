@@ -44,8 +44,9 @@ from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
+from wsi.folds import open_folds
 from wsi.slides import CROP
-from wsi.splits import check_classes, check_unseen, find_data, find_patches, open_folds
+from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
 MEASURES = ("accuracy", "AUC", "macro F1")
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")  # of aggregated attention, Fig. 4
@@ -379,7 +380,7 @@ def evaluate_slides(args):
         return exit_code_of(skipped)
     title = f"{data}, {about['arch']}, {about['method']}"
     tables, shared = count_attention(networks, title, found, run, args)
-    written = ["results.csv"]
+    written = ["results.csv", "attention_distribution.png", "attention_overlay.png"]
 
     # Features and DSMIL, of every network.
     if has_slides:
@@ -401,7 +402,6 @@ def evaluate_slides(args):
 
     # The table.
     write_results(tables, shared + last_losses(run), run / "results.csv")
-    written += ["attention_distribution.png", "attention_overlay.png"]
     print(f"Wrote {run}/{', '.join(written)}")
     return exit_code_of(skipped)
 

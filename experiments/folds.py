@@ -34,7 +34,8 @@ from common.flags import SEED, between, whole
 from experiments.figures import shared
 from experiments.table import sd_of
 from wsi.folders import find_folder
-from wsi.published import fold_files, published_split, shared_patients
+from wsi.folds import fold_files
+from wsi.published import published_split, shared_patients
 from wsi.splits import check_classes, check_unseen, seen_images
 
 LEAKED = "test slides seen in pre-training"

@@ -29,7 +29,7 @@ from common.flags import RUNNING, SEED, between, whole
 from common.log import is_finished
 from experiments import compare, folds, measures, table
 from wsi.datasets import PRIORS, run_name, split_flags
-from wsi.splits import find_data
+from wsi.folders import find_folder
 
 # The arms of claim: flags of train.py, or of experiments.compare, which trains those with --ssl. "random" is
 # an untrained encoder; "shuffled" and those after it are controls and comparisons. byol, simclr and selfpatch
@@ -289,8 +289,7 @@ def sweep(args):
 def eval_flags(job, args):
     """Returns eval.py's command line for a job: DSMIL on slides, a linear classifier on labelled crops."""
     settings = job.settings
-    kind = find_data(settings.data, settings.mpp, settings.prior, settings.split_seed,
-                     slide_mpp=settings.slide_mpp).kind
+    kind = find_folder(settings.data).kind
     flags = ["--data", settings.data, "--checkpoint", str(job.folder), "--device", settings.device,
              "--workers", str(max(1, settings.workers))]
     if kind == "crops":

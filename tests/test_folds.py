@@ -20,7 +20,8 @@ from experiments import study
 from wsi import splits
 from wsi.datasets import run_name
 from wsi.folders import find_folder
-from wsi.published import draw_folds, fold_files, published_split, shared_patients
+from wsi.folds import draw_folds, fold_files
+from wsi.published import published_split, shared_patients
 from wsi.splits import find_data
 
 PARTS = ("train", "val", "test")
@@ -122,6 +123,14 @@ def test_runs_of_a_published_split_have_their_own_name():
     assert run_name("lung", path, drop_shared=True) == "lung_tcga_lung_splits_3_unshared"
     own, published = (train.arguments(["--data", "lung", *flags]).run for flags in ([], ["--split", path]))
     assert own == "runs/lung_vit_t_dirl" and published == "runs/lung_tcga_lung_splits_3_vit_t_dirl"
+
+
+def test_a_sweep_evaluates_by_the_split_that_it_trained_by(place):
+    flags = ["--data", "in", "--mpp", "1", "--split", "p/splits_0.csv", "--drop-shared"]
+    args = study.arguments(["fraction", *flags, "--values", "1", "--methods", "dirl"])
+    _, (job,) = study.sweep_jobs(args)
+    given = study.eval_flags(job, args)
+    assert given[given.index("--split") + 1:][:2] == ["p/splits_0.csv", "--drop-shared"]
 
 
 def test_hipts_protocol_with_shared_patients_end_to_end(place, folder, capsys):

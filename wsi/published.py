@@ -1,19 +1,13 @@
-"""Published splits: files of slides' names as CLAM and HIPT publish them, one per fold; and our own folds.
-
-They are taken as published and leave the data set's own split alone (split.csv, labels.csv).
-"""
-import re
+"""Published splits: files of slides' names, as CLAM and HIPT have them; the data set's own stays as it is."""
 from dataclasses import replace
-from itertools import combinations, zip_longest
+from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-
-from common.bags import SPLITS
-from common.classify import make_folds
 from common.errors import InputError
-from common.files import read_csv, write_csv
+from common.files import read_csv
 from wsi.folders import slide_of
+
+SPLITS = ("train", "val", "test")
 
 
 def published_split(found, path, drop_shared=False):
@@ -85,39 +79,3 @@ def read_published(path, labels):
             if name:
                 split_of[name] = split
     return split_of
-
-
-# ---------------------------------------------------------------- folds
-
-def fold_files(folder):
-    """Returns {number: file} of the splits_<number>.csv in a folder; InputError if it has none."""
-    files = {int(path.stem[7:]): path for path in Path(folder).glob("splits_*.csv")
-             if re.fullmatch(r"splits_\d+", path.stem)}
-    if not files:
-        raise InputError(f"{folder}: has no splits_0.csv; give a folder of HIPT's or CLAM's splits/")
-    return dict(sorted(files.items()))
-
-
-def draw_folds(found, count, seed):
-    """Returns the folder of count folds of the labelled slides, stratified by class, with whole patients.
-
-    Fold k tests the k-th part of the slides and validates on the next one. The files, in CLAM's format, are
-    datasets/<name>/folds_<count>_seed<seed>/splits_<k>.csv; once written, they stay as they are.
-    """
-    folder = found.work / f"folds_{count}_seed{seed}"
-    if all((folder / f"splits_{number}.csv").is_file() for number in range(count)):
-        return folder
-    names = np.array(sorted(found.labels))
-    labels = np.array([found.classes.index(found.labels[name]["label"]) for name in names])
-    patients = np.array([found.labels[name]["patient"] for name in names])
-    parts = [part for _, part in make_folds(labels, patients, found.classes, count, seed)]
-    if any(len(set(labels[part])) < len(found.classes) for part in parts):
-        raise InputError(f"--folds {count}: a fold would test no slide of a class, because some patients "
-                         "have many slides; use fewer folds or another --split-seed")
-    for number, test in enumerate(parts):
-        val = parts[(number + 1) % count]
-        train = np.setdiff1d(np.arange(len(names)), np.concatenate([val, test]))
-        columns = [names[part] for part in (train, val, test)]
-        write_csv(folder / f"splits_{number}.csv", [SPLITS, *zip_longest(*columns, fillvalue="")])
-    print(f"Wrote {folder}/: {count} folds of {len(names)} slides, by patient")
-    return folder

@@ -6,7 +6,7 @@ import numpy as np
 from common.errors import InputError
 from common.files import read_csv, write_csv
 from wsi.folders import SPLITS, find_folder, first_of, patient_of, same_patients, tcga_patient
-from wsi.published import draw_folds, fold_files, published_split, shared_patients
+from wsi.published import published_split, shared_patients
 from wsi.slides import file_identity
 
 ADVICE = "use another encoder, or pre-train again with this split"
@@ -205,18 +205,3 @@ def check_unseen(found, names, trained_on, path, advice=ADVICE):
         raise InputError(f"{path}: was trained on {len(unknown)} slides without a row in labels.csv "
                          f"({first_of(unknown)}), perhaps of test patients; add rows with their patient and "
                          "an empty label, or pre-train again")
-
-
-def open_folds(found, count, seed, trained_on, path):
-    """Returns {number: Data} of count folds of the labelled slides (draw_folds).
-
-    InputError if the encoder at path has seen one of the slides, since each is tested.
-    """
-    if found.kind != "slides" or not found.labels or found.split_file:
-        raise InputError("--folds: divides slides with a labels.csv, and --split FILE has been divided")
-    folder = draw_folds(found, count, seed)
-    advice = ("and --folds tests all slides; take an encoder of another data set, or one for each fold: "
-              f"train.py and eval.py with --split {folder}/splits_0.csv --run runs/fold_0 and so on, then "
-              f"python -m experiments.study folds --splits {folder} --checkpoint runs/fold_{{fold}}")
-    check_unseen(found, found.split("train", "val", "test"), trained_on, path, advice)
-    return {number: published_split(found, file) for number, file in fold_files(folder).items()}
