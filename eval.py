@@ -6,8 +6,10 @@
 
 slides takes the newest run of the data set (or --checkpoint). It counts the test crops' aggregated attention
 in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features with
---repeats seeds and scores it on the test slides (3.6, Table 1). --compare random also measures the same
-network at its random start. For ready-cut crops, which belong to no slide, only attention is measured.
+--repeats seeds and scores it on the test slides (3.6, Table 1). For ready-cut crops, which belong to no
+slide, only attention is measured. --compare measures other runs, too: each network's results go to its own
+run, as if it had been measured alone; pictures of all networks and their common table (compared.csv) go to
+the run that was taken. On the demo all its finished runs and the random start are compared.
 
 predict scores slides without labels by the DSMILs that slides kept (dsmil_<seed>.pt), and writes predicted/:
 a CSV with each class's score, and for each slide the attention of its tiles as a picture and for QuPath.
@@ -37,8 +39,9 @@ from common.export import export_attention, export_slides
 from common.figures import BINS, draw_maps, plot_distribution, plot_overlays, save_figure, spread, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
+from common.networks import describe, features_stamp, files_of, named, network_of, random_start
 from common.pool import add_shard, call
-from common.report import last_losses, row_of_one, write_results
+from common.report import RESULTS, last_losses, print_results, row_of_one
 from data import Crops, collate
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
@@ -49,7 +52,7 @@ from wsi.folders import find_folder
 from wsi.slides import CROP
 from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
-SHOWN = 20  # predictions that are printed
+SHOWN = 20  # predictions that are printed, of the first slides
 
 
 # ---------------------------------------------------------------- flags
@@ -64,9 +67,11 @@ def slides_arguments(argv):
         "data", "as in train.py; without --mpp the crops of a folder have the um/px that the encoder saw")
     add_data_flags(data.add_argument)
     add = parser.add_argument
-    add("--compare", default="none", choices=["none", "random"],
-        help="random also measures the same network at its random start, in columns next to the trained one: "
-             "it shows what the training is worth, and doubles the time")
+    add("--compare", nargs="+", default=["none"], metavar="RUN",
+        help="also measures other runs, in columns next to the first: folders or encoder.pt; all: every "
+             "finished run of the data set in its default folder, runs/<data>_<arch>_<method>; random: the "
+             "first at its random start, which shows what the training is worth; none. With --data demo the "
+             "default is random all")
     add_dsmil(add)
     add("--attention-crops", type=whole(), default=1000,
         help="test crops whose attention is counted; more is steadier and slower")
@@ -78,7 +83,8 @@ def slides_arguments(argv):
     add_max_gigapixels(add)
     add_shard(add)
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random", mil_weight_decay=bags.FEW_DECAY, standardize=True, repeats=3)
+        parser.set_defaults(compare=["random", "all"], mil_weight_decay=bags.FEW_DECAY, standardize=True,
+                            repeats=3)
     return with_device(parser.parse_args(argv))
 
 
@@ -148,13 +154,6 @@ def embed(function, crops, args, title):
     return torch.cat([function(images).cpu() for images, _ in bar])
 
 
-def features_stamp(network, info, bf16):
-    """Returns what a slide's features are made from: encoder, precision, the slide's file and its tiles."""
-    precision = "bf16" if bf16 else "fp32"
-    cut_from = "{file_name} {file_hash} pixels {pixels} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
-    return f"{network.stamp} {precision} {cut_from}"
-
-
 def extract(network, found, args):
     """Writes features/<slide>.npz of each slide that has tiles, and returns the names of these slides.
 
@@ -175,14 +174,15 @@ def extract(network, found, args):
     return names
 
 
-def extract_shard(network, found, args):
+def extract_shard(networks, found, args):
     """Tiles and features of the slides of --shard; returns the exit code."""
     keep_shard(found, args.shard)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if found.images else []
     print_skipped(skipped)
-    names = extract(network, found, args)
-    print(f"Wrote {network.features}/features/ of the {len(names)} slides of --shard {args.shard}. "
-          "Next, when all shards are done: the same command without --shard")
+    for network in networks:
+        names = extract(network, found, args)
+        print(f"Wrote {network.features}/features/ of the {len(names)} slides of --shard {args.shard}.")
+    print("Next, when all shards are done: the same command without --shard")
     return exit_code_of(skipped)
 
 
@@ -191,8 +191,8 @@ def extract_shard(network, found, args):
 def count_attention(networks, title, found, run, args):
     """Counts aggregated attention over crops of the test split in the bins of Fig. 4, and draws it.
 
-    networks: {name: Network}. Returns {name: rows of the table}, and the rows that all share. Without labels
-    the crops are those of training. The overlay shows P_c if the cells of all crops are known.
+    networks: {name: Network}; title: of Fig. 4. Returns {name: rows of the table}. Without labels the crops
+    are those of training. The overlay shows P_c if the cells of all crops are known.
     """
     split = "test" if found.split("test") else "train"
     crops = Crops(found, found.split(split), with_cells=False)
@@ -206,12 +206,18 @@ def count_attention(networks, title, found, run, args):
 
     counted = Subset(crops, spread(len(crops), args.attention_crops))
     over = f"{len(counted)} {found.crops_of_part(split)}"
-    aggregated, tables = {}, {}
+    shared = []  # rows that do not depend on the network
+    if len(crops_with_cells):
+        shared = [row_of_one("patches with a cell", crops_with_cells.priors().mean().item(),
+                             f"{len(crops_with_cells)} crops")]
+    aggregated = {}
+    tables = {}
     for name, network in networks.items():
         values = embed(lambda x: attention_of(network.encoder, x), counted, args, "attention")  # (N, n)
         aggregated[name] = values
-        tables[name] = [row_of_one(f"tokens with attention {interval}", share, over)
-                        for interval, share in zip(BINS, dirl.attention_bins(values))]
+        bins = [row_of_one(f"tokens with attention {interval}", share, over)
+                for interval, share in zip(BINS, dirl.attention_bins(values))]
+        tables[name] = bins + shared + last_losses(network.folder)
     plot_distribution(aggregated, title, run / "attention_distribution.png")
 
     chosen = spread(len(counted), args.overlays)
@@ -219,12 +225,7 @@ def count_attention(networks, title, found, run, args):
     priors = [bin_centroids(xy, CROP) for xy in cells] if has_cells else None
     plot_overlays(images, {name: values[chosen] for name, values in aggregated.items()}, priors,
                   run / "attention_overlay.png")
-
-    shared = []
-    if len(crops_with_cells):
-        shared = [row_of_one("patches with a cell", crops_with_cells.priors().mean().item(),
-                             f"{len(crops_with_cells)} crops")]
-    return tables, shared
+    return tables
 
 
 # ---------------------------------------------------------------- slides: the command
@@ -246,46 +247,62 @@ def open_data(args, trained_at):
     return found
 
 
-def evaluate_slides(args):
-    """Measures an encoder on slides or ready-cut crops; returns the exit code."""
-    # The encoder, and the data set at the um/px that it was trained at.
+def open_networks(args):
+    """Returns the data set, and the Networks of --checkpoint and --compare; InputError if a file is bad.
+
+    The data set has the um/px of the first one.
+    """
     data = run_name(args.data)
-    path = encoders.find_encoder(args.checkpoint, data)
-    encoder, about = encoders.open_encoder(path, args.arch)
+    paths = files_of(args.checkpoint, args.compare, data)
+    opened = [(path, *encoders.open_encoder(path, args.arch)) for path in paths]
+    path, _, about = opened[0]
     if args.arch not in (None, about["arch"]):
         raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
     found = open_data(args, about["mpp"])
-    trained = encoders.network_of(path, encoder, about, data, found.name, args.device)
-    run = trained.folder
-    encoders.describe_results(run, path, about, data)
+    networks = []
+    for path, encoder, about in opened:
+        network = network_of(path, encoder, about, data, found.name, args.device)
+        encoders.describe_results(network.folder, path, about, data)
+        networks.append(network)
+        if found.kind == "slides" and about["mpp"] not in (None, found.mpp, opened[0][2]["mpp"]):
+            print(f"warning: {path}: was trained at {about['mpp']:g} um/px and is measured at {found.mpp:g}")
+    return found, networks
+
+
+def evaluate_slides(args):
+    """Measures encoders on slides or ready-cut crops; returns the exit code."""
+    found, networks = open_networks(args)
     if args.shard:
-        return extract_shard(trained, found, args)
+        return extract_shard(networks, found, args)
 
     # What would make the table worthless is refused now, before hours of feature extraction.
     has_slides = found.kind == "slides"
     has_labelled_slides = has_slides and bool(found.labels)
     if has_labelled_slides:
         check_classes(found, found.images)
-    check_unseen(found, found.split("test"), about["trained_on"], path)
+    for network in networks:
+        check_unseen(found, found.split("test"), network.about["trained_on"], network.path)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
     print_skipped(skipped)
+    describe(networks)
+    if args.data == "demo":
+        print("The demo's slides are synthetic.")
     if has_labelled_slides:
         with_tiles = {name for name in found.images if tile_info(found, name)}
         check_classes(found, with_tiles)  # again, because slides may have been skipped
-    synthetic = ". The demo's slides are synthetic." if args.data == "demo" else ""
-    origin = f" of {about['data']}, step {about['step']}" if about["data"] else ", trained elsewhere"
-    print(f"{path}: {about['method']} {about['arch']}{origin}{synthetic}")
-    if has_labelled_slides:
         settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
                                       args.mil_weight_decay, args.standardize, args.class_weights)
         bags.warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), settings)
 
     # Attention, of every network.
-    networks = {"trained": trained}
-    if args.compare == "random":
-        networks["random start"] = encoders.random_start(trained, about, args.device)
-    title = f"{data}, {about['arch']}, {about['method']}"
-    tables, shared = count_attention(networks, title, found, run, args)
+    first = networks[0]
+    run = first.folder
+    if "random" in args.compare:
+        networks.append(random_start(first, args.device))
+    networks = named(networks)
+    archs = ", ".join({network.about["arch"]: None for network in networks.values()})
+    tables = count_attention(networks, f"{run_name(args.data)}, {archs}", found, run, args)
+    pictures = ["attention_distribution.png", "attention_overlay.png"]
     written = ["results.csv"]
 
     # Features and DSMIL, of every network.
@@ -299,22 +316,27 @@ def evaluate_slides(args):
                 tables[name] = rows + tables[name]
         infos = {name: tile_info(found, name) for name in slides}
         infos = {name: info | {"side": tile_side(info)} for name, info in infos.items()}
-        export_slides(args.export, found, trained.features / "features", infos,
+        export_slides(args.export, found, first.features / "features", infos,
                       lambda name: ready_cells(found, name), run)
-        print(f"Wrote {trained.features}/features/")
-        written += [f"{kind}/" for kind in args.export]
+        print(f"Wrote {first.features}/features/")
+        pictures += [f"{kind}/" for kind in args.export]
         if has_labelled_slides:
-            draw_slide(found, trained.features, attention, run / "attention_slide.png")
-            written += ["slides.csv", "predictions.csv", "dsmil_<seed>.pt", "attention_slide.png"]
+            draw_slide(found, first.features, attention, run / "attention_slide.png")
+            pictures.append("attention_slide.png")
+            written += ["slides.csv", "predictions.csv", "dsmil_<seed>.pt"]
         else:
             print("No labels.csv: features are written, no slide is classified.")
 
-    # The table.
-    write_results(tables, shared + last_losses(run), run / "results.csv")
-    written += ["attention_distribution.png", "attention_overlay.png"]
-    print(f"Wrote {run}/{', '.join(written)}")
+    # The tables: each network's own, and all of them next to each other.
+    for name, network in networks.items():
+        write_csv(network.folder / "results.csv", [RESULTS, *tables[name]])
+        print(f"Wrote {network.folder}/{', '.join(written)}")
+    print_results(tables, run / "compared.csv")
+    pictures += ["compared.csv"] if len(networks) > 1 else []
+    print(f"Wrote {run}/{', '.join(pictures)}")
     if has_labelled_slides:
-        print(f"Next, for slides without labels: python eval.py predict --data FOLDER --checkpoint {path}")
+        print("Next, for slides without labels: python eval.py predict --data FOLDER --checkpoint "
+              f"{first.path}")
     return exit_code_of(skipped)
 
 
@@ -347,7 +369,7 @@ def predict_slides(args):
     found = find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp)
     if found.kind == "crops":
         raise InputError(f"--data {args.data}: holds crops; predict takes the slides that they were cut from")
-    network = encoders.network_of(path, encoder, about, run_name(args.data), found.name, args.device)
+    network = network_of(path, encoder, about, run_name(args.data), found.name, args.device)
     out = network.folder / "predicted"
     print(f"{path}: {about['method']} {about['arch']}, with {len(kept.models)} DSMILs of {folder} for "
           f"{', '.join(kept.classes)}; tiles at {kept.mpp:g} um/px")
@@ -366,16 +388,15 @@ def predict_slides(args):
     write_csv(out / "predictions.csv", rows)
 
     print_table(rows[:1 + SHOWN])
-    if len(rows) > 1 + SHOWN:
-        print(f"and {len(rows) - 1 - SHOWN} more")
     print_skipped(skipped)
     trained_on = set(about["trained_on"]["images"].values())
     known = [name for name in names if tile_info(found, name)["file_hash"] in trained_on]
     if known:
         print(f"warning: {len(known)} of these slides are ones that the encoder was trained on ({known[0]}, "
               "..): their scores say nothing about new slides")
-    print(f"Wrote {out}/predictions.csv and, for each slide, <slide>.png and <slide>.geojson. Next: drag a "
-          ".geojson onto its slide in QuPath, and colour the tiles by Measure, Show measurement maps")
+    print(f"Wrote {out}/predictions.csv of {len(names)} slides and, for each, <slide>.png and "
+          "<slide>.geojson. Next: drag a .geojson onto its slide in QuPath; Measure, Show measurement maps "
+          "colours the tiles by DSMIL's attention")
     return exit_code_of(skipped)
 
 

@@ -2,7 +2,6 @@
 import math
 import re
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,8 +63,8 @@ def random_encoder(arch, seed, mean, std, depth=None):
 
 # ---------------------------------------------------------------- encoder.pt
 
-def find_encoder(checkpoint, name=""):
-    """Returns the path of --checkpoint's encoder.pt (checkpoint is the file or its run's folder).
+def find_encoder(checkpoint, name="", flag="--checkpoint"):
+    """Returns the path of a flag's encoder.pt (checkpoint, its value, is the file or its run's folder).
 
     Without a checkpoint it is the newest run's, of the data set name if one is given. InputError without one.
     """
@@ -74,7 +73,7 @@ def find_encoder(checkpoint, name=""):
         if path.is_dir():
             path = path / "encoder.pt"
         if not path.is_file():
-            raise InputError(f"--checkpoint {path}: is missing; give an encoder.pt, or the folder of its run")
+            raise InputError(f"{flag} {path}: is missing; give an encoder.pt, or the folder of its run")
         return path
     if name:
         pattern = f"{name}_vit_*/encoder.pt"
@@ -294,31 +293,6 @@ def describe_results(folder, path, about, data):
         if path.name != "encoder.pt":
             config["checkpoint"] = path.stem
     write_json(folder / "config.json", config)
-
-
-@dataclass
-class Network:
-    """An encoder that eval.py measures."""
-
-    encoder: nn.Module  # on --device
-    folder: Path  # where its results go
-    features: Path  # the folder of features/
-    stamp: str  # of its weights: features of another stamp are recomputed
-
-
-def network_of(path, encoder, about, data, slides, device):
-    """Returns the Network of an encoder and its file; data: of the results; slides: as in features_folder."""
-    return Network(encoder.to(device), results_folder(path, about, data),
-                   features_folder(path, about, slides), file_stamp(path))
-
-
-def random_start(trained, about, device):
-    """Returns the Network with random weights of the run's seed: its start, unless the run had --init."""
-    seed = read_json(trained.folder / "config.json").get("seed", 0)
-    mean, std = trained.encoder.mean, trained.encoder.std
-    encoder = random_encoder(about["arch"], seed, mean, std, about.get("depth")).to(device)
-    return Network(encoder, trained.folder / "random_start", trained.features / "random_start",
-                   f"{about['arch']} {seed} {mean} {std}")
 
 
 # ---------------------------------------------------------------- features and attention

@@ -253,8 +253,8 @@ def result(folder, accuracies, bins=None, **config):
     write_table(folder / "slides.csv", "seed,accuracy,auc,macro_f1",
                 [f"{i},{a},{a + 0.05},0.5" for i, a in enumerate(accuracies)])
     if bins:
-        write_table(folder / "results.csv", "measure,trained,sd,random start,sd,over",
-                    [f"tokens with attention 0.5 to 2,{bins},,1.0,,9 crops"])
+        write_table(folder / "results.csv", "measure,mean,sd,over",
+                    [f"tokens with attention 0.5 to 2,{bins},,9 crops"])
 
 
 def test_the_table_pools_seeds_tells_settings_apart_and_marks_the_best(tmp_path, capsys):
