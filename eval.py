@@ -351,7 +351,7 @@ def draw_prediction(found, name, corners, scores, attention, classes, out, pixel
     shares = dict(zip(classes, attention.T * len(attention)))  # {class: (N,)}, even share: 1
     label = classes[scores.argmax()]
     heat = stitch(shares[label][:, None], corners, picture.side, picture.unit, picture.pixels.shape[:2])
-    title = f"{name}: {label} {scores.max():.2f}"
+    title = f"{name}: {label}, score {scores.max():.2f}"
     save_figure(draw_maps(picture.pixels, {"DSMIL": {f"attention for {label}": heat}}, title),
                 out / f"{name}.png")
     measured = {f"DSMIL's attention for {label}, even share 1": values for label, values in shares.items()}

@@ -192,15 +192,18 @@ def plot_slide(picture, corners, side, attention, truth, title, path):
     picture uint8 (h, w, 3); corners (N, 2) and side of the tiles in its px; attention: {network: (N,)};
     truth: [(kind, is it telling), ...] of the tiles, or None.
     """
-    columns = 1 + len(attention) + bool(truth)
+    count = 1 + len(attention) + bool(truth)
+    columns = min(3, count)
+    lines = -(-count // columns)
     height = 3.6 * picture.shape[0] / picture.shape[1]
-    figure = Figure(figsize=(3.6 * columns, height + 0.9), layout="constrained")
-    panels, below = figure.subplots(2, columns, height_ratios=(height, 0.12))
+    figure = Figure(figsize=(3.6 * columns, (height + 0.2) * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines + 1, columns, height_ratios=[height] * lines + [0.12])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    panels = axes[:-1].flatten()[:count]
+    below = axes[-1]
     for axis in panels:
         axis.imshow(picture)
-        axis.set_axis_off()
-    for axis in below:
-        axis.set_axis_off()
     panels[0].set_title(title, fontsize=9)
 
     column, row = (corners / side).round().astype(int).T
