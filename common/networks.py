@@ -56,7 +56,7 @@ def finished_runs(data, given):
     files = [folder / "encoder.pt" for folder in folders if (folder / "encoder.pt").is_file()]
     for path in files:
         if not is_finished(path.parent) and path.resolve() != given.resolve():
-            print(f"skipped: {path.parent}: is not finished; --compare {path.parent} measures it all the same")
+            print(f"skipped: {path.parent}: is not finished; --compare {path.parent} measures it")
     return [path for path in files if is_finished(path.parent)]
 
 
