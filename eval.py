@@ -1,16 +1,22 @@
 """Evaluation of a pre-trained encoder (4, A.1).
 
     python eval.py [slides] [--data demo]
+    python eval.py predict --data FOLDER [--checkpoint RUN]
     python eval.py patches --data mhist|chaoyang|FOLDER
 
 slides takes the newest run of the data set (or --checkpoint). It counts the test crops' aggregated attention
 in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features with
---repeats seeds and scores it on the test slides (3.6, Table 1). --compare random also measures the same
-network at its random start. For ready-cut crops, which belong to no slide, only attention is measured.
+--repeats seeds and scores it on the test slides (3.6, Table 1). For ready-cut crops, which belong to no
+slide, only attention is measured. --compare measures other runs, too: each network's results go to its own
+run, as if it had been measured alone; pictures of all networks and their common table (compared.csv) go to
+the run that was taken. On the demo all its finished runs and the random start are compared. --folds K tests
+DSMIL by K folds of all labelled slides instead, and writes folds.csv.
 
-patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds. Each fold
-validates once while the others train; the epoch that is best on it scores the test set. Writes patches.csv (a
-row per fold) and patches_predictions.csv (the folds' mean score of each test image).
+predict scores slides without labels by the DSMILs that slides kept (dsmil_<seed>.pt), and writes predicted/:
+a CSV of class scores, and for each slide the attention of its tiles as a picture and for QuPath.
+
+patches classifies images (4.1, Table 2): --folds folds of the training set, each validated on one of them and
+tested on the test set; writes patches.csv and patches_predictions.csv (the folds' mean score of each image).
 
 Nothing is chosen on the test set, and an encoder that was trained on a test image is refused. Results go to
 the encoder's run; those on another data set go to on_<data>/ in it. --checkpoint FILE --arch vit_s measures
@@ -18,95 +24,89 @@ weights in timm's or DINO's names, such as ImageNet's, in runs/<data>_<file's na
 """
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import dirl
-from common import classify, encoders
-from common.bags import SPLITS, labelled, read_bag, score_mean_features, train_and_score, write_bag
-from common.crossval import DSMILSettings, score_folds
-from common.encoders import attention_of, in_batches, represent
+from common import bags, classify, encoders
+from common.crossval import score_folds
+from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
-from common.export import export_clam, export_csv, export_geojson
-from common.figures import plot_distribution, plot_overlays, spread
-from common.files import file_stamp, read_json, write_csv
-from common.flags import SEED, add_machine, add_max_gigapixels, between, whole
-from common.pool import add_shard
-from common.report import last_losses, row_of, row_of_one, write_results
+from common.export import export_attention, export_slides
+from common.figures import BINS, draw_maps, plot_distribution, plot_overlays, save_figure, spread, stitch
+from common.files import print_table, write_csv
+from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
+from common.networks import describe, features_stamp, files_of, named, network_of, random_start
+from common.pool import add_shard, call
+from common.report import RESULTS, last_losses, print_results, row_of_one
 from data import Crops, collate
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
+from wsi.folders import find_folder
 from wsi.folds import open_folds
 from wsi.slides import CROP
 from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
-MEASURES = ("accuracy", "AUC", "macro F1")
-BINS = ("0 to 0.5", "0.5 to 2", "over 2")  # of aggregated attention, Fig. 4
-FEW_SLIDES = 100  # with fewer training slides, DSMIL needs other settings than the paper's
-FEW_DECAY = 5e-3  # DSMIL's weight decay for few slides, and the demo's
+SHOWN = 20  # predictions that are printed, of the first slides
 
 
 # ---------------------------------------------------------------- flags
-
-def add_common(add, batch, seed):
-    """The flags of both commands."""
-    add("--checkpoint", help="an encoder.pt, or the folder of its run; default: the newest run. With --arch "
-                             "also a state dict in timm's or DINO's names, such as ImageNet's weights")
-    add("--arch", choices=list(dirl.ARCHS),
-        help="architecture of a state dict (default: an encoder.pt's own), and of patches' --encoder random")
-    add("--batch", type=whole(1, 10 ** 6), default=batch,
-        help="images at a time; lower it if memory runs out")
-    add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
-        help="auto takes bf16, which is faster, if the device has it natively")
-    add("--seed", type=SEED, default=0, help=seed)
-    add_machine(add)
-
 
 def slides_arguments(argv):
     parser = Parser(
         prog="python eval.py slides", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Features, DSMIL and attention of a pre-trained encoder.",
-        epilog="Patch-level classification: python eval.py patches --help")
+        epilog="Slides without labels: eval.py predict --help. Labelled patches: eval.py patches --help")
     data = parser.add_argument_group(
         "data", "as in train.py; without --mpp the crops of a folder have the um/px that the encoder saw")
     add_data_flags(data.add_argument)
     add = parser.add_argument
-    add("--compare", default="none", choices=["none", "random"],
-        help="random also measures the same network at its random start, in columns next to the trained one: "
-             "it shows what the training is worth, and doubles the time")
-    add("--repeats", type=whole(1, 10 ** 4), default=5,
-        help="how often DSMIL is trained, each time with another seed; more for steadier numbers")
-    add("--epochs", type=whole(1, 10 ** 6), default=200,
-        help="DSMIL epochs; fewer if there are thousands of slides")
-    add("--mil-weight-decay", type=between(0, 10), default=5e-2,
-        help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
-             "attention over the instances")
-    add("--standardize", action=argparse.BooleanOptionalAction, default=False,
-        help="standardises features with the training slides' mean and sd before DSMIL; helps with few "
-             "slides, and when features share a large offset")
+    add("--compare", nargs="+", default=["none"], metavar="RUN",
+        help="also measures other runs, in columns next to the first: folders or encoder.pt; all: every "
+             "finished run of the data set in its default folder, runs/<data>_<arch>_<method>; random: the "
+             "first at its random start, which shows what the training is worth; none. With --data demo the "
+             "default is random all")
+    add_dsmil(add)
     add("--folds", type=whole(3, 1000), metavar="K",
         help="only tests DSMIL, by K folds of all labelled slides, by patient and stratified by class")
-    add("--class-weights", action="store_true",
-        help="weights slides inversely to the size of their class in training; for a rare class")
     add("--attention-crops", type=whole(), default=1000,
         help="test crops whose attention is counted; more is steadier and slower")
     add("--overlays", type=whole(1, 100), default=4, help="crops in the attention picture")
     add("--export", nargs="+", default=(), choices=["clam", "csv", "geojson"],
         help="writes clam/ (features, dataset CSV and splits in CLAM's layout), csv/ (bags for the datasets/ "
              "of DSMIL's authors' code) or geojson/ (each slide's tiles and cells for QuPath)")
-    add_common(add, 64, "seed of DSMIL's first training")
+    add_encoder(add, 64)
     add_max_gigapixels(add)
     add_shard(add)
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare="random", mil_weight_decay=FEW_DECAY, standardize=True, repeats=3)
+        parser.set_defaults(compare=["random", "all"], mil_weight_decay=bags.FEW_DECAY, standardize=True,
+                            repeats=3)
+    return with_device(parser.parse_args(argv))
+
+
+def predict_arguments(argv):
+    parser = Parser(
+        prog="python eval.py predict", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Class scores (means over the DSMILs that eval.py kept for the encoder, dsmil_<seed>.pt) "
+                    "and attention of slides without labels.",
+        epilog="First, with labelled slides: python eval.py --data LABELLED --checkpoint RUN. Tiles are cut "
+               "at the um/px of those slides.")
+    add = parser.add_argument
+    add_data_flags(add, "--data", "--slide-mpp", "--tissue", required=True)
+    add("--dsmil", metavar="FOLDER",
+        help="folder with dsmil_<seed>.pt; default: where eval.py measured the encoder on the data set of "
+             "its pre-training")
+    add("--pixels", type=whole(50, 20_000), default=900,
+        help="longer side of a slide's picture; more for print")
+    add_encoder(add, 64)
+    add_max_gigapixels(add)
     return with_device(parser.parse_args(argv))
 
 
@@ -132,7 +132,8 @@ def patches_arguments(argv):
         help="AdamW's weight decay (the paper names no optimizer); raise it if the encoder overfits")
     add("--milestones", type=whole(), nargs="*",
         help="epochs after which the learning rate is divided by 10; change them with --epochs")
-    add_common(add, 128, "seed of folds, training, random encoder and bootstrap")
+    add("--seed", type=SEED, default=0, help="seed of folds, training, random encoder and bootstrap")
+    add_encoder(add, 128)
     parser.set_defaults(**classify.SETTINGS["mhist"])
     parser.set_defaults(**classify.SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
     return with_device(parser.parse_args(argv))
@@ -146,30 +147,13 @@ def with_device(args):
 
 # ---------------------------------------------------------------- features
 
-@dataclass
-class Network:
-    """An encoder that is measured."""
-
-    encoder: nn.Module  # on --device
-    folder: Path  # where its results go
-    features: Path  # the folder of features/
-    stamp: str  # of its weights: features of another stamp are recomputed
-
-
 @torch.no_grad()
 def embed(function, crops, args, title):
     """Applies a function of uint8 images (B, 3, 224, 224) to all crops; returns (N, ...) on the CPU."""
-    cuda = torch.device(args.device).type == "cuda"
-    loader = DataLoader(crops, args.batch, collate_fn=collate, num_workers=args.workers if cuda else 0)
+    workers = args.workers if torch.device(args.device).type == "cuda" else 0
+    loader = DataLoader(crops, args.batch, collate_fn=collate, num_workers=workers)
     bar = tqdm(loader, desc=title, unit="batch", leave=False, disable=len(loader) < 20)
     return torch.cat([function(images).cpu() for images, _ in bar])
-
-
-def features_stamp(network, info, bf16):
-    """Returns what a slide's features are made from: encoder, precision, the slide's file and its tiles."""
-    precision = "bf16" if bf16 else "fp32"
-    cut_from = "{file_name} {file_hash} pixels {pixels} {mpp} {slide_mpp} {tissue} {tiles}".format_map(info)
-    return f"{network.stamp} {precision} {cut_from}"
 
 
 def extract(network, found, args):
@@ -184,72 +168,33 @@ def extract(network, found, args):
             continue
         names.append(name)
         stamp = features_stamp(network, info, args.bf16)
-        bag = read_bag(network.features, name)
+        bag = bags.read_bag(network.features, name)
         if bag is None or str(bag["encoder"]) != stamp:
             crops = Crops(found, [name], with_cells=False)
             features = embed(lambda x: represent(network.encoder, x, args.bf16), crops, args, name)
-            write_bag(network.features, name, features.numpy(), crops.corners, stamp)
+            bags.write_bag(network.features, name, features.numpy(), crops.corners, stamp)
     return names
 
 
-def extract_shard(network, found, args):
+def extract_shard(networks, found, args):
     """Tiles and features of the slides of --shard; returns the exit code."""
     keep_shard(found, args.shard)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if found.images else []
     print_skipped(skipped)
-    names = extract(network, found, args)
-    print(f"Wrote {network.features}/features/ of the {len(names)} slides of --shard {args.shard}. "
-          "Next, when all shards are done: the same command without --shard")
+    for network in networks:
+        names = extract(network, found, args)
+        print(f"Wrote {network.features}/features/ of the {len(names)} slides of --shard {args.shard}.")
+    print("Next, when all shards are done: the same command without --shard")
     return exit_code_of(skipped)
 
 
-# ---------------------------------------------------------------- slides: DSMIL
-
-def warn_of_few_slides(count, args):
-    """Prints a warning if DSMIL has the paper's settings but only a few training slides."""
-    if count < FEW_SLIDES and (args.mil_weight_decay > FEW_DECAY or not args.standardize):
-        print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
-              f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
-
-
-def classify_slides(found, network, names, args):
-    """Trains DSMIL on a network's features of the slides in names and scores the test slides.
-
-    Writes slides.csv (a row per seed) and predictions.csv (mean scores of the test slides). Returns rows of
-    the table, and {test slide: DSMIL's attention (repeats, N)}. The last rows are those of a logistic
-    regression on each slide's mean feature, which shows what the features are worth without MIL.
-    """
-    kept = {name: read_bag(network.features, name) for name in names if name in found.labels}
-    bags = {split: labelled(kept, found.split(split), found, args.device) for split in SPLITS}
-    if args.standardize:
-        bags = classify.standardize(bags)
-    seeds = range(args.seed, args.seed + args.repeats)
-    rows, scores, attention = train_and_score(bags, len(found.classes), seeds, args.epochs,
-                                              args.mil_weight_decay, args.class_weights)
-
-    test_names = [name for name in found.split("test") if name in kept]
-    predictions = [("slide", "label", *found.classes)]
-    for name, row in zip(test_names, scores):
-        predictions.append((name, found.labels[name]["label"], *[f"{score:.4f}" for score in row]))
-    write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
-    write_csv(network.folder / "predictions.csv", predictions)
-
-    over = f"{len(scores)} test slides"
-    _, *columns = zip(*rows)  # without the seeds
-    table = [row_of(f"slide {measure}, DSMIL", values, f"{over}, {len(rows)} seeds")
-             for measure, values in zip(MEASURES, columns)]
-    for measure, value in zip(MEASURES, score_mean_features(bags)):
-        table.append(row_of_one(f"slide {measure}, mean feature, logistic regression", value, over))
-    return table, dict(zip(test_names, attention))
-
-
-# ---------------------------------------------------------------- slides: attention and exports
+# ---------------------------------------------------------------- slides: attention
 
 def count_attention(networks, title, found, run, args):
     """Counts aggregated attention over crops of the test split in the bins of Fig. 4, and draws it.
 
-    networks: {name: Network}. Returns {name: rows of the table}, and the rows that all share. Without labels
-    the crops are those of training. The overlay shows P_c if the cells of all crops are known.
+    networks: {name: Network}; title: of Fig. 4. Returns {name: rows of the table}. Without labels the crops
+    are those of training. The overlay shows P_c if the cells of all crops are known.
     """
     split = "test" if found.split("test") else "train"
     crops = Crops(found, found.split(split), with_cells=False)
@@ -263,12 +208,18 @@ def count_attention(networks, title, found, run, args):
 
     counted = Subset(crops, spread(len(crops), args.attention_crops))
     over = f"{len(counted)} {found.crops_of_part(split)}"
-    aggregated, tables = {}, {}
+    shared = []  # rows that do not depend on the network
+    if len(crops_with_cells):
+        shared = [row_of_one("patches with a cell", crops_with_cells.priors().mean().item(),
+                             f"{len(crops_with_cells)} crops")]
+    aggregated = {}
+    tables = {}
     for name, network in networks.items():
         values = embed(lambda x: attention_of(network.encoder, x), counted, args, "attention")  # (N, n)
         aggregated[name] = values
-        tables[name] = [row_of_one(f"tokens with attention {interval}", share, over)
-                        for interval, share in zip(BINS, dirl.attention_bins(values))]
+        bins = [row_of_one(f"tokens with attention {interval}", share, over)
+                for interval, share in zip(BINS, dirl.attention_bins(values))]
+        tables[name] = bins + shared + last_losses(network.folder)
     plot_distribution(aggregated, title, run / "attention_distribution.png")
 
     chosen = spread(len(counted), args.overlays)
@@ -276,30 +227,7 @@ def count_attention(networks, title, found, run, args):
     priors = [bin_centroids(xy, CROP) for xy in cells] if has_cells else None
     plot_overlays(images, {name: values[chosen] for name, values in aggregated.items()}, priors,
                   run / "attention_overlay.png")
-
-    shared = []
-    if len(crops_with_cells):
-        shared = [row_of_one("patches with a cell", crops_with_cells.priors().mean().item(),
-                             f"{len(crops_with_cells)} crops")]
-    return tables, shared
-
-
-def write_exports(found, names, network, kinds):
-    """Writes what --export asks for, of the slides in names, which have features."""
-    run = network.folder
-    features = network.features / "features"
-    infos = {}
-    for name in names:
-        info = tile_info(found, name)
-        infos[name] = info | {"side": tile_side(info)}
-    if "clam" in kinds:
-        export_clam(found, features, infos, run / "clam")
-    if "csv" in kinds:
-        export_csv(found, features, [name for name in names if name in found.labels], run / "csv")
-    if "geojson" in kinds:
-        for name, info in tqdm(infos.items(), "geojson, slides", leave=False):
-            corners = read_bag(network.features, name)["coords"]
-            export_geojson(run / "geojson" / f"{name}.geojson", corners, info, ready_cells(found, name))
+    return tables
 
 
 # ---------------------------------------------------------------- slides: the command
@@ -322,65 +250,73 @@ def open_data(args, trained_at):
     return found
 
 
-def random_start(trained, about, device):
-    """Returns the Network with random weights of the run's seed: its start, unless the run had --init."""
-    seed = read_json(trained.folder / "config.json").get("seed", 0)
-    mean, std = trained.encoder.mean, trained.encoder.std
-    encoder = encoders.random_encoder(about["arch"], seed, mean, std, about.get("depth")).to(device)
-    return Network(encoder, trained.folder / "random_start", trained.features / "random_start",
-                   f"{about['arch']} {seed} {mean} {std}")
+def open_networks(args):
+    """Returns the data set, and the Networks of --checkpoint and --compare; InputError if a file is bad.
 
-
-def evaluate_slides(args):
-    """Measures an encoder on slides or ready-cut crops; returns the exit code."""
-    # The encoder, and the data set at the um/px that it was trained at.
+    The data set has the um/px of the first one.
+    """
     data = run_name(args.data, args.split, args.drop_shared)
-    path = encoders.find_encoder(args.checkpoint, data)
-    encoder, about = encoders.open_encoder(path, args.arch)
+    paths = files_of(args.checkpoint, args.compare, data)
+    opened = [(path, *encoders.open_encoder(path, args.arch)) for path in paths]
+    path, _, about = opened[0]
     if args.arch not in (None, about["arch"]):
         raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
     found = open_data(args, about["mpp"])
-    run = encoders.results_folder(path, about, data)
-    features = encoders.features_folder(path, about, found.name)
-    trained = Network(encoder.to(args.device), run, features, file_stamp(path))
-    encoders.describe_results(run, path, about, data)
+    networks = []
+    for path, encoder, about in opened:
+        network = network_of(path, encoder, about, data, found.name, args.device)
+        encoders.describe_results(network.folder, path, about, data)
+        networks.append(network)
+        if found.kind == "slides" and about["mpp"] not in (None, found.mpp, opened[0][2]["mpp"]):
+            print(f"warning: {path}: was trained at {about['mpp']:g} um/px and is measured at {found.mpp:g}")
+    return found, networks
+
+
+def evaluate_slides(args):
+    """Measures encoders on slides or ready-cut crops; returns the exit code."""
+    found, networks = open_networks(args)
     if args.shard:
-        return extract_shard(trained, found, args)
+        return extract_shard(networks, found, args)
 
     # What would make the table worthless is refused now, before hours of feature extraction.
     has_slides = found.kind == "slides"
     has_labelled_slides = has_slides and bool(found.labels)
     if has_labelled_slides:
         check_classes(found, found.images)
-    if args.folds:
-        folds = open_folds(found, args.folds, args.split_seed, about["trained_on"], path)
-    check_unseen(found, found.split("test"), about["trained_on"], path)
+    folds = {}
+    for network in networks:
+        check_unseen(found, found.split("test"), network.about["trained_on"], network.path)
+        if args.folds:
+            folds = open_folds(found, args.folds, args.split_seed, network.about["trained_on"], network.path)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
     print_skipped(skipped)
+    describe(networks)
+    if args.data == "demo":
+        print("The demo's slides are synthetic.")
     if has_labelled_slides:
         with_tiles = {name for name in found.images if tile_info(found, name)}
         check_classes(found, with_tiles)  # again, because slides may have been skipped
-        warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), args)
-    synthetic = ". The demo's slides are synthetic." if args.data == "demo" else ""
-    origin = f" of {about['data']}, step {about['step']}" if about["data"] else ", trained elsewhere"
-    print(f"{path}: {about['method']} {about['arch']}{origin}{synthetic}")
+        settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
+                                      args.mil_weight_decay, args.standardize, args.class_weights)
+        bags.warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), settings)
 
-    # Attention, of every network.
-    networks = {"trained": trained}
-    if args.compare == "random":
-        networks["random start"] = random_start(trained, about, args.device)
+    # Cross-validation, or attention, of every network.
+    first = networks[0]
+    run = first.folder
+    if "random" in args.compare:
+        networks.append(random_start(first, args.device))
+    networks = named(networks)
     if args.folds:
         for fold in folds.values():
             check_classes(fold, with_tiles)
-        settings = DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
-                                 args.mil_weight_decay, args.standardize, args.class_weights)
         for name, network in networks.items():
-            kept = {slide: read_bag(network.features, slide) for slide in extract(network, found, args)}
+            kept = {slide: bags.read_bag(network.features, slide) for slide in extract(network, found, args)}
             score_folds(folds, kept, settings, args.device, name, run)
         return exit_code_of(skipped)
-    title = f"{data}, {about['arch']}, {about['method']}"
-    tables, shared = count_attention(networks, title, found, run, args)
-    written = ["results.csv", "attention_distribution.png", "attention_overlay.png"]
+    archs = ", ".join({network.about["arch"]: None for network in networks.values()})
+    tables = count_attention(networks, f"{run_name(args.data)}, {archs}", found, run, args)
+    pictures = ["attention_distribution.png", "attention_overlay.png"]
+    written = ["results.csv"]
 
     # Features and DSMIL, of every network.
     if has_slides:
@@ -388,21 +324,92 @@ def evaluate_slides(args):
         for name, network in networks.items():
             slides = extract(network, found, args)
             if has_labelled_slides:
-                rows, attention[name] = classify_slides(found, network, slides, args)
+                rows, attention[name] = bags.classify_slides(found, network, slides, settings, args.device)
                 rows += check_with_truth(found, network.features, slides, attention[name])
                 tables[name] = rows + tables[name]
-        write_exports(found, slides, trained, args.export)
-        print(f"Wrote {features}/features/")
-        written += [f"{kind}/" for kind in args.export]
+        infos = {name: tile_info(found, name) for name in slides}
+        infos = {name: info | {"side": tile_side(info)} for name, info in infos.items()}
+        export_slides(args.export, found, first.features / "features", infos,
+                      lambda name: ready_cells(found, name), run)
+        print(f"Wrote {first.features}/features/")
+        pictures += [f"{kind}/" for kind in args.export]
         if has_labelled_slides:
-            draw_slide(found, features, attention, run / "attention_slide.png")
-            written += ["slides.csv", "predictions.csv", "attention_slide.png"]
+            draw_slide(found, first.features, attention, run / "attention_slide.png")
+            pictures.append("attention_slide.png")
+            written += ["slides.csv", "predictions.csv", "dsmil_<seed>.pt"]
         else:
             print("No labels.csv: features are written, no slide is classified.")
 
-    # The table.
-    write_results(tables, shared + last_losses(run), run / "results.csv")
-    print(f"Wrote {run}/{', '.join(written)}")
+    # The tables: each network's own, and all of them next to each other.
+    for name, network in networks.items():
+        write_csv(network.folder / "results.csv", [RESULTS, *tables[name]])
+        print(f"Wrote {network.folder}/{', '.join(written)}")
+    print_results(tables, run / "compared.csv")
+    pictures += ["compared.csv"] if len(networks) > 1 else []
+    print(f"Wrote {run}/{', '.join(pictures)}")
+    if has_labelled_slides:
+        print("Next, for slides without labels: python eval.py predict --data FOLDER --checkpoint "
+              f"{first.path}")
+    return exit_code_of(skipped)
+
+
+# ---------------------------------------------------------------- predict
+
+def draw_prediction(found, name, corners, scores, attention, classes, out, pixels):
+    """Writes a slide's DSMIL attention: a picture for the predicted class, a GeoJSON for all classes.
+
+    corners (N, 2) of the tiles in level-0 px, scores (C,), attention (N, C).
+    """
+    picture = picture_of(found, name, pixels)
+    shares = dict(zip(classes, attention.T * len(attention)))  # {class: (N,)}, even share: 1
+    label = classes[scores.argmax()]
+    heat = stitch(shares[label][:, None], corners, picture.side, picture.unit, picture.pixels.shape[:2])
+    title = f"{name}: {label}, score {scores.max():.2f}"
+    save_figure(draw_maps(picture.pixels, {"DSMIL": {f"attention for {label}": heat}}, title),
+                out / f"{name}.png")
+    measured = {f"DSMIL's attention for {label}, even share 1": values for label, values in shares.items()}
+    export_attention(out / f"{name}.geojson", corners, picture.side, picture.bounds, measured)
+
+
+def predict_slides(args):
+    """Scores slides, with or without labels, by the DSMILs kept of an encoder; returns the exit code."""
+    path = encoders.find_encoder(args.checkpoint)
+    encoder, about = encoders.open_encoder(path, args.arch)
+    if not (args.dsmil or about["data"]):
+        raise InputError(f"--dsmil: name the folder in which eval.py kept the DSMILs of {path}")
+    folder = args.dsmil or encoders.results_folder(path, about, about["data"])
+    kept = bags.read_dsmils(folder, path, args.device)
+    found = find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp)
+    if found.kind == "crops":
+        raise InputError(f"--data {args.data}: holds crops; predict takes the slides that they were cut from")
+    network = network_of(path, encoder, about, run_name(args.data), found.name, args.device)
+    out = network.folder / "predicted"
+    print(f"{path}: {about['method']} {about['arch']}, with {len(kept.models)} DSMILs of {folder} for "
+          f"{', '.join(kept.classes)}; tiles at {kept.mpp:g} um/px")
+    skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels)
+
+    rows = [("slide", "tiles", "predicted", *kept.classes)]
+    names = extract(network, found, args)
+    for name in tqdm(names, "predictions, slides", leave=False):
+        bag = bags.read_bag(network.features, name)
+        scores, attention = kept.apply(bag["features"])
+        predicted = kept.classes[scores.argmax()]
+        rows.append((name, str(len(attention)), predicted, *[f"{score:.4f}" for score in scores]))
+        _, error = call(draw_prediction, (found, name, bag["coords"], scores, attention, kept.classes, out,
+                                          args.pixels))
+        skipped += [error] if error else []
+    write_csv(out / "predictions.csv", rows)
+
+    print_table(rows[:1 + SHOWN])
+    print_skipped(skipped)
+    trained_on = set(about["trained_on"]["images"].values())
+    known = [name for name in names if tile_info(found, name)["file_hash"] in trained_on]
+    if known:
+        print(f"warning: {len(known)} of these slides are ones that the encoder was trained on ({known[0]}, "
+              "..): their scores say nothing about new slides")
+    print(f"Wrote {out}/predictions.csv of {len(names)} slides and, for each, <slide>.png and "
+          "<slide>.geojson. Next: drag a .geojson onto its slide in QuPath; Measure, Show measurement maps "
+          "colours the tiles by DSMIL's attention")
     return exit_code_of(skipped)
 
 
@@ -423,28 +430,14 @@ def encoders_of(found, args):
         mean, std = encoder.mean, encoder.std
         if "checkpoint" in args.encoder:
             check_unseen(found, found.split("test"), about["trained_on"], path)
-            chosen[run.resolve().name] = encoder
+            chosen[run.resolve().name] = encoder.to(args.device)
         encoders.describe_results(run, path, about, data)
     if "random" in args.encoder:
         arch = args.arch or arch
-        chosen[f"random {arch}"] = encoders.random_encoder(arch, args.seed, mean, std)
+        chosen[f"random {arch}"] = encoders.random_encoder(arch, args.seed, mean, std).to(args.device)
     if "pixels" in args.encoder:
         chosen["pixels"] = None
     return chosen, run
-
-
-def classify_patches(encoder, patches, args, name):
-    """Trains on each fold and scores the test images; returns classify.linear_folds or fine_tuned_folds."""
-    if encoder is None:
-        return classify.linear_folds(classify.pixel_statistics(patches.images), patches)
-    encoder.to(args.device)
-    if args.linear:
-        features = in_batches(lambda x: represent(encoder, x, args.bf16), patches.images, args.batch,
-                              "features")
-        return classify.linear_folds(features.numpy(), patches)
-    settings = classify.FineTuning(args.lr, args.weight_decay, args.batch, args.epochs, args.milestones,
-                                   args.device, args.bf16)
-    return classify.fine_tuned_folds(encoder, patches, settings, args.seed, name)
 
 
 def evaluate_patches(args):
@@ -464,11 +457,16 @@ def evaluate_patches(args):
         print(f"fine-tuning on {args.device}: AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
               f"batch {args.batch}, {args.epochs} epochs, "
               f"lr x 0.1 after {' '.join(map(str, args.milestones))}, flips")
+    settings = None
+    if not args.linear:
+        settings = classify.FineTuning(args.lr, args.weight_decay, args.batch, args.epochs, args.milestones,
+                                       args.device, args.bf16)
     for name, encoder in chosen.items():
         is_linear = args.linear or encoder is None
         key = {"data": run_name(args.data), "encoder": name,
                "training": "linear" if is_linear else "fine-tuned"}
-        results = classify_patches(encoder, patches, args, name)
+        results = classify.classify_patches(encoder, patches, settings, args.seed, name, args.batch,
+                                            args.bf16)
         mean = classify.report_folds(results, patches, key, run / "patches.csv", args.seed)
         classify.write_predictions(run / "patches_predictions.csv", mean, patches, key)
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")
@@ -484,10 +482,12 @@ def run_command(argv):
         command, *flags = argv
     if command == "patches":
         return evaluate_patches(patches_arguments(flags))
+    if command == "predict":
+        return predict_slides(predict_arguments(flags))
     if command == "slides":
         return evaluate_slides(slides_arguments(flags))
-    raise InputError(f"{command}: is neither slides nor patches; python eval.py [slides] --help, "
-                     "python eval.py patches --help")
+    raise InputError(f"{command}: is neither slides, predict nor patches; python eval.py [slides] --help, "
+                     "python eval.py predict --help, python eval.py patches --help")
 
 
 def main(argv=None):

@@ -1,4 +1,8 @@
-"""Bags (3.6): the features of a slide's crops, as eval.py keeps them in features/<slide>.npz, and DSMIL."""
+"""Bags (3.6): the features of a slide's crops, as eval.py keeps them in features/<slide>.npz, and DSMIL.
+
+eval.py keeps every DSMIL that it trains as dsmil_<seed>.pt, next to its results.
+"""
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +10,16 @@ import torch
 from tqdm import tqdm
 
 import mil
-from common.classify import fit_logistic
-from common.errors import InputError
-from common.files import atomic_write, file_stamp, read_npz
+from common.classify import fit_logistic, standardize, statistics_of
+from common.errors import InputError, one_line
+from common.files import atomic_write, file_stamp, load_tensors, read_npz, save_tensors, write_csv
 from common.metrics import measures_of
+from common.report import row_of, row_of_one
 
 SPLITS = ("train", "val", "test")
+MEASURES = ("accuracy", "AUC", "macro F1")
+FEW_SLIDES = 100  # with fewer training slides, DSMIL needs other settings than the paper's
+FEW_DECAY = 5e-3  # DSMIL's weight decay for few slides, and the demo's
 
 
 def features_file(run, name):
@@ -73,12 +81,13 @@ def train_dsmil(bags, classes, seed, epochs, weight_decay, weights=None):
                                weight_decay=weight_decay, progress=progress, weights=weights)
 
 
-def train_and_score(bags, classes, seeds, epochs, weight_decay, class_weights=False):
+def train_and_score(bags, classes, seeds, epochs, weight_decay, class_weights=False, models=None):
     """Trains DSMIL once with each of the seeds and scores the test bags.
 
     bags: {split: [(features (N, d), label), ...]}; classes: their number; class_weights: whether the loss
-    weighs them (mil.class_weights). Returns [(seed, accuracy, AUC, macro F1), ...], the mean scores (T, C),
-    and for each test bag the attention (seeds, N) of its instances for its own class.
+    weighs them (mil.class_weights); models: a dict that takes {seed: DSMIL}, if they are to be kept. Returns
+    [(seed, accuracy, AUC, macro F1), ...], the mean scores (T, C), and for each test bag the attention
+    (seeds, N) of its instances for its own class.
     """
     weights = None
     if class_weights:
@@ -89,6 +98,8 @@ def train_and_score(bags, classes, seeds, epochs, weight_decay, class_weights=Fa
     attention = [[] for _ in truth]
     for seed in seeds:
         model = train_dsmil(bags, classes, seed, epochs, weight_decay, weights)
+        if models is not None:
+            models[seed] = model
         scores = torch.stack([mil.dsmil_predict(model, features) for features, _ in bags["test"]])
         scores = scores.cpu().numpy()
         rows.append((seed, *measures_of(truth, scores)))
@@ -107,3 +118,141 @@ def score_mean_features(bags):
     model = fit_logistic(means["train"], [label for _, label in bags["train"]])
     truth = np.array([label for _, label in bags["test"]])
     return measures_of(truth, model.predict_proba(means["test"]))
+
+
+# ---------------------------------------------------------------- DSMILs that are kept
+
+def keep_dsmils(folder, models, classes, statistics, encoder, mpp):
+    """Writes dsmil_<seed>.pt of models, {seed: DSMIL}, in place of those of an earlier evaluation.
+
+    classes: their names; statistics: (mean, sd) that features were standardised with, or None; encoder: the
+    stamp of what made the features; mpp: um/px of the tiles.
+    """
+    for earlier in Path(folder).glob("dsmil_*.pt"):
+        earlier.unlink()
+    mean, sd = (values.cpu() for values in statistics) if statistics else (None, None)
+    for seed, model in models.items():
+        state = {name: weight.cpu() for name, weight in model.state_dict().items()}
+        save_tensors(Path(folder) / f"dsmil_{seed}.pt", {
+            "dsmil": state, "classes": list(classes), "in_dim": model.instance.in_features, "mean": mean,
+            "sd": sd, "encoder": encoder, "mpp": mpp})
+
+
+@dataclass(frozen=True)
+class DSMILs:
+    """DSMILs that eval.py kept: of one encoder and one data set, with several seeds."""
+
+    models: list
+    classes: list  # names
+    statistics: tuple | None  # (mean, sd) that standardise features
+    mpp: float  # um/px of the tiles
+
+    def apply(self, features):
+        """Features (N, d) of a slide -> class scores (C,) and attention (N, C), means over the models."""
+        features = torch.from_numpy(features).to(self.models[0].instance.weight.device)
+        if self.statistics:
+            mean, sd = self.statistics
+            features = (features - mean) / sd
+        scores = 0
+        attention = 0
+        for model in self.models:
+            scores = scores + mil.dsmil_predict(model, features).cpu().numpy() / len(self.models)
+            with torch.no_grad():
+                attention = attention + model(features)[2].cpu().numpy() / len(self.models)
+        return scores, attention
+
+
+def load_dsmil(path, device):
+    """Returns the DSMIL of a dsmil_<seed>.pt on the device, and the file's other values.
+
+    InputError if the file is damaged, or of another program.
+    """
+    about = load_tensors(path)
+    try:
+        model = mil.DSMIL(about["in_dim"], len(about["classes"]))
+        model.load_state_dict(about.pop("dsmil"))
+        about["statistics"] = None
+        if about["mean"] is not None:
+            about["statistics"] = about["mean"].to(device), about["sd"].to(device)
+        about = {name: about[name] for name in ("classes", "statistics", "encoder", "mpp")}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: is no DSMIL of eval.py ({one_line(error)}); delete it and run eval.py "
+                         "again") from None
+    return model.to(device).eval(), about
+
+
+def read_dsmils(folder, encoder_path, device):
+    """Returns the DSMILs in a folder, on the device.
+
+    InputError if it has none, or if one was trained on the features of an encoder other than encoder_path.
+    """
+    paths = sorted(Path(folder).glob("dsmil_*.pt"), key=lambda path: (len(path.name), path.name))  # by seed
+    again = f"python eval.py --data DATA --checkpoint {encoder_path}, with DATA the labelled slides"
+    if not paths:
+        raise InputError(f"{folder}: has no dsmil_<seed>.pt; first: {again}")
+    models = []
+    classes = []
+    stamp = file_stamp(encoder_path)
+    for path in paths:
+        model, about = load_dsmil(path, device)
+        if about["encoder"] != stamp:
+            raise InputError(f"{path}: was trained on features of another encoder than {encoder_path}; give "
+                             f"that encoder, or {again}")
+        if models and about["classes"] != classes:
+            raise InputError(f"{path}: has other classes than {paths[0]}; {again}")
+        classes = about["classes"]
+        models.append(model)
+    return DSMILs(models, classes, about["statistics"], about["mpp"])
+
+
+# ---------------------------------------------------------------- slides (Tables 1 and 5)
+
+@dataclass(frozen=True)
+class DSMILSettings:
+    """How DSMIL is trained (see the flags of eval.py)."""
+
+    seeds: range
+    epochs: int
+    weight_decay: float
+    standardize: bool
+    class_weights: bool
+
+
+def warn_of_few_slides(count, settings):
+    """Prints a warning if DSMIL has the paper's settings but only a few training slides."""
+    if count < FEW_SLIDES and (settings.weight_decay > FEW_DECAY or not settings.standardize):
+        print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
+              f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
+
+
+def classify_slides(found, network, names, settings, device):
+    """Trains DSMIL on a network's features of the slides in names and scores the test slides.
+
+    Writes slides.csv (a row per seed), predictions.csv (mean scores of the test slides) and dsmil_<seed>.pt.
+    Returns rows of the table, and {test slide: DSMIL's attention (seeds, N)}. The last rows are those of a
+    logistic regression on each slide's mean feature, which shows what the features are worth without MIL.
+    """
+    kept = {name: read_bag(network.features, name) for name in names if name in found.labels}
+    bags = {split: labelled(kept, found.split(split), found, device) for split in SPLITS}
+    statistics = statistics_of(bags["train"]) if settings.standardize else None
+    if statistics:
+        bags = standardize(bags, statistics)
+    models = {}
+    rows, scores, attention = train_and_score(bags, len(found.classes), settings.seeds, settings.epochs,
+                                              settings.weight_decay, settings.class_weights, models)
+    keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp)
+
+    test_names = [name for name in found.split("test") if name in kept]
+    predictions = [("slide", "label", *found.classes)]
+    for name, row in zip(test_names, scores):
+        predictions.append((name, found.labels[name]["label"], *[f"{score:.4f}" for score in row]))
+    write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
+    write_csv(network.folder / "predictions.csv", predictions)
+
+    over = f"{len(scores)} test slides"
+    _, *columns = zip(*rows)  # without the seeds
+    table = [row_of(f"slide {measure}, DSMIL", values, f"{over}, {len(rows)} seeds")
+             for measure, values in zip(MEASURES, columns)]
+    for measure, value in zip(MEASURES, score_mean_features(bags)):
+        table.append(row_of_one(f"slide {measure}, mean feature, logistic regression", value, over))
+    return table, dict(zip(test_names, attention))

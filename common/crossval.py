@@ -1,6 +1,4 @@
 """Cross-validation of slides: DSMIL on folds, each a wsi.folders.Data with its own split; mean and sd."""
-from dataclasses import dataclass
-
 import numpy as np
 from tqdm import tqdm
 
@@ -11,17 +9,6 @@ from common.files import merge_csv, print_table
 FOLDS_KEYS = ("folds", "network")  # rows of folds.csv that differ in one of these are kept
 
 
-@dataclass(frozen=True)
-class DSMILSettings:
-    """How DSMIL is trained (see the flags of eval.py)."""
-
-    seeds: range
-    epochs: int
-    weight_decay: float
-    standardize: bool
-    class_weights: bool
-
-
 def score_fold(found, bags, settings, device):
     """Trains DSMIL on the training slides of a fold, once with each seed, and scores its test slides.
 
@@ -30,7 +17,7 @@ def score_fold(found, bags, settings, device):
     """
     pairs = {split: labelled(bags, found.split(split), found, device) for split in SPLITS}
     if settings.standardize:
-        pairs = classify.standardize(pairs)
+        pairs = classify.standardize(pairs, classify.statistics_of(pairs["train"]))
     rows, scores, _ = train_and_score(pairs, len(found.classes), settings.seeds, settings.epochs,
                                       settings.weight_decay, settings.class_weights)
     return np.mean([measures for _, *measures in rows], 0), scores

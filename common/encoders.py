@@ -63,8 +63,8 @@ def random_encoder(arch, seed, mean, std, depth=None):
 
 # ---------------------------------------------------------------- encoder.pt
 
-def find_encoder(checkpoint, name=""):
-    """Returns the path of --checkpoint's encoder.pt (checkpoint is the file or its run's folder).
+def find_encoder(checkpoint, name="", flag="--checkpoint"):
+    """Returns the path of a flag's encoder.pt (checkpoint, its value, is the file or its run's folder).
 
     Without a checkpoint it is the newest run's, of the data set name if one is given. InputError without one.
     """
@@ -73,7 +73,7 @@ def find_encoder(checkpoint, name=""):
         if path.is_dir():
             path = path / "encoder.pt"
         if not path.is_file():
-            raise InputError(f"--checkpoint {path}: is missing; give an encoder.pt, or the folder of its run")
+            raise InputError(f"{flag} {path}: is missing; give an encoder.pt, or the folder of its run")
         return path
     if name:
         pattern = f"{name}_vit_*/encoder.pt"

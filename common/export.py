@@ -1,4 +1,4 @@
-"""Exports of a run: features in the layouts of CLAM's and DSMIL's code, tiles and cells for QuPath."""
+"""Exports: features in the layouts of CLAM's and DSMIL's code; tiles, cells and attention for QuPath."""
 import json
 import re
 from itertools import zip_longest
@@ -19,7 +19,6 @@ def is_newer(path, features):
 
 
 # ---------------------------------------------------------------- CLAM
-
 
 def coords_attributes(name, info):
     """The attributes of "coords" in an h5 file with which CLAM and TRIDENT cut the same tile again.
@@ -125,13 +124,16 @@ def export_csv(found, folder, names, out):
 
 # QuPath's px are level-0 px from the upper left corner of the picture that it shows (Slide.bounds).
 
+SPARSE = {"attention 0 to 0.5": (68, 1, 84), "attention over 2": (253, 231, 37)}  # the ends of viridis
+
+
 def square(corner, side):
     """The outline of a tile as GeoJSON's polygon: corner (2,) and side in QuPath's px."""
     return [np.round(corner + side * np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]), 2).tolist()]
 
 
 def feature(kind, shape, coordinates, **properties):
-    """An object of QuPath's GeoJSON, in its px; kind: annotation or detection."""
+    """An object of QuPath's GeoJSON, in its px; kind: annotation, detection or tile."""
     return {"type": "Feature", "geometry": {"type": shape, "coordinates": coordinates},
             "properties": {"objectType": kind, **properties}}
 
@@ -156,3 +158,54 @@ def export_geojson(path, corners, info, cells):
         for place in np.round(cells - info["bounds"], 2).tolist():
             features.append(feature("detection", "Point", place, name="cell"))
     write_features(path, features)
+
+
+def export_attention(path, corners, side, bounds, of_tile, tokens=None):
+    """Writes attention over a slide for QuPath (0.4 and later read measurements as an object).
+
+    corners (N, 2), side and bounds: the tiles and the corner of QuPath's picture in level-0 px; of_tile:
+    {measurement: (N,)}; tokens (N, n): their aggregated attention, or None. With it tiles are annotations and
+    tokens of a sparse bin detections; without it tiles are what QuPath calls tiles, detections without a
+    class, because its measurement maps colour only detections.
+    """
+    features = []
+    kind = "tile" if tokens is None else "annotation"
+    for k, corner in enumerate(corners):
+        measured = {name: float(f"{values[k]:.6g}") for name, values in of_tile.items()}
+        features.append(feature(kind, "Polygon", square(corner - bounds, side),
+                                name=f"tile {corner[0]},{corner[1]}", measurements=measured))
+        if tokens is not None:
+            features += sparse_tokens(tokens[k], corner - bounds, side)
+    write_features(path, features)
+
+
+def sparse_tokens(attention, corner, side):
+    """Returns the tokens of a tile whose attention (n,) is in a sparse bin; corner, side: in QuPath's px."""
+    grid = int(len(attention) ** 0.5)
+    features = []
+    for name, sparse in zip(SPARSE, (attention < 0.5, attention > 2)):
+        for token in np.flatnonzero(sparse):
+            at = corner + np.array([token % grid, token // grid]) * side / grid
+            features.append(feature(
+                "detection", "Polygon", square(at, side / grid),
+                classification={"name": name, "color": SPARSE[name]},
+                measurements={"aggregated attention": round(float(attention[token]), 4)}))
+    return features
+
+
+# ---------------------------------------------------------------- all of --export
+
+def export_slides(kinds, found, features, infos, cells_of, run):
+    """Writes what --export asks for, of slides that have features in a folder, to a run.
+
+    infos: {slide: tile_info and "side", a tile's side in level-0 px}; cells_of(slide): its cells (K, 2) in
+    level-0 px, or None.
+    """
+    if "clam" in kinds:
+        export_clam(found, features, infos, run / "clam")
+    if "csv" in kinds:
+        export_csv(found, features, [name for name in infos if name in found.labels], run / "csv")
+    if "geojson" in kinds:
+        for name, info in tqdm(infos.items(), "geojson, slides", leave=False):
+            corners = read_npz(features / f"{name}.npz", "coords")["coords"]
+            export_geojson(run / "geojson" / f"{name}.geojson", corners, info, cells_of(name))

@@ -206,15 +206,18 @@ def plot_slide(picture, corners, side, attention, truth, title, path):
     picture uint8 (h, w, 3); corners (N, 2) and side of the tiles in its px; attention: {network: (N,)};
     truth: [(kind, is it telling), ...] of the tiles, or None.
     """
-    columns = 1 + len(attention) + bool(truth)
+    count = 1 + len(attention) + bool(truth)
+    columns = min(3, count)
+    lines = -(-count // columns)
     height = 3.6 * picture.shape[0] / picture.shape[1]
-    figure = Figure(figsize=(3.6 * columns, height + 0.9), layout="constrained")
-    panels, below = figure.subplots(2, columns, height_ratios=(height, 0.12))
+    figure = Figure(figsize=(3.6 * columns, (height + 0.2) * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines + 1, columns, height_ratios=[height] * lines + [0.12])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    panels = axes[:-1].flatten()[:count]
+    below = axes[-1]
     for axis in panels:
         axis.imshow(picture)
-        axis.set_axis_off()
-    for axis in below:
-        axis.set_axis_off()
     panels[0].set_title(title, fontsize=9)
 
     column, row = (corners / side).round().astype(int).T
@@ -232,3 +235,43 @@ def plot_slide(picture, corners, side, attention, truth, title, path):
     for axis in panels:
         axis.set(xlim=(0, picture.shape[1]), ylim=(picture.shape[0], 0))
     save_figure(figure, path)
+
+
+# ---------------------------------------------------------------- attention over a slide
+
+def stitch(values, corners, side, unit, shape):
+    """Returns the values (N, n) of N tiles' n = g x g tokens as a picture (h, w), NaN outside of the tiles.
+
+    corners (N, 2) as x, y and side: the tiles in level-0 px; unit: level-0 px that a px of the picture spans.
+    A px takes the value of the token that its middle lies in. n = 1: one value per tile.
+    """
+    out = np.full(shape, np.nan, np.float32)
+    grid = int(values.shape[1] ** 0.5)
+    for tile, corner in zip(np.reshape(values, (-1, grid, grid)), corners):
+        axes = []
+        for low, size in zip(corner, shape[::-1]):  # x, then y
+            first, end = (int(np.ceil(edge / unit - 0.5)) for edge in (low, low + side))
+            px = np.arange(max(0, first), min(size, end))
+            axes.append((px, np.clip((((px + 0.5) * unit - low) / side * grid).astype(int), 0, grid - 1)))
+        (x, column), (y, row) = axes
+        out[np.ix_(y, x)] = tile[np.ix_(row, column)]
+    return out
+
+
+def draw_maps(picture, maps, title):
+    """Returns the slide next to each network's maps over it: {network: {title: (h, w) in even shares}}."""
+    columns = 1 + max(map(len, maps.values()))
+    height = 4 * picture.shape[0] / picture.shape[1]
+    figure = Figure(figsize=(4 * columns, (height + 0.35) * len(maps) + 0.8), layout="constrained")
+    axes = figure.subplots(len(maps), columns, squeeze=False)
+    for line, (network, of_network) in zip(axes, maps.items()):
+        for axis in line:
+            axis.imshow(picture)
+            axis.set_axis_off()
+        line[0].set_title(title, fontsize=9)
+        for axis, (map_title, values) in zip(line[1:], of_network.items()):
+            shown = axis.imshow(values, HEAT, alpha=0.65, vmin=0, vmax=BRIGHTEST, interpolation="nearest")
+            axis.set_title(f"{network}: {map_title}", fontsize=9)
+    add_scale(figure, shown, "attention (even share: 1)", "max", ax=axes, location="bottom", shrink=0.4,
+              aspect=30)
+    return figure

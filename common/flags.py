@@ -4,6 +4,8 @@ import os
 
 import torch
 
+import dirl
+
 MAX_GIGAPIXELS = 40  # of a slide; broken files claim more
 
 
@@ -47,6 +49,36 @@ def add_machine(add):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--workers", type=whole(0, 1024), default=min(8, os.cpu_count() or 1),
         help="processes that cut tiles and read images; fewer if memory runs out while tiles are cut")
+
+
+def add_encoder(add, batch):
+    """The flags of a script that applies an encoder; batch: its default."""
+    add("--checkpoint", help="an encoder.pt, or the folder of its run; default: the newest run. With --arch "
+                             "also a state dict in timm's or DINO's names, such as ImageNet's weights")
+    add("--arch", choices=list(dirl.ARCHS),
+        help="architecture of a state dict (default: an encoder.pt's own), and of patches' --encoder random")
+    add("--batch", type=whole(1, 10 ** 6), default=batch,
+        help="images at a time; lower it if memory runs out")
+    add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
+        help="auto takes bf16, which is faster, if the device has it natively")
+    add_machine(add)
+
+
+def add_dsmil(add):
+    """The flags of DSMIL's training."""
+    add("--repeats", type=whole(1, 10 ** 4), default=5,
+        help="how often DSMIL is trained, each time with another seed; more for steadier numbers")
+    add("--epochs", type=whole(1, 10 ** 6), default=200,
+        help="DSMIL epochs; fewer if there are thousands of slides")
+    add("--mil-weight-decay", type=between(0, 10), default=5e-2,
+        help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
+             "attention over the instances")
+    add("--standardize", action=argparse.BooleanOptionalAction, default=False,
+        help="standardises features with the training slides' mean and sd before DSMIL; helps with few "
+             "slides, and when features share a large offset")
+    add("--class-weights", action="store_true",
+        help="weights slides inversely to the size of their class in training; for a rare class")
+    add("--seed", type=SEED, default=0, help="seed of DSMIL's first training")
 
 
 def running_flags():

@@ -1,14 +1,16 @@
-"""The table that eval.py prints and writes: rows (measure, mean, sd, over) of texts."""
+"""The tables that eval.py prints and writes: rows (measure, mean, sd, over) of texts."""
 import numpy as np
 
 from common.files import print_table, write_csv
 from common.log import EVERY_TOKEN, MIDDLE, read_log, symbol_of
 
+RESULTS = ("measure", "mean", "sd", "over")  # columns of results.csv
+
 
 def row_of(measure, values, over):
-    """A row of the table for a measure over several seeds."""
-    sd = np.std(values, ddof=1) if len(values) > 1 else 0
-    return measure, f"{np.mean(values):.4f}", f"{sd:.4f}", over
+    """A row of the table for a measure over seeds; a single one has no sd."""
+    sd = f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+    return measure, f"{np.mean(values):.4f}", sd, over
 
 
 def row_of_one(measure, value, over):
@@ -43,26 +45,52 @@ def note_on_middle(shares):
     return f"{MIDDLE}: a network that has learned nothing has 1.000, so 1.000 alone is no success"
 
 
-def beside(trained, other):
-    """Joins rows (measure, mean, sd, over) of two networks to rows (measure, mean, sd, mean, sd, over)."""
-    mean_and_sd = {measure: (mean, sd) for measure, mean, sd, _ in other}
-    return [(measure, mean, sd, *mean_and_sd.get(measure, ("", "")), over)
-            for measure, mean, sd, over in trained]
+def side_by_side(tables):
+    """Joins {network: rows} to one table, as a program reads it.
 
-
-def write_results(tables, shared, path):
-    """Prints and writes the table of one network, or of two next to each other.
-
-    tables: {network: rows}; shared: rows that are not of one network, which go to the first.
+    Its columns are measure, each network's mean and "<network> sd", and over.
     """
-    first, *others = tables
-    header = ("measure", "mean", "sd", "over")
-    table = tables[first] + shared
-    if others:
-        header = ("measure", first, "sd", others[0], "sd", "over")
-        table = beside(table, tables[others[0]])
-    write_csv(path, [header, *table])
-    print_table([header, *table])
+    header = ["measure"]
+    over_of = {}  # {measure: over}
+    values = {}  # {(network, measure): (mean, sd)}
+    for network, rows in tables.items():
+        header += [network, f"{network} sd"]
+        for measure, mean, sd, over in rows:
+            over_of.setdefault(measure, over)
+            values[network, measure] = mean, sd
+    lines = [[*header, "over"]]
+    for measure, over in over_of.items():
+        line = [measure]
+        for network in tables:
+            line += values.get((network, measure), ("", ""))
+        lines.append([*line, over])
+    return lines
+
+
+def for_reading(lines):
+    """Returns the table of side_by_side with a mean and its sd in one cell: "0.932 ± 0.012"."""
+    names, *rows = lines
+    out = [[names[0], *names[1:-1:2], names[-1]]]
+    for measure, *values, over in rows:
+        cells = []
+        for mean, sd in zip(values[::2], values[1::2]):
+            cell = f"{float(mean):.3f}" if mean else ""
+            cells.append(f"{cell} ± {float(sd):.3f}" if sd else cell)
+        out.append([measure, *cells, over])
+    return out
+
+
+def print_results(tables, path):
+    """Prints {network: rows}: the rows of one network, or several networks next to each other.
+
+    The table of several is also written to path, as CSV.
+    """
+    table = [RESULTS, *next(iter(tables.values()))]
+    if len(tables) > 1:
+        lines = side_by_side(tables)
+        write_csv(path, lines)
+        table = for_reading(lines)
+    print_table(table)
     shares = []
     for rows in tables.values():
         shares += [float(mean) for measure, mean, _, _ in rows if measure == MIDDLE]

@@ -6,8 +6,7 @@ from common.figures import plot_slide
 from common.files import read_csv, read_npz
 from common.metrics import area_under
 from common.report import row_of
-from wsi.cache import tile_info, tile_side
-from wsi.slides import Slide
+from wsi.crops import picture_of
 
 
 def read_truth(folder, name):
@@ -69,11 +68,9 @@ def draw_slide(found, folder, attention, path):
             telling_slides.append(name)
     last = [name for name in names if found.labels[name]["label"] == found.classes[-1]]
     name = (telling_slides or last)[0]
-    info = tile_info(found, name)
-    slide = Slide(found.images[name], said_mpp=info["slide_mpp"])
-    picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
+    picture = picture_of(found, name, 900)
     corners = read_npz(folder / "features" / f"{name}.npz", "coords")["coords"]
     kinds = [truth[name][tuple(corner)] for corner in corners.tolist()] if truth[name] else None
-    plot_slide(picture, corners / unit, tile_side(info) / unit,
+    plot_slide(picture.pixels, corners / picture.unit, picture.side / picture.unit,
                {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
                f"{name}, {found.labels[name]['label']}", path)

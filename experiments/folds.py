@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.bags import SPLITS, read_bags
-from common.crossval import DSMILSettings, score_fold
+from common.bags import SPLITS, DSMILSettings, read_bags
+from common.crossval import score_fold
 from common.encoders import check_device, features_folder, find_encoder, load_encoder
 from common.errors import InputError
 from common.files import print_table, write_csv

@@ -11,6 +11,7 @@ like: the same command resumes it. A failed run is named at the end, and the oth
 trains DSMIL only (experiments/folds.py).
 """
 import argparse
+import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,6 @@ from pathlib import Path
 import torch
 
 import dirl
-import eval as eval_py
 import train
 from common import encoders
 from common.checkpoint import check_config
@@ -308,7 +308,8 @@ def evaluate(folder, flags):
     done = {"encoder": file_stamp(folder / "encoder.pt"), "flags": flags}
     if read_json(folder / "evaluated.json") == done and table.read_values(folder):
         return 0
-    code = eval_py.main(flags)
+    script = Path(train.__file__).with_name("eval.py")
+    code = subprocess.run([sys.executable, script, *flags]).returncode
     if code in (0, 1) and table.read_values(folder):  # 1: some images were skipped
         write_json(folder / "evaluated.json", done)
         return 0

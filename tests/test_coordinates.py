@@ -7,9 +7,9 @@ import pytest
 from synthetic import prepared, saved, scn, svs, tissue, write, write_table
 
 import data
-from common.export import export_geojson
+from common.export import export_attention, export_geojson
 from data import Crops
-from experiments.figures import heatmap, priors
+from experiments.figures import priors
 from wsi import cache, check, sanity, slides
 from wsi.cache import prepare, ready_cells, tile_info, tile_side
 from wsi.cells import read_cells
@@ -139,7 +139,7 @@ def test_a_slide_with_bounds_from_qupath_and_back(leica, tmp_path):
         first = shape["geometry"]["coordinates"][0][0]
         assert first == (corner - CORNER).tolist()
         assert shape["properties"]["name"] == "tile {},{}".format(*corner)
-    heatmap.write_geojson(out, np.full((4, 196), 3.0), crops.corners, tile_side(info), slide.bounds, {})
+    export_attention(out, crops.corners, tile_side(info), slide.bounds, {}, np.full((4, 196), 3.0))
     objects = json.loads(out.read_text())["features"]
     tiles = [shape for shape in objects if shape["properties"]["objectType"] == "annotation"]
     assert [shape["geometry"]["coordinates"][0][0] for shape in tiles] == (crops.corners - CORNER).tolist()

@@ -1,5 +1,4 @@
 """The demo: its synthetic slides and their truth, the augmentation's strength, and what eval.py compares."""
-import csv
 import math
 from types import SimpleNamespace
 
@@ -10,17 +9,13 @@ from sklearn.metrics import roc_auc_score
 from synthetic import rows_of, write_table
 
 import data
-import eval as eval_py
 import train
-from common.encoders import MEAN, STD, normalize, random_encoder, save_encoder
+from common.encoders import MEAN, STD, normalize
 from common.errors import InputError
 from common.metrics import area_under
-from common.report import beside, last_losses, write_results
+from common.report import for_reading, last_losses, print_results, side_by_side
 from demo import slides as demo
 from demo import truth
-
-CPU = ["--device", "cpu", "--workers", "1"]
-
 
 # ---------------------------------------------------------------- slides
 
@@ -128,10 +123,13 @@ def test_area_under_is_scikit_learns(rng=np.random.default_rng(0)):
         assert area_under(answer, scores) == pytest.approx(roc_auc_score(answer, scores), abs=1e-12)
 
 
-def test_both_networks_are_in_one_row_and_losses_next_to_ln_k(tmp_path):
-    trained = [("a", "1", "0.1", "x"), ("loss", "2", "", "y")]
-    assert beside(trained, [("a", "3", "0.3", "z")]) == [
-        ("a", "1", "0.1", "3", "0.3", "x"), ("loss", "2", "", "", "", "y")]
+def test_networks_are_in_one_row_and_losses_next_to_ln_k(tmp_path):
+    tables = {"start": [("a", "3", "0.3125", "x")], "DiRL": [("a", "1", "0.1", "z"), ("loss", "2", "", "y")]}
+    lines = side_by_side(tables)
+    assert lines == [["measure", "start", "start sd", "DiRL", "DiRL sd", "over"],
+                     ["a", "3", "0.3125", "1", "0.1", "x"], ["loss", "", "", "2", "", "y"]]
+    assert for_reading(lines) == [["measure", "start", "DiRL", "over"],
+                                  ["a", "3.000 ± 0.312", "1.000 ± 0.100", "x"], ["loss", "", "2.000", "y"]]
     assert last_losses(tmp_path) == []
     lines = [f"{values},{math.log(32)}" for values in ("0,0,9,9,9", "1,1,5,2,4", "2,1,5,3,4")]
     write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_b,ln_out_dim,entropy_c,entropy_b",
@@ -147,10 +145,10 @@ def test_both_networks_are_in_one_row_and_losses_next_to_ln_k(tmp_path):
 def test_a_middle_bin_of_1_is_commented_where_it_is_printed(tmp_path, capsys, share, says):
     rows = [("tokens with attention 0.5 to 2", share, "", "9 crops")]
     other = [("tokens with attention 0.5 to 2", "0.5", "", "9 crops")]
-    for tables in ({"trained": rows}, {"trained": other, "random start": rows}):
-        write_results(tables, [], tmp_path / "results.csv")
+    for tables in ({"DiRL": rows}, {"DiRL": other, "random start": rows}):
+        print_results(tables, tmp_path / "compared.csv")
         assert ("a network that has learned nothing has 1.000" in capsys.readouterr().out) == says
-    assert "learned nothing" not in (tmp_path / "results.csv").read_text()
+    assert "learned nothing" not in (tmp_path / "compared.csv").read_text()
 
 
 def test_the_truth_of_tiles_is_counted_by_hand(tmp_path):
@@ -170,24 +168,6 @@ def test_the_truth_of_tiles_is_counted_by_hand(tmp_path):
     rows = truth.check_with_truth(found, tmp_path, names, attention)
     assert rows[0][1] == "0.9000" and rows[1][1] == "0.5000"
     assert rows[1][2] == f"{math.sqrt(0.5):.4f}" and "1 positive" in rows[1][3]
-
-
-def test_the_random_start_is_next_to_the_trained_network(folder, monkeypatch):
-    run = folder.parent / "runs" / "tiny_set_vit_t4_dirl"
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 3, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="tiny_set", mpp=2.0, step=1,
-                 trained_on={"data": "tiny_set", "images": {}, "patients": []})
-    (run / "config.json").write_text('{"seed": 3}')
-    argv = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU, "--repeats", "2",
-            "--epochs", "2", "--overlays", "1", "--compare", "random"]
-    assert eval_py.main(argv) == 0
-    with open(run / "results.csv", newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["measure", "trained", "sd", "random start", "sd", "over"]
-    same = [row for row in rows[1:] if not row[0].startswith("patches")]
-    assert len(same) == 9 and all(row[1:3] == row[3:5] for row in same)  # it is the start of that seed
-    for name in ("attention_slide.png", "attention_overlay.png", "attention_distribution.png"):
-        assert (run / name).stat().st_size > 10_000, name
 
 
 @pytest.mark.parametrize("epochs, warmup", [("1", 0), ("10", 1)])

@@ -416,7 +416,7 @@ def test_an_encoder_is_evaluated_at_its_um_px_or_with_a_warning(data, mpp, train
 
 
 @pytest.mark.parametrize("argv, labels, says", [
-    (["tokens"], None, "neither slides nor patches"), (["--export", "csv"], None, "--export csv"),
+    (["tokens"], None, "neither slides, predict nor patches"), (["--export", "csv"], None, "--export csv"),
     ([], ["s0,A,train", "s1,A,test", "s2,B,train", "s3,A,val"], "no usable test slide of B"),
     ([], ["s0,A,train", "s1,A,test", "s2,B,test", "s3,A,val"], "no usable train slide of B")])
 def test_bad_slide_input_is_reported_in_one_line(capsys, argv, labels, says):

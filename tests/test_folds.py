@@ -238,9 +238,9 @@ def test_eval_folds_end_to_end(place, folder, capsys):
     rows = rows_of(results / "folds.csv")
     predictions = rows_of(results / "folds_predictions.csv")
     assert [(row["network"], row["fold"]) for row in rows] == [
-        (name, k) for name in ("trained", "random start") for k in "012"]
+        (name, k) for name in ("random start", "DiRL") for k in "012"]
     assert not (results / "results.csv").exists() and not (results / "slides.csv").exists()
-    of_network = [row for row in predictions if row["network"] == "trained"]
+    of_network = [row for row in predictions if row["network"] == "random start"]
     assert sorted(row["slide"] for row in of_network) == sorted(
         f"{label}_{i}" for label in ("glands", "nests") for i in range(4))
     for row in rows[:3]:

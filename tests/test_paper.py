@@ -9,14 +9,16 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from synthetic import SmallHead, make_chaoyang, make_mhist, saved, tissue, write, write_table
 
 import dirl
+import eval as evaluation
 import train
-from experiments import compare
+from experiments import compare, study
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs/paper.md"
 OTHER_PROGRAMS = ("gdc-client", "torchrun")  # named in the guide, not ours
@@ -97,6 +99,10 @@ def tiny_networks(monkeypatch):
     monkeypatch.setitem(dirl.ARCHS, "vit_t", small)
     monkeypatch.setitem(dirl.ARCHS, "vit_s", small)
     monkeypatch.setattr(dirl, "DINOHead", SmallHead)
+
+    def in_this_process(command):
+        return SimpleNamespace(returncode=evaluation.main(command[2:]))
+    monkeypatch.setattr(study.subprocess, "run", in_this_process)
 
 
 CPU = "--device cpu".split()

@@ -1,10 +1,12 @@
 """From the cache to crops with their cells: which tiles a slide has, and which cells lie in each."""
 import os
 import re
+from typing import NamedTuple
 
 import numpy as np
 
 from wsi.cache import read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder, usable_crops
+from wsi.slides import Slide
 
 
 def crops_of(data, names, with_cells):
@@ -58,3 +60,20 @@ def tiles_of(data, name):
     names = [file for file in names if re.fullmatch(r"\d+_\d+\.jpg", file)]  # <x>_<y>.jpg and no stray file
     corners = np.array([file.removesuffix(".jpg").split("_") for file in names])
     return [f"{folder}/{file}" for file in names], corners.astype(np.int64).reshape(-1, 2)
+
+
+class Picture(NamedTuple):
+    """A slide on a page, with what places its tiles on it."""
+
+    pixels: np.ndarray  # uint8 (h, w, 3)
+    unit: float  # level-0 px that a px spans
+    side: float  # of a tile in level-0 px
+    bounds: tuple  # of the slide (Slide.bounds)
+
+
+def picture_of(data, name, longer_side):
+    """Returns the Picture of a slide that has tiles; longer_side: in px, about."""
+    info = tile_info(data, name)
+    slide = Slide(data.images[name], said_mpp=info["slide_mpp"])
+    pixels, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / longer_side)
+    return Picture(pixels, unit, tile_side(info), slide.bounds)

@@ -1,4 +1,5 @@
 """The paper's data sets (A.1): um/px, epochs, classes, where to get them, layouts; and the data flags."""
+import argparse
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -142,4 +143,7 @@ def add_data_flags(add, *names, required=False):
     required: --data has no default.
     """
     for name in names or DATA_FLAGS:
-        add(name, required=required and name == "--data", **DATA_FLAGS[name])
+        flag = DATA_FLAGS[name]
+        if required and name == "--data":
+            flag = flag | {"required": True, "default": argparse.SUPPRESS}
+        add(name, **flag)

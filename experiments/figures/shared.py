@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import dirl
-from common.encoders import check_device, features_folder, find_encoder, open_encoder
+from common.encoders import check_device, find_encoder, open_encoder
 from common.errors import InputError, Parser, print_skipped
 from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
 from common.files import read_json, write_csv
@@ -121,7 +121,7 @@ def prior_of(networks, found):
 
 
 def open_all(args, with_cells=True):
-    """Returns ({name: encoder}, {name: (its encoder.pt, where its features are)}, data set, names of --part).
+    """Returns {name: encoder}, {name: (its encoder.pt, the file's other values)}, data set, names of --part.
 
     with_cells: P_c is drawn, so without --prior the data set has the one of prior_of. Without labels
     args.part becomes "train", which is all. InputError if an encoder was trained on one of the test part.
@@ -143,8 +143,7 @@ def open_all(args, with_cells=True):
         for _, path, about in networks.values():
             check_unseen(found, names, about["trained_on"], path)
     encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
-    files = {name: (path, features_folder(path, about, found.name))
-             for name, (_, path, about) in networks.items()}
+    files = {name: (path, about) for name, (_, path, about) in networks.items()}
     return encoders, files, found, names
 
 

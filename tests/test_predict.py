@@ -1,0 +1,130 @@
+"""DSMILs that eval.py keeps, and eval.py predict on slides without labels."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from synthetic import arrays_of, refused, rows_of, saved, write, write_table
+from test_encoders import class_token_file
+
+import eval as eval_py
+import mil
+from common.encoders import MEAN, STD, random_encoder, save_encoder
+from common.files import file_stamp, save_tensors
+
+HOW = ["--slide-mpp", "1", "--tissue", "0.3", "--device", "cpu", "--workers", "1"]
+RUN = Path("runs/labelled_vit_t4_dirl")
+MEASURE = ["--data", "labelled", "--mpp", "2", *HOW, "--overlays", "1", "--epochs", "3", "--checkpoint",
+           str(RUN)]
+NEW = ["predict", "--data", "new", *HOW, "--checkpoint", str(RUN)]
+
+
+def encoder_file(seed=0, images=()):
+    save_encoder(RUN / "encoder.pt", random_encoder("vit_t4", seed, MEAN, STD), arch="vit_t4", method="dirl",
+                 data="labelled", mpp=2.0, step=1,
+                 trained_on={"data": "labelled", "images": dict(images), "patients": []})
+
+
+@pytest.fixture(scope="module")
+def made(rendered, tmp_path_factory):
+    """A run that eval.py measured on "labelled"; "new" holds its test slides alone, without labels."""
+    place = tmp_path_factory.mktemp("predict")
+    rows = []
+    for label, (image, _) in rendered.items():
+        for i, split in enumerate(("train", "train", "val", "test", "test")):
+            path = place / f"labelled/slides/{label}_{i}.png"
+            saved(path, array=image[600: 1048, 300 + 300 * i: 1196 + 300 * i])  # two tiles
+            rows.append(f"{label}_{i},{label},{label}{i},{split}")
+            if split == "test":
+                (place / "new").mkdir(exist_ok=True)
+                shutil.copy(path, place / "new")
+    write_table(place / "labelled/labels.csv", "slide,label,patient,split", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        encoder_file()
+        assert eval_py.main([*MEASURE, "--repeats", "2", "--standardize"]) == 0
+    return place
+
+
+@pytest.fixture
+def measured(made, tmp_path, monkeypatch):
+    """A copy of what was made, to work in."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "copy"))
+
+
+def test_slides_that_eval_has_not_seen_have_the_scores_of_the_table(measured, capsys):
+    write(Path("new/broken.png"), "no image")
+    assert eval_py.main(NEW) == 1
+    out = capsys.readouterr().out
+    assert "skipped: new/broken.png" in out and "1 files were skipped" in out
+    folder = RUN / "on_new/predicted"
+    assert f"Wrote {folder}/predictions.csv" in out and "QuPath" in out and "trained on" not in out
+    table = {row["slide"]: row for row in rows_of(RUN / "predictions.csv")}
+    got = {row["slide"]: row for row in rows_of(folder / "predictions.csv")}
+    assert got.keys() == table.keys() == {f"{label}_{i}" for label in ("glands", "nests") for i in (3, 4)}
+    for name, row in got.items():
+        scores = {label: row[label] for label in ("glands", "nests")}
+        assert scores == {label: table[name][label] for label in scores}  # to every printed digit
+        assert row["predicted"] == max(scores, key=lambda label: float(scores[label]))
+        assert row["tiles"] == "2" and (folder / f"{name}.png").stat().st_size > 10_000
+
+    name = "nests_4"
+    features = torch.from_numpy(arrays_of(RUN / f"on_new/features/{name}.npz")["features"])
+    attention = []
+    for seed in (0, 1):
+        file = torch.load(RUN / f"dsmil_{seed}.pt", weights_only=True)
+        assert file["classes"] == ["glands", "nests"] and file["in_dim"] == 192 and file["mpp"] == 2
+        assert file["encoder"] == file_stamp(RUN / "encoder.pt")
+        model = mil.DSMIL(192, 2)
+        model.load_state_dict(file["dsmil"])
+        attention.append(model((features - file["mean"]) / file["sd"])[2].detach().numpy())
+    tiles = json.loads((folder / f"{name}.geojson").read_text())["features"]
+    measured = [tile["properties"]["measurements"] for tile in tiles]
+    of_nests = [values["DSMIL's attention for nests, even share 1"] for values in measured]
+    np.testing.assert_allclose(of_nests, 2 * np.mean(attention, 0)[:, 1], rtol=1e-5)
+    assert tiles[1]["geometry"]["coordinates"][0][0] == [448, 0]
+    assert {tile["properties"]["objectType"] for tile in tiles} == {"tile"}
+
+
+def test_predicting_changes_no_result_and_names_what_the_encoder_saw(measured, capsys):
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    argv = ["predict", "--data", "labelled", *HOW, "--checkpoint", str(RUN)]
+    assert eval_py.main(argv) == 0
+    assert "trained on" not in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+    table = {row["slide"]: row["nests"] for row in rows_of(RUN / "predictions.csv")}
+    got = {row["slide"]: row["nests"] for row in rows_of(RUN / "predicted/predictions.csv")}
+    assert len(got) == 10 and table.items() <= got.items()
+    info = json.loads(Path("datasets/labelled/crops/2um/nests_0.json").read_text())
+    encoder_file(images={"nests_0": info["file_hash"]})
+    assert eval_py.main([*MEASURE, "--repeats", "1"]) == 0
+    assert [path.name for path in RUN.glob("dsmil_*")] == ["dsmil_0.pt"]  # and none of before
+    assert torch.load(RUN / "dsmil_0.pt", weights_only=True)["mean"] is None
+    assert eval_py.main(argv) == 0
+    assert "warning: 1 of these slides are ones that the encoder was trained on (nests_0" in (
+        capsys.readouterr().out)
+
+
+def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
+    kept = RUN / "dsmil_1.pt"
+    for other, says in (({"classes": ["a", "b"]}, "has other classes"), ({"in_dim": 7}, "is no DSMIL"),
+                        ({"mean": 3}, "is no DSMIL"), ({"encoder": "0"}, "was trained on features of")):
+        good = torch.load(kept, weights_only=True)
+        save_tensors(kept, good | other)
+        refused(capsys, eval_py.main, NEW, f"{kept}: {says}", "eval.py")
+        save_tensors(kept, good)
+    class_token_file(Path("elsewhere/dino.pth"))
+    weights = ["--checkpoint", "elsewhere/dino.pth", "--arch", "vit_t4"]
+    refused(capsys, eval_py.main, [*NEW[:-2], *weights], "--dsmil: name the folder")
+    refused(capsys, eval_py.main, [*NEW[:-2], *weights, "--dsmil", str(RUN)], "another encoder than")
+    assert eval_py.main([*MEASURE[:-2], *weights, "--repeats", "1"]) == 0
+    assert eval_py.main([*NEW[:-2], *weights, "--dsmil", "runs/labelled_dino"]) == 0
+    assert len(rows_of(Path("runs/new_dino/predicted/predictions.csv"))) == 4
+    encoder_file(seed=1)  # trained again since
+    refused(capsys, eval_py.main, NEW, "dsmil_0.pt", f"another encoder than {RUN}/encoder.pt")
+    for path in RUN.glob("dsmil_*"):
+        path.unlink()
+    refused(capsys, eval_py.main, NEW, f"{RUN}: has no dsmil_<seed>.pt; first: python eval.py")
+    refused(capsys, eval_py.main, ["predict"], "--data", "predict --help")
