@@ -58,7 +58,7 @@ def argument_parser():
         help="a DINO head after each of these blocks (Table 6, 13*: 12 13); for --ssl dino")
     add("--sup-weight", type=between(0, 1e6), default=1.0,
         help="weight of L_sup, which is added to DINO's loss; for --ssl lsup")
-    add("--even-weight", type=between(0, 1e6), default=1.0,
+    add("--even-weight", type=between(0, 1e6), default=10.0,
         help="weight of the penalty on uneven attention, which is added to DINO's loss; for --ssl evenness")
     return parser
 

@@ -12,7 +12,7 @@ from train import Recipe
 
 
 def unevenness(aggregated):
-    """The mean of (a_j - 1)^2 over all tokens, 0 for uniform attention; a: one (N_i, n_i) per size of views."""
+    """The mean of (a_j - 1)^2 over all tokens, 0 for even attention. aggregated: one (N_i, n_i) per size."""
     return torch.cat([a.flatten() for a in aggregated]).sub(1).square().mean()
 
 
