@@ -16,7 +16,7 @@ from common.encoders import MEAN, STD, load_encoder, normalize
 from common.figures import draw_distribution
 from common.files import file_stamp, load_tensors, read_json
 from common.log import is_finished
-from experiments import lc25000, measures, study, table
+from experiments import lc25000, measures, show, study
 from wsi.splits import find_data
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
@@ -114,9 +114,9 @@ def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
 
 def test_cells_of_the_table():
     a, b = np.array([0.5, 0.4, 0.6]), np.array([0.7, 0.8, 0.6])
-    assert table.cell([a], 1) == "0.500 (0.405 to 0.595)"
-    assert table.cell([a, b], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
-    assert table.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
+    assert show.cell([a], 1) == "0.500 (0.405 to 0.595)"
+    assert show.cell([a, b], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
+    assert show.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
 
 
 def test_fig_4_is_a_histogram_with_the_middle_bins_share():
@@ -170,8 +170,8 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     pair = ["--pair", "class0", "class2"]
     assert study.main(["show", *pair]) == 0
     printed = capfd.readouterr().out
-    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "curves on the probe",
-                  "class0 against class2", "arm minus baseline", "f_c"):
+    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "probe: 20-NN accuracy",
+                  "class0 against class2", "arm minus baseline", "f_c", "even shares on white patches"):
         assert words in printed
     rows = rows_of(out / "claim.csv")
     assert {row["arm"] for row in rows} == {"random", "baseline", "cellback"}
@@ -179,8 +179,8 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     value, = (float(row["value"]) for row in rows if (row["arm"], row["measure"]) == measure)
     assert value == pytest.approx(right.mean(), abs=1e-4)
     assert (out / "claim.png").read_bytes()[:4] == b"\x89PNG"
-    points = table.probe_curve(out / "cellback_seed0")
-    assert list(points) == [2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
+    points = show.probe_curve(out / "cellback_seed0")
+    assert list(points) == [8] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
     write(out / "random_seed0" / "encoder.pt", "another")
     assert study.main(["show"]) == 0 and "skipped: " in capfd.readouterr().out
 
@@ -233,7 +233,7 @@ def test_the_loss_share_is_one_where_teacher_and_student_are_uniform(tmp_path):
     write(tmp_path / "config.json", {"out_dim": 64, "disentangled_dim": 8})
     rows = ["0,0,9,9,9,1,1,2", f"1,1,9,{np.log(64)},{np.log(8)},1,1,2"]  # loss_f has no centre, as SimCLR's
     write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_cc,entropy_c,entropy_cc,loss_f", rows)
-    assert table.loss_shares(tmp_path) == {"f_c": pytest.approx([1]), "f_cc": pytest.approx([1])}
+    assert show.loss_shares(tmp_path) == {"f_c": pytest.approx([1]), "f_cc": pytest.approx([1])}
 
 
 @pytest.mark.parametrize("argv, says", [
