@@ -232,6 +232,8 @@ def claim(args):
         raise InputError(f"--batch {batch}: there are only {training_crops} training crops; lower --batch")
     labels_stamp = stamp(**found.labels)
     keep_settings(Path(args.out) / "settings.json", settings, labels_stamp)
+    for job in jobs:
+        job.folder.mkdir(exist_ok=True)  # show lists those that are not measured yet
 
     patches = cache(lambda: measures.load_patches(found, args, settings.workers))  # only if one is measured
     code = run_jobs(jobs, lambda job: measures.measure(job.folder, args, job.settings, labels_stamp, patches))

@@ -234,6 +234,7 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     assert study.main([*three, "--max-steps", "3"]) == 130
     out = here / "runs" / "claim"
     assert not (out / "baseline_seed0" / "claim.npz").exists() and not is_finished(out / "baseline_seed0")
+    assert {arm for arm, _ in show.find_runs(out, list(study.ARMS))} == {"baseline", "cellback", "random"}
     assert study.main(three) == 0
     made = times(out, "claim.npz")
     assert len(made) == 3 and is_finished(out / "baseline_seed0")

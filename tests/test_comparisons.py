@@ -16,7 +16,8 @@ from test_train import FOLDER
 import data
 import dirl
 import train
-from common.encoders import attention_of, load_encoder, random_encoder, with_registers
+from common.encoders import attention_of, load_encoder, random_encoder, save_encoder, with_registers
+from common.errors import InputError
 from common.files import load_tensors, read_json
 from common.watch import effective_rank
 from data import Augmentation, make_views
@@ -290,6 +291,21 @@ def test_an_untrained_networks_attention_is_even_with_registers_too():
     aggregated = attention_of(encoder, images)
     torch.testing.assert_close(aggregated, torch.ones(2, 196), atol=0.1, rtol=0)
     torch.testing.assert_close(aggregated.sum(1), torch.full((2,), 196.0))
+
+
+@pytest.mark.parametrize("arch", ["vit_t4", "vit_h"])
+def test_an_encoder_with_registers_is_kept_and_opened(tmp_path, arch):
+    encoder = with_registers(random_encoder(arch, 0, (0.5,) * 3, (0.2,) * 3), 4).eval()
+    torch.nn.init.normal_(encoder.reg_token)
+    path, x = tmp_path / "encoder.pt", torch.randn(1, 3, 32, 48)
+    about = {"arch": arch, "method": "baseline", "data": "x", "mpp": 1.0, "step": 1, "trained_on": {}}
+    save_encoder(path, encoder, **about)
+    opened, _ = load_encoder(path)
+    assert torch.equal(opened(x), encoder(x)) and opened(x).shape == (1, 6, encoder.embed_dim)
+    for damaged in (torch.ones(4), torch.ones(1, 4, 5)):
+        torch.save(torch.load(path) | {"encoder": encoder.state_dict() | {"reg_token": damaged}}, path)
+        with pytest.raises(InputError, match="its weights are not"):
+            load_encoder(path)
 
 
 def test_unevenness_is_the_mean_square_of_what_tokens_have_above_an_even_share():
