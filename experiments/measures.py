@@ -275,18 +275,23 @@ def pair_statistics(labels, scores, draws, two):
     return score_statistics((labels[of_pair] == two[1]).astype(int), ratio, inside)
 
 
+def mean_inside(values, inside, draws):
+    """Returns the mean of values (T, n) over the patches inside (T, n), in each of draws of the images."""
+    total = (values * inside).sum(1)
+    count = inside.sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.array([total[index].sum() / count[index].sum() for index in draws])
+
+
 def place_statistics(file, draws):
     """Returns {statistic: (1 + DRAWS,)} of where attention goes, means over patches; {} if not measured."""
     out = {}
-    for name, words in ("attention", "even shares"), ("norms", "norm of tokens"):
-        for k, kind in enumerate(KINDS):
-            inside = file.get("kinds", np.array(-1)) == k
-            if name in file and inside.any():
-                total = (file[name] * inside).sum(1)
-                count = inside.sum(1)
-                with np.errstate(invalid="ignore"):  # NaN if a draw lacks the kind
-                    drawn = [total[index].sum() / count[index].sum() for index in draws]
-                out[f"{words} on {kind} patches"] = np.array(drawn)
+    if {"kinds", "norms"} <= file.keys():
+        for words, name in ("even shares", "attention"), ("norm of tokens", "norms"):
+            for k, kind in enumerate(KINDS):
+                inside = file["kinds"] == k
+                if inside.any():
+                    out[f"{words} on {kind} patches"] = mean_inside(file[name], inside, draws)
     if "on registers" in file:
         drawn = [file["on registers"][index].mean() for index in draws]
         out["share of attention on registers"] = np.array(drawn)

@@ -1,8 +1,7 @@
 """Evenness alone: DINO, and a penalty on uneven attention; not in the paper.
 
-If attention is as even as DiRL's and features are no better than DINO's, evenness is not the reason for
-DiRL's. The penalty is the mean of (a_j - 1)^2 over the tokens of all the student's views, as DiRL's regions
-are in all views; a_j is a token's aggregated attention in the last block, where it is measured.
+If attention is then as even as DiRL's and features are DINO's, evenness is not the reason. The penalty is the
+mean of (a_j - 1)^2 over the tokens of all views; a_j is a token's aggregated attention in the last block.
 """
 import torch
 from torch import nn
