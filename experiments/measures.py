@@ -1,7 +1,8 @@
 """What `experiments.study claim` measures: labelled patches, the measures of an arm, their statistics.
 
-A measure is an array: aggregated attention (T, n) of the T test images, or scores (R, T, C) of R folds or
-trainings, DSMIL's of the test bags. An arm's claim.npz holds them by name, next to the entries of ABOUT.
+A measure is an array: aggregated attention (T, n) of the T test images and what else their patches have
+(OF_PATCHES), or scores (R, T, C) of R folds or trainings, DSMIL's of the test bags. An arm's claim.npz holds
+them by name, next to the entries of ABOUT.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,17 +10,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import dirl
 import mil
 from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
-from common.encoders import attention_of, in_batches, load_encoder, represent, use_bf16
+from common.encoders import attention_of, in_batches, inputs_of, load_encoder, represent, use_bf16
 from common.errors import InputError, print_skipped
 from common.files import atomic_write, file_stamp, read_npz
 from common.log import MIDDLE
 from common.metrics import auc, bootstrap_indices
 from data import resample
-from wsi.cache import load_crops
+from prior import bin_centroids
+from wsi.cache import load_crops, prepare, read_crop_cells
 from wsi.slides import CROP
 from wsi.splits import find_data
 
@@ -28,6 +31,9 @@ BINS = ("tokens with attention 0 to 0.5", MIDDLE, "tokens with attention over 2"
 SPREAD = "sd of the aggregated attention within an image"
 ABOUT = ("stamp", "classes", "labels", "groups")  # the last two of the test images
 BAGS = ", labels of its test bags"
+OF_PATCHES = ("kinds", "norms", "on registers")  # where attention goes
+KINDS = ("cell", "background", "white")
+WHITE = 0.88  # least green of a white patch, as a share of the brightest patches'
 
 
 # ---------------------------------------------------------------- labelled patches
@@ -45,11 +51,12 @@ class Patches:
     train_bags: list  # make_bags
     test_bags: list
     images: torch.Tensor = None  # uint8 (N, 3, CROP, CROP), once they are loaded
+    kinds: np.ndarray = None  # (T, n), indices of KINDS of the test images' patches; -1: no cells are known
 
 
-def find_patches(data):
+def find_patches(data, settings):
     """Returns the wsi.folders.Data of a folder of labelled images; InputError if it has none."""
-    found = find_data(data)
+    found = find_data(data, settings.mpp, settings.prior, settings.split_seed)
     if found.kind != "crops" or not found.labels:
         raise InputError(f"{data}/labels.csv: is missing, or has no column image; the study needs labelled "
                          "patches")
@@ -81,11 +88,29 @@ def divide(rows, classes, args):
 
 
 def load_patches(found, args, workers):
-    """Returns the Patches of the images that can be read, with the images."""
+    """Returns the Patches of the images that can be read, with the images and their kinds of patches."""
     images, readable, failed = load_crops(list(found.images.values()), workers)
     print_skipped(failed)
-    rows = [found.labels[name] for name in found.images]
-    return replace(divide([rows[i] for i in readable], found.classes, args), images=images)
+    names = [list(found.images)[i] for i in readable]
+    patches = divide([found.labels[name] for name in names], found.classes, args)
+    prepare(found, workers=workers)  # finds the cells, if training has not
+    cells = read_crop_cells(found)
+    of_test = [cells.get(names[i]) for i in patches.test]
+    priors = np.stack([bin_centroids([] if xy is None else xy, CROP) for xy in of_test])
+    kinds = kinds_of(images[patches.test], priors)
+    kinds[[xy is None for xy in of_test]] = -1
+    return replace(patches, images=images, kinds=kinds)
+
+
+def kinds_of(images, priors):
+    """Returns the index in KINDS of every patch: images uint8 (T, 3, H, H), P_c (T, n) -> (T, n).
+
+    A cell patch has P_c = 1. A white one, of glass or a lumen, has no cell and a mean green, which both
+    stains absorb most, of at least WHITE times the 99th percentile of all patches. Background is the rest.
+    """
+    green = F.avg_pool2d(images[:, 1:2].float(), 16).flatten(1).numpy()
+    is_white = green >= WHITE * np.quantile(green, 0.99)
+    return np.where(priors > 0, 0, np.where(is_white, 2, 1)).astype(np.int8)
 
 
 def make_bags(indices, labels, groups, size, seed):
@@ -111,6 +136,10 @@ def measures(args, settings):
     out = {"attention": attention}
     if settings.global_size != CROP:  # the encoder was trained at another size: at that of its views, too
         out[f"attention at {settings.global_size} px"] = partial(attention, size=settings.global_size)
+    out["kinds"] = lambda encoder, features, patches: patches.kinds
+    out["norms"] = norms
+    if settings.ssl == "registers":
+        out["on registers"] = on_registers
     out["20-NN"] = neighbours
     out[f"logistic regression, {args.folds} folds"] = logistic
     if args.bag_seeds:
@@ -155,6 +184,26 @@ def attention(encoder, features, patches, size=CROP):
             x = resample(x.float(), whole.expand(len(x), 4), torch.zeros(len(x)), size)
         return attention_of(encoder, x)
     return in_batches(aggregated, patches.images[patches.test], 64, "attention").numpy()
+
+
+def norms(encoder, features, patches):
+    """Returns the norms (T, n) of the test images' tokens before the closing LayerNorm, which levels them."""
+    n = patches.kinds.shape[1]
+
+    def of_tokens(x):
+        tokens = encoder.blocks(encoder.embed(inputs_of(encoder, x)))
+        return tokens[:, -n:].norm(dim=-1)  # the patches': registers come first
+    return in_batches(of_tokens, patches.images[patches.test], 64, "norms").numpy()
+
+
+def on_registers(encoder, features, patches):
+    """Returns the share (T,) of the patches' attention in the last block that registers draw."""
+    count = encoder.reg_token.shape[1]
+
+    def share(x):
+        attention = dirl.VisionTransformer.last_attention(encoder, inputs_of(encoder, x))
+        return attention[..., count:, :count].sum(-1).mean((1, 2))
+    return in_batches(share, patches.images[patches.test], 64, "registers").numpy()
 
 
 def neighbours(encoder, features, patches):
@@ -226,13 +275,36 @@ def pair_statistics(labels, scores, draws, two):
     return score_statistics((labels[of_pair] == two[1]).astype(int), ratio, inside)
 
 
+def mean_inside(values, inside, draws):
+    """Returns the mean of values (T, n) over the patches inside (T, n), in each of draws of the images."""
+    total = (values * inside).sum(1)
+    count = inside.sum(1)
+    with np.errstate(invalid="ignore"):
+        return np.array([total[index].sum() / count[index].sum() for index in draws])
+
+
+def place_statistics(file, draws):
+    """Returns {statistic: (1 + DRAWS,)} of where attention goes, means over patches; {} if not measured."""
+    out = {}
+    if {"kinds", "norms"} <= file.keys():
+        for words, name in ("even shares", "attention"), ("norm of tokens", "norms"):
+            for k, kind in enumerate(KINDS):
+                inside = file["kinds"] == k
+                if inside.any():
+                    out[f"{words} on {kind} patches"] = mean_inside(file[name], inside, draws)
+    if "on registers" in file:
+        drawn = [file["on registers"][index].mean() for index in draws]
+        out["share of attention on registers"] = np.array(drawn)
+    return out
+
+
 def statistics(file, draws, pair):
     """Returns {statistic: (1 + DRAWS,)} of a claim.npz: its value, and that of every draw of test groups."""
     labels = file["labels"]
     classes = file["classes"].tolist()
-    out = {}
+    out = place_statistics(file, draws)
     for name in file:
-        if name in ABOUT or name.endswith(BAGS):
+        if name in (*ABOUT, *OF_PATCHES) or name.endswith(BAGS):
             continue
         if name.startswith("attention"):
             images = torch.from_numpy(file[name])

@@ -1,7 +1,7 @@
 """Studies of several pre-trainings: each lists its runs, checks all flags, pre-trains, measures and shows.
 
     python -m experiments.study claim --data FOLDER     4.1, 4.2 on labelled patches: arms with several seeds
-    python -m experiments.study show [--out runs/claim] the table and the figure of claim
+    python -m experiments.study show [--out runs/claim] the tables and the figure of claim, so far
     python -m experiments.study fraction --data lung    Fig. 6: less data, 50 epochs; measured by eval.py
     python -m experiments.study prior --data lung       Table 7: other segmenters, in the same way
     python -m experiments.study folds --data lung --splits FOLDER --checkpoint RUN     Table 4: HIPT's folds
@@ -27,7 +27,7 @@ from common.errors import InputError, Parser, run_script
 from common.files import file_stamp, read_json, stamp, write_json
 from common.flags import RUNNING, SEED, between, whole
 from common.log import is_finished
-from experiments import compare, folds, measures, table
+from experiments import compare, folds, measures, show, table
 from wsi.datasets import PRIORS, run_name, split_flags
 from wsi.folders import find_folder
 
@@ -45,6 +45,8 @@ ARMS = {
     "baseline_two_views": ["--method", "baseline", "--local-crops", "0", "--global-scale", "0.14", "1"],
     "zeros": ["--method", "dirl", "--empty-regions", "zeros"],
     "two_heads": ["--ssl", "dino", "--heads", "12", "12"],  # the number of heads without regions
+    "registers": ["--ssl", "registers"],  # the usual cure for sparse attention
+    "evenness": ["--ssl", "evenness"],  # even attention without regions
     "13_blocks": ["--ssl", "dino", "--depth", "13", "--method", "baseline"],  # Table 6
     "13_blocks*": ["--ssl", "dino", "--depth", "13", "--heads", "12", "13"],
     "4_blocks": ["--ssl", "dino", "--depth", "4", "--method", "baseline"],
@@ -98,7 +100,7 @@ def argument_parser():
     add("--bag-seeds", type=whole(0, 1000), default=3, help="trainings of DSMIL; 0 leaves it out")
     add("--out", default="runs/claim", help="folder of the study; another one for other settings")
 
-    add = command("show", "prints the table of claim and draws the bins and their course")
+    add = command("show", "prints the tables of claim, draws the bins and the map, lists what is missing")
     add("--out", default="runs/claim", help="folder of the study")
     add("--pair", nargs=2, metavar="CLASS",
         help="adds the accuracy and AUC between two classes, from the same scores")
@@ -225,7 +227,7 @@ def claim(args):
 
     # Whatever is wrong with flags or labels is reported now, not after hours.
     settings = train.arguments(shared)
-    found = measures.find_patches(args.data)
+    found = measures.find_patches(args.data, settings)
     measures.divide(list(found.labels.values()), found.classes, args)
     training_crops = round(settings.fraction * len(found.split("train", "val")))
     batch = max(job.settings.batch for job in jobs)
@@ -233,6 +235,8 @@ def claim(args):
         raise InputError(f"--batch {batch}: there are only {training_crops} training crops; lower --batch")
     labels_stamp = stamp(**found.labels)
     keep_settings(Path(args.out) / "settings.json", settings, labels_stamp)
+    for job in jobs:
+        job.folder.mkdir(exist_ok=True)  # show lists those that are not measured yet
 
     patches = cache(lambda: measures.load_patches(found, args, settings.workers))  # only if one is measured
     code = run_jobs(jobs, lambda job: measures.measure(job.folder, args, job.settings, labels_stamp, patches))
@@ -251,11 +255,11 @@ def keep_settings(path, settings, labels_stamp):
     write_json(path, shared)
 
 
-def show(args):
-    """Prints and draws what the measured runs of claim hold; returns 0."""
+def show_runs(args):
+    """Prints and draws what the runs of claim hold; returns 0."""
     if args.pair and args.pair[0] == args.pair[1]:
         raise InputError("--pair: two different classes are needed")
-    return table.show_claim(args.out, list(ARMS), BASELINE_OF, args.pair)
+    return show.show_claim(args.out, list(ARMS), BASELINE_OF, args.pair)
 
 
 # ---------------------------------------------------------------- fraction, prior
@@ -318,7 +322,7 @@ def evaluate(folder, flags):
 
 # ---------------------------------------------------------------- script
 
-COMMANDS = {"claim": claim, "show": show, "fraction": sweep, "prior": sweep, "folds": folds.run}
+COMMANDS = {"claim": claim, "show": show_runs, "fraction": sweep, "prior": sweep, "folds": folds.run}
 
 
 def main(argv=None):

@@ -8,42 +8,35 @@ are DSMIL's trainings, or the folds, of all runs that differ in nothing but the 
 settings has its own row, which names what differs. Every setting in which the rows of a data set differ is
 listed below the table; bold marks the best of a column of accuracies, AUC or F1.
 
-Below: the table and the figures of experiments.study, from the files of its runs.
+Below: the curves of experiments.study fraction and prior, from the files of their runs.
 """
 import csv
 import json
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-import dirl
 from common.errors import InputError, run_script
-from common.figures import draw_distribution, save_figure
-from common.files import atomic_write, file_stamp, print_table, read_json, read_npz, write_csv
+from common.files import atomic_write, read_json, write_csv
 from common.flags import RUNNING
-from common.log import MIDDLE, PROBED, read_log, symbol_of
-from common.metrics import DRAWS
+from common.log import MIDDLE, read_log
 from common.report import note_on_middle
 from experiments import compare
 from experiments.figures import shared
-from experiments.measures import ABOUT, draws_of, statistics
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
 SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfPatch", "imix": "i-mix",
-       "lsup": "L_sup"}  # experiments.compare's, instead of DINO
+       "lsup": "L_sup", "registers": "registers",
+       "evenness": "evenness"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",
               "steps", "weights", "pretrained_on"}
 IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels",  # or no setting
                 "pretrained_on"}
-ARM_COLORS = ("#999999", "#1b1b1b", "#1f78b4", "#d95f02", "#e7b416", "#984ea3", "#4daf4a", "#7fc97f",
-              "#a65628", *matplotlib.colormaps["tab20"].colors)  # of the arms of study claim, in their order
 
 
 def arguments(argv):
@@ -260,176 +253,6 @@ def run(args):
     print(text)
     print(f"Mean and sd over repeats of {len(runs)} runs. Wrote {out} and {out.stem}.csv next to it")
     return 0
-
-
-# ---------------------------------------------------------------- study claim: the table
-
-@dataclass
-class Measured:
-    """An arm pre-trained with a seed and measured."""
-
-    seed: int
-    folder: Path
-    values: dict  # measures.statistics
-
-
-def read_claim(folder, arms, pair):
-    """Returns {arm: [Measured, ...]} of a study's folder, in the order of arms; InputError if none."""
-    found = {}
-    draws = {}  # of the same test groups, drawn once
-    for path in sorted(Path(folder).glob("*_seed*/claim.npz")):
-        arm, seed = path.parent.name.rsplit("_seed", 1)
-        file = read_npz(path)
-        if arm not in arms or not seed.isdigit() or not file or not {*ABOUT, "attention"} <= file.keys():
-            raise InputError(f"{path}: cannot be read as a measured run; delete it and run again")
-        if not str(file["stamp"]).startswith(file_stamp(path.parent / "encoder.pt")):
-            print(f"skipped: {path}: belongs to an earlier encoder; run the study to measure it again")
-            continue
-        if pair and not set(pair) <= set(file["classes"]):
-            raise InputError(f"--pair {' '.join(pair)}: the classes are {', '.join(file['classes'])}")
-        groups = tuple(file["groups"])
-        if groups not in draws:
-            draws[groups] = draws_of(file["groups"])
-        values = statistics(file, draws[groups], pair)
-        found.setdefault(arm, []).append(Measured(int(seed), path.parent, values))
-    if not found:
-        raise InputError(f"{folder}: has no measured run; first: python -m experiments.study claim --data "
-                         f"FOLDER --out {folder}")
-    return {arm: sorted(found[arm], key=lambda run: run.seed) for arm in arms if arm in found}
-
-
-def probe_curve(folder):
-    """Returns {epochs done: (low, middle, high, k-NN accuracy)} that --probe wrote to log.csv."""
-    curve = {}
-    for row in read_log(folder / "log.csv"):
-        if row[PROBED[-1]]:
-            curve[int(row["epoch"]) + 1] = tuple(float(row[name]) for name in PROBED)
-    return curve
-
-
-def loss_shares(folder):
-    """Returns {symbol: last epoch's mean loss / ln(its outputs), (1,)}: 1 if both networks are uniform.
-
-    Losses without a centre, such as BYOL's and SimCLR's, have no such value: log.csv has no entropy of them.
-    """
-    log = read_log(folder / "log.csv")
-    config = read_json(folder / "config.json")
-    last = [row for row in log if row["epoch"] == log[-1]["epoch"]]
-    out = {}
-    for head in ("f", *dirl.REGIONS, *dirl.DISENTANGLED):
-        if last and last[0].get(f"entropy_{head}"):
-            outputs = config["disentangled_dim" if head in dirl.DISENTANGLED else "out_dim"]
-            losses = [float(row[f"loss_{head}"]) for row in last]
-            out[symbol_of(head)] = np.array([np.mean(losses) / np.log(outputs)])
-    return out
-
-
-def minus_baseline(arm, baseline):
-    """Returns {statistic: difference to the baseline's of the same seed} of each run; {} without one."""
-    of_seed = {run.seed: run.values for run in baseline}
-    out = []
-    for run in arm:
-        base = of_seed.get(run.seed, {})
-        out.append({name: run.values[name] - base[name] for name in run.values if name in base})
-    return out
-
-
-def interval(values):
-    """Returns the 95 % interval over the draws in values (1 + DRAWS,)."""
-    return np.nanpercentile(values[1:], (2.5, 97.5))
-
-
-def cell(values, seeds):
-    """Returns the text of values (1 + DRAWS,) of each seed: mean, sd over several seeds, 95 % interval.
-
-    If some seeds have no value, the text tells how many have. Values without draws have no interval.
-    """
-    if not values:
-        return ""
-    mean = np.mean(values, 0)
-    text = f"{mean[0]:.3f}"
-    if len(values) > 1:
-        text += f" ± {np.std([value[0] for value in values], ddof=1):.3f}"
-    if len(mean) > 1:
-        text += " ({:.3f} to {:.3f})".format(*interval(mean))
-    return text + (f" [{len(values)} of {seeds} seeds]" if len(values) < seeds else "")
-
-
-def print_columns(title, columns):
-    """Prints a row per name and a cell per column, {heading: [{name: values} of each seed, ...]}."""
-    names = dict.fromkeys(name for seeds in columns.values() for values in seeds for name in values)
-    rows = [(title, *columns)]
-    for name in names:
-        row = [name]
-        for seeds in columns.values():
-            row.append(cell([values[name] for values in seeds if name in values], len(seeds)))
-        rows.append(row)
-    if names:
-        print_table(rows)
-        print()
-
-
-def show_claim(folder, arms, baseline_of, pair=None):
-    """Prints and draws what the measured runs in a study's folder hold; returns 0.
-
-    baseline_of: {arm: its baseline}; that of others is "baseline". pair: two classes to tell apart.
-    """
-    runs = read_claim(folder, arms, pair)
-    values = {}
-    differences = {}
-    losses = {}
-    for arm, measured in runs.items():
-        seeds = " ".join(str(run.seed) for run in measured)
-        title = f"{arm}, seed{'s' * (len(measured) > 1)} {seeds}"
-        values[title] = [run.values for run in measured]
-        losses[title] = [loss_shares(run.folder) for run in measured]
-        if arm not in ("random", "baseline", *baseline_of.values()):
-            heading = f"{arm} minus {baseline_of[arm]}" if arm in baseline_of else arm
-            baseline = runs.get(baseline_of.get(arm, "baseline"), [])
-            differences[heading] = minus_baseline(measured, baseline)
-    print_columns("measure", values)
-    print_columns("arm minus baseline, same seeds", differences)
-    print_columns("last epoch's loss / ln K", losses)
-    print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
-          "±: sd over seeds")
-    if note := note_on_middle([run.values[MIDDLE][0] for measured in runs.values() for run in measured]):
-        print(note)
-    print("curves on the probe: epochs, tokens with attention 0.5 to 2, 20-NN accuracy")
-    rows = [("arm", "seed", "measure", "value", "low", "high")]
-    for arm, measured in runs.items():
-        for run in measured:
-            points = [f"{epoch}: {p[1]:.1%} {p[3]:.3f}" for epoch, p in probe_curve(run.folder).items()]
-            if points:
-                print(f"{arm}, seed {run.seed}".ljust(28) + "  ".join(points))
-            for name, values in run.values.items():
-                numbers = (values[0], *interval(values))
-                rows.append((arm, run.seed, name, *(f"{number:.4f}" for number in numbers)))
-    write_csv(Path(folder) / "claim.csv", rows)
-    save_figure(draw_claim(runs, dict(zip(arms, ARM_COLORS))), Path(folder) / "claim.png")
-    print(f"Wrote {folder}/claim.csv, claim.png")
-    return 0
-
-
-def draw_claim(runs, colors):
-    """Draws Fig. 4 of each arm (all seeds), the middle bin's share and the k-NN accuracy over the epochs.
-
-    The latter two have a line per seed.
-    """
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    fig_4, middle, knn = figure.subplots(1, 3, width_ratios=(1.4, 1, 1))
-    pooled = {}
-    for arm, measured in runs.items():
-        of_seed = [read_npz(run.folder / "claim.npz", "attention")["attention"] for run in measured]
-        pooled[arm] = np.concatenate(of_seed)
-        for run in measured:
-            points = probe_curve(run.folder)
-            style = {"ms": 3, "lw": 1, "color": colors[arm]}
-            middle.plot(list(points), [100 * p[1] for p in points.values()], "o-", **style)
-            knn.plot(list(points), [p[3] for p in points.values()], "o-", **style)
-    draw_distribution(fig_4, pooled, colors)
-    middle.set(xlabel="epochs", ylabel=f"{MIDDLE}, %")
-    knn.set(xlabel="epochs", ylabel="20-NN accuracy on the probe")
-    return figure
 
 
 # ---------------------------------------------------------------- study fraction, study prior: the curves

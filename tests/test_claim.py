@@ -1,5 +1,6 @@
 """The study of the claim: bags, measures, and the script for real at a tiny size, stopped and resumed."""
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import dirl
 import train
 from common import metrics
 from common.classify import nearest
-from common.encoders import MEAN, STD, load_encoder, normalize
+from common.encoders import MEAN, STD, inputs_of, load_encoder, normalize, random_encoder, with_registers
 from common.figures import draw_distribution
 from common.files import file_stamp, load_tensors, read_json
 from common.log import is_finished
-from experiments import lc25000, measures, study, table
+from data import Crops
+from experiments import lc25000, measures, show, study
 from wsi.splits import find_data
 
 TINY = ["--mpp", "0.5", "--batch", "8", "--out-dim", "16", "--disentangled-dim", "8", "--epochs", "2",
@@ -112,11 +114,80 @@ def test_a_pair_is_told_apart_by_the_ratio_of_its_two_scores():
     assert out["accuracy, x, c0 against c1"][0] == 1 and out["AUC, x, c0 against c1"][0] == 1
 
 
+def test_a_patch_is_white_if_it_has_no_cell_and_is_nearly_as_green_as_the_brightest():
+    green = torch.tensor([[240., 212, 210], [240, 100, 30], [0, 0, 0]])  # 0.88 x 240 = 211.2
+    images = torch.stack([255 - green, green, 255 - green]).kron(torch.ones(1, 16, 16)).to(torch.uint8)[None]
+    priors = np.zeros((1, 9))
+    priors[0, [3, 4]] = 1
+    names = [measures.KINDS[kind] for kind in measures.kinds_of(images, priors)[0]]
+    assert names == ["white", "white", "background", "cell", "cell"] + 4 * ["background"]
+
+
+def test_norms_are_of_the_patches_tokens_before_the_closing_layer_norm():
+    plain = random_encoder("vit_t4", 0, MEAN, STD)
+    patches = SimpleNamespace(images=torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8),
+                              test=[2, 0], kinds=np.zeros((2, 12)))
+    for encoder in (plain, with_registers(plain, 4)):
+        found = measures.norms(encoder, None, patches)
+        for norms, i in zip(found, patches.test):
+            tokens = encoder.embed(inputs_of(encoder, patches.images[i: i + 1]))
+            for block in encoder.blocks:
+                tokens = block(tokens)
+            want = [sum(x * x for x in token.tolist()) ** 0.5 for token in tokens[0, -12:]]
+            np.testing.assert_allclose(norms, want, rtol=1e-4)
+
+
+def test_what_registers_draw():
+    encoder = with_registers(random_encoder("vit_t4", 0, MEAN, STD), 3)
+    torch.nn.init.normal_(encoder.reg_token)
+    patches = SimpleNamespace(images=torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8), test=[0, 1])
+    last, (share, _) = encoder.blocks[-1], measures.on_registers(encoder, None, patches)
+    tokens = encoder.blocks[:-1](encoder.embed(inputs_of(encoder, patches.images[:1])))
+    q, k, _ = last.attn.qkv(last.norm1(tokens))[0].view(9, 3, 3, 64).unbind(1)  # 3 registers, 6 patches
+    drawn = [(q[i, head] @ k[:, head].t() / 8).softmax(-1)[:3].sum().item()
+             for head in range(3) for i in range(3, 9)]
+    assert share == pytest.approx(sum(drawn) / 18, rel=1e-4)
+
+
+def test_where_attention_goes_is_a_mean_over_patches():
+    file = {"attention": np.array([[3., 1, 0], [2, 2, 1]]), "norms": np.array([[5., 6, 7], [8, 9, 1]]),
+            "kinds": np.array([[0, 1, 1], [0, 0, -1]]), "on registers": np.array([0.2, 0.6])}
+    out = measures.place_statistics(file, [np.array([0, 1]), np.array([1, 1]), np.array([0, 0])])
+    assert list(out) == ["even shares on cell patches", "even shares on background patches",
+                         "norm of tokens on cell patches", "norm of tokens on background patches",
+                         "share of attention on registers"]
+    np.testing.assert_allclose(out["even shares on cell patches"], [7 / 3, 2, 3])
+    np.testing.assert_allclose(out["norm of tokens on background patches"], [6.5, np.nan, 6.5])
+    np.testing.assert_allclose(out["share of attention on registers"], [0.4, 0.6, 0.2])
+
+
+def test_probes_are_compared_at_equal_steps_and_seeds():
+    curves = {("baseline", 0): {4: (0, 0.5, 0, 0.7), 8: (0, 0.4, 0, 0.8)}, ("baseline", 1): {},
+              ("dirl", 0): {4: (0, 0.9, 0, 0.75), 6: (0, 1, 0, 1)}, ("dirl", 1): {4: (0, 0.7, 0, 0.6)}}
+    assert show.by_steps(curves, 1) == {
+        "4 steps": [{"baseline": (0.5,), "dirl": (0.9,)}, {"dirl": (0.7,)}],
+        "6 steps": [{"dirl": (1,)}, {}], "8 steps": [{"baseline": (0.4,)}, {}]}
+    minus = show.curves_minus_baseline(curves, {})
+    assert minus.keys() == {("dirl", 0), ("dirl", 1)} and not minus["dirl", 1]
+    assert minus["dirl", 0].keys() == {4} and minus["dirl", 0][4][1::2] == pytest.approx([0.4, 0.05])
+
+
+def test_the_map_has_a_line_per_run():
+    axis, curve = Figure().subplots(), {4: (0, 0.5, 0, 0.7), 8: (0, 0.4, 0, 0.8)}
+    start = show.Measured(0, None, {"accuracy, 20-NN": [0.6], show.MIDDLE: [1]})
+    curves = {("random", 0): {}, ("dirl", 0): curve, ("dirl", 1): {4: (0, 0.9, 0, 0.75)}}
+    show.draw_map(axis, {"random": [start]}, curves, {"random": "grey", "dirl": "red"})
+    drawn = [line.get_xydata().tolist() for line in axis.get_lines()]
+    assert drawn == [[[0.6, 100]], [[0.7, 50], [0.8, 40]], [[0.8, 40]], [[0.75, 90]], [[0.75, 90]]]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["random (all test images)", "dirl"]
+
+
 def test_cells_of_the_table():
     a, b = np.array([0.5, 0.4, 0.6]), np.array([0.7, 0.8, 0.6])
-    assert table.cell([a], 1) == "0.500 (0.405 to 0.595)"
-    assert table.cell([a, b], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
-    assert table.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
+    assert show.cell([a], 1) == "0.500 (0.405 to 0.595)"
+    assert show.cell([a, b], 2) == "0.600 ± 0.141 (0.600 to 0.600)"
+    assert show.cell([[0.5]], 3) == "0.500 [1 of 3 seeds]"
 
 
 def test_fig_4_is_a_histogram_with_the_middle_bins_share():
@@ -138,13 +209,23 @@ def test_arms_are_compared_with_their_own_baseline(here, capsys):
         attention = np.full((20, 196), level, np.float32)
         np.savez(folder / "claim.npz", stamp=file_stamp(encoder), classes=["a", "b"], labels=[0, 1] * 10,
                  groups=np.arange(20), attention=attention, **{"20-NN": scores[None]})
+    rows = ["0,0,1,,,,", "1,0,1,0,0.5,0.5,0.75"]
+    write_table(out / "baseline_seed1" / "log.csv", f"step,epoch,loss,{','.join(show.PROBED)}", rows)
     assert study.main(["show"]) == 0
-    minus = capsys.readouterr().out.split("minus baseline, same seeds")[1]
+    printed = capsys.readouterr().out
+    assert ("not measured yet: baseline, seed 1 (2 steps trained); two_views, seed 1 (0 steps trained); "
+            "baseline_two_views, seed 1 (0 steps trained)") in printed
+    assert "probe: 20-NN accuracy  2 steps\nbaseline               0.750 [1 of 2 seeds]" in printed
+    assert ["baseline", "1", "probe at 2 steps: 20-NN accuracy", "0.75", "", ""] in [
+        list(row.values()) for row in rows_of(out / "claim.csv")]
+    minus = printed.split("minus baseline, same seeds")[1]
     assert "two_views minus baseline_two_views" in minus
     line = next(line for line in minus.splitlines() if line.startswith("tokens with attention 0.5 to 2"))
     assert line.split("  ")[-1].strip() == "-1.000 (-1.000 to -1.000)"  # 0 against 1; the other has 0 too
     write(out / "baseline_seed0" / "claim.npz", "x")
     refused(capsys, study.main, ["show"], "baseline_seed0/claim.npz: cannot be read")
+    write(out / "other_seed0" / "claim.npz", "x")
+    refused(capsys, study.main, ["show"], "other_seed0: is no arm")
 
 
 def test_the_study_runs_stops_resumes_and_shows(here, capfd):
@@ -153,6 +234,7 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     assert study.main([*three, "--max-steps", "3"]) == 130
     out = here / "runs" / "claim"
     assert not (out / "baseline_seed0" / "claim.npz").exists() and not is_finished(out / "baseline_seed0")
+    assert {arm for arm, _ in show.find_runs(out, list(study.ARMS))} == {"baseline", "cellback", "random"}
     assert study.main(three) == 0
     made = times(out, "claim.npz")
     assert len(made) == 3 and is_finished(out / "baseline_seed0")
@@ -170,8 +252,8 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     pair = ["--pair", "class0", "class2"]
     assert study.main(["show", *pair]) == 0
     printed = capfd.readouterr().out
-    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "curves on the probe",
-                  "class0 against class2", "arm minus baseline", "f_c"):
+    for words in ("random, seed 0", "a network that has learned nothing has 1.000", "probe: 20-NN accuracy",
+                  "class0 against class2", "arm minus baseline", "f_c", "even shares on white patches"):
         assert words in printed
     rows = rows_of(out / "claim.csv")
     assert {row["arm"] for row in rows} == {"random", "baseline", "cellback"}
@@ -179,16 +261,19 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     value, = (float(row["value"]) for row in rows if (row["arm"], row["measure"]) == measure)
     assert value == pytest.approx(right.mean(), abs=1e-4)
     assert (out / "claim.png").read_bytes()[:4] == b"\x89PNG"
-    points = table.probe_curve(out / "cellback_seed0")
-    assert list(points) == [2] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
+    points = show.probe_curve(out / "cellback_seed0")
+    assert list(points) == [8] and all(sum(p[:3]) == pytest.approx(1, abs=1e-3) for p in points.values())
     write(out / "random_seed0" / "encoder.pt", "another")
     assert study.main(["show"]) == 0 and "skipped: " in capfd.readouterr().out
 
 
 def test_every_arm_is_normalized_by_the_same_statistics(here, capfd):
     argv = [*RUN, "--folds", "2", "--bag-seeds", "0", "--stats", "data", "--epochs", "1", "--arms"]
-    assert study.main([*argv, "random", "baseline"]) == 0
+    assert study.main([*argv, "random", "baseline", "registers"]) == 0
     out = here / "runs" / "claim"
+    measured = arrays_of(out / "registers_seed0" / "claim.npz")
+    assert measured["on registers"] == pytest.approx(4 / 200, abs=0.002)  # hardly trained: even
+    np.testing.assert_allclose(measured["attention"].sum(1), 196, rtol=1e-4)
     random, baseline = (load_tensors(out / f"{arm}_seed0" / "encoder.pt") for arm in ("random", "baseline"))
     images = [np.array(Image.open(image)) for image in here.glob("c/class*/[0-5]_*.png")]  # those to train
     pixels = np.stack(images).reshape(-1, 3) / 255
@@ -207,7 +292,7 @@ def test_the_random_arm_has_imagenets_statistics_where_the_others_have(here):
 def check_measures(out):
     """What is in claim.npz; gives where the folds of the logistic regression of the baseline are right."""
     rows, random = (arrays_of(out / f"{arm}_seed0" / "claim.npz") for arm in ("baseline", "random"))
-    found = find_data("c")
+    found = find_data("c", 0.5)
     first = next(name for name in found.images if found.labels[name]["split"] == "test")
     image = torch.from_numpy(np.array(Image.open(found.images[first]))).permute(2, 0, 1)[None].float()
     small = image[:, :, 3::7, 3::7]  # bilinear at a seventh takes the middle px of seven
@@ -218,6 +303,8 @@ def check_measures(out):
     np.testing.assert_allclose(rows["attention at 32 px"][0], want, rtol=2e-3)
     np.testing.assert_allclose(rows["attention"].sum(1), 196, rtol=1e-4)
     assert rows["20-NN"].shape == (1, 24, 3)
+    has_cell = Crops(found, [name for name in found.images if found.labels[name]["split"] == "test"]).priors()
+    assert np.array_equal(rows["kinds"] == 0, has_cell == 1) and np.bincount(rows["kinds"].flat).min() > 100
     bags, tuned = "DSMIL on synthetic slides of 1, 1 seeds", "fine-tuned 1 epochs, 1 of 2 folds"
     assert rows[bags].shape == (1, 12, 3)
     assert np.bincount(rows[bags + measures.BAGS]).tolist() == [4, 4, 4]
@@ -233,7 +320,7 @@ def test_the_loss_share_is_one_where_teacher_and_student_are_uniform(tmp_path):
     write(tmp_path / "config.json", {"out_dim": 64, "disentangled_dim": 8})
     rows = ["0,0,9,9,9,1,1,2", f"1,1,9,{np.log(64)},{np.log(8)},1,1,2"]  # loss_f has no centre, as SimCLR's
     write_table(tmp_path / "log.csv", "step,epoch,loss,loss_c,loss_cc,entropy_c,entropy_cc,loss_f", rows)
-    assert table.loss_shares(tmp_path) == {"f_c": pytest.approx([1]), "f_cc": pytest.approx([1])}
+    assert show.loss_shares(tmp_path) == {"f_c": pytest.approx([1]), "f_cc": pytest.approx([1])}
 
 
 @pytest.mark.parametrize("argv, says", [
