@@ -10,13 +10,14 @@ in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DS
 slide, only attention is measured. --compare measures other runs, too: each network's results go to its own
 run, as if it had been measured alone; pictures of all networks and their common table (compared.csv) go to
 the run that was taken. On the demo all its finished runs and the random start are compared. --folds K tests
-DSMIL by K folds of all labelled slides instead, and writes folds.csv.
+DSMIL by K folds of all labelled slides instead (folds.csv).
 
 predict scores slides without labels by the DSMILs that slides kept (dsmil_<seed>.pt), and writes predicted/:
-a CSV of class scores, and for each slide the attention of its tiles as a picture and for QuPath.
+a CSV with each class's score, and for each slide the attention of its tiles as a picture and for QuPath.
 
-patches classifies images (4.1, Table 2): --folds folds of the training set, each validated on one of them and
-tested on the test set; writes patches.csv and patches_predictions.csv (the folds' mean score of each image).
+patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds. Each fold
+validates once while the others train; the epoch that is best on it scores the test set. Writes patches.csv (a
+row per fold) and patches_predictions.csv (the folds' mean score of each test image).
 
 Nothing is chosen on the test set, and an encoder that was trained on a test image is refused. Results go to
 the encoder's run; those on another data set go to on_<data>/ in it. --checkpoint FILE --arch vit_s measures
@@ -36,7 +37,7 @@ from common import bags, classify, encoders
 from common.crossval import score_folds
 from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
-from common.export import export_attention, export_slides
+from common.export import check_export, export_attention, export_slides
 from common.figures import BINS, draw_maps, plot_distribution, plot_overlays, save_figure, spread, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
@@ -54,16 +55,14 @@ from wsi.folds import open_folds
 from wsi.slides import CROP
 from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
-SHOWN = 20  # predictions that are printed, of the first slides
-
-
 # ---------------------------------------------------------------- flags
 
 def slides_arguments(argv):
     parser = Parser(
         prog="python eval.py slides", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Features, DSMIL and attention of a pre-trained encoder.",
-        epilog="Slides without labels: eval.py predict --help. Labelled patches: eval.py patches --help")
+        epilog="Slides without labels: python eval.py predict --help. Patch-level classification: python "
+               "eval.py patches --help")
     data = parser.add_argument_group(
         "data", "as in train.py; without --mpp the crops of a folder have the um/px that the encoder saw")
     add_data_flags(data.add_argument)
@@ -94,8 +93,9 @@ def slides_arguments(argv):
 def predict_arguments(argv):
     parser = Parser(
         prog="python eval.py predict", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Class scores (means over the DSMILs that eval.py kept for the encoder, dsmil_<seed>.pt) "
-                    "and attention of slides without labels.",
+        description="Class scores and attention of slides without labels, by an encoder and the DSMILs that "
+                    "python eval.py trained on its features and kept (dsmil_<seed>.pt). The score of a class "
+                    "is the mean over the DSMILs, the predicted class has the highest one.",
         epilog="First, with labelled slides: python eval.py --data LABELLED --checkpoint RUN. Tiles are cut "
                "at the um/px of those slides.")
     add = parser.add_argument
@@ -150,8 +150,8 @@ def with_device(args):
 @torch.no_grad()
 def embed(function, crops, args, title):
     """Applies a function of uint8 images (B, 3, 224, 224) to all crops; returns (N, ...) on the CPU."""
-    workers = args.workers if torch.device(args.device).type == "cuda" else 0
-    loader = DataLoader(crops, args.batch, collate_fn=collate, num_workers=workers)
+    cuda = torch.device(args.device).type == "cuda"
+    loader = DataLoader(crops, args.batch, collate_fn=collate, num_workers=args.workers if cuda else 0)
     bar = tqdm(loader, desc=title, unit="batch", leave=False, disable=len(loader) < 20)
     return torch.cat([function(images).cpu() for images, _ in bar])
 
@@ -233,20 +233,13 @@ def count_attention(networks, title, found, run, args):
 # ---------------------------------------------------------------- slides: the command
 
 def open_data(args, trained_at):
-    """Returns the data set of --data; its um/px is --mpp, else a known data set's, else trained_at.
-
-    InputError if it does not have what --export needs.
-    """
+    """Returns the data set of --data; its um/px is --mpp, else a known data set's, else trained_at."""
     mpp = evaluated_mpp(args.data, args.mpp, trained_at)
     found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
                       split=args.split, drop_shared=args.drop_shared)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, trained_at)
-    if args.export and found.kind == "crops":
-        raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
-    if "csv" in args.export and not found.labels:
-        raise InputError(f"--export csv: DSMIL's bags have labels; write {found.source}/labels.csv "
-                         "(slide,label) or use --export clam")
+    check_export(args.export, found)
     return found
 
 
@@ -283,11 +276,11 @@ def evaluate_slides(args):
     has_labelled_slides = has_slides and bool(found.labels)
     if has_labelled_slides:
         check_classes(found, found.images)
-    folds = {}
     for network in networks:
-        check_unseen(found, found.split("test"), network.about["trained_on"], network.path)
+        trained_on = network.about["trained_on"]
         if args.folds:
-            folds = open_folds(found, args.folds, args.split_seed, network.about["trained_on"], network.path)
+            folds = open_folds(found, args.folds, args.split_seed, trained_on, network.path)
+        check_unseen(found, found.split("test"), trained_on, network.path)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
     print_skipped(skipped)
     describe(networks)
@@ -299,8 +292,6 @@ def evaluate_slides(args):
         settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
                                       args.mil_weight_decay, args.standardize, args.class_weights)
         bags.warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), settings)
-
-    # Cross-validation, or attention, of every network.
     first = networks[0]
     run = first.folder
     if "random" in args.compare:
@@ -313,6 +304,8 @@ def evaluate_slides(args):
             kept = {slide: bags.read_bag(network.features, slide) for slide in extract(network, found, args)}
             score_folds(folds, kept, settings, args.device, name, run)
         return exit_code_of(skipped)
+
+    # Attention, of every network.
     archs = ", ".join({network.about["arch"]: None for network in networks.values()})
     tables = count_attention(networks, f"{run_name(args.data)}, {archs}", found, run, args)
     pictures = ["attention_distribution.png", "attention_overlay.png"]
@@ -400,7 +393,7 @@ def predict_slides(args):
         skipped += [error] if error else []
     write_csv(out / "predictions.csv", rows)
 
-    print_table(rows[:1 + SHOWN])
+    print_table(rows[:21])  # the first 20 slides
     print_skipped(skipped)
     trained_on = set(about["trained_on"]["images"].values())
     known = [name for name in names if tile_info(found, name)["file_hash"] in trained_on]

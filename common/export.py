@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from common.bags import SPLITS
+from common.errors import InputError
 from common.files import atomic_write, read_npz, save_tensors, write_csv
 
 
@@ -194,6 +195,15 @@ def sparse_tokens(attention, corner, side):
 
 
 # ---------------------------------------------------------------- all of --export
+
+def check_export(kinds, found):
+    """InputError if a data set lacks what --export needs."""
+    if kinds and found.kind == "crops":
+        raise InputError(f"--export: {found.source} holds crops and no slides; leave the flag out")
+    if "csv" in kinds and not found.labels:
+        raise InputError(f"--export csv: DSMIL's bags have labels; write {found.source}/labels.csv "
+                         "(slide,label) or use --export clam")
+
 
 def export_slides(kinds, found, features, infos, cells_of, run):
     """Writes what --export asks for, of slides that have features in a folder, to a run.
