@@ -105,9 +105,10 @@ def labels_of(runs):
     Only what is not the flags' default is named, so that runs with the paper's settings have no addition.
     """
     labels = []
+    configs = [config for _, config, _ in runs if "weights" not in config]  # another program's: no settings
     for folder, config, _ in runs:
-        others = [other for _, other, _ in runs if other["data"] == config["data"]]
-        default = {} if "weights" in config else defaults_of(config)  # another program's have no settings
+        others = [other for other in configs if other["data"] == config["data"]]
+        default = defaults_of(config)
         ssl = config.get("ssl", "dino")
         additions = [SSL[ssl]] if ssl in SSL else []
         for name, value in config.items():
