@@ -153,7 +153,7 @@ def none_usable(failed, kind):
 # ---------------------------------------------------------------- cells of slides
 
 def is_builtin(data, file):
-    """Whether a file of cells was written by the built-in detector, here."""
+    """Returns whether prepare wrote a file of cells with the built-in detector."""
     return file.parent == data.work / "cells" / "builtin"
 
 
