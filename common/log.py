@@ -24,7 +24,7 @@ PROBED = ("probe_0_to_0.5", "probe_0.5_to_2", "probe_over_2", "probe_knn")  # co
 
 
 def symbol_of(head):
-    """The paper's symbol for what a head takes: "f", or "f_c" for head "c"."""
+    """Returns the paper's symbol of a head's input: "f", or "f_c" for head "c"."""
     return head if head.startswith("f") else f"f_{head}"
 
 
@@ -152,7 +152,7 @@ class Log:
                        f"have {state}: it has collapsed. {advice}")
 
     def speed(self, step):
-        """Crops a second since training started or resumed."""
+        """Returns the crops per second since training started or resumed."""
         return (step - self.start) * self.batch / (time.monotonic() - self.started_at)
 
     def __enter__(self):
@@ -173,7 +173,7 @@ def read_log(path):
 
 
 def is_finished(folder):
-    """Whether the run in this folder reached its last step, by its config.json and log.csv."""
+    """Returns whether the run in this folder reached its last step, by its config.json and log.csv."""
     config = read_json(folder / "config.json")
     log = read_log(folder / "log.csv")
     if not config or not log:

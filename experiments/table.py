@@ -1,19 +1,19 @@
 """The paper's tables from runs (Table 1, 2, 5): a row per network, accuracy and AUC per data set.
 
-    python -m experiments.table runs [--format latex] [--measures accuracy auc macro_f1 middle]
+    python -m experiments.table runs [--measures accuracy auc macro_f1 middle]
 
 Reads slides.csv, patches.csv and results.csv of every run below a folder, and of each other folder where
 eval.py writes results: on_<data>/ of another data set, encoder_<epoch>/, weights of other programs. Repeats
-are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed; a run with other
-settings has its own row, which names what differs. Every setting in which the rows of a data set differ is
-listed below the table; bold marks the best of a column of accuracies, AUC or F1.
+are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed. A row names the settings
+in which the rows of a data set differ, unless they are the default; bold marks the best of a column of
+accuracies, AUC or F1.
 
 Below: the curves of experiments.study fraction and prior, from the files of their runs.
 """
 import csv
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from common.errors import InputError, run_script
 from common.files import atomic_write, read_json, write_csv
 from common.flags import RUNNING
-from common.log import MIDDLE, read_log
+from common.log import MIDDLE, is_finished, read_log
 from common.report import note_on_middle
 from experiments import compare
 from experiments.figures import shared
@@ -33,19 +33,16 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
        "evenness": "evenness"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
-NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",
-              "steps", "weights", "pretrained_on"}
-IN_THE_LABEL = {*RUNNING, "seed", "method", "arch", "ssl", "images", "pixels",  # or no setting
-                "pretrained_on"}
+NO_SETTING = {*RUNNING, "seed", "data", "crops", "images", "pixels", "steps", "weights",
+              "method", "arch", "ssl", "pretrained_on"}  # the last four are named in another way
 
 
 def arguments(argv):
     parser, add = shared.parser_of("table", "The paper's table from the runs below a folder.")
     add("folder", nargs="?", default="runs", help="folder of the runs, searched in depth")
-    add("--format", default="markdown", choices=["markdown", "latex"], help="latex needs booktabs")
     add("--measures", nargs="+", default=["accuracy", "auc"], choices=list(MEASURES),
         help="macro_f1 is BRIGHT's (Table 5); middle is the share of tokens with attention 0.5 to 2")
-    add("--out", help="default: table.md or table.tex in the folder; the numbers go next to it, as .csv")
+    add("--out", help="default: table.md in the folder; the numbers go next to it, as .csv")
     return parser.parse_args(argv)
 
 
@@ -97,24 +94,28 @@ def defaults_of(config):
 
 
 def labels_of(runs):
-    """Returns [label, ...]: "DiRL-T, BYOL", and what differs from other runs of this network and data set.
+    """Returns [label, ...]: "DiRL-T, BYOL", and the settings in which it differs from runs of its data set.
 
     Only what is not the flags' default is named, so that runs with the paper's settings have no addition.
     """
-    def key_of(config):
-        return [config["data"], config["arch"], config["method"], config.get("ssl", "dino")]
     labels = []
-    for _, config, _ in runs:
-        _, arch, method, ssl = key_of(config)
-        others = [other for _, other, _ in runs if key_of(other) == key_of(config)]
+    configs = [config for _, config, _ in runs if "weights" not in config]  # another program's: no settings
+    for folder, config, _ in runs:
+        others = [other for other in configs if other["data"] == config["data"]]
         default = defaults_of(config)
+        ssl = config.get("ssl", "dino")
         additions = [SSL[ssl]] if ssl in SSL else []
         for name, value in config.items():
             usual = default.get(name)
             differs = any(other.get(name, usual) != value for other in others)
             if name not in NO_SETTING and differs and value != usual:
                 additions.append(f"{name.replace('_', ' ')} {value}")
-        labels.append(", ".join([f"{METHODS.get(method, method)}-{SIZES.get(arch, arch)}", *additions]))
+        log = read_log(folder / "log.csv")
+        if log and not is_finished(folder):
+            additions.append(f"stopped at step {int(log[-1]['step']) + 1}")
+        method = METHODS.get(config["method"], config["method"])
+        size = SIZES.get(config["arch"], config["arch"])
+        labels.append(", ".join([f"{method}-{size}", *additions]))
     return told_apart(labels, runs)
 
 
@@ -134,35 +135,6 @@ def told_apart(labels, runs):
     several = set().union(*(found for found in sources_of.values() if len(found) > 1))
     return [f"{source[0]}, pretrained on {source[1]}" if source in several else source[0]
             for source in sources]
-
-
-def settings_of(folder, config):
-    """Returns {setting: value as text} of a run: flags and crops of its config.json, and its steps."""
-    if "weights" in config:  # another program's: its training has no such settings
-        return {}
-    settings = defaults_of(config) | config
-    log = read_log(folder / "log.csv")
-    if log:
-        settings["steps"] = int(log[-1]["step"]) + 1
-    settings.setdefault("steps", "unknown")
-    return {name.replace("_", " "): str(value) for name, value in settings.items()
-            if name not in IN_THE_LABEL}
-
-
-def differences(runs, columns):
-    """Returns a line per data set and setting in which its rows differ, with the rows of each value."""
-    rows_of = {}  # {(data set, setting): {value: {label: None}}}
-    for label, (folder, config, values) in zip(labels_of(runs), runs):
-        data_sets = dict.fromkeys(column[0] for column in columns if column in values)
-        for setting, value in settings_of(folder, config).items():
-            for data in data_sets:
-                rows_of.setdefault((data, setting), {}).setdefault(value, {})[label] = None
-    lines = []
-    for (data, setting), rows in rows_of.items():
-        if len(rows) > 1:
-            of_values = [f"{value} ({'; '.join(labels)})" for value, labels in rows.items()]
-            lines.append(f"{data}: rows differ in {setting}: {', '.join(of_values)}")
-    return lines
 
 
 def order_of(label):
@@ -193,8 +165,8 @@ def sd_of(values, digits=4):
     return f"{np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
 
 
-def cells_of(table, columns, bold, plus_minus):
-    """Returns rows of texts: mean and sd of each cell, the best printed mean of a column through bold().
+def cells_of(table, columns):
+    """Returns rows of texts: mean and sd of each cell, the best printed mean of a column in bold.
 
     The middle bin has no best: a network that has learned nothing has 1.
     """
@@ -204,33 +176,18 @@ def cells_of(table, columns, bold, plus_minus):
         best = "" if column[1] == "middle" else max(means)
         for cells, row, mean in zip(rows, table.values(), means):
             sd = sd_of(row.get(column, ()), 3)
-            cells.append((bold(mean) if mean and mean == best else mean) + (plus_minus(sd) if sd else ""))
+            text = f"**{mean}**" if mean and mean == best else mean
+            cells.append(f"{text} ± {sd}" if sd else text)
     return rows
 
 
-def markdown(table, columns, notes):
-    """Returns the table in Markdown, the notes below it."""
-    rows = cells_of(table, columns, lambda text: f"**{text}**", lambda sd: f" ± {sd}")
+def markdown(table, columns, note):
+    """Returns the table in Markdown, the note below it if there is one."""
     head = ["", *(f"{data} {MEASURES[measure]}" for data, measure in columns)]
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
-    for note in notes:
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells_of(table, columns))]
+    if note:
         lines += ["", note]
     return "\n".join(lines) + "\n"
-
-
-def latex(table, columns, notes):
-    """Returns the table in LaTeX with booktabs: data sets over their measures, the notes below."""
-    def escape(text):
-        return text.replace("_", r"\_").replace("%", r"\%")
-
-    rows = cells_of(table, columns, lambda text: rf"\textbf{{{text}}}", lambda sd: rf" $\pm$ {sd}")
-    spans = Counter(data for data, _ in columns)
-    above = "".join(rf" & \multicolumn{{{count}}}{{c}}{{{escape(data)}}}" for data, count in spans.items())
-    measures = "".join(f" & {escape(MEASURES[measure])}" for _, measure in columns)
-    body = [" & ".join([escape(row[0]), *row[1:]]) + r" \\" for row in rows]
-    return "\n".join([rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\toprule", above + r" \\",
-                      measures + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
-                      *(rf"\par\footnotesize {escape(note)}" for note in notes), ""])
 
 
 def run(args):
@@ -238,13 +195,10 @@ def run(args):
     table, columns = collect(runs, args.measures)
     if not columns:
         raise InputError(f"{args.folder}: no run has {', '.join(args.measures)}; python eval.py measures it")
-    notes = differences(runs, columns)
     middle = [np.mean(row[column]) for row in table.values() for column in columns
               if column[1] == "middle" and column in row]
-    if note := note_on_middle(middle):
-        notes.append(note)
-    text = (latex if args.format == "latex" else markdown)(table, columns, notes)
-    out = Path(args.out or Path(args.folder) / ("table.tex" if args.format == "latex" else "table.md"))
+    text = markdown(table, columns, note_on_middle(middle))
+    out = Path(args.out or Path(args.folder) / "table.md")
     with atomic_write(out) as temp:
         temp.write_text(text, encoding="utf-8")
     write_csv(out.with_suffix(".csv"), [("network", "data", "measure", "mean", "sd", "repeats")] + [

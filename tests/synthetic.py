@@ -17,11 +17,15 @@ from wsi.splits import find_data
 
 def discs(mpp, centres_um, width_um=120, height_um=120, radius_um=3.5):
     """Nuclei: haematoxylin discs on an eosin ground, by Beer-Lambert; px i spans i to i + 1."""
-    y, x = np.mgrid[0: round(height_um / mpp), 0: round(width_um / mpp)] + 0.5
-    inside = np.zeros(x.shape, bool)
+    inside = np.zeros((round(height_um / mpp), round(width_um / mpp)), bool)
     for cx, cy in centres_um:
-        inside |= (x * mpp - cx) ** 2 + (y * mpp - cy) ** 2 < radius_um ** 2
-    return (245 * np.exp(-(inside[..., None] * STAINS[0] + 0.25 * STAINS[1]))).astype(np.uint8)
+        left, top = (max(0, int((center - radius_um) / mpp) - 1) for center in (cx, cy))
+        side = int(2 * radius_um / mpp) + 4
+        box = inside[top: top + side, left: left + side]  # which holds the disc
+        y, x = np.ogrid[top: top + box.shape[0], left: left + box.shape[1]]
+        box |= ((x + 0.5) * mpp - cx) ** 2 + ((y + 0.5) * mpp - cy) ** 2 < radius_um ** 2
+    ground, nuclei = (245 * np.exp(-(share * STAINS[0] + 0.25 * STAINS[1])) for share in (0, 1))
+    return np.where(inside[..., None], nuclei, ground).astype(np.uint8)
 
 
 def tissue(side=256, seed=0):

@@ -1,16 +1,13 @@
 """The comparisons of experiments/: each loss against its definition, and that each of them learns."""
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import SmallHead, refused, rows_of, tissue, write
-from test_processes import ROOT, same_run
+from synthetic import SmallHead, refused, rows_of, tissue
+from test_processes import same_run
 from test_train import FOLDER
 
 import data
@@ -443,26 +440,6 @@ def test_a_batch_in_shards_is_the_batch(place, folder, argv):
     assert compare.main([*argv, "--run", "runs/one"]) == 0
     assert compare.main([*argv, "--run", "runs/shards", "--accumulate", "2"]) == 0
     same_run(place / "runs" / "one", place / "runs" / "shards")
-
-
-SCRIPT = """
-import sys, dirl, synthetic
-from experiments import compare
-dirl.DINOHead = synthetic.SmallHead
-sys.exit(compare.main())
-"""
-
-
-def test_two_processes_compare_as_one_does(place, folder):
-    argv = ["--ssl", "esvit", *SHARDS]
-    assert compare.main([*argv, "--run", "runs/one"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-               str(write(place / "compare_small.py", SCRIPT)), *argv, "--run", "runs/two"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
-                           timeout=150)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    same_run(place / "runs" / "one", place / "runs" / "two")
 
 
 def test_a_stopped_comparison_resumes_exactly(place, folder, capsys):

@@ -64,14 +64,14 @@ def test_crops_of_224_px_are_not_touched(place, capsys):
 @pytest.mark.skipif(not NUCLEI.is_dir(), reason=f"needs {NUCLEI}, which is not in the repository")
 def test_cells_of_real_crops_of_1000_px(place):
     truth = {}
-    for path in sorted(NUCLEI.glob("monuseg_*.json")):
+    for path in sorted(NUCLEI.glob("monuseg_*.json"))[:3]:
         image = np.asarray(Image.open(path.with_suffix(".png")))
         saved(place / "c" / "crops" / f"{path.stem}.png", array=image)
         truth[f"{path.stem}.png"] = np.array(json.loads(path.read_text())["centroids"]) * 0.224
     found, failed = prepared("c", 0.25)
     number, true, f1 = shares(cells_of(found), truth, near=3 / crop_mpp(found))
-    assert failed == [] and len(truth) == 10 and true == 4266
-    assert number > 4000 and f1 >= 0.84  # 417 and 0.08 where crops were squeezed first
+    assert failed == [] and len(truth) == 3 and true == 1373
+    assert number > 1300 and f1 >= 0.84  # a tenth of both where crops were squeezed first
 
 
 # ---------------------------------------------------------------- what is recorded and printed

@@ -1,5 +1,6 @@
 """Data sets: folders and labels.csv, the split, cells reaching their crops, data.py check and look."""
 import os
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from synthetic import (
 
 import data
 import train
+from common import pool
 from common.errors import InputError
 from common.files import read_csv
 from data import Crops
@@ -270,15 +272,16 @@ def test_prior_of_a_segmenter_reads_its_files_and_no_others(place):
         prepared(prior="histomicstk")
 
 
-def dies_on_killer(path, *rest):
+def dies_on_killer(path, *rest, cut=cache.cut):
     if Path(path).stem == "killer":
         os._exit(9)  # as the kernel does when memory runs out
-    return cache.cut(path, *rest)
+    return cut(path, *rest)
 
 
 def test_a_worker_that_is_killed_costs_its_own_slide(place, monkeypatch):
     saved(place / "in" / "slides" / "killer.png")
     monkeypatch.setattr(cache, "cut", dies_on_killer)
+    monkeypatch.setattr(pool, "get_context", lambda _: get_context("fork"))  # spares two imports of torch
     found = find_data("in", mpp=1.0, slide_mpp=1.0)
     failed = prepare(found, 0.5, workers=2)
     assert len(failed) == 1 and "killer.png" in failed[0]

@@ -100,8 +100,8 @@ def test_a_file_that_is_no_encoder_is_refused(tmp_path, content, says):
 
 def test_imagenets_features_are_next_to_ours(folder, capsys):
     argv = ["slides", *SET, "--repeats", "2", "--epochs", "2", "--overlays", "1", "--checkpoint"]
-    run = run_folder("runs/tiny_set_vit_t_dirl")
-    write(run / "config.json", {"data": "tiny_set", "arch": "vit_t", "method": "dirl", "epochs": 9})
+    run = run_folder("runs/tiny_set_vit_t4_dirl")
+    write(run / "config.json", {"data": "tiny_set", "arch": "vit_t4", "method": "dirl", "epochs": 9})
     assert eval_py.main([*argv, str(run)]) == 0
     ours = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     state = class_token_file(Path("elsewhere/dino.pth"))
@@ -124,13 +124,13 @@ def test_imagenets_features_are_next_to_ours(folder, capsys):
     assert lines[0] == "|  | given, linear accuracy | given, linear AUC | tiny_set accuracy | tiny_set AUC |"
     cells = {line.split("|")[1].strip(): [cell.strip() != "" for cell in line.split("|")[2:-1]]
              for line in lines[2:] if line}
-    assert cells == {"DiRL-T": [False, False, True, True], "dino-T4": [True] * 4}
+    assert cells == {"DiRL-T4": [False, False, True, True], "dino-T4": [True] * 4}
 
     class_token_file(Path("another/dino.pth"), seed=1)
     argv_another = [*argv, "another/dino.pth", "--arch", "vit_t4"]
     refused(capsys, eval_py.main, argv_another, "rename", "another/dino.pth")
     refused(capsys, eval_py.main, [*argv, "elsewhere/dino.pth"], "not an encoder.pt", "--arch")
-    refused(capsys, eval_py.main, [*argv, str(run), "--arch", "vit_s"], "--arch vit_s", "is a vit_t")
+    refused(capsys, eval_py.main, [*argv, str(run), "--arch", "vit_s"], "--arch vit_s", "is a vit_t4")
 
 
 def test_an_encoder_that_saw_a_test_image_is_refused_with_arch_too(capsys):
@@ -139,7 +139,7 @@ def test_an_encoder_that_saw_a_test_image_is_refused_with_arch_too(capsys):
     path = run_folder() / "encoder.pt"
     seen = {"data": "given", "images": {test[0]: 1}, "patients": []}
     save_tensors(path, torch.load(path, weights_only=True) | {"trained_on": seen})
-    argv = ["patches", "--data", "given", "--linear", *TINY, "--checkpoint", str(path), "--arch", "vit_t"]
+    argv = ["patches", "--data", "given", "--linear", *TINY, "--checkpoint", str(path), "--arch", "vit_t4"]
     refused(capsys, eval_py.main, argv, f"{path}: was trained on 2 of these 4 test images")
 
 

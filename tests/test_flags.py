@@ -58,7 +58,7 @@ def test_a_mistyped_flag_is_one_line_that_names_it_and_the_help(tmp_path, monkey
     ("eval", ["--repeats", "x"]), ("eval", ["patches", "--encoder", "none"]), ("data", []),
     ("data", ["check"]), ("data", ["manifest", "--data", "demo"]),
     ("data", ["manifest", "--data", "lung", "--limit", "1"]), ("wsi.segment", []),
-    ("experiments.study", ["claim"]), ("experiments.table", ["--format", "word"])])
+    ("experiments.study", ["claim"]), ("experiments.table", ["--measures", "loss"])])
 def test_a_wrong_value_is_one_line_and_the_help_that_it_names_exists(capsys, script, argv):
     main = importlib.import_module(script).main
     refused(capsys, main, argv, "; see python ")

@@ -34,7 +34,7 @@ def lung(count):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server at .url; .answer(body) gives (status, JSON or bytes) and .asked lists (path, body)."""
+    """A server at gdc.URL; .answer(body) gives (status, JSON or bytes) and .asked lists (path, body)."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -48,7 +48,8 @@ def server(monkeypatch):
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        http.url, http.asked = f"http://127.0.0.1:{http.server_port}", []
+        http.asked = []
+        monkeypatch.setattr(gdc, "URL", f"http://127.0.0.1:{http.server_port}/files")
         http.handle_error = lambda *args: None  # a client that no longer waits
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         yield http
@@ -62,7 +63,7 @@ def page(hits, total):
 def run(server, hits, root, data="lung", size=500, **flags):
     """gdc.manifest with a server that has these hits and gives at most size of them at once."""
     server.answer = lambda body: page(hits[body["from"]: body["from"] + size], len(hits))
-    return gdc.manifest(data, root, server=server.url, **flags)
+    return gdc.manifest(data, root, **flags)
 
 
 def test_several_pages_make_labels_and_manifest(server, tmp_path, capsys):
@@ -139,17 +140,19 @@ def test_what_cannot_be_used_is_skipped_and_counted(server, tmp_path, capsys):
 def test_other_answers_end_in_one_line(server, tmp_path, answer, words):
     server.answer = lambda body: answer
     with pytest.raises(InputError) as info:
-        gdc.manifest("lung", tmp_path, server=server.url)
+        gdc.manifest("lung", tmp_path)
     text = str(info.value)
-    assert text.startswith(f"{server.url}/files: ") and words in text and "check --server" in text
+    assert text.startswith(f"{gdc.URL}: ") and words in text and "try again later" in text
     assert text.isprintable() and len(text) < 400 and not list(tmp_path.iterdir())
 
 
-def test_no_answer_at_all(server, tmp_path):
+def test_no_answer_at_all(server, tmp_path, monkeypatch):
     server.answer = lambda body: time.sleep(0.3)
-    for url, why in ((server.url, "timed out"), ("http://127.0.0.1:1", "refused"), ("x.gov", "unknown url")):
-        with pytest.raises(InputError, match=f"{url}.*{why}.*--server.*--timeout or try again later"):
-            gdc.manifest("lung", tmp_path, server=url, timeout=0.1)
+    monkeypatch.setattr(gdc, "TIMEOUT", 0.1)
+    for url, why in ((gdc.URL, "timed out"), ("http://127.0.0.1:1/files", "refused")):
+        monkeypatch.setattr(gdc, "URL", url)
+        with pytest.raises(InputError, match=f"{url}.*{why}.*try again later"):
+            gdc.manifest("lung", tmp_path)
 
 
 def test_other_labels_are_not_written_over(server, tmp_path):

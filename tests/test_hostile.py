@@ -67,7 +67,7 @@ def test_files_that_a_run_cannot_use_are_listed_and_the_others_go_on(place):
     saved(place / "in" / "slides" / long)
     write(place / "in" / "slides" / "postscript.png", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     found, failed = prepared()
-    assert len(failed) == 2 and "postscript.png" in failed[0] and "more than 200 bytes" in failed[1]
+    assert len(failed) == 2 and "postscript.png" in failed[0] and "File name too long" in failed[1]
     assert len(Crops(found, ["good"])) == 1
     saved(place / "c" / "crops" / "a.png")
     os.mkfifo(place / "c" / "crops" / "b.png")
@@ -130,11 +130,12 @@ def test_a_slide_of_too_many_px_is_skipped_and_the_limit_is_named(place):
     assert len(failed) == 1 and "sparse.tif" in failed[0] and "--max-gigapixels 40" in failed[0]
 
 
-def test_an_npz_that_inflates_is_refused_unread(tmp_path):
-    zeros = np.zeros(25_000_000)
+def test_an_npz_that_inflates_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "MOST_CELLS", 1_000_000)
+    zeros = np.zeros(1_250_000)
     np.savez_compressed(tmp_path / "bomb.npz", x=zeros, y=zeros)
     assert (tmp_path / "bomb.npz").stat().st_size < 1e6
-    with pytest.raises(InputError, match="inflates to 400 MB"):
+    with pytest.raises(InputError, match="inflates to 20 MB"):
         cells.read_cells(tmp_path / "bomb.npz")
 
 
@@ -247,22 +248,13 @@ def test_a_run_in_use_is_refused(place, capsys):
 
 # ---------------------------------------------------------------- terminals and memory
 
-def test_training_outlives_its_terminal(place):
-    for i in range(6):
-        saved(place / "in" / "slides" / f"{i}.png", array=tissue(seed=i))
+def test_training_outlives_its_terminal_and_hangup_saves(place):
     read, write_end = os.pipe()
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN], stdout=write_end, stderr=write_end)
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN, "--epochs", "500"],
+                               stdout=write_end, stderr=write_end)
     os.close(write_end)
     os.read(read, 10)
     os.close(read)  # as `2>&1 | head` does
-    process.wait(120)
-    run = place / "runs" / "in_vit_t4_baseline"
-    assert len((run / "log.csv").read_text().splitlines()) == 8 and (run / "checkpoint.pt").is_file()
-
-
-def test_hangup_saves_and_the_run_goes_on(place):
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN, "--epochs", "500"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = place / "runs" / "in_vit_t4_baseline" / "log.csv"
     began = time.monotonic()
     while not (log.is_file() and len(log.read_text().splitlines()) > 2) and time.monotonic() - began < 100:

@@ -14,6 +14,7 @@ import eval as eval_py
 import train
 from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.files import load_tensors
+from experiments import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
@@ -34,26 +35,34 @@ def same_run(one, other):
             torch.testing.assert_close(b[part][name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+ESVIT = [*FLAGS, "--depth", "2", "--ssl", "esvit"]
 SCRIPT = """
 import sys, dirl, synthetic, train
+from experiments import compare
 dirl.DINOHead = synthetic.SmallHead
-sys.exit(train.main())
+sys.exit(train.main({}) or compare.main({}))
 """
 
 
 def test_two_processes_train_as_one_does_and_one_resumes(place, folder):
-    """9 steps: five of two processes with half of each batch each, the rest of one that resumes."""
+    """9 steps: five of two processes with half of each batch each, the rest of one that resumes.
+
+    The same two processes then run a comparison whole.
+    """
     assert train.main([*FLAGS, "--run", "runs/one"]) == 0
-    script = write(place / "train_small.py", SCRIPT)
+    assert compare.main([*ESVIT, "--run", "runs/esvit one"]) == 0
+    two = [*FLAGS, "--run", "runs/two"]
+    script = SCRIPT.format([*two, "--max-steps", "5"], [*ESVIT, "--run", "runs/esvit two"])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-               str(script), *FLAGS, "--run", "runs/two"]
+               str(write(place / "small.py", script))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run([*command, "--max-steps", "5"], env=os.environ | {"PYTHONPATH": paths},
-                           capture_output=True, text=True, timeout=150)
+    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+                           timeout=150)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("Stopped at step 5 of 9") == 1  # rank 0 alone prints
-    assert train.main([*FLAGS, "--run", "runs/two"]) == 0
+    assert train.main(two) == 0
     same_run(place / "runs" / "one", place / "runs" / "two")
+    same_run(place / "runs" / "esvit one", place / "runs" / "esvit two")
 
 
 def test_a_batch_in_shards_is_the_batch(place, folder, capsys):

@@ -8,7 +8,7 @@ from common.pool import add_shard, call
 from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
 from wsi.datasets import add_data_flags, split_flags
-from wsi.gdc import PROJECTS, SERVER, manifest
+from wsi.gdc import PROJECTS, manifest
 from wsi.look import Cutting, look
 from wsi.splits import complete_split, find_data
 
@@ -22,8 +22,6 @@ def arguments(argv):
     add = listed.add_argument
     add("--data", required=True, choices=list(PROJECTS), help="which TCGA data set")
     add("--limit", type=whole(2), help="at most N slides, the same number of each class", metavar="N")
-    add("--server", default=SERVER, help="address of the GDC's API, or of a mirror")
-    add("--timeout", type=float, default=60.0, help="seconds to wait for an answer")
     add("--force", action="store_true", help="overwrites a labels.csv that differs")
     add_data_flags(add, "--split-seed")
 
@@ -64,7 +62,7 @@ def run(argv):
         cutting = Cutting(args.mpp or 2.0, args.slide_mpp, args.tissue, args.workers, args.max_gigapixels)
         return look(Path(args.slide), cutting, args.cells, args.tile, args.out)
     if args.command == "manifest":
-        slides = manifest(args.data, args.root, args.limit, args.server, args.timeout, args.force)
+        slides = manifest(args.data, args.root, args.limit, args.force)
         labels = {slide["slide"]: slide | {"split": ""} for slide in slides}
         complete_split(labels, "slides", Path(args.root, args.data, "split.csv"), args.split_seed)
         return 0

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import InputError, check_mpp, printable
+from common.errors import InputError, check_mpp, one_line, printable
 from common.files import files_under, read_csv, read_json, write_json
 from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
 from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
@@ -325,9 +325,13 @@ def read_mhist(source):
     rows = []
     for line, values in lines:
         name, label, split = (values.get(column, "") for column in columns)
-        rows.append({"where": f"{table}: line {line}", "name": name, "label": label, "patient": name,
-                     "split": split.lower()})
-    return check_patch_rows(rows, "mhist")
+        where = f"{table}: line {line}"
+        if label not in DATASETS["mhist"].classes:
+            raise InputError(f"{where}: label {label!r} of {name} is neither HP nor SSA")
+        if split.lower() not in ("train", "test"):
+            raise InputError(f"{where}: Partition {split!r} of {name} is neither train nor test")
+        rows.append({"where": where, "name": name, "label": label, "patient": name, "split": split.lower()})
+    return rows
 
 
 def read_chaoyang(source):
@@ -337,32 +341,12 @@ def read_chaoyang(source):
     for split in ("train", "test"):
         table = source / f"{split}.json"
         try:
-            entries = json.loads(table.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{table}: cannot be read as JSON ({error}); download it again") from None
-        if not isinstance(entries, list):
-            raise InputError(f'{table}: a list of {{"name", "label"}} is expected')
-        for number, entry in enumerate(entries):
-            where = f"{table}: entry {number}"
-            if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or "label" not in entry:
-                raise InputError(f'{where}: {{"name", "label"}} is expected')
-            label = entry["label"]
-            if isinstance(label, int) and 0 <= label < len(classes):
-                label = classes[label]
-            rows.append({"where": where, "name": entry["name"], "label": label, "patient": entry["name"],
-                         "split": split})
-    return check_patch_rows(rows, "chaoyang")
-
-
-def check_patch_rows(rows, data):
-    """InputError if a row of MHIST or Chaoyang has a label or split that the data set does not have."""
-    for row in rows:
-        if row["label"] not in DATASETS[data].classes:
-            raise InputError(f"{row['where']}: label {row['label']!r} of {row['name']} is not one of "
-                             f"{', '.join(DATASETS[data].classes)}")
-        if row["split"] not in ("train", "test"):
-            raise InputError(f"{row['where']}: Partition {row['split']!r} of {row['name']} "
-                             "is neither train nor test")
+            for number, entry in enumerate(json.loads(table.read_text(encoding="utf-8"))):
+                name, label = entry["name"], classes[entry["label"]]
+                rows.append({"where": f"{table}: entry {number}", "name": name, "label": label,
+                             "patient": name, "split": split})
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise InputError(f"{table}: cannot be read ({one_line(error)}); download it again") from None
     return rows
 
 

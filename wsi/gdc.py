@@ -18,7 +18,8 @@ from common.errors import InputError, one_line, printable
 from common.files import atomic_write, files_under, read_csv, write_csv
 from wsi.datasets import DATASETS
 
-SERVER = "https://api.gdc.cancer.gov"
+URL = "https://api.gdc.cancer.gov/files"
+TIMEOUT = 60  # seconds to wait for an answer
 PROJECTS = {"lung": ["TCGA-LUAD", "TCGA-LUSC"], "brca": ["TCGA-BRCA"]}
 LABELS = {  # by project, or by primary diagnosis in ICD-O-3's words
     "lung": {"tcga-luad": "LUAD", "tcga-lusc": "LUSC"},
@@ -33,14 +34,14 @@ CASE_FIELDS = ["cases.submitter_id", "cases.project.project_id", "cases.diagnose
 PAGE = 500  # files in an answer
 
 
-def ask(url, question, timeout):
-    """Returns the parsed answer to a POST of JSON."""
-    request = Request(url, json.dumps(question).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=timeout) as response:
+def ask(question):
+    """Returns the GDC's parsed answer to a question."""
+    request = Request(URL, json.dumps(question).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=TIMEOUT) as response:
         return json.load(response)
 
 
-def all_slides(data, url, timeout):
+def all_slides(data):
     """Returns read_hit of all files that the GDC lists, sorted by name; InputError if any is missing."""
     wanted = {"cases.project.project_id": PROJECTS[data], "data_format": ["SVS"], "access": ["open"],
               "experimental_strategy": ["Diagnostic Slide"]}
@@ -52,15 +53,14 @@ def all_slides(data, url, timeout):
     try:
         while len(slides) < total:
             count = len(slides)
-            page = ask(url, {**question, "from": count}, timeout)["data"]
+            page = ask({**question, "from": count})["data"]
             total = page["pagination"]["total"]
             for hit in page["hits"]:
                 slides[str(hit["file_name"])] = read_hit(data, hit)
             if len(slides) == count:
                 raise ValueError(f"{count} files, {total} announced")
     except Exception as error:  # urllib and json raise many kinds
-        raise InputError(f"{url}: no list of files ({one_line(error)}); check --server, "
-                         "raise --timeout or try again later") from None
+        raise InputError(f"{URL}: no list of files ({one_line(error)}); try again later") from None
     return [slides[name] for name in sorted(slides)]
 
 
@@ -88,18 +88,16 @@ def diagnoses_of(case):
     return sorted({d["primary_diagnosis"] for d in studied or diagnoses if d.get("primary_diagnosis")})
 
 
-def manifest(data, root="datasets", limit=None, server=SERVER, timeout=60.0, force=False):
+def manifest(data, root="datasets", limit=None, force=False):
     """Asks the GDC for the slides of "lung" or "brca"; writes <root>/<data>/labels.csv and manifest.tsv.
 
-    limit: at most that many slides, 2 or more, balanced over the classes. timeout: seconds to wait for an
-    answer. force: overwrites a labels.csv that differs. Prints what was found; returns the slides as dicts of
-    texts. InputError where any of this fails.
+    limit: at most that many slides, 2 or more, balanced over the classes. force: overwrites a labels.csv that
+    differs. Prints what was found; returns the slides as dicts of texts. InputError where any of this fails.
     """
-    url = f"{server.rstrip('/')}/files"
     folder = Path(root) / data
     classes = DATASETS[data].classes
-    listed = all_slides(data, url, timeout)
-    print(f"{len(listed)} diagnostic slides of {' and '.join(PROJECTS[data])} at {server}")
+    listed = all_slides(data)
+    print(f"{len(listed)} diagnostic slides of {' and '.join(PROJECTS[data])} at {URL}")
     unusable = Counter(reason for slide, reason in listed if slide is None)
     for reason, count in unusable.most_common():
         print(f"skipped: {count} x {reason}")
@@ -109,7 +107,7 @@ def manifest(data, root="datasets", limit=None, server=SERVER, timeout=60.0, for
         if limit:
             slides = slides[:limit // len(classes)]
         if not slides:
-            raise InputError(f"{url}: no slide of {label} among {len(listed)} files; check --server")
+            raise InputError(f"{URL}: no slide of {label} among {len(listed)} files; try again later")
         patients = {slide["patient"] for slide in slides}
         print(f"  {label}: {len(slides)} slides of {len(patients)} patients")
         chosen += slides

@@ -1,25 +1,18 @@
 """Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
-import math
-import os
-from threading import Lock
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import InputError, one_line
 
 PIXELS = 2  # version of the decoding; raise it with every change, so that tiles and cells are recomputed
 FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow may open no others, since some of them start system programs
-DEPTHS = (8, 10, 12, 14, 16)  # bits of a 16-bit number that cameras and scanners use
-INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
+DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-BITS_PER_SAMPLE = 258  # TIFF tags
-PLANES = 284
+BITS_PER_SAMPLE = 258  # TIFF tag
 COLOR = 4  # of 255: an image whose channels never differ by more counts as grey
-CROP_PIXELS = 2 ** 27  # about Pillow's own limit
+CROP_PIXELS = 2 ** 27
 CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
-WAY_OUT = "save it as 8-bit RGB"
-OPENING = Lock()
+Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit
 
 
 def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
@@ -29,8 +22,9 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     is larger or cannot be read.
     """
     try:
-        with open_image(path) as image:
-            check_size(path, image, most, limit)
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > most:
+                raise InputError(f"{path}: {image.width:,} x {image.height:,} px are more than {limit}")
             return to_rgb(path, image)
     except (InputError, MemoryError):
         raise
@@ -42,57 +36,11 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
                          "Plain images are PNG, JPEG or TIFF, preferably 8-bit RGB") from None
 
 
-def open_image(path):
-    """Opens an image of any size without decoding it.
-
-    Pillow's size limit is a global variable, so it is lifted only while the header is read, by one thread at
-    a time.
-    """
-    with OPENING:
-        limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None
-        try:
-            return Image.open(path, formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def check_size(path, image, most, limit):
-    """InputError for more px than allowed, or than fit in memory: Pillow needs 4 bytes per px."""
-    size = f"{image.width:,} x {image.height:,} px"
-    count = image.width * image.height
-    if count > most:
-        raise InputError(f"{path}: {size} are more than {limit}")
-    if 4 * count > memory_bytes():
-        raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, "
-                         "since a plain image is decoded whole; convert it to a tiled TIFF with levels")
-
-
-def memory_bytes():
-    """Returns the size of this machine's memory; infinity where the system does not report it (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def to_rgb(path, image):
-    """Returns an opened image as 8-bit RGB: transparent px become white, 16 bits are scaled by their range.
-
-    The range is the smallest of DEPTHS that holds the largest value, since 12 bits often come in 16-bit
-    numbers; scaling by the image's own minimum and maximum would change the stain from crop to crop. Of
-    16-bit colour Pillow keeps the upper 8 bits only, so an image that uses 14 bits or fewer is refused.
-    """
-    if image.mode == "F":
-        raise InputError(f"{path}: its px are floating-point numbers without a known range; {WAY_OUT}")
-    color16 = has_color16(image)
-    if color16 and image.format == "TIFF" and image.tag_v2.get(PLANES) == 2:
-        raise InputError(f"{path}: its 16-bit channels are separate planes, which Pillow cannot read; "
-                         f"{WAY_OUT}")
+    """Returns an opened image as 8-bit RGB, with transparent px in white; InputError for more than 8 bits."""
+    if image.mode in DEEP or has_color16(image):
+        raise InputError(f"{path}: has more than 8 bits per channel; save it as 8-bit RGB")
     ImageOps.exif_transpose(image, in_place=True)  # also decodes the image
-    if image.mode in INTEGERS:
-        return scaled(path, np.asarray(image))
-    if color16 and max(high for _, high in image.getextrema()[:3]) < 64:
-        raise InputError(f"{path}: uses at most 14 of its 16 bits; scale it to 16, or {WAY_OUT}")
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in TRANSPARENT or "transparency" in image.info:
@@ -107,15 +55,6 @@ def has_color16(image):
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
     return ";16" in str(image.tile)  # the raw mode of a PNG, such as RGB;16B
-
-
-def scaled(path, grey):
-    """Returns grey integer px (H, W) as an 8-bit RGB image."""
-    white = next((2 ** bits - 1 for bits in DEPTHS if grey.max() < 2 ** bits), None)
-    if white is None or grey.min() < 0:
-        raise InputError(f"{path}: its px are {grey.min()} to {grey.max()}, no range of 8 to 16 bits; "
-                         f"{WAY_OUT}")
-    return Image.fromarray((grey * np.float32(255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
 def on_white(rgba):
