@@ -1,4 +1,7 @@
 """Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
+import math
+import os
+from threading import Lock
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -10,9 +13,9 @@ DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey 
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 BITS_PER_SAMPLE = 258  # TIFF tag
 COLOR = 4  # of 255: an image whose channels never differ by more counts as grey
-CROP_PIXELS = 2 ** 27
+CROP_PIXELS = 2 ** 27  # about Pillow's own limit
 CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
-Image.MAX_IMAGE_PIXELS = None  # read_image has its own limit
+OPENING = Lock()
 
 
 def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
@@ -22,9 +25,8 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     is larger or cannot be read.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > most:
-                raise InputError(f"{path}: {image.width:,} x {image.height:,} px are more than {limit}")
+        with open_image(path) as image:
+            check_size(path, image, most, limit)
             return to_rgb(path, image)
     except (InputError, MemoryError):
         raise
@@ -34,6 +36,39 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     except Exception as error:  # Pillow raises many types for a broken file
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file complete? "
                          "Plain images are PNG, JPEG or TIFF, preferably 8-bit RGB") from None
+
+
+def open_image(path):
+    """Opens an image of any size without decoding it.
+
+    Pillow's size limit is a global variable, so it is lifted only while the header is read, by one thread at
+    a time.
+    """
+    with OPENING:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            return Image.open(path, formats=FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def check_size(path, image, most, limit):
+    """InputError for more px than allowed, or than fit in memory: Pillow needs 4 bytes per px."""
+    size = f"{image.width:,} x {image.height:,} px"
+    count = image.width * image.height
+    if count > most:
+        raise InputError(f"{path}: {size} are more than {limit}")
+    if 4 * count > memory_bytes():
+        raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, "
+                         "since a plain image is decoded whole; convert it to a tiled TIFF with levels")
+
+
+def memory_bytes():
+    """Returns the size of this machine's memory; infinity where the system does not report it (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def to_rgb(path, image):
