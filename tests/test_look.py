@@ -247,16 +247,19 @@ def test_check_names_every_fault_of_crops_once(place, capsys):
     saved(folder / "larger.png", array=nuclei_slide()[:448, :448])
     saved(folder / "monochrome.png", "L", nuclei_slide()[:224, :224])
     png16(folder / "sixteen.png", nuclei_slide()[:224, :224, 1].astype(np.uint16) * 257)
+    png16(folder / "twelve.png", nuclei_slide()[:224, :224].astype(np.uint16) * 16)
+    tifffile.imwrite(folder / "real.tif", nuclei_slide()[:224, :224, 1].astype(np.float32))
     for name in ("torn.png", "windows.bmp", "._0.png"):
         write(folder / name, b"x")
     assert data.main(["check", "--data", "cut", "--mpp", "0.5", "--workers", "1"]) == 1
     out = capsys.readouterr().out
-    grey = "1 of 7 crops have no colour (monochrome.png); H&E is needed"
+    grey = "2 of 8 crops have no colour (monochrome.png, sixteen.png); H&E is needed"
     named_once(out, [
         ("oblong", "cut it to a square, or put it in slides/"), ("larger", "put it in its own folder"),
-        ("monochrome", grey), ("sixteen", "more than 8 bits per channel; save it as 8-bit RGB"),
+        ("monochrome", grey), ("sixteen", grey), ("twelve", "scale it to 16, or save it as 8-bit RGB"),
+        ("real", "floating-point numbers without a known range; save it as 8-bit RGB"),
         ("torn", "is the file complete?"), ("windows", ".bmp is not read; convert it")])
-    assert "warnings: 6\n" in out and "cannot be used: 3" in out and "._" not in out
+    assert "warnings: 7\n" in out and "cannot be used: 4" in out and "._" not in out
 
 
 def test_check_of_two_dicom_series_names_them_and_what_else_is_not_read(place, capsys):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from synthetic import prepared, saved, tissue, write_table
+from synthetic import prepared, rows_of, saved, tissue, write_table
 
 import data
 import eval as eval_py
 from common.errors import InputError
-from wsi.cache import load_crops, read_crop
+from data import Crops
+from wsi.cache import load_crops, read_crop, ready_cells
 from wsi.pixels import is_grey, open_image, read_image
 from wsi.slides import Slide
 
@@ -75,17 +76,27 @@ MODES = {  # file: how it is written, what it shows
                        blended(gray_rgb(GREY), ALPHA)),
     "transparent color.png": (tinted_png, TINT),
     "palette.png": (palette_png, np.broadcast_to(PALETTE, (64, 64, 3))),
-    "cmyk.tif": (lambda path: saved(path, "CMYK", COLOR), COLOR)}
-DEEP = {  # file: how it is written, with more than 8 bits
-    "grey.png": lambda path: png16(path, GREY.astype(np.uint16) * 257),
-    "grey.tif": lambda path: tiff(path, GREY.astype(np.uint16) * 257),
-    "grey, big-endian.tif": lambda path: tiff(path, GREY.astype(np.uint16) * 257, byteorder=">"),
-    "grey of 32 bits.tif": lambda path: tiff(path, GREY.astype(np.int32) * 1000),
-    "float.tif": lambda path: tiff(path, GREY.astype(np.float32)),
-    "color.png": lambda path: png16(path, COLOR.astype(np.uint16) * 257),
-    "color.tif": lambda path: tiff(path, COLOR.astype(np.uint16) * 257, photometric="rgb"),
-    "planes.tif": lambda path: tiff(path, COLOR.transpose(2, 0, 1).astype(np.uint16) * 257,
-                                    photometric="rgb", planarconfig="separate")}
+    "cmyk.tif": (lambda path: saved(path, "CMYK", COLOR), COLOR),
+    "grey of 16 bits.png": (lambda path: png16(path, GREY.astype(np.uint16) * 257), gray_rgb(GREY)),
+    "grey of 16 bits.tif": (lambda path: tiff(path, GREY.astype(np.uint16) * 257), gray_rgb(GREY)),
+    "grey of 16 bits, big-endian.tif": (
+        lambda path: tiff(path, GREY.astype(np.uint16) * 257, byteorder=">"), gray_rgb(GREY)),
+    "grey of 12 bits in 16.png": (lambda path: png16(path, GREY.astype(np.uint16) * 16), gray_rgb(GREY)),
+    "grey of 8 bits in 16.tif": (lambda path: tiff(path, GREY.astype(np.uint16)), gray_rgb(GREY)),
+    "grey of 8 bits in 32.tif": (lambda path: tiff(path, GREY.astype(np.int32)), gray_rgb(GREY)),
+    "color of 16 bits.png": (lambda path: png16(path, COLOR.astype(np.uint16) * 257), COLOR),
+    "color of 16 bits.tif": (
+        lambda path: tiff(path, COLOR.astype(np.uint16) * 257, photometric="rgb"), COLOR)}
+REFUSED = {  # file: how it is written, what the message says
+    "float.tif": (lambda path: tiff(path, GREY.astype(np.float32)), "floating-point"),
+    "large.tif": (lambda path: tiff(path, GREY.astype(np.int32) * 1000), "no range of 8 to 16 bits"),
+    "below 0.tif": (lambda path: tiff(path, GREY.astype(np.int32) - 300), "no range of 8 to 16 bits"),
+    "color of 12 bits.png": (lambda path: png16(path, COLOR.astype(np.uint16) * 16), "at most 14 of its 16"),
+    "color of 12 bits.tif": (
+        lambda path: tiff(path, COLOR.astype(np.uint16) * 16, photometric="rgb"), "at most 14 of its 16"),
+    "planes of 16 bits.tif": (
+        lambda path: tiff(path, COLOR.transpose(2, 0, 1).astype(np.uint16) * 257, photometric="rgb",
+                          planarconfig="separate"), "separate planes")}
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -103,13 +114,14 @@ def test_a_mode_shows_the_same_as_crop_patch_and_slide(tmp_path, name):
     assert is_grey(np.asarray(image)) == ("grey" in name or "one bit" in name)
 
 
-@pytest.mark.parametrize("name", DEEP)
-def test_px_of_more_than_8_bits_are_refused_with_the_way_out(tmp_path, name):
-    DEEP[name](tmp_path / name)
+@pytest.mark.parametrize("name", REFUSED)
+def test_px_without_a_range_are_refused_with_the_way_out(tmp_path, name):
+    write, says = REFUSED[name]
+    write(tmp_path / name)
     for read in (read_image, read_crop, lambda path: Slide(path, slide_mpp=0.5)):
-        with pytest.raises(InputError, match="more than 8 bits per channel; save it as 8-bit RGB") as error:
+        with pytest.raises(InputError, match=says) as error:
             read(tmp_path / name)
-        assert name in str(error.value)
+        assert name in str(error.value) and "save it as 8-bit RGB" in str(error.value)
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
@@ -139,20 +151,30 @@ def test_damaged_exif_costs_its_own_image(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_cells_of_a_slide_of_16_bits_are_those_of_8_bits(place):
+    png16(place / "in" / "slides" / "deep.png", tissue().astype(np.uint16) * 257)
+    found, failed = prepared()
+    assert failed == [] and np.array_equal(ready_cells(found, "deep"), ready_cells(found, "good"))
+    assert np.array_equal(*(np.asarray(Crops(found, [name])[0][0]) for name in ("deep", "good")))
+
+
 # ---------------------------------------------------------------- no colour
 
 def test_a_grey_slide_is_skipped_because_it_has_no_color(place):
     saved(place / "in" / "slides" / "grey.png", "L")
+    png16(place / "in" / "slides" / "deep.png", tissue()[..., 1].astype(np.uint16) * 257)
     saved(place / "in" / "slides" / "white.png", array=np.full((300, 300, 3), 244, np.uint8))
     failed = sorted(prepared()[1])
-    assert [("no colour" in line, "--tissue" in line) for line in failed] == [(True, False), (False, True)]
+    assert [("no colour" in line, "--tissue" in line) for line in failed] == [
+        (True, False), (True, False), (False, True)]
 
 
 def test_grey_crops_and_patches_are_warned_of(place, capsys):
     rows = []
     for i in range(20):
-        saved(place / "c" / "crops" / f"{i}.png", "L", tissue(224, seed=i))
-        saved(place / "p" / f"{i}.png", "L", tissue(64, seed=i) // (1 + i % 2))
+        png16(place / "c" / "crops" / f"{i}.png", tissue(224, seed=i)[..., 1].astype(np.uint16) * 257)
+        patch = tissue(64, seed=i)[..., 1].astype(np.uint16)
+        png16(place / "p" / f"{i}.png", patch * (257 if i % 2 else 100))
         rows.append(f"{i}.png,{'ab'[i % 2]},{'test' if i > 13 else 'train'}")
     write_table(place / "p" / "labels.csv", "image,label,split", rows)
     says = "20 of 20 crops have no colour; H&E is needed"
@@ -164,6 +186,8 @@ def test_grey_crops_and_patches_are_warned_of(place, capsys):
     flags = ["--encoder", "pixels", "--folds", "2", "--workers", "1", "--device", "cpu"]
     assert eval_py.main(["patches", "--data", "p", *flags]) == 0
     assert f"warning: {says}" in capsys.readouterr().out
+    accuracy = [row["accuracy"] for row in rows_of(place / "runs" / "p_pixels" / "patches.csv")]
+    assert accuracy == ["1.0000"] * 2  # both classes were all white before
 
 
 # ---------------------------------------------------------------- size

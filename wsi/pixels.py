@@ -3,18 +3,22 @@ import math
 import os
 from threading import Lock
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import InputError, one_line
 
 PIXELS = 2  # version of the decoding; raise it with every change, so that tiles and cells are recomputed
 FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow may open no others, since some of them start system programs
-DEEP = ("F", "I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
+DEPTHS = (8, 10, 12, 14, 16)  # bits of a 16-bit number that cameras and scanners use
+INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
 TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-BITS_PER_SAMPLE = 258  # TIFF tag
+BITS_PER_SAMPLE = 258  # TIFF tags
+PLANES = 284
 COLOR = 4  # of 255: an image whose channels never differ by more counts as grey
 CROP_PIXELS = 2 ** 27  # about Pillow's own limit
 CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
+WAY_OUT = "save it as 8-bit RGB"
 OPENING = Lock()
 
 
@@ -72,10 +76,23 @@ def memory_bytes():
 
 
 def to_rgb(path, image):
-    """Returns an opened image as 8-bit RGB, with transparent px in white; InputError for more than 8 bits."""
-    if image.mode in DEEP or has_color16(image):
-        raise InputError(f"{path}: has more than 8 bits per channel; save it as 8-bit RGB")
+    """Returns an opened image as 8-bit RGB: transparent px become white, 16 bits are scaled by their range.
+
+    The range is the smallest of DEPTHS that holds the largest value, since 12 bits often come in 16-bit
+    numbers; scaling by the image's own minimum and maximum would change the stain from crop to crop. Of
+    16-bit colour Pillow keeps the upper 8 bits only, so an image that uses 14 bits or fewer is refused.
+    """
+    if image.mode == "F":
+        raise InputError(f"{path}: its px are floating-point numbers without a known range; {WAY_OUT}")
+    color16 = has_color16(image)
+    if color16 and image.format == "TIFF" and image.tag_v2.get(PLANES) == 2:
+        raise InputError(f"{path}: its 16-bit channels are separate planes, which Pillow cannot read; "
+                         f"{WAY_OUT}")
     ImageOps.exif_transpose(image, in_place=True)  # also decodes the image
+    if image.mode in INTEGERS:
+        return scaled(path, np.asarray(image))
+    if color16 and max(high for _, high in image.getextrema()[:3]) < 64:
+        raise InputError(f"{path}: uses at most 14 of its 16 bits; scale it to 16, or {WAY_OUT}")
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode in TRANSPARENT or "transparency" in image.info:
@@ -90,6 +107,15 @@ def has_color16(image):
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
     return ";16" in str(image.tile)  # the raw mode of a PNG, such as RGB;16B
+
+
+def scaled(path, grey):
+    """Returns grey integer px (H, W) as an 8-bit RGB image."""
+    white = next((2 ** bits - 1 for bits in DEPTHS if grey.max() < 2 ** bits), None)
+    if white is None or grey.min() < 0:
+        raise InputError(f"{path}: its px are {grey.min()} to {grey.max()}, no range of 8 to 16 bits; "
+                         f"{WAY_OUT}")
+    return Image.fromarray((grey * np.float32(255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
 def on_white(rgba):
