@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from synthetic import SmallHead, arrays_of, refused, rows_of, saved, times, tissue, write, write_table
+from synthetic import arrays_of, refused, rows_of, saved, times, tissue, write, write_table
 
 import dirl
 import train
@@ -52,7 +52,6 @@ def here(tmp_path, crops, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "DRAWS", 50)
     monkeypatch.setattr(measures, "DSMIL_EPOCHS", 3)
-    monkeypatch.setattr(dirl, "DINOHead", SmallHead)
     shutil.copytree(crops, tmp_path / "c")
     return tmp_path
 

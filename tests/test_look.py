@@ -1,5 +1,6 @@
 """What a user sees before training: data.py look of a slide and of a folder, and data.py check."""
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from test_slide_files import dicom
 import data
 import train
 from common.errors import InputError
-from wsi import look, sanity, sheet
+from wsi import look, sheet
 from wsi.cache import tile_info
-from wsi.sanity import nucleus_size
+from wsi.sanity import nucleus_size, suggested_scale
 from wsi.slides import Slide
 from wsi.splits import find_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SUGGESTED = re.compile(r"nuclei are ([\d.]+) px wide; at 7 um that is ([\d.]+) um/px")
 
 
 @lru_cache
@@ -33,26 +35,42 @@ def nuclei_slide(mpp=0.5, um=300):
     return discs(mpp, centres, um, um, 3.5)
 
 
-# ---------------------------------------------------------------- um/px unknown, size of nuclei
+# ---------------------------------------------------------------- um/px unknown
 
-def test_a_slide_without_mpp_is_refused_with_the_flag_to_give(place, capsys):
+def test_a_slide_without_mpp_is_refused_with_what_its_nuclei_suggest(place, capsys):
+    saved(place / "in" / "slides" / "good.png", array=nuclei_slide())
     train_flags = ["--data", "in", "--mpp", "1", "--workers", "1", "--device", "cpu"]
     for main, argv in ((data.main, ["look", "in/slides/good.png"]), (train.main, train_flags)):
-        refused(capsys, main, argv, "good.png: no um/px", "--slide-mpp")
-    limit = ["--max-gigapixels", "0.00001"]
-    refused(capsys, data.main, ["look", "in/slides/good.png", *limit], "--max-gigapixels")
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        size, mpp = map(float, SUGGESTED.search(error).groups())
+        assert size == pytest.approx(14, rel=0.15) and mpp == pytest.approx(7 / size, abs=0.006), error
+        assert "--slide-mpp" in error
+    saved(place / "white.png", array=np.full((300, 300, 3), 255, np.uint8))
+    refused(capsys, data.main, ["look", "white.png"], "white.png: no um/px", "too few nuclei")
+    refused(capsys, data.main, ["look", "white.png", "--max-gigapixels", "0.00001"], "--max-gigapixels")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
-@pytest.mark.parametrize("group, low, high", [("monuseg", 6.1, 6.7), ("crchisto", 5, 5.8)])
-def test_nuclei_of_real_images_have_a_usual_size(group, low, high):
-    """All images of a group together, at their true um/px; half or twice the um/px would be outside."""
+@pytest.mark.parametrize("group, reduced, low, high", [
+    ("monuseg", 1, 1.05, 1.15), ("monuseg", 2, 1.0, 1.15),
+    ("crchisto", 1, 1.2, 1.4), ("crchisto", 2, 0.9, 1.1)])
+def test_suggestion_on_images_of_known_mpp(group, reduced, low, high):
+    """docs/data.md's table: suggested over true um/px, of all images of a group together."""
     images = []
     for file in sorted((SHARED / "nuclei").glob(f"{group}*.json")):
-        mpp = json.loads(file.read_text())["mpp"]
-        images.append(np.asarray(Image.open(file.with_suffix(".png")).convert("RGB")))
-    size = nucleus_size(images, mpp)
-    assert low < size < high and size / 2 < sanity.NUCLEUS[0] and 2 * size > sanity.NUCLEUS[1]
+        true = json.loads(file.read_text())["mpp"] * reduced
+        image = Image.open(file.with_suffix(".png")).convert("RGB")
+        images.append(np.asarray(image.reduce(reduced)))
+    assert low < 7 / nucleus_size(images, 1.0) / true < high
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
+@pytest.mark.parametrize("slide, says", [
+    ("gallery-06.tiff", "7.0 px wide; at 7 um that is 1.01"),
+    ("gallery-18.tiff", "8.4 px wide; at 7 um that is 0.84")])
+def test_suggestion_on_slides_without_mpp(slide, says):
+    assert says in suggested_scale(SHARED / "slides" / slide, 40)
 
 
 # ---------------------------------------------------------------- data.py check on a folder of faults
@@ -182,7 +200,7 @@ FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp
     (broken, "broken", "cannot be read as an image", ""),
     (empty, "zerobytes", "is the file complete?", ""),
     (unfinished, "undone", "unfinished; run gdc-client download again", None),
-    (without_scale, "noscale", "no um/px; give it with --slide-mpp", ""),
+    (without_scale, "noscale", "no um/px; nuclei are", ""),
     (at_twice_the_scale, "twice", "its nuclei measure", 1.0),
     (too_coarse, "coarse", "too coarse for 1; give a larger --mpp", 2.0),
     (on_grey, "murky", "background is not white", 0.5),

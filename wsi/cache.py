@@ -22,7 +22,7 @@ from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.sanity import assumed_power, misplaced, what_is_odd, where_cells_are_odd
+from wsi.sanity import assumed_power, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
@@ -112,7 +112,9 @@ def tile_side(info):
 
 def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):
     """Cuts the tiles of a slide; returns what is odd about the slide, a list of texts."""
-    return what_is_odd(cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels))
+    with scale_suggested(path, gigapixels):
+        slide = cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels)
+    return what_is_odd(slide)
 
 
 def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):

@@ -22,7 +22,7 @@ from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import files_in, first_of, not_read
 from wsi.pixels import is_grey
-from wsi.sanity import what_is_odd
+from wsi.sanity import suggested_scale, what_is_odd
 from wsi.slides import CROP, NoScale, Slide
 
 NO_SCALE = "not recorded"
@@ -97,7 +97,8 @@ def look_at_slide(path, slide_mpp, said_mpp, mpp, gigapixels):
     try:
         slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     except NoScale:
-        return NO_SCALE, None, ["no um/px; give it with --slide-mpp or a column mpp in labels.csv"]
+        return NO_SCALE, None, [f"no um/px; {suggested_scale(path, gigapixels)}; "
+                                "give it with --slide-mpp or a column mpp in labels.csv"]
     if mpp:
         slide.check_target(mpp)
     return slide.source, slide.mpp, what_is_odd(slide)

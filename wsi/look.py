@@ -18,7 +18,7 @@ from prior import bin_centroids
 from wsi.cache import describe_cells, read_slide_cells
 from wsi.cells import read_cells
 from wsi.folders import find_folder
-from wsi.sanity import USUAL, what_is_odd
+from wsi.sanity import USUAL, scale_suggested, what_is_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask
@@ -101,8 +101,9 @@ def look_at_slide(path, cutting, cells, points, out):
     """Cuts a slide into a temporary folder, finds its cells, draws it and prints what was found."""
     mpp = cutting.mpp
     with tempfile.TemporaryDirectory() as folder:
-        slide = cut_tiles(path, Path(folder), mpp, cutting.slide_mpp, cutting.tissue, None,
-                          cutting.gigapixels)
+        with scale_suggested(path, cutting.gigapixels):
+            slide = cut_tiles(path, Path(folder), mpp, cutting.slide_mpp, cutting.tissue, None,
+                              cutting.gigapixels)
         files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
         corners = np.array([file.stem.split("_") for file in files]).astype(np.int64)
         side = CROP * mpp / slide.mpp  # of a tile, in level-0 px

@@ -9,6 +9,7 @@ from PIL import Image
 from common.errors import printable
 from common.figures import save_figure
 from common.pool import in_processes
+from wsi.sanity import scale_suggested
 from wsi.slides import CROP, MASK_MPP, Slide, tissue_mask, tissue_shares
 
 PER_PAGE = 60  # slides of a picture
@@ -32,7 +33,8 @@ def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
 
     Tiles are counted on a picture of MASK_MPP and not cut: the number may differ a little from what is cut.
     """
-    slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    with scale_suggested(path, gigapixels):
+        slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     slide.check_target(mpp)
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
     side = CROP * mpp / slide.mpp  # level-0 px of a tile
