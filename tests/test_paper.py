@@ -8,21 +8,25 @@ import importlib
 import os
 import re
 import subprocess
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from synthetic import SmallHead, make_chaoyang, make_mhist, saved, tissue, write, write_table
 
 import dirl
 import eval as evaluation
 import train
+from common.encoders import ClassTokenViT
+from common.files import save_tensors
 from experiments import compare, study
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs/paper.md"
-OTHER_PROGRAMS = ("gdc-client", "torchrun")  # named in the guide, not ours
-MASKED = ("--data", "--arch", "--checkpoint", "--run", "--out", "--split")  # one call stands for all values
+OTHER_PROGRAMS = ("gdc-client", "curl")  # named in the guide, not ours
+MASKED = ("--data", "--arch", "--checkpoint", "--run", "--out", "--split", "--splits")  # any value is run
 
 
 def calls_of(text, folder):
@@ -68,31 +72,44 @@ def key_of(module, argv):
 
 @pytest.fixture
 def data_sets(tmp_path, monkeypatch):
-    """datasets/ with a few tiny slides or images of each of the paper's data sets, in a new folder."""
+    """A new folder with what the commands read: datasets/ of a few tiny slides or images each, and files."""
     monkeypatch.chdir(tmp_path)
-    splits = ("train", "train", "train", "val", "test")
     tcga = {"lung": ("LUAD", "LUSC"), "brca": ("IDC", "ILC"), "paad": ("basal", "classical")}
-    bright = ("PB", "UDH", "FEA", "ADH", "DCIS", "IC")
-    for data, classes in {**tcga, "bright": bright}.items():
-        folder = Path("datasets", data)
-        side = 224 if data == "bright" else 448  # one tile at 1.0 and at 2.0 um/px
-        rows = []
-        for i, label in enumerate(classes):
-            for k, split in enumerate(splits):
-                name = f"TCGA-05-{i}{k:03d}-01Z-00-DX1"
-                saved(folder / "slides" / f"{name}.png", array=tissue(side, seed=10 * i + k))
-                cells = np.random.default_rng(k).uniform(0, side, (30, 2))
-                for segmenter in (".", "hovernet", "cellpose", "histomicstk"):
-                    write_table(folder / "cells" / segmenter / f"{name}.csv", "x,y",
-                                [f"{x:.1f},{y:.1f}" for x, y in cells])
-                rows.append(f"{name},{label},{split},1.0")
-        write_table(folder / "labels.csv", "slide,label,split,mpp", rows)
+    for data, classes in tcga.items():
+        slides_of(data, classes, side=448)
+    slides_of("bright", ("PB", "UDH", "FEA", "ADH", "DCIS", "IC"), side=224)
     make_mhist()
     make_chaoyang()
+    for picture in ("dog.jpg", "crop.jpg"):
+        saved(Path(picture))
+
+
+def slides_of(data, classes, side):
+    """Writes five slides of a tile of each class with cells, outlines of regions, and a published split."""
+    folder = Path("datasets", data)
+    square = [[0, 0], [9, 0], [9, 9], [0, 0]]
+    region = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [square]},
+              "properties": {"objectType": "annotation", "classification": {"name": "Tumor"}}}
+    rows = []
+    names = {"train": [], "val": [], "test": []}
+    for i, label in enumerate(classes):
+        for k, split in enumerate(("train", "train", "train", "val", "test")):
+            name = f"TCGA-05-{i}{k:03d}-01Z-00-DX1"
+            names[split].append(name)
+            saved(folder / "slides" / f"{name}.png", array=tissue(side, seed=10 * i + k))
+            cells = np.random.default_rng(k).uniform(0, side, (30, 2))
+            for segmenter in (".", "hovernet", "cellpose", "histomicstk"):
+                write_table(folder / "cells" / segmenter / f"{name}.csv", "x,y",
+                            [f"{x:.1f},{y:.1f}" for x, y in cells])
+            write(Path(f"outlines/{name}.geojson"), {"type": "FeatureCollection", "features": [region]})
+            rows.append(f"{name},{label},{split},1.0")
+    write_table(folder / "labels.csv", "slide,label,split,mpp", rows)
+    columns = zip_longest(*names.values(), fillvalue="")
+    write_table(Path(f"splits/tcga_{data}/splits_0.csv"), "train,val,test", map(",".join, columns))
 
 
 @pytest.fixture
-def tiny_networks(monkeypatch):
+def tiny_networks(data_sets, monkeypatch):
     """Encoders and heads 64 wide, with as many blocks as the paper's."""
     def small(depth=12, **kw):
         return dirl.VisionTransformer(64, depth, 1, **kw)
@@ -102,7 +119,10 @@ def tiny_networks(monkeypatch):
 
     def in_this_process(command):
         return SimpleNamespace(returncode=evaluation.main(command[2:]))
-    monkeypatch.setattr(study.subprocess, "run", in_this_process)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=in_this_process))
+    encoder = ClassTokenViT(64, 12, 1)  # DINO's ViT-S
+    positions = torch.zeros(1, 197, 64)
+    save_tensors(Path("dino_deitsmall16_pretrain.pth"), encoder.state_dict() | {"pos_embed": positions})
 
 
 CPU = "--device cpu".split()
@@ -118,6 +138,7 @@ SIZES = {  # flags that make a call tiny, by module and its first word
     "eval": [*CPU, *"--workers 0 --repeats 1 --epochs 1 --attention-crops 2".split()],
     "eval patches": [*CPU, *"--workers 0 --epochs 1 --milestones 1 --batch 2 --folds 2".split()],
     "experiments.figures.attention": CPU,
+    "experiments.figures.attention picture": [],
     "experiments.figures.tokens": [*CPU, *"--tokens 10 --perplexity 3".split()],
     "experiments.figures.views": ["--crops", "4"],
     "experiments.figures.priors": ["--crops", "4"],
@@ -138,8 +159,8 @@ def size_of(module, argv):
 
 
 def run_of(path):
-    """Returns the folder of the run that a value of --checkpoint names."""
-    path = Path(path.split("=")[-1])
+    """Returns the folder of the run, or the file, that a value of --checkpoint names; of folds the first."""
+    path = Path(path.split("=")[-1].replace("{fold}", "0"))
     return path.parent if path.suffix == ".pt" else path
 
 
@@ -167,7 +188,7 @@ class Guide:
         assert code == 0, (module, argv)
 
 
-def test_every_command_of_the_guide_runs(data_sets, tiny_networks, tmp_path):
+def test_every_command_of_the_guide_runs(tiny_networks, tmp_path):
     calls = [of(call) for call in calls_of(GUIDE.read_text(), tmp_path / "programs")]
     calls = [call for call in calls if call and call[0] != NETWORK]
     guide = Guide(calls)
