@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 torch.set_num_threads(1)
 
 # pytest --hypothesis-profile=long for a longer search
-for name, examples in (("default", 1000), ("long", 20_000)):
+for name, examples in (("default", 300), ("long", 20_000)):
     settings.register_profile(name, max_examples=examples, deadline=None, derandomize=name == "default",
                               database=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("default")
