@@ -57,7 +57,7 @@ def test_two_processes_train_as_one_does_and_one_resumes(place, folder):
                str(write(place / "small.py", script))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
-                           timeout=150)
+                           timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("Stopped at step 5 of 9") == 1  # rank 0 alone prints
     assert train.main(two) == 0

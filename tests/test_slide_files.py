@@ -2,6 +2,7 @@
 import gzip
 import platform
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import data
 import train
 from common.errors import InputError
 from common.files import files_under, stamp
-from eval import Network, features_stamp
+from common.networks import features_stamp
 from wsi import folders, gdc, segment, splits
 from wsi.cache import ready_cells, tile_info, tiles_folder
 from wsi.folders import find_folder
@@ -21,7 +22,7 @@ from wsi.headers import dicom_series
 from wsi.slides import file_identity, sample_hash
 from wsi.splits import find_data
 
-NETWORK = Network(None, None, None, "the encoder's stamp")
+NETWORK = SimpleNamespace(stamp="the encoder's stamp")
 CHECK = ["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]
 
 
