@@ -45,7 +45,7 @@ CYTOPLASM = (0.27, 0.12)  # eosin and haematoxylin density of the cells of gland
 NUCLEI = {  # spacing, least and largest half axis (px), least and largest roundness, density, texture
     "nests": (12.5, 3.4, 5.0, 0.70, 1.0, 0.62, 0.35), "glands": (9.0, 3.0, 3.9, 0.60, 0.85, 0.75, 0.25),
     "clusters": (7.6, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12), "lymphocytes": (6.5, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12),
-    "necrosis": (24, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (30, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
+    "necrosis": (40, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (60, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
 LYMPHOCYTES = 1 / 380  # per px of tumor, in both classes
 FREE = 6.0  # px: least distance of a lymphocyte of the tumor from other nuclei
 STRENGTH = (0.72, 1.30)  # range of the amounts of a slide's stains
