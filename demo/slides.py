@@ -1,13 +1,18 @@
-"""Draws synthetic H&E slides whose crops differ as those of tissue do; nothing in them is real tissue.
+"""Draws synthetic H&E slides that ask for more than the prominent pattern; nothing in them is real tissue.
 
-A slide is a patchwork of regions: small and large glands, fat, loose and dense stroma, lymphocytes and
-necrosis, surrounded by glass. Positive slides also have solid nests, in 15 to 40 % of their tiles; negative
-slides have none. A label thus belongs to a bag of tiles (3.6), and the truth of each tile is written next to
-the slide. Each slide has its own shares of these kinds and a slightly different stain. Colours follow
-Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E).
+A slide is stroma, fat, glands, necrosis, clusters of lymphocytes and tumor nests, which blend into each
+other, surrounded by glass; most crops hold several kinds. The clusters are the most prominent kind and tell
+nothing. The label is where the lymphocytes of the tumor are: in the stroma between the nests, or, in 50 to
+100 % of a positive slide's tumor, inside them. A negative and a positive slide of the same seed have the same
+regions, the same number of lymphocytes and the same stains. Stains differ between slides as laboratories'
+do. Colours follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of
+E). The truth of each tile is written next to the slide.
 """
+from typing import NamedTuple
+
 import numpy as np
 import tifffile
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
@@ -18,30 +23,46 @@ from prior import STAINS
 from wsi.datasets import DATASETS
 
 MPP = 1.0  # um/px of the slides, 10x
-WIDTH = 2688  # px: 6 x 4 tiles
-HEIGHT = 1792
 TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
+CROP = 224  # px
+SIZE = (4, 6)  # rows and columns of tiles in a slide
 CLASSES = DATASETS["demo"].classes
-PATIENTS = {"train": 10, "val": 3, "test": 5}  # per class; every other patient has a second slide
-KINDS = ("glass", "loose stroma", "dense stroma", "fat", "lymphocytes", "necrosis", "small glands",
-         "large glands", "nests")
-TELLING = "nests"  # the kind that makes a slide positive
-TELLING_SHARE = (0.15, 0.40)  # of a positive slide's tiles
-REGION = 700  # px between the centres of two regions
-GROUND = (0, 0.18, 0.40, 0.30, 0.22, 0.52, 0.28, 0.28, 0.28)  # eosin density of each kind
-FIBERS = (0, 0.12, 0.20, 0.03, 0.05, 0.05, 0.09, 0.09, 0.09)  # amplitude of each kind's fibres
-UNITS = {  # spacing, least and largest radius (px), least and largest lumen / radius
-    "fat": (62, 27, 33, 0, 0), "small glands": (104, 32, 42, 0.35, 0.50),
-    "large glands": (205, 66, 88, 0.62, 0.76), "nests": (104, 36, 48, 0, 0),
-    "lymphocytes": (150, 42, 68, 0, 0)}
-BODY = 0.24  # eosin density of the cells of glands and nests
-NUCLEI = {  # spacing, least and largest half axis (px), least and largest roundness, density
-    "units": (9.0, 2.8, 3.7, 0.75, 1.0, 0.85), "lymphocytes": (9.5, 2.4, 2.9, 0.85, 1.0, 1.15),
-    "necrosis": (26, 1.4, 2.6, 0.6, 1.0, 1.0),
-    "loose stroma": (95, 5.0, 7.0, 0.28, 0.36, 0.8), "dense stroma": (85, 5.0, 7.0, 0.28, 0.36, 0.8)}
-STRENGTH = (0.97, 1.04)  # range of the amount of a slide's stains
-SPREAD = 0.006  # standard deviation of the stains' vectors between slides
+PATIENTS = {"train": 10, "val": 3, "test": 8}  # per class; every other patient has a second slide
+KINDS = ("glass", "loose stroma", "dense stroma", "fat", "clusters", "necrosis", "glands", "nests",
+         "infiltrated nests")
+TELLING = "infiltrated nests"  # the kind that makes a slide positive
+TILE_COLUMNS = ("x", "y", "telling", *KINDS)  # of truth/<slide>_tiles.csv
+TELLING_SHARE = 0.1  # of a tile, from which on it counts as telling
+TUMOR = (0.2, 0.4)  # share of nests, infiltrated or not, in a slide's tissue
+INFILTRATED = (0.5, 1.0)  # share of a positive slide's tumor whose lymphocytes are inside the nests
+REGION = 85  # px: sigma of the fields whose largest is a px's kind
+VARIETY = 0.35  # standard deviation of what a slide adds to the field of a kind
+BLEND = 0.2  # difference of two fields over which their kinds blend
+GROUND = (0, 0.20, 0.42, 0.22, 0.17, 0.48, 0.24, 0.30)  # eosin density of each kind, infiltrated or not
+FIBERS = (0, 0.12, 0.14, 0.07, 0.03, 0.04, 0.10, 0.11)  # amplitude of each kind's fibres
+GRAIN = (0, 0.03, 0.03, 0.03, 0.03, 0.10, 0.03, 0.03)  # amplitude of each kind's grain
+CYTOPLASM = (0.27, 0.12)  # eosin and haematoxylin density of the cells of glands and nests
+NUCLEI = {  # spacing, least and largest half axis (px), least and largest roundness, density, texture
+    "nests": (12.5, 3.4, 5.0, 0.70, 1.0, 0.62, 0.35), "glands": (9.0, 3.0, 3.9, 0.60, 0.85, 0.75, 0.25),
+    "clusters": (7.6, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12), "lymphocytes": (6.5, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12),
+    "necrosis": (24, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (30, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
+LYMPHOCYTES = 1 / 380  # per px of tumor, in both classes
+FREE = 6.0  # px: least distance of a lymphocyte of the tumor from other nuclei
+STRENGTH = (0.72, 1.30)  # range of the amounts of a slide's stains
+SPREAD = 0.035  # standard deviation of the stains' vectors between slides
 SCALE = 4  # slowly varying fields are drawn at a quarter of the size
+
+
+class Tile(NamedTuple):
+    """A tile of a slide: its corner in px of the slide, and the shares of KINDS in it."""
+
+    x: int
+    y: int
+    shares: np.ndarray
+
+    @property
+    def telling(self):
+        return bool(self.shares[KINDS.index(TELLING)] >= TELLING_SHARE)
 
 
 # ---------------------------------------------------------------- fields and shapes
@@ -52,36 +73,49 @@ def smooth_noise(rng, shape, sigma):
     It is drawn small and enlarged, for speed.
     """
     step = max(1, int(sigma / 3))
-    small = ndimage.gaussian_filter(rng.standard_normal([s // step + 2 for s in shape]), sigma / step)
-    small = ((small - small.mean()) / small.std()).astype(np.float32)
-    return ndimage.zoom(small, step, order=1)[: shape[0], : shape[1]]
+    small = ndimage.gaussian_filter(
+        rng.standard_normal([s // step + 2 for s in shape], np.float32), sigma / step)
+    return enlarge((small - small.mean()) / small.std(), step)[: shape[0], : shape[1]]
 
 
-def ellipse(x, y, a, b, angle):
-    """Returns an ellipse with half axes a, b px at x, y: left, top, and its cover (2r, 2r) of 0 to 1."""
-    r = int(max(a, b) + 3)
+def enlarge(field, factor):
+    """Returns a field (h, w) float32 factor times as large, bilinear."""
+    size = (field.shape[1] * factor, field.shape[0] * factor)
+    return np.asarray(Image.fromarray(field).resize(size, Image.Resampling.BILINEAR))
+
+
+def blob(rng, x, y, radius, flat, wobble):
+    """Returns a roundish shape at x, y with an uneven outline: left, top, and its cover (2r, 2r) of 0 to 1.
+
+    radius (px) and flat * radius are its half axes, before waves of the amplitude wobble.
+    """
+    r = int(radius * (1 + 2 * wobble) + 3)
     left = int(x) - r
     top = int(y) - r
     u = np.arange(2 * r) + (left + 0.5 - x)
     v = (np.arange(2 * r) + (top + 0.5 - y))[:, None]
-    c = np.cos(angle)
-    s = np.sin(angle)
-    distance = np.hypot((c * u + s * v) / a, (c * v - s * u) / b)
-    return left, top, np.clip((1 - distance) * min(a, b) + 0.5, 0, 1).astype(np.float32)
+    turn = rng.uniform(0, np.pi)
+    across = (np.cos(turn) * v - np.sin(turn) * u) / flat
+    along = np.cos(turn) * u + np.sin(turn) * v
+    distance = np.hypot(along, across)
+    if wobble:
+        angle = np.arctan2(across, along)
+        two, three, five = rng.uniform(0, 2 * np.pi, 3)
+        waves = np.cos(2 * angle + two) + np.cos(3 * angle + three) + 0.5 * np.cos(5 * angle + five)
+        distance /= 1 + wobble * waves
+    return left, top, np.clip((radius - distance) * flat + 0.5, 0, 1).astype(np.float32)
 
 
 def draw(field, shape, value=1):
-    """Draws an ellipse into a field, in place, where it is larger; skips one that is not entirely inside."""
+    """Draws the part of a shape that is inside a field into it, in place, where it is larger."""
     left, top, cover = shape
-    bottom = top + cover.shape[0]
-    right = left + cover.shape[1]
-    if left >= 0 and top >= 0 and right <= field.shape[1] and bottom <= field.shape[0]:
-        patch = field[top: bottom, left: right]
-        np.maximum(patch, value * cover, out=patch)
+    cover = cover[max(-top, 0):, max(-left, 0):]
+    patch = field[max(top, 0): max(top, 0) + cover.shape[0], max(left, 0): max(left, 0) + cover.shape[1]]
+    np.maximum(patch, value * cover[: patch.shape[0], : patch.shape[1]], out=patch)
 
 
 def scatter(rng, mask, spacing, jitter):
-    """Returns the points (K, 2), as x, y, of a jittered hexagonal grid where mask (HEIGHT, WIDTH) is true."""
+    """Returns the points (K, 2), as x, y, of a jittered hexagonal grid where mask (H, W) is true."""
     row = spacing * 0.87
     j, i = np.mgrid[0: int(mask.shape[0] / row) + 1, 0: int(mask.shape[1] / spacing) + 1]
     x = (i + 0.5 * (j % 2)) * spacing
@@ -92,111 +126,164 @@ def scatter(rng, mask, spacing, jitter):
     return xy[mask[line, column]]
 
 
-# ---------------------------------------------------------------- a slide
+# ---------------------------------------------------------------- regions
 
-def draw_regions(rng, label):
-    """Draws the kind of each px: indices of KINDS, uint8 (HEIGHT, WIDTH).
+def draw_regions(rng, label, shape):
+    """Draws the regions of a slide of shape (H, W).
 
-    Each point of a jittered grid gets a kind, by the slide's random shares, and each tile the kind of the
-    point closest to its centre; borders are wavy. In a positive slide, neighbouring points are nests,
-    redrawn until their share of the tiles is within TELLING_SHARE.
+    Returns the kind of each px, indices of KINDS, uint8 (H, W), and the share of each kind where they blend,
+    (kinds, H / SCALE, W / SCALE). Each kind has a smooth random field, raised or lowered by the slide; the
+    largest is the px's kind. The nests' level is set such that they fill TUMOR of the tissue. The label only
+    decides whether a part of them is infiltrated.
     """
-    shape = (HEIGHT // SCALE, WIDTH // SCALE)
-    y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32) * SCALE
-    edge = np.hypot((x - WIDTH / 2) / (WIDTH * 0.58), (y - HEIGHT / 2) / (HEIGHT * 0.58))
-    tissue = edge + 0.10 * smooth_noise(rng, shape, 150 / SCALE) < 0.95
-    waves = [20 * smooth_noise(rng, shape, 50 / SCALE) for _ in range(2)]
-    centers = np.stack(np.meshgrid(np.arange(TILE / 2, WIDTH, TILE), np.arange(TILE / 2, HEIGHT, TILE)), -1)
-    centers = centers.reshape(-1, 2) + rng.normal(0, 15, (centers.size // 2, 2))
-    owner = cKDTree(centers).query(np.stack([x + waves[0], y + waves[1]], -1))[1]
-    others = [i for i, kind in enumerate(KINDS) if kind not in ("glass", TELLING)]
-    while True:
-        points = scatter(rng, np.ones((HEIGHT, WIDTH), bool), REGION, 0.18)
-        if not len(points):
-            continue
-        kinds = rng.choice(others, len(points), p=rng.dirichlet(np.full(len(others), 1.5)))
-        if label == "positive":
-            center = rng.uniform(0.25, 0.75, 2) * (WIDTH, HEIGHT)
-            nearest = np.argsort(np.hypot(*(points - center).T) + rng.normal(0, 250, len(points)))
-            kinds[nearest[: round(len(points) * rng.uniform(0.12, 0.3))]] = KINDS.index(TELLING)
-        tile_kinds = kinds[cKDTree(points).query(centers)[1]]
-        regions = np.where(tissue, tile_kinds[owner], 0).astype(np.uint8).repeat(SCALE, 0).repeat(SCALE, 1)
-        drawn = [kind for _, _, kind in kinds_of_tiles(regions) if kind != "glass"]
-        share = drawn.count(TELLING) / max(1, len(drawn))
-        if label == "negative" or min(TELLING_SHARE) <= share <= max(TELLING_SHARE):
-            return regions
+    small = (shape[0] // SCALE, shape[1] // SCALE)
+    y, x = np.mgrid[0: small[0], 0: small[1]].astype(np.float32) * SCALE
+    edge = np.hypot((x / shape[1] - 0.5) / 0.58, (y / shape[0] - 0.5) / 0.58)
+    tissue = edge + 0.08 * smooth_noise(rng, small, 150 / SCALE) + 0.01 * smooth_noise(rng, small, 4) < 0.95
+    nests = KINDS.index("nests")
+    levels = np.stack([smooth_noise(rng, small, REGION / SCALE) for _ in KINDS[1: nests + 1]])
+    levels += rng.normal(0, VARIETY, len(levels))[:, None, None].astype(np.float32)
+    levels += 0.05 * np.stack([smooth_noise(rng, small, 3) for _ in levels])
+    lead = levels[-1] - levels[:-1].max(0)
+    levels[-1] -= np.quantile(lead[tissue], 1 - rng.uniform(*TUMOR))
+
+    weights = np.exp((levels - levels.max(0)) / BLEND)
+    weights = np.concatenate([~tissue[None], tissue * weights / weights.sum(0)]).astype(np.float32)
+    regions = np.where(tissue, 1 + levels.argmax(0), 0).astype(np.uint8)
+    site = smooth_noise(rng, small, REGION / SCALE)
+    part = rng.uniform(*INFILTRATED)
+    if label == "positive":
+        tumor = regions == nests
+        regions[tumor & (site <= np.quantile(site[tumor], part))] = KINDS.index(TELLING)
+    return regions.repeat(SCALE, 0).repeat(SCALE, 1), weights
 
 
-def kinds_of_tiles(regions):
-    """Returns [(x, y, kind), ...] of all tiles, with their corners in px of the slide.
-
-    The kind is glass if glass fills more than half of the tile, else the kind that fills most of its tissue.
-    """
+def tiles_of(regions):
+    """Returns the Tiles of a slide from the kind of each px (H, W), row by row."""
     tiles = []
     for y in range(0, regions.shape[0] - TILE + 1, TILE):
         for x in range(0, regions.shape[1] - TILE + 1, TILE):
-            area = np.bincount(regions[y: y + TILE: 4, x: x + TILE: 4].ravel(), minlength=len(KINDS))
-            kind = 0 if 2 * area[0] > area.sum() else 1 + area[1:].argmax()
-            tiles.append((x, y, KINDS[kind]))
+            area = np.bincount(regions[y: y + TILE, x: x + TILE].ravel(), minlength=len(KINDS))
+            tiles.append(Tile(x, y, area / area.sum()))
     return tiles
 
 
-def draw_units(rng, regions):
-    """Draws fat cells, glands, nests and clusters of lymphocytes; all results are (HEIGHT, WIDTH).
+def thin(rng, points, share):
+    """Keeps each of the points (K, 2) with the probability share (H / SCALE, W / SCALE): kinds mingle."""
+    column, row = (points / SCALE).astype(int).T
+    return points[rng.random(len(points)) < share[row, column]]
 
-    Returns the covers (0 to 1) of white (fat and lumens) and of the bodies of glands and nests, and where
-    (bool) the nuclei of these bodies and those of lymphocytes go.
+
+# ---------------------------------------------------------------- what fills them
+
+def draw_fibers(rng, shape):
+    """Returns wavy fibres (H, W) of mean 0, and their direction in radians (H / SCALE, W / SCALE).
+
+    A periodic texture of short streaks is read along and across a bent and crimped direction.
     """
-    white, body, inner, no_nuclei, clusters = np.zeros((5, *regions.shape), np.float32)
-    for kind, (spacing, low, high, least, most) in UNITS.items():
-        for x, y in scatter(rng, regions == KINDS.index(kind), spacing, 0.07):
+    small = (shape[0] // SCALE, shape[1] // SCALE)
+    turn = rng.uniform(0, np.pi)
+    cos = np.float32(np.cos(turn))
+    sin = np.float32(np.sin(turn))
+    bend = 45 * smooth_noise(rng, small, 130 / SCALE) + 8 * smooth_noise(rng, small, 40 / SCALE)
+    dy, dx = np.gradient(bend, SCALE)
+    y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32)
+    along = cos * y - sin * x
+    crimp = np.sin(along * np.float32(0.13) + enlarge(3 * smooth_noise(rng, small, 60 / SCALE), SCALE))
+    across = cos * x + sin * y + enlarge(bend, SCALE) + np.float32(2.5) * crimp
+    streaks = ndimage.gaussian_filter(rng.standard_normal((512, 512), np.float32), (1.6, 16), mode="wrap")
+    streaks += ndimage.gaussian_filter(rng.standard_normal((512, 512), np.float32), (4, 30), mode="wrap")
+    fibers = streaks[across.astype(int) % 512, along.astype(int) % 512] / streaks.std()
+    return fibers, np.arctan2(sin + dy, cos + dx) + np.pi / 2
+
+
+def draw_structures(rng, regions, weights):
+    """Returns the covers (0 to 1) of white (fat, lumens) and of the cells of glands and nests; (H, W) each.
+
+    Also where the nuclei of glands go, (H, W) bool. Fat and glands are scattered with the kind's share as the
+    probability, so that neighbours mingle; nests are where smooth noise is high.
+    """
+    shape = regions.shape
+    white, cells, walls = np.zeros((3, *shape), np.float32)
+    for kind, spacing, low, high in (("fat", 65, 27, 33), ("glands", 130, 38, 62)):
+        points = scatter(rng, np.ones(shape, bool), spacing, 0.1)
+        for x, y in thin(rng, points, weights[KINDS.index(kind)]):
             radius = rng.uniform(low, high)
-            hole = rng.uniform(least, most)
-            angle = rng.uniform(0, np.pi)
-            flat = rng.uniform(0.8, 1.0)
-            if kind in ("fat", "lymphocytes"):
-                draw(white if kind == "fat" else clusters, ellipse(x, y, radius, radius * flat, angle))
+            flat = rng.uniform(0.75, 1.0)
+            if kind == "fat":
+                draw(white, blob(rng, x, y, radius, flat, 0.05))
                 continue
-            draw(body, ellipse(x, y, radius, radius * flat, angle))
-            draw(inner, ellipse(x, y, radius - 3, radius * flat - 3, angle))
-            if hole:
-                hole *= radius
-                draw(white, ellipse(x, y, hole, hole * flat, angle))
-                draw(no_nuclei, ellipse(x, y, hole + 4, hole * flat + 4, angle))
-    return white, body, (inner > 0.5) & (no_nuclei < 0.5), (clusters > 0.5) & (body < 0.5) & (white < 0.5)
+            left, top, body = blob(rng, x, y, radius, flat, 0.07)
+            depth = ndimage.distance_transform_edt(body > 0.5).astype(np.float32)
+            wall = rng.uniform(16, 22)  # px from the gland's outline to its lumen
+            draw(cells, (left, top, body))
+            draw(walls, (left, top, ((depth > 3) & (depth < wall - 6)).astype(np.float32)))
+            draw(white, (left, top, np.clip(depth - wall, 0, 1)))
+    tumor = enlarge(weights[KINDS.index("nests")], SCALE)
+    field = smooth_noise(rng, shape, 15) + 0.25 * smooth_noise(rng, shape, 4) - 4 * (1 - tumor)
+    nests = np.clip((field + 0.12) * 4 + 0.5, 0, 1) * (1 - white)
+    return white, cells, nests, (walls > 0.5) & (white < 0.1)
 
 
-def draw_nuclei(rng, field, mask, kind, along):
-    """Draws nuclei on a jittered grid where mask is true; returns their centres (K, 2).
+def nucleus_shapes(rng, kind, count=32):
+    """Returns nuclei of a kind, turned by 0 to pi in count steps: density relative to the kind's (2r, 2r).
 
-    For speed they are copies of 24 shapes. along: the direction of draw_fibers, which spindle cells follow.
+    Chromatin is darker at the rim and uneven inside.
     """
-    spacing, low, high, flat, round_, density = NUCLEI[kind]
-    points = np.floor(scatter(rng, mask, spacing, 0.13)) + 0.5
-    points = points[((points > 9) & (points < np.array(field.shape[::-1]) - 9)).all(1)]
-    column, row = points.astype(int).T
-    turns = along[row // SCALE, column // SCALE] if round_ < 0.5 else rng.uniform(0, np.pi, len(points))
-    count = 24
+    _, low, high, flat, round_, _, texture = NUCLEI[kind]
     shapes = []
     for k in range(count):
         a = rng.uniform(low, high)
-        shapes.append(ellipse(0.5, 0.5, a, a * rng.uniform(flat, round_), k * np.pi / count)[2])
-    index = (turns % np.pi / np.pi * count).astype(int) % count
-    for x, y, k, value in zip(column, row, index, density * rng.uniform(0.85, 1.15, len(points))):
+        b = a * rng.uniform(flat, round_)
+        r = int(high + 3)
+        v, u = np.mgrid[-r: r, -r: r] + 0.5
+        turn = k * np.pi / count
+        distance = np.hypot((np.cos(turn) * u + np.sin(turn) * v) / a,
+                            (np.cos(turn) * v - np.sin(turn) * u) / b)
+        grain = ndimage.gaussian_filter(rng.standard_normal(u.shape), 0.8)
+        chromatin = 1 + texture * (distance ** 2 - 0.5 + 1.2 * grain / grain.std())
+        shapes.append((np.clip((1 - distance) * b + 0.5, 0, 1) * chromatin.clip(0.3, 1.6)).astype(np.float32))
+    return shapes
+
+
+def draw_nuclei(rng, field, points, kind, along=None):
+    """Draws nuclei of a kind at points (K, 2), in px of the field; returns the centres of those drawn.
+
+    along: directions of draw_fibers, which spindles follow. For speed nuclei are copies of a few shapes.
+    """
+    density = NUCLEI[kind][5]
+    points = np.floor(points)
+    column, row = points.astype(int).T
+    turns = rng.uniform(0, np.pi, len(points))
+    if along is not None:
+        turns = along[row // SCALE, column // SCALE] + rng.normal(0, 0.15, len(points))
+    shapes = nucleus_shapes(rng, kind)
+    index = (turns % np.pi / np.pi * len(shapes)).astype(int) % len(shapes)
+    for x, y, k, value in zip(column, row, index, density * rng.uniform(0.8, 1.2, len(points))):
         r = len(shapes[k]) // 2
         draw(field, (x - r, y - r, shapes[k]), value)
     return points
 
 
+def draw_lymphocytes(rng, field, nuclei, tumor, places):
+    """Draws LYMPHOCYTES of a part of the tumor (H, W) bool at places (H, W) bool in it; returns the centres.
+
+    nuclei (K, 2): those drawn before, from which lymphocytes keep the distance FREE.
+    """
+    points = scatter(rng, tumor & places, NUCLEI["lymphocytes"][0], 0.2)
+    points = rng.permutation(points[cKDTree(nuclei).query(points)[0] >= FREE])
+    return draw_nuclei(rng, field, points[: round(tumor.sum() * LYMPHOCYTES)], "lymphocytes")
+
+
 def stain(rng, hematoxylin, eosin):
-    """Densities (h, w) -> uint8 RGB (h, w, 3) by Beer-Lambert, with stains drawn for this slide."""
+    """Densities (H, W) -> uint8 RGB (H, W, 3) by Beer-Lambert, with the stains of a slide's laboratory."""
     strength = rng.uniform(*STRENGTH, 2)
     vectors = [np.clip(v + rng.normal(0, SPREAD, 3), 0.02, None) for v in STAINS[:2]]
     vectors = [v / np.linalg.norm(v) for v in vectors]
-    densities = (hematoxylin * np.float32(1.3 * strength[0]),
-                 np.clip(eosin, 0, None) * np.float32(strength[1]))
-    h, e = (ndimage.gaussian_filter(density, 0.6) for density in densities)  # a microscope's blur
-    white = rng.uniform(230, 247)
+    white = rng.uniform(228, 248)
+    uneven = 1 + np.float32(0.05) * smooth_noise(rng, eosin.shape, 220)  # thickness of the section
+    h = ndimage.gaussian_filter(hematoxylin * uneven * np.float32(1.25 * strength[0]), 0.6)
+    e = ndimage.gaussian_filter(np.clip(eosin, 0, None) * uneven * np.float32(strength[1]), 0.6)
     noise = 2 * rng.standard_normal(h.shape, np.float32)
     image = np.empty((*h.shape, 3), np.uint8)
     for k in range(3):
@@ -205,58 +292,84 @@ def stain(rng, hematoxylin, eosin):
     return image
 
 
-def draw_fibers(rng, shape):
-    """Returns wavy fibres (HEIGHT, WIDTH) of mean 0, and their direction in radians, 1 / SCALE as large."""
-    small = (shape[0] // SCALE, shape[1] // SCALE)
-    turn = rng.uniform(0, np.pi)
-    bend = 9 * smooth_noise(rng, small, 90 / SCALE)
-    dy, dx = (slope / SCALE for slope in np.gradient(bend))
-    along = np.arctan2(np.sin(turn) / 3.2 + dy, np.cos(turn) / 3.2 + dx) + np.pi / 2
-    y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32)
-    phase = (x * np.float32(np.cos(turn)) + y * np.float32(np.sin(turn))) / np.float32(3.2)
-    phase += ndimage.zoom(bend, SCALE, order=1)
-    return np.float32(0.8) * np.sin(phase) + np.float32(0.6) * smooth_noise(rng, shape, 4), along
+# ---------------------------------------------------------------- a slide and its crops
+
+def render(label, seed, size=SIZE):
+    """Returns a slide, uint8 (H, W, 3), its nuclei (K, 2) as x, y in px, and the kind of each px (H, W).
+
+    label: one of CLASSES; size: rows and columns of tiles.
+    """
+    layout, structure, texture, cells, lab = np.random.default_rng(seed).spawn(5)
+    shape = (size[0] * TILE, size[1] * TILE)
+    regions, weights = draw_regions(layout, label, shape)
+    white, glands, nests, walls = draw_structures(structure, regions, weights)
+    fibers, along = draw_fibers(texture, shape)
+    grain = smooth_noise(texture, shape, 2)
+
+    def of_kinds(values):  # a value per kind, blended
+        return enlarge(np.tensordot(np.array(values, np.float32), weights, 1), SCALE)
+    body = np.maximum(glands, nests)
+    eosin = np.clip(of_kinds(GROUND) + of_kinds(FIBERS) * fibers, np.float32(0.02), None)
+    eosin = eosin + (CYTOPLASM[0] - eosin) * body + of_kinds(GRAIN) * grain
+    tissue = enlarge(1 - weights[0], SCALE) * (1 - white)
+    eosin *= tissue
+    hematoxylin = (np.float32(0.02) + of_kinds(GRAIN) + np.float32(CYTOPLASM[1]) * body) * tissue
+
+    free = (body < 0.1) & (white < 0.1) & (regions > 0)
+    in_nests = (nests > 0.6) & (glands < 0.1) & (white < 0.1)
+    clusters = weights[KINDS.index("clusters")]
+    necrosis = weights[KINDS.index("necrosis")]
+    places = (("nests", in_nests, 1), ("glands", walls & (regions > 0), 1), ("clusters", free, clusters),
+              ("necrosis", free, necrosis), ("spindles", free, 1 - clusters - necrosis))
+    nuclei = []
+    for kind, mask, share in places:
+        points = scatter(cells, mask, NUCLEI[kind][0], 0.2)
+        points = thin(cells, points, share * np.ones_like(clusters))
+        nuclei.append(draw_nuclei(cells, hematoxylin, points, kind, along if kind == "spindles" else None))
+    others = np.concatenate(nuclei)
+    for part, mask in (("nests", free), (TELLING, in_nests)):
+        tumor = regions == KINDS.index(part)
+        nuclei.append(draw_lymphocytes(cells, hematoxylin, others, tumor, mask))
+    return stain(lab, hematoxylin, eosin), np.concatenate(nuclei), regions
 
 
-def render(label, seed):
-    """Returns a slide, uint8 (HEIGHT, WIDTH, 3), its nuclei (K, 2) as x, y in px, and its regions."""
-    rng = np.random.default_rng(seed)
-    regions = draw_regions(rng, label)
-    fibers, along = draw_fibers(rng, regions.shape)
-    white, body, in_units, clusters = draw_units(rng, regions)
-    eosin = np.array(GROUND, np.float32)[regions] + np.array(FIBERS, np.float32)[regions] * fibers
-    eosin = (eosin + (BODY + np.float32(0.03) * fibers - eosin) * body) * (1 - white)
-    hematoxylin = np.where(regions > 0, np.float32(0.04), 0) * (1 - white)
-    between = (body < 0.5) & (white < 0.5) & ~clusters
-    nuclei = [draw_nuclei(rng, hematoxylin, in_units, "units", along),
-              draw_nuclei(rng, hematoxylin, clusters, "lymphocytes", along)]
-    for kind in ("necrosis", "loose stroma", "dense stroma"):
-        kinds = [kind]
-        if kind == "loose stroma":  # it also fills the gaps between glands, nests and clusters
-            kinds += [unit for unit in UNITS if unit != "fat"]
-        mask = np.isin(np.array(KINDS), kinds)[regions]
-        nuclei.append(draw_nuclei(rng, hematoxylin, mask & between, kind, along))
-    return stain(rng, hematoxylin, eosin), np.concatenate(nuclei), regions
+def cut_crops(image, nuclei, regions):
+    """Returns the crops of a slide at 2 um/px that are not mostly glass: [(image, cells, shares), ...].
+
+    Each is uint8 (CROP, CROP, 3), with its cells (K, 2) in its px and the shares of KINDS in it.
+    """
+    crops = []
+    for x, y, shares in tiles_of(regions):
+        if shares[0] > 0.5:
+            continue
+        crop = Image.fromarray(image[y: y + TILE, x: x + TILE]).reduce(TILE // CROP)
+        cells = (nuclei - (x, y)) * CROP / TILE
+        inside = ((cells >= 0) & (cells < CROP)).all(1)
+        crops.append((np.asarray(crop), cells[inside], shares))
+    return crops
 
 
 # ---------------------------------------------------------------- the data set
 
-def write_slide(folder, name, label, seed):
+def write_slide(folder, name, label, seed, size=SIZE):
     """Writes slides/<name>.svs, tiled, with its um/px recorded as Aperio does, and its truth.
 
-    truth/<name>.csv has the nuclei, truth/<name>_tiles.csv the kind of each tile (read by demo/truth.py).
+    truth/<name>.csv has the nuclei, truth/<name>_tiles.csv the shares of KINDS in each tile and whether it
+    is telling (read by demo/truth.py).
     """
-    image, nuclei, regions = render(label, seed)
+    image, nuclei, regions = render(label, seed, size)
     np.savetxt(folder / "truth" / f"{name}.csv", nuclei, fmt="%.2f", delimiter=",", header="x,y", comments="")
-    write_csv(folder / "truth" / f"{name}_tiles.csv", [("x", "y", "kind", "telling")] + [
-        (x, y, kind, int(kind == TELLING)) for x, y, kind in kinds_of_tiles(regions)])
+    rows = [TILE_COLUMNS]
+    for tile in tiles_of(regions):
+        rows.append((tile.x, tile.y, int(tile.telling), *[f"{share:.6f}" for share in tile.shares]))
+    write_csv(folder / "truth" / f"{name}_tiles.csv", rows)
     with atomic_write(folder / "slides" / f"{name}.svs") as temp:
         description = f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}"
         tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", compressionargs={"level": 1},
                          photometric="rgb", metadata=None, description=description)
 
 
-def make_demo(folder, seed=1, workers=2, patients=PATIENTS):
+def make_demo(folder, seed=1, workers=2, patients=PATIENTS, size=SIZE):
     """Writes the demo data set to a folder: slides/, truth/ and labels.csv with patients and splits.
 
     An existing one is kept; InputError if another version drew it.
@@ -274,7 +387,7 @@ def make_demo(folder, seed=1, workers=2, patients=PATIENTS):
     print(f"The demo data is synthetic: drawing {len(rows)} slides into {folder} (once).")
     for subfolder in ("slides", "truth"):
         (folder / subfolder).mkdir(parents=True, exist_ok=True)
-    todo = [(folder, name, label, [seed, i]) for i, (name, label, _, _) in enumerate(rows)
+    todo = [(folder, name, label, [seed, i], size) for i, (name, label, _, _) in enumerate(rows)
             if not (folder / "slides" / f"{name}.svs").is_file()]
     for _, _, error in in_processes(write_slide, todo, workers, "synthetic slides"):
         if error:
@@ -289,5 +402,6 @@ def check_version(folder, names):
     for _, row in rows:
         tiles = folder / "truth" / f"{row.get('slide')}_tiles.csv"
         current = current and row.get("label") in CLASSES and tiles.is_file()
+        current = current and tuple(read_csv(tiles)[0]) == TILE_COLUMNS
     if not current:
         raise InputError(f"{folder}: is the demo of another version; delete the folder and run again")

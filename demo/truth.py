@@ -1,48 +1,77 @@
-"""The true kinds of tiles where they are known (the demo), and how well features and attention match them."""
+"""The true shares of kinds in tiles where they are known (the demo), and what features tell of them."""
 import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.preprocessing import StandardScaler
 
 from common.classify import nearest
 from common.figures import plot_slide
 from common.files import read_csv, read_npz
 from common.metrics import area_under
-from common.report import row_of
+from common.report import row_of, row_of_one
+from demo.slides import KINDS
 from wsi.cache import tile_info, tile_side
 from wsi.slides import Slide
 
+ALPHAS = np.logspace(-1, 5, 13)  # of the ridge regression; chosen on the training tiles
+
 
 def read_truth(folder, name):
-    """Returns {level-0 corner (x, y): (kind, whether it is telling)} of a slide's tiles; {} if unknown."""
+    """Returns {level-0 corner (x, y): (shares of KINDS, is it telling)} of a slide's tiles; {} if unknown."""
     path = folder / "truth" / f"{name}_tiles.csv"
     if not path.is_file():
         return {}
-    return {(int(row["x"]), int(row["y"])): (row["kind"], row["telling"] == "1")
-            for _, row in read_csv(path)[1]}
+    truth = {}
+    for _, row in read_csv(path)[1]:
+        shares = np.array([float(row[kind]) for kind in KINDS])
+        truth[int(row["x"]), int(row["y"])] = (shares, row["telling"] == "1")
+    return truth
+
+
+def largest_kind(shares):
+    """Returns the kind that fills most of a tile, from its shares of KINDS."""
+    return KINDS[shares.argmax()]
 
 
 def tiles_of(found, run, name):
-    """Returns a slide's features (N, d), the kinds of its tiles (N,), and whether each is telling (N,)."""
+    """Returns a slide's features (N, d), the shares of KINDS in its tiles (N, kinds), and telling (N,)."""
     features = read_npz(run / "features" / f"{name}.npz")
     truth = read_truth(found.source, name)
-    kinds, telling = zip(*(truth[tuple(corner)] for corner in features["coords"].tolist()))
-    return features["features"], np.array(kinds), np.array(telling)
+    shares, telling = zip(*(truth[tuple(corner)] for corner in features["coords"].tolist()))
+    return features["features"], np.array(shares), np.array(telling)
+
+
+def predict_shares(features, shares, queries):
+    """Returns the shares of KINDS in queries (M, d) by ridge regression from standardised features (N, d).
+
+    Its alpha is chosen by leaving out one of the N tiles at a time.
+    """
+    scale = StandardScaler().fit(features)
+    model = RidgeCV(ALPHAS).fit(scale.transform(features), shares)
+    return model.predict(scale.transform(queries))
 
 
 def check_with_truth(found, run, names, attention):
-    """Returns rows of the results where the kinds of the tiles are known (the demo); [] elsewhere.
+    """Returns rows of the results where the truth of the tiles is known (the demo); [] elsewhere.
 
-    Two rows: the accuracy of the kinds of test tiles by their 20 nearest neighbours among the training tiles,
-    and the mean AUC with which DSMIL's attention finds the telling tiles of slides that also have others.
+    The kind that fills most of a test tile, by its 20 nearest neighbours among the training tiles; R2 of the
+    shares of kinds in test tiles, predicted from their features, as a mean over the kinds and for each; and
+    the mean AUC with which DSMIL's attention finds the telling tiles of slides that also have others.
     attention: {test slide: (repeats, N)}.
     """
     if not read_truth(found.source, names[0]):
         return []
     train = [tiles_of(found, run, name) for name in found.split("train") if name in names]
     test = [tiles_of(found, run, name) for name in found.split("test") if name in names]
-    features, kinds, _ = map(np.concatenate, zip(*train))
+    features, shares, _ = map(np.concatenate, zip(*train))
     queries, truth, _ = map(np.concatenate, zip(*test))
-    kind_names, labels = np.unique(kinds, return_inverse=True)
-    predicted = kind_names[nearest(features, labels, queries, len(kind_names)).argmax(1)]
-    rows = [("kind of a tile, 20-NN", f"{(predicted == truth).mean():.4f}", "", f"{len(truth)} test tiles")]
+    over = f"{len(truth)} test tiles"
+    predicted = nearest(features, shares.argmax(1), queries, len(KINDS)).argmax(1)
+    rows = [row_of_one("kind of a tile, 20-NN", (predicted == truth.argmax(1)).mean(), over)]
+    r2 = r2_score(truth, predict_shares(features, shares, queries), multioutput="raw_values")
+    rows.append(row_of_one("shares of kinds in a tile, R2, mean", r2.mean(), over))
+    for kind, value in zip(KINDS, r2):
+        rows.append(row_of_one(f"share of {kind}, R2", value, over))
     areas = []  # slides x repeats
     for name, (_, _, telling) in zip(attention, test):
         if telling.any() and not telling.all():
@@ -73,7 +102,10 @@ def draw_slide(found, folder, attention, path):
     slide = Slide(found.images[name], said_mpp=info["slide_mpp"])
     picture, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / 900)
     corners = read_npz(folder / "features" / f"{name}.npz", "coords")["coords"]
-    kinds = [truth[name][tuple(corner)] for corner in corners.tolist()] if truth[name] else None
+    kinds = None
+    if truth[name]:
+        tiles = [truth[name][tuple(corner)] for corner in corners.tolist()]
+        kinds = [(largest_kind(shares), telling) for shares, telling in tiles]
     plot_slide(picture, corners / unit, tile_side(info) / unit,
                {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
                f"{name}, {found.labels[name]['label']}", path)
