@@ -61,6 +61,49 @@ def random_encoder(arch, seed, mean, std, depth=None):
         return make_encoder(arch, mean, std, depth).eval()
 
 
+class RegisterViT(dirl.VisionTransformer):
+    """An encoder with registers (Darcet et al. 2024): learned tokens with the n patches in all its blocks.
+
+    T_L is of the patches alone, and last_attention is that among them. As in DINOv2 and timm (reg_tokens=4,
+    no_embed_class=True) registers come first, start near 0 and have no position embedding.
+    """
+
+    def __init__(self, encoder, count):
+        p = encoder.patch_size
+        super().__init__(encoder.embed_dim, 0, encoder.num_heads, p, encoder.grid * p, mean=encoder.mean,
+                         std=encoder.std)
+        self.patch_embed = encoder.patch_embed
+        self.pos_embed = encoder.pos_embed
+        self.blocks = encoder.blocks
+        self.norm = encoder.norm
+        self.reg_token = nn.Parameter(1e-6 * torch.randn(1, count, self.pos_embed.shape[-1]))
+
+    def embed(self, images):
+        patches = super().embed(images)  # (B, n, d)
+        return torch.cat([self.reg_token.expand(len(patches), -1, -1), patches], 1)
+
+    def forward(self, images):
+        return super().forward(images)[:, self.reg_token.shape[1]:]
+
+    def last_attention(self, images):
+        return among_patches(super().last_attention(images), self.reg_token.shape[1])
+
+
+def with_registers(encoder, count):
+    """Returns an encoder's RegisterViT; draws none of the random numbers that come after it."""
+    with torch.random.fork_rng(devices=[]):
+        return RegisterViT(encoder, count)
+
+
+def among_patches(attention, others):
+    """Attention (B, heads, N, N) -> (B, heads, n, n) without the other tokens, which come first.
+
+    Every row sums to 1 again, so the even share of a patch is 1 whatever the other tokens draw.
+    """
+    attention = attention[..., others:, others:]
+    return attention / attention.sum(-1, keepdim=True)
+
+
 # ---------------------------------------------------------------- encoder.pt
 
 def find_encoder(checkpoint, name=""):
@@ -106,8 +149,11 @@ def load_encoder(path):
         raise InputError(f"{path}: mean and std of its pixels are damaged (std {std}); pre-train again")
     encoder = make_encoder(about["arch"], mean, std, depth)
     try:
-        encoder.load_state_dict(about.pop("encoder"))
-    except (RuntimeError, TypeError, AttributeError) as error:
+        weights = about.pop("encoder")
+        if "reg_token" in weights:
+            encoder = with_registers(encoder, weights["reg_token"].shape[1])
+        encoder.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: its weights are not {about['arch']}'s ({one_line(error)})") from None
     check_finite(encoder, path)
     return encoder.eval(), about
@@ -139,8 +185,7 @@ def save_encoder(path, encoder, **about):
 class ClassTokenViT(dirl.VisionTransformer):
     """A ViT with a class token, which is f, as in timm and DINO: images (B, 3, H, W) -> that token (B, 1, d).
 
-    last_attention is among the n patches: the class token's row and column are dropped, and every row sums
-    to 1 again.
+    last_attention is that among the n patches.
     """
 
     def __init__(self, embed_dim, depth, num_heads):
@@ -155,8 +200,7 @@ class ClassTokenViT(dirl.VisionTransformer):
         return super().forward(images)[:, :1]
 
     def last_attention(self, images):
-        among_patches = super().last_attention(images)[..., 1:, 1:]
-        return among_patches / among_patches.sum(-1, keepdim=True)
+        return among_patches(super().last_attention(images), 1)
 
 
 def open_encoder(path, arch=None):

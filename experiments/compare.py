@@ -9,7 +9,8 @@ train.py, but for BYOL and SimCLR.
     Table 8     --ssl byol, --ssl simclr, each --method baseline, cellback, dirl
     Table 9     --ssl imix
     Fig. 9      --ssl lsup
-    controls    --ssl dino --heads 12 12: two heads on f; --depth 4: fewer blocks, for any method
+    controls    --ssl dino --heads 12 12: two heads on f; --depth 4: fewer blocks, for any method;
+                --ssl registers: four more tokens; --ssl evenness: a penalty on uneven attention
 """
 import sys
 
@@ -19,9 +20,10 @@ import train
 from common.distributed import join, leave, processes
 from common.errors import InputError, run_script
 from common.flags import between, whole
-from experiments.ssl import byol_simclr, esvit, heads, imix, lsup, selfpatch
+from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, registers, selfpatch
 
-BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build}
+BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build,
+             "registers": registers.build, "evenness": evenness.build}
 BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
 WHOLE_BATCH = {"byol": "batch norm", "simclr": "its negatives"}  # what takes the crops of a batch together
 
@@ -56,6 +58,8 @@ def argument_parser():
         help="a DINO head after each of these blocks (Table 6, 13*: 12 13); for --ssl dino")
     add("--sup-weight", type=between(0, 1e6), default=1.0,
         help="weight of L_sup, which is added to DINO's loss; for --ssl lsup")
+    add("--even-weight", type=between(0, 1e6), default=10.0,
+        help="weight of the penalty on uneven attention, which is added to DINO's loss; for --ssl evenness")
     return parser
 
 

@@ -45,6 +45,8 @@ ARMS = {
     "baseline_two_views": ["--method", "baseline", "--local-crops", "0", "--global-scale", "0.14", "1"],
     "zeros": ["--method", "dirl", "--empty-regions", "zeros"],
     "two_heads": ["--ssl", "dino", "--heads", "12", "12"],  # the number of heads without regions
+    "registers": ["--ssl", "registers"],  # the usual cure for sparse attention
+    "evenness": ["--ssl", "evenness"],  # even attention without regions
     "13_blocks": ["--ssl", "dino", "--depth", "13", "--method", "baseline"],  # Table 6
     "13_blocks*": ["--ssl", "dino", "--depth", "13", "--heads", "12", "13"],
     "4_blocks": ["--ssl", "dino", "--depth", "4", "--method", "baseline"],

@@ -35,7 +35,8 @@ from experiments.measures import ABOUT, draws_of, statistics
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
 SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfPatch", "imix": "i-mix",
-       "lsup": "L_sup"}  # experiments.compare's, instead of DINO
+       "lsup": "L_sup", "registers": "registers",
+       "evenness": "evenness"}  # experiments.compare's, instead of DINO
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "method", "arch", "data", "mpp", "crops", "images", "pixels", "precision",

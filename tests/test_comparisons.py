@@ -16,12 +16,12 @@ from test_train import FOLDER
 import data
 import dirl
 import train
-from common.encoders import load_encoder
+from common.encoders import attention_of, load_encoder, random_encoder, with_registers
 from common.files import load_tensors, read_json
 from common.watch import effective_rank
 from data import Augmentation, make_views
 from experiments import benchmark, compare
-from experiments.ssl import byol_simclr, esvit, heads, imix, lsup, selfpatch
+from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
 from prior import bin_centroids, view_prior
 
 
@@ -261,6 +261,71 @@ def test_heads_sit_after_their_blocks():
     torch.testing.assert_close(f["f1_block2"], encoder.norm(encoder.blocks[:2](encoder.embed(x))).mean(1))
 
 
+# ---------------------------------------------------------------- controls: registers, evenness
+
+def test_registers_go_through_the_blocks_with_the_patches():
+    plain, x = tiny(), torch.randn(2, 3, 48, 48)
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    encoder = with_registers(plain, 4)
+    torch.nn.init.normal_(encoder.reg_token)
+    for image, tokens, attention in zip(x, encoder(x), encoder.last_attention(x)):
+        t = torch.cat([encoder.reg_token[0], plain.embed(image[None])[0]])  # four registers, nine patches
+        for block in plain.blocks:
+            q, k, v = block.attn.qkv(block.norm1(t)).view(13, 3, 2, 12).permute(1, 2, 0, 3)  # two heads of 12
+            a = (q @ k.transpose(1, 2) / 12 ** 0.5).softmax(-1)
+            t = t + block.attn.proj((a @ v).transpose(0, 1).flatten(1))
+            t = t + block.mlp(block.norm2(t))
+        torch.testing.assert_close(tokens, plain.norm(t[4:]), atol=1e-4, rtol=1e-4)
+        for row in itertools.product(range(2), range(9)):
+            head, i = row
+            among = a[head, 4 + i, 4:]
+            torch.testing.assert_close(attention[row], among / among.sum(), atol=1e-4, rtol=1e-4)
+    assert (encoder(x) - plain(x)).abs().max() > 0.01  # the registers are seen
+
+
+def test_an_untrained_networks_attention_is_even_with_registers_too():
+    encoder = with_registers(random_encoder("vit_t4", 0, (0.5,) * 3, (0.2,) * 3), 4)
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    aggregated = attention_of(encoder, images)
+    torch.testing.assert_close(aggregated, torch.ones(2, 196), atol=0.1, rtol=0)
+    torch.testing.assert_close(aggregated.sum(1), torch.full((2,), 196.0))
+
+
+def test_unevenness_is_the_mean_square_of_what_tokens_have_above_an_even_share():
+    logits = leaf(2, 3, 4, 4), leaf(2, 3, 2, 2)  # of two crops, three heads, four tokens and two
+    penalty = evenness.unevenness([dirl.aggregated_attention(x.softmax(-1)) for x in logits])
+    terms = []
+    for x in logits:
+        a = x.softmax(-1)
+        n = a.shape[-1]
+        for b, j in itertools.product(range(2), range(n)):
+            drawn = sum(a[b, head, i, j] for head in range(3) for i in range(n)) / 3
+            terms.append((drawn - 1) ** 2)
+    same(penalty, sum(terms) / 12, *logits)
+    one = torch.zeros(1, 5)
+    one[0, 2] = 5  # all attention on one of five tokens: (16 + 4 x 1) / 5
+    assert evenness.unevenness([torch.ones(3, 5)]) == 0 and evenness.unevenness([one]) == 4
+
+
+def test_the_penalty_takes_the_attention_that_is_measured_and_is_added_to_dinos_loss():
+    model = evenness.AttentiveDINO(tiny(), "baseline", 8).eval()
+    for p in model.encoder.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    views = [torch.randn(2, 3, 3, 48, 48), torch.randn(1, 3, 3, 32, 32)]
+    priors = [torch.ones(2, 3, 9), torch.ones(1, 3, 4)]
+    logits, aggregated = model(views, priors)
+    for x, a in zip(views, aggregated):
+        want = dirl.aggregated_attention(model.encoder.last_attention(x.flatten(0, 1)))
+        torch.testing.assert_close(a, want)
+    plain, _ = dirl.DiRL.forward(model, views, priors)["f"]
+    torch.testing.assert_close(logits, plain)
+    loss, each = evenness.EvenLoss(8, 3.0)((logits, aggregated), (logits[:2], None))
+    torch.testing.assert_close(each["f"], dirl.DINOLoss(8)(logits, logits[:2]))
+    torch.testing.assert_close(loss, each["f"] + 3 * each["even"])
+    assert each["even"] == evenness.unevenness(aggregated) > 0
+
+
 # ---------------------------------------------------------------- each learns
 
 @pytest.fixture(scope="module")
@@ -286,7 +351,8 @@ def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
     monkeypatch.setattr(byol_simclr, "HIDDEN", 128)
     args = SimpleNamespace(ssl=ssl, method=method, device="cpu", out_dim=64, disentangled_dim=32,
                            norm_last_layer=True, student_temp=0.1, center_momentum=0.3, lambda_1=0.5,
-                           lambda_2=0.025, sup_weight=1, heads=[2, 3])
+                           lambda_2=0.025, sup_weight=1, even_weight=1, heads=[2, 3],
+                           empty_regions="skip")
     build = heads.build if ssl == "heads" else compare.BUILD[ssl]
     recipe = build(tiny(), args)
     student, teacher = recipe.student, recipe.teacher
@@ -354,7 +420,8 @@ def test_a_comparison_has_its_originals_settings_unless_flags_say_otherwise():
 SHARDS = [*SHORT, "--drop-path", "0"]
 
 
-@pytest.mark.parametrize("argv", [["esvit"], ["selfpatch"], ["lsup"], ["dino", "--heads", "1", "2"]])
+@pytest.mark.parametrize("argv", [["esvit"], ["selfpatch"], ["lsup"], ["dino", "--heads", "1", "2"],
+                                  ["registers"], ["evenness"]])
 def test_a_batch_in_shards_is_the_batch(place, folder, argv):
     argv = ["--ssl", *argv, *SHARDS]
     assert compare.main([*argv, "--run", "runs/one"]) == 0
@@ -403,7 +470,8 @@ def test_a_stopped_comparison_resumes_exactly(place, folder, capsys):
 
 def test_every_comparison_goes_through_the_loop(place, folder, capsys):
     shards = ["--ssl", "imix", "--accumulate", "2"]
-    for argv in (["--ssl", "simclr"], shards, ["--ssl", "lsup"], ["--ssl", "dino", "--heads", "1", "2"]):
+    for argv in (["--ssl", "simclr"], shards, ["--ssl", "lsup"], ["--ssl", "dino", "--heads", "1", "2"],
+                 ["--ssl", "registers"], ["--ssl", "evenness"]):
         assert compare.main([*argv, *SHORT, "--max-steps", "1", "--run", "runs/one"]) == 0
         (Path("runs/one") / "checkpoint.pt").unlink()
         load_encoder("runs/one/encoder.pt")
