@@ -10,11 +10,12 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
 import dirl
-from lab import checks, small, solutions
+from lab import checks, record, small, solutions
 
 PATH = Path(__file__).resolve().parents[1] / "lab" / "dirl.ipynb"
 CODE = [cell for cell in json.loads(PATH.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
@@ -47,7 +48,7 @@ def lab():
         printed.append(text)
         pictures += figures
         if number == 1:
-            names.update(SLIDES=6, STEPS=4, EPOCHS=3)  # enough to run every line
+            names.update(SLIDES=9, STEPS=4, EPOCHS=3)  # enough to run every line
     patch.undo()
     return names, printed, pictures
 
@@ -283,15 +284,88 @@ def test_stored_sources_are_the_sources_now(lab):
     assert compared >= 8
 
 
+def test_an_exercise_comes_before_the_code_that_answers_it():
+    answers = {"view_prior": "prior.view_prior", "pool": "dirl.cell_back_pool", "masks": "dirl.disentangle_masks",
+               "moved": "dirl.DisentangleBlock", "aggregated": "dirl.aggregated_attention",
+               "bins": "dirl.attention_bins", "instance_attention": "mil.DSMIL.forward"}
+    printed = {}  # {name: number of the cell}
+    exercises = {}
+    for number, source in enumerate(CELLS):
+        printed |= dict.fromkeys(re.findall(r"inspect\.getsource\(([\w.]+)\)", source), number)
+        exercises |= dict.fromkeys(re.findall(r'"Exercise \w+:", checks\.(\w+)', source), number)
+    assert len(exercises) == 9
+    for exercise, name in answers.items():
+        assert exercises[exercise] < printed[name], exercise
+    assert exercises["uniform_loss"] < next(k for k, source in enumerate(CELLS) if "plain_loss" in source)
+
+
+def test_the_plain_loss_is_the_projects(lab):
+    assert any("plain_loss: right" in text for text in lab[1])
+
+
 def test_small_encoders_load_and_their_command_trains():
     assert small.ENCODERS.stat().st_size < 5e6
     images = torch.randint(0, 256, (4, 3, 224, 224), dtype=torch.uint8)
     crops = [(image, torch.rand(20, 2) * 224) for image in images]
     shuffled = small.shuffled_priors(crops, 0)
     assert any(not torch.equal(before[1], after[1]) for before, after in zip(crops, shuffled))
-    for name, (method, shuffle) in small.ARMS.items():
+    for name in small.METHODS:
         losses = []
-        encoder = small.train(method, shuffled if shuffle else crops, 2, batch=2,
+        encoder = small.train(name, crops, 2, batch=2,
                               report=lambda step, teacher, loss: losses.append(loss))
         assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
         assert encoder.state_dict().keys() == small.load(name).state_dict().keys()
+
+
+# ---------------------------------------------------------------- recordings
+
+@pytest.fixture
+def study(tmp_path):
+    """A folder of two measured runs on 30 test crops of 4 tokens, as experiments.study claim leaves them."""
+    generator = np.random.default_rng(0)
+    for arm in ("baseline", "dirl"):
+        folder = tmp_path / "study" / f"{arm}_seed1"
+        folder.mkdir(parents=True)
+        scores = np.zeros((1, 30, 2))
+        scores[0, :, 0] = 1  # all are predicted to be of class 0
+        labels = np.array([0] * 24 + [1] * 6)
+        np.savez(folder / "claim.npz", attention=generator.random((30, 4), np.float32), labels=labels,
+                 **{"20-NN": scores})
+        (folder / "log.csv").write_text("step,probe_0_to_0.5,probe_0.5_to_2,probe_over_2,probe_knn\n"
+                                        "0,,,,\n9,0.1,0.7,0.2,0.6\n19,0.2,0.6,0.2,0.8\n")
+    return tmp_path / "study"
+
+
+def test_runs_are_recorded_and_loaded(study, tmp_path, capsys):
+    path = tmp_path / "recorded.npz"
+    assert record.main([f"weaker=colour={study}"], path) == 2  # the folder is colour=...
+    assert record.main([f"weaker colour={study}"], path) == 0
+    assert "2 runs, 30 of 30 test crops" in capsys.readouterr().out
+    dino, ours = record.load(path)
+    assert (dino.setting, dino.network, dino.seed) == ("weaker colour", "DINO", 1)
+    assert ours.network == "DiRL" and math.isclose(ours.accuracy, 24 / 30, rel_tol=1e-6)
+    assert np.allclose(ours.curve, [[10, 0.7, 0.6], [20, 0.6, 0.8]])
+    attention = np.load(study / "dirl_seed1" / "claim.npz")["attention"]
+    assert np.allclose(ours.attention, attention, atol=1e-3)
+
+
+def test_many_recordings_keep_fewer_crops(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "BYTES", 2 * 2 * 4 * 10)
+    assert record.main([f"a={study}"], tmp_path / "recorded.npz") == 0
+    dino, ours = record.load(tmp_path / "recorded.npz")
+    assert len(dino.attention) == len(ours.attention) == 10
+    first = np.load(study / "dirl_seed1" / "claim.npz")["attention"][[0, -1]]
+    assert np.allclose(ours.attention[[0, -1]], first, atol=1e-3)  # evenly spread
+
+
+@pytest.mark.parametrize("study_flag, says", [("runs", "SETTING=FOLDER"), ("a=nowhere", "nowhere: has no")])
+def test_record_says_what_is_wrong(study_flag, says, tmp_path, capsys):
+    assert record.main([study_flag], tmp_path / "recorded.npz") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_recordings_of_the_lab_are_small():
+    assert record.RECORDED.stat().st_size < 2e6
+    for run in record.load():
+        assert run.attention.shape[1] == 196
+        assert torch.allclose(run.attention.sum(1), torch.tensor(196.0), rtol=2e-3)
