@@ -17,7 +17,7 @@ WRITE = "write your code at the comment, end it with a return, run that cell, th
 
 
 class Blank(Exception):
-    """Raised where the reader has not written an answer yet; its text says where, if only a part is missing."""
+    """Raised where the reader has not written an answer yet; its text, if any, says what is missing."""
 
 
 class Wrong(Exception):
@@ -25,7 +25,7 @@ class Wrong(Exception):
 
 
 def checked(compare):
-    """Turns compare(answer), which raises Blank or Wrong or returns None, into a check that returns a line."""
+    """Turns compare(answer), which raises Blank or Wrong or returns None, into one that returns a line."""
     @wraps(compare)
     def check(answer):
         try:

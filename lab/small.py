@@ -23,7 +23,7 @@ REGISTERS = "DINO, registers"
 SHUFFLED = "DiRL, shuffled prior"
 SIZE = (3, 4)  # rows and columns of tiles in a slide
 TRAINING_SLIDES = 24  # slides 0 to 23
-STEPS = 300
+STEPS = 250
 
 # 112 and 48 px are 49 and 9 tokens; with much fewer, attention over the 196 of a crop means little.
 VIEWS = Augmentation(local_crops=2, global_size=112, local_size=48, global_scale=(0.1, 0.5),
@@ -65,8 +65,8 @@ def shuffled_priors(crops, seed):
 # ---------------------------------------------------------------- networks
 
 def small_vit(registers=0):
-    """Returns the lab's encoder: d = 64, 12 blocks, 2 heads (ViT-T: 192, 12, 3)."""
-    encoder = dirl.VisionTransformer(64, 12, 2)
+    """Returns the lab's encoder: d = 48, 12 blocks, 3 heads (ViT-T: 192, 12, 3)."""
+    encoder = dirl.VisionTransformer(48, 12, 3)
     for block in encoder.blocks:
         block.attn.qkv.weight.data *= 2  # 0.04 instead of 0.02: q, k and v then start as large as ViT-T's
     return with_registers(encoder, registers) if registers else encoder
@@ -119,7 +119,7 @@ def schedules(steps):
         frozen_steps=steps // 20)
 
 
-def train(name, crops, steps, batch=24, outputs=64, seed=0, report=None):
+def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
     """Pre-trains the network of METHODS on crops [(image, cells), ...]; returns the teacher's encoder.
 
     report(step, teacher, loss) is called after each step.
