@@ -45,7 +45,7 @@ CYTOPLASM = (0.27, 0.12)  # eosin and haematoxylin density of the cells of gland
 NUCLEI = {  # spacing, least and largest half axis (px), least and largest roundness, density, texture
     "nests": (12.5, 3.4, 5.0, 0.70, 1.0, 0.62, 0.35), "glands": (9.0, 3.0, 3.9, 0.60, 0.85, 0.75, 0.25),
     "clusters": (7.6, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12), "lymphocytes": (6.5, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12),
-    "necrosis": (24, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (30, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
+    "necrosis": (40, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (60, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
 LYMPHOCYTES = 1 / 380  # per px of tumor, in both classes
 FREE = 6.0  # px: least distance of a lymphocyte of the tumor from other nuclei
 STRENGTH = (0.72, 1.30)  # range of the amounts of a slide's stains
@@ -72,7 +72,7 @@ def smooth_noise(rng, shape, sigma):
 
     It is drawn small and enlarged, for speed.
     """
-    step = max(1, int(sigma / 3))
+    step = max(1, int(sigma / 1.5))
     small = ndimage.gaussian_filter(
         rng.standard_normal([s // step + 2 for s in shape], np.float32), sigma / step)
     return enlarge((small - small.mean()) / small.std(), step)[: shape[0], : shape[1]]
@@ -137,8 +137,9 @@ def draw_regions(rng, label, shape):
     decides whether a part of them is infiltrated.
     """
     small = (shape[0] // SCALE, shape[1] // SCALE)
-    y, x = np.mgrid[0: small[0], 0: small[1]].astype(np.float32) * SCALE
-    edge = np.hypot((x / shape[1] - 0.5) / 0.58, (y / shape[0] - 0.5) / 0.58)
+    y = np.linspace(-0.5, 0.5, small[0])[:, None]
+    x = np.linspace(-0.5, 0.5, small[1])
+    edge = np.hypot(x, y) / 0.58
     tissue = edge + 0.08 * smooth_noise(rng, small, 150 / SCALE) + 0.01 * smooth_noise(rng, small, 4) < 0.95
     nests = KINDS.index("nests")
     levels = np.stack([smooth_noise(rng, small, REGION / SCALE) for _ in KINDS[1: nests + 1]])
@@ -187,7 +188,8 @@ def draw_fibers(rng, shape):
     sin = np.float32(np.sin(turn))
     bend = 45 * smooth_noise(rng, small, 130 / SCALE) + 8 * smooth_noise(rng, small, 40 / SCALE)
     dy, dx = np.gradient(bend, SCALE)
-    y, x = np.mgrid[0: shape[0], 0: shape[1]].astype(np.float32)
+    y = np.arange(shape[0], dtype=np.float32)[:, None]
+    x = np.arange(shape[1], dtype=np.float32)
     along = cos * y - sin * x
     crimp = np.sin(along * np.float32(0.13) + enlarge(3 * smooth_noise(rng, small, 60 / SCALE), SCALE))
     across = cos * x + sin * y + enlarge(bend, SCALE) + np.float32(2.5) * crimp
@@ -225,7 +227,7 @@ def draw_structures(rng, regions, weights):
     return white, cells, nests, (walls > 0.5) & (white < 0.1)
 
 
-def nucleus_shapes(rng, kind, count=32):
+def nucleus_shapes(rng, kind, count=24):
     """Returns nuclei of a kind, turned by 0 to pi in count steps: density relative to the kind's (2r, 2r).
 
     Chromatin is darker at the rim and uneven inside.
@@ -236,11 +238,12 @@ def nucleus_shapes(rng, kind, count=32):
         a = rng.uniform(low, high)
         b = a * rng.uniform(flat, round_)
         r = int(high + 3)
-        v, u = np.mgrid[-r: r, -r: r] + 0.5
+        u = np.arange(-r, r) + 0.5
+        v = u[:, None]
         turn = k * np.pi / count
         distance = np.hypot((np.cos(turn) * u + np.sin(turn) * v) / a,
                             (np.cos(turn) * v - np.sin(turn) * u) / b)
-        grain = ndimage.gaussian_filter(rng.standard_normal(u.shape), 0.8)
+        grain = ndimage.gaussian_filter(rng.standard_normal((2 * r, 2 * r)), 0.8)
         chromatin = 1 + texture * (distance ** 2 - 0.5 + 1.2 * grain / grain.std())
         shapes.append((np.clip((1 - distance) * b + 0.5, 0, 1) * chromatin.clip(0.3, 1.6)).astype(np.float32))
     return shapes
@@ -304,7 +307,7 @@ def render(label, seed, size=SIZE):
     regions, weights = draw_regions(layout, label, shape)
     white, glands, nests, walls = draw_structures(structure, regions, weights)
     fibers, along = draw_fibers(texture, shape)
-    grain = smooth_noise(texture, shape, 2)
+    grain = smooth_noise(texture, shape, 3)
 
     def of_kinds(values):  # a value per kind, blended
         return enlarge(np.tensordot(np.array(values, np.float32), weights, 1), SCALE)

@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from synthetic import rows_of, write_table
 
 import data
@@ -24,44 +28,121 @@ CPU = ["--device", "cpu", "--workers", "1"]
 
 # ---------------------------------------------------------------- slides
 
-def test_a_positive_slide_has_telling_tiles_and_a_negative_one_has_none():
-    for seed in range(6):
-        for label in demo.CLASSES:
-            regions = demo.draw_regions(np.random.default_rng(seed), label)
-            tiles = demo.kinds_of_tiles(regions)
-            assert regions.shape == (demo.HEIGHT, demo.WIDTH) and len(tiles) == 24
-            kinds = [kind for _, _, kind in tiles if kind != "glass"]
-            share = kinds.count(demo.TELLING) / len(kinds)
-            assert share == 0 if label == "negative" else 0.15 <= share <= 0.40
+@pytest.fixture(scope="module")
+def pairs():
+    """Small slides of 8 seeds, of both classes each: [{label: (image, nuclei, regions)}, ...]."""
+    return [{label: demo.render(label, [3, seed], size=(2, 2)) for label in demo.CLASSES}
+            for seed in range(8)]
 
 
-def test_the_kind_of_a_tile_is_what_fills_most_of_its_tissue():
-    regions = np.zeros((demo.TILE, 4 * demo.TILE), np.uint8)
-    nests, fat = demo.KINDS.index("nests"), demo.KINDS.index("fat")
-    regions[:, 100: demo.TILE] = nests
-    regions[:200, demo.TILE: 2 * demo.TILE] = fat  # more than half of this tile is glass
-    regions[:, 2 * demo.TILE:] = fat
-    regions[:240, 3 * demo.TILE:] = nests
-    assert demo.kinds_of_tiles(regions) == [
-        (0, 0, "nests"), (448, 0, "glass"), (896, 0, "fat"), (1344, 0, "nests")]
+def test_shares_of_a_tile_are_those_counted_px_by_px(pairs):
+    regions = pairs[0]["positive"][2]
+    tiles = demo.tiles_of(regions)
+    assert [(tile.x, tile.y) for tile in tiles] == [(0, 0), (448, 0), (0, 448), (448, 448)]
+    for x, y, shares in tiles:
+        counts = dict.fromkeys(range(len(demo.KINDS)), 0)
+        for kind in regions[y: y + 448, x: x + 448].ravel().tolist():
+            counts[kind] += 1
+        assert shares.tolist() == pytest.approx([n / 448 ** 2 for n in counts.values()], abs=1e-12)
+        assert shares.sum() == pytest.approx(1, abs=1e-12)
+    telling = demo.KINDS.index("infiltrated nests")
+    assert [tile.telling for tile in tiles] == [tile.shares[telling] >= 0.1 for tile in tiles]
+    assert any(tile.telling for tile in tiles)
 
 
-def test_the_truth_is_read_as_it_was_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "WIDTH", 3 * 448)
-    monkeypatch.setattr(demo, "HEIGHT", 2 * 448)
-    demo.make_demo(tmp_path, workers=1, patients={"train": 1})
+def test_crops_hold_several_kinds(pairs):
+    tiles = [tile for pair in pairs for tile in demo.tiles_of(pair["negative"][2]) if tile.shares[0] < 0.5]
+    assert np.mean([(tile.shares[1:] > 0.05).sum() >= 3 for tile in tiles]) > 0.8
+
+
+def test_the_label_is_where_the_lymphocytes_are_and_nothing_else(pairs):
+    """Of one seed: the same regions up to infiltration, and as many nuclei, in other places."""
+    nests, telling = demo.KINDS.index("nests"), demo.KINDS.index("infiltrated nests")
+    for pair in pairs:
+        _, negative_nuclei, negative = pair["negative"]
+        _, positive_nuclei, positive = pair["positive"]
+        assert not (negative == telling).any()
+        assert np.array_equal(np.where(positive == telling, nests, positive), negative)
+        tumor = (negative == nests).sum()
+        assert 0.2 <= tumor / (negative > 0).sum() <= 0.4
+        assert 0.5 <= (positive == telling).sum() / tumor <= 1
+        assert len(positive_nuclei) == pytest.approx(len(negative_nuclei), rel=0.01)
+        negative_set, positive_set = (set(map(tuple, xy)) for xy in (negative_nuclei, positive_nuclei))
+        assert 0.02 < len(positive_set - negative_set) / len(positive_set) < 0.35
+
+
+def test_neither_mean_colour_nor_the_number_of_nuclei_tells_the_label(pairs):
+    """Slides of different seeds differ far more than the classes do, and a classifier is at chance."""
+    values = np.array([[[*image.mean((0, 1)), *image.std((0, 1)), len(nuclei)]
+                        for image, nuclei, _ in (pair[label] for label in demo.CLASSES)] for pair in pairs])
+    between_classes = np.abs(values[:, 1] - values[:, 0]).mean(0)
+    assert (between_classes < 0.1 * values[:, 0].std(0)).all(), between_classes / values[:, 0].std(0)
+    labels = np.tile([0, 1], len(pairs))
+    for columns in (slice(0, 3), slice(0, 6), slice(6, 7)):
+        x = values.reshape(-1, 7)[:, columns]
+        groups = np.repeat(np.arange(len(pairs)), 2)
+        model = make_pipeline(StandardScaler(), LogisticRegression())
+        scores = cross_val_predict(model, x, labels, groups=groups, cv=GroupKFold(4),
+                                   method="decision_function")
+        assert 0.3 < roc_auc_score(labels, scores) < 0.7
+
+
+def test_stains_differ_between_slides_and_one_seed_draws_one_slide(pairs):
+    stroma = np.array([np.median(pair["negative"][0][pair["negative"][2] == 2], 0) for pair in pairs])
+    assert (stroma.std(0) > 5).all()
+    again = demo.render("positive", [3, 0], size=(2, 2))
+    for first, second in zip(pairs[0]["positive"], again, strict=True):
+        assert np.array_equal(first, second)
+    assert not np.array_equal(pairs[1]["positive"][0], again[0])
+
+
+def test_nuclei_are_dark_and_on_tissue(pairs):
+    for pair in pairs:
+        image, nuclei, regions = pair["positive"]
+        column, line = nuclei.astype(int).T
+        assert (regions[line, column] > 0).all() and len(nuclei) > 500
+        assert image[line, column].mean() < image[regions > 0].mean() - 30
+
+
+def test_crops_have_their_cells_and_shares(pairs):
+    image, nuclei, regions = pairs[2]["positive"]
+    crops = demo.cut_crops(image, nuclei, regions)
+    kept = [tile for tile in demo.tiles_of(regions) if tile.shares[0] <= 0.5]
+    assert len(crops) == len(kept) > 0
+    for (crop, cells, shares), tile in zip(crops, kept):
+        assert crop.shape == (224, 224, 3) and np.array_equal(shares, tile.shares)
+        whole = image[tile.y: tile.y + 448, tile.x: tile.x + 448].astype(float)
+        mean = whole.reshape(224, 2, 224, 2, 3).mean((1, 3))
+        assert np.abs(crop - mean).max() <= 0.5 + 1e-9
+        inside = [(x, y) for x, y in nuclei
+                  if tile.x <= x < tile.x + 448 and tile.y <= y < tile.y + 448]
+        np.testing.assert_allclose(2 * cells + (tile.x, tile.y), inside)
+
+
+def test_the_truth_is_read_as_it_was_written(tmp_path):
+    demo.make_demo(tmp_path, workers=1, patients={"train": 1}, size=(1, 2))
     rows = rows_of(tmp_path / "labels.csv")
     assert [row["label"] for row in rows] == ["negative", "positive"]
     for i, row in enumerate(rows):
-        image, nuclei, regions = demo.render(row["label"], [1, i])
+        _, nuclei, regions = demo.render(row["label"], [1, i], size=(1, 2))
         tiles = truth.read_truth(tmp_path, row["slide"])
-        assert tiles == {(x, y): (kind, kind == "nests") for x, y, kind in demo.kinds_of_tiles(regions)}
-        column, line = nuclei.astype(int).T
-        assert (regions[line, column] > 0).mean() > 0.9  # on tissue, but for glands that its edge cuts
-        dark = image[line, column].mean() < image[regions > 0].mean() - 40
-        assert dark and len(nuclei) > 100
-    (tmp_path / "truth" / f"{rows[0]['slide']}_tiles.csv").unlink()
-    with pytest.raises(InputError, match="another version; delete"):
+        assert list(tiles) == [(0, 0), (448, 0)]
+        for tile in demo.tiles_of(regions):
+            shares, telling = tiles[tile.x, tile.y]
+            np.testing.assert_allclose(shares, tile.shares, atol=1e-6)
+            assert telling == tile.telling
+        assert len(rows_of(tmp_path / "truth" / f"{row['slide']}.csv")) == len(nuclei)
+
+
+@pytest.mark.parametrize("header", ["x,y,kind,telling", None])
+def test_a_demo_of_another_version_is_refused(tmp_path, header):
+    demo.make_demo(tmp_path, workers=1, patients={"train": 1}, size=(1, 1))
+    demo.make_demo(tmp_path, workers=1, patients={"train": 1}, size=(1, 1))  # kept
+    path = tmp_path / "truth" / "demo_002_0_tiles.csv"
+    path.unlink()
+    if header:
+        write_table(path, header, ["0,0,nests,0"])
+    with pytest.raises(InputError, match="another version; delete the folder and run again"):
         demo.make_demo(tmp_path, workers=1, patients={"train": 1})
 
 
@@ -153,23 +234,70 @@ def test_a_middle_bin_of_1_is_commented_where_it_is_printed(tmp_path, capsys, sh
     assert "learned nothing" not in (tmp_path / "results.csv").read_text()
 
 
+def written_truth(folder, name, shares, features):
+    """Writes a slide's features, and the truth of its tiles: their shares of fat and infiltrated nests."""
+    lines = []
+    for i, (fat, nests) in enumerate(shares):
+        values = {"fat": fat, "infiltrated nests": nests, "glass": 1 - fat - nests}
+        lines.append(",".join(map(str, [i, 0, int(nests >= 0.5), *(values.get(k, 0) for k in demo.KINDS)])))
+    write_table(folder / "truth" / f"{name}_tiles.csv", ",".join(demo.TILE_COLUMNS), lines)
+    (folder / "features").mkdir(exist_ok=True)
+    coords = np.stack([np.arange(len(shares)), np.zeros(len(shares), int)], 1)
+    np.savez(folder / "features" / f"{name}.npz", features=features, coords=coords)
+
+
 def test_the_truth_of_tiles_is_counted_by_hand(tmp_path):
     names, rng = ["a", "b", "c"], np.random.default_rng(0)
     found = SimpleNamespace(source=tmp_path, split=lambda part: names[:2] if part == "train" else names[2:])
     for name in names:
-        kinds = ["fat"] * 20 + ["nests"] * 20
-        write_table(tmp_path / "truth" / f"{name}_tiles.csv", "x,y,kind,telling",
-                    [f"{i},0,{kind},{int(kind == 'nests')}" for i, kind in enumerate(kinds)])
+        shares = np.repeat([[0.9, 0.1], [0.2, 0.8]], 20, 0)
         x = rng.normal(0, 0.01, (40, 2)) + np.repeat([[1, 0], [0, 1]], 20, 0)
         if name == "c":
             x[:4] = x[20:24]  # four tiles of fat that look like nests
-        (tmp_path / "features").mkdir(exist_ok=True)
-        coords = np.stack([np.arange(40), np.zeros(40, int)], 1)
-        np.savez(tmp_path / "features" / f"{name}.npz", features=x, coords=coords)
+        written_truth(tmp_path, name, shares, x)
     attention = {"c": np.stack([np.arange(40), -np.arange(40)])}  # two trainings: all right, all wrong
-    rows = truth.check_with_truth(found, tmp_path, names, attention)
-    assert rows[0][1] == "0.9000" and rows[1][1] == "0.5000"
-    assert rows[1][2] == f"{math.sqrt(0.5):.4f}" and "1 positive" in rows[1][3]
+    rows = {row[0]: row[1:] for row in truth.check_with_truth(found, tmp_path, names, attention)}
+    assert rows["kind of a tile, 20-NN"][0] == "0.9000"
+    value, sd, over = rows["telling tiles by DSMIL's attention, AUC"]
+    assert value == "0.5000" and sd == f"{math.sqrt(0.5):.4f}" and "1 positive" in over
+
+
+def test_r2_is_one_where_features_hold_the_shares_and_zero_where_they_hold_nothing(tmp_path):
+    """Fat is in the features, linearly, among columns of very different sizes; nests are not."""
+    names, rng = ["a", "b", "c"], np.random.default_rng(0)
+    found = SimpleNamespace(source=tmp_path, split=lambda part: names[:2] if part == "train" else names[2:])
+    for name in names:
+        shares = rng.uniform(0, 0.5, (300, 2))
+        written_truth(tmp_path, name, shares, np.stack([1e4 * shares[:, 0] + 7e5, rng.normal(size=300)], 1))
+    attention = {"c": np.zeros((1, 300))}
+    rows = {row[0]: float(row[1]) for row in truth.check_with_truth(found, tmp_path, names, attention)}
+    assert rows["share of fat, R2"] > 0.999
+    assert abs(rows["share of infiltrated nests, R2"]) < 0.05
+    each = [value for name, value in rows.items() if name.startswith("share of ")]
+    assert len(each) == len(demo.KINDS)
+    assert rows["shares of kinds in a tile, R2, mean"] == pytest.approx(np.mean(each), abs=1e-4)
+
+
+def test_r2_is_that_of_the_formula():
+    """By the normal equations, with the alpha of the least error when one tile is left out."""
+    rng = np.random.default_rng(1)
+    x, queries = rng.normal(3, [1, 10, 0.1], (40, 3)), rng.normal(3, [1, 10, 0.1], (9, 3))
+    y = x @ rng.normal(size=(3, 2)) + rng.normal(0, 3, (40, 2))
+    mean, sd = x.mean(0), x.std(0)
+    z = (x - mean) / sd
+
+    def fitted(z, y, alpha):
+        center = z.mean(0)
+        centered = z - center
+        weights = np.linalg.solve(centered.T @ centered + alpha * np.eye(3), centered.T @ (y - y.mean(0)))
+        return lambda query: (query - center) @ weights + y.mean(0)
+    errors = []
+    for alpha in truth.ALPHAS:
+        left_out = [fitted(np.delete(z, i, 0), np.delete(y, i, 0), alpha)(z[i]) - y[i] for i in range(40)]
+        errors.append(np.mean(np.square(left_out)))
+    best = fitted(z, y, truth.ALPHAS[np.argmin(errors)])
+    assert 0 < np.argmin(errors) < len(truth.ALPHAS) - 1
+    np.testing.assert_allclose(truth.predict_shares(x, y, queries), best((queries - mean) / sd), atol=1e-8)
 
 
 def test_the_random_start_is_next_to_the_trained_network(folder, monkeypatch):
