@@ -320,6 +320,17 @@ def test_small_encoders_load_and_their_command_trains():
         assert encoder.state_dict().keys() == small.load(name).state_dict().keys()
 
 
+def test_the_lab_trains_the_networks_that_are_named(monkeypatch, tmp_path, capsys):
+    crops = [(torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8), torch.rand(9, 2)) for _ in range(16)]
+    monkeypatch.setattr(small, "training_crops", lambda slides: crops)
+    monkeypatch.setattr(small, "ENCODERS", tmp_path / "encoders.pt")
+    monkeypatch.setattr(small, "STEPS", 1)
+    assert small.main(["DINO"]) == 0 and small.main(["DiRL"]) == 0
+    assert small.load("DINO").embed_dim == small.load("DiRL").embed_dim == 48
+    assert small.main(["BYOL"]) == 2
+    assert "BYOL: is none of DINO" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- recordings
 
 @pytest.fixture
