@@ -26,8 +26,8 @@ SIZE = (3, 4)  # rows and columns of tiles in a slide
 TRAINING_SLIDES = 24  # slides 0 to 23
 STEPS = 200
 
-# 112 and 48 px are 49 and 9 tokens; with much fewer, attention over the 196 of a crop means little. Views that
-# share little, and DINO's colour jitter, are too hard for so small a network and so few steps.
+# 112 and 48 px are 49 and 9 tokens; with much fewer, attention over the 196 of a crop means little. Views
+# that share little, and DINO's colour jitter, are too hard for so small a network and so few steps.
 VIEWS = Augmentation(local_crops=2, global_size=112, local_size=48, global_scale=(0.4, 1.0),
                      local_scale=(0.1, 0.4), jitter=0.3, greyscale=0, solarize=0, blur=0)
 
