@@ -1,49 +1,91 @@
 """Checks for the exercises in dirl.ipynb: each takes the reader's answer and returns one line.
 
-The line starts with "not yet" if the blank has not been filled in, with "no" and what is wrong, or with
-"right". A wrong answer is compared with the usual mistakes, so that the line can name the one made.
+The line starts with "not yet" if nothing has been written, with "no" and what is wrong, or with "right". A
+wrong answer is compared with the usual mistakes: one is named only if it gives the reader's values in every
+case that is tried. An error of a check itself is reported as such.
 """
 import math
+from functools import partial, wraps
 
+import matplotlib.pyplot as plt
 import torch
 
 import dirl
 import prior
 
-EASY = torch.tensor([1.0, 0, 0, 1, 1, 0])  # a P_c with both regions
-
-
-def checked(compare):
-    """Turns compare(answer), which returns None or what is wrong, into a check that returns a whole line."""
-    def check(answer):
-        try:
-            wrong = compare(answer)
-        except Blank:
-            return "not yet: write your code at the comment, run that cell, then run this one again"
-        except Exception as error:  # the reader's code may raise anything
-            return f"no: your code raised {type(error).__name__}: {error}"
-        return f"no: {wrong}" if wrong else f"right: {compare.__doc__}"
-    return check
+WRITE = "write your code at the comment, end it with a return, run that cell, then run this one again"
 
 
 class Blank(Exception):
-    """Raised where the reader has not written an answer yet."""
+    """Raised where the reader has not written an answer yet; its text, if any, says what is missing."""
 
 
-def filled(value):
-    """Returns the value; raises Blank if it is None or ..., or a tuple that contains one of them."""
-    values = value if isinstance(value, tuple) else (value,)
-    if any(v is None or v is ... for v in values):
+class Wrong(Exception):
+    """Raised with what is wrong about an answer."""
+
+
+def checked(compare):
+    """Turns compare(answer), which raises Blank or Wrong or returns None, into one that returns a line."""
+    @wraps(compare)
+    def check(answer):
+        try:
+            compare(answer)
+        except Blank as blank:
+            return f"not yet: {str(blank) or WRITE}"
+        except Wrong as wrong:
+            return f"no: {wrong}"
+        except Exception as error:  # the reader's own errors arrive as Wrong
+            return (f"this check itself failed ({type(error).__name__}: {error}); your answer may be right, "
+                    "compare it with lab/solutions.py")
+        return f"right: {compare.__doc__}"
+    return check
+
+
+# ---------------------------------------------------------------- the reader's values
+
+def values_of(answer, cases):
+    """Calls the answer on every case, {description: arguments}; returns {description: value}.
+
+    Blank if it never returns anything; Wrong if it raises, or returns nothing in some cases only.
+    """
+    values = {}
+    for case, arguments in cases.items():
+        try:
+            values[case] = answer(*arguments)
+        except Exception as error:  # the reader's code may raise anything
+            raise Wrong(f"your code raised {type(error).__name__}: {error} ({case})") from None
+    empty = [case for case, value in values.items() if is_empty(value)]
+    if len(empty) == len(values):
         raise Blank
-    return value
+    if empty:
+        raise Wrong(f"your code returns None for {empty[0]}; every branch needs a return")
+    return values
+
+
+def is_empty(value):
+    """Returns whether a value is None or ..., or a sequence of nothing else."""
+    if isinstance(value, (tuple, list)):
+        return len(value) > 0 and all(is_empty(item) for item in value)
+    return value is None or value is ...
 
 
 def tensor_of(value, shape, name):
-    """Returns the value as a float tensor; raises ValueError if its shape differs."""
-    value = torch.as_tensor(value).float()
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it should be {tuple(shape)}")
+    """Returns the value as a float tensor; Wrong if it is none or has another shape."""
+    try:
+        value = torch.as_tensor(value).detach().float()
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"{name} is a {type(value).__name__}; a tensor is expected") from None
+    if value.shape != tuple(shape):
+        raise Wrong(f"{name} has shape {tuple(value.shape)}; it should be {tuple(shape)}")
     return value
+
+
+def tensors_of(values, shape, names):
+    """Returns several values as tensors of one shape; Wrong if their number differs."""
+    if not isinstance(values, (tuple, list)) or len(values) != len(names):
+        count = len(values) if isinstance(values, (tuple, list)) else 1
+        raise Wrong(f"your code returns {count} value{'s' * (count != 1)}; return {', '.join(names)}")
+    return [tensor_of(value, shape, name) for value, name in zip(values, names)]
 
 
 def close(a, b):
@@ -51,33 +93,83 @@ def close(a, b):
     return torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
+def name_mistake(got, mistakes):
+    """Raises Wrong with the first mistake, {what is wrong: list of tensors}, that gives what was got."""
+    for wrong, values in mistakes.items():
+        if all(close(a, b) for a, b in zip(got, values)):
+            raise Wrong(wrong)
+
+
 # ---------------------------------------------------------------- 1. C and P_c
+
+def true_prior(cells, box, flip, counts=False):
+    """Returns prior.view_prior of one view at 224 px: cells (K, 2) -> (196,)."""
+    return prior.view_prior(cells[None], torch.tensor([box]), torch.tensor([flip]), 224, counts=counts)[0]
+
+
+def turned(p_c, turn):
+    """Applies a function to P_c as rows and columns (14, 14)."""
+    return turn(p_c.view(14, 14)).reshape(-1)
+
+
+def wrong_priors(cells, box, flip):
+    """Returns {what is wrong: P_c} for the usual mistakes in one view."""
+    left, top, w, h = box
+    same = partial(true_prior, cells, box)
+    return {
+        "the prior of a flipped view is not flipped": same(False),
+        "the prior is flipped where the view is not, and the other way round": same(not flip),
+        "a flipped view is upside down in your prior; the flip is left to right":
+            turned(same(False), lambda p: p.flip(0)) if flip else same(False),
+        "every prior is upside down: row 0 is at the top": turned(same(flip), lambda p: p.flip(0)),
+        "rows and columns are swapped: the index is row * 14 + column, and y determines the row":
+            turned(same(flip), lambda p: p.T),
+        "x and y of the cells are swapped: x belongs to left and width":
+            true_prior(cells.flip(1), (top, left, h, w), flip),
+        "the cells are not cropped: subtract left and top, and scale by 224 / width and 224 / height":
+            true_prior(cells, (0.0, 0.0, 224.0, 224.0), flip),
+        "left and top are subtracted, but the view is not scaled to 224 px":
+            true_prior(cells, (left, top, 224.0, 224.0), flip),
+        "the cells are scaled, but left and top are not subtracted first":
+            true_prior(cells, (0.0, 0.0, w, h), flip),
+        "P_c counts the cells of a patch; max-pooling returns 1 for one or more":
+            true_prior(cells, box, flip, counts=True)}
+
 
 @checked
 def view_prior(answer):
     """your P_c is prior.view_prior's, for 20 random crops, flips and sets of cells."""
     torch.manual_seed(0)
+    views = {}
     for trial in range(20):
-        cells = torch.rand(40, 2) * 224
         flip = trial % 2 == 1
         w, h = (torch.rand(2) * 100 + 100).round().tolist()
-        left, top = ((224 - side) * torch.rand(1).item() // 1 for side in (w, h))
-        box = (left, top, w, h)
+        left = (224 - w) * torch.rand(1).item() // 1
+        top = (224 - h) * torch.rand(1).item() // 1
+        views[f"view {trial}: box {(left, top, w, h)}, flip {flip}"] = (
+            torch.rand(40, 2) * 224, (left, top, w, h), flip)
+    given = {case: (cells.clone(), box, flip) for case, (cells, box, flip) in views.items()}
+    values = values_of(answer, given)
+    got = [tensor_of(value, (196,), "P_c") for value in values.values()]
+    want = [true_prior(*view) for view in views.values()]
+    patches = [int((a != b).sum()) for a, b in zip(got, want)]  # that differ
+    if not any(patches):
+        return
+    k = patches.index(max(patches))
+    draw_both(got[k], want[k], list(views)[k])
+    mistakes = [wrong_priors(*view) for view in views.values()]
+    name_mistake(got, {wrong: [each[wrong] for each in mistakes] for wrong in mistakes[0]})
+    right = patches.count(0)
+    raise Wrong(f"{20 - right} of 20 views are wrong; in the one drawn {patches[k]} of 196 patches differ")
 
-        def truth(cells=cells, box=box, flip=flip):
-            return prior.view_prior(cells[None], torch.tensor([box]), torch.tensor([flip]), 224)[0]
-        got = tensor_of(filled(answer(cells.clone(), box, flip)), (196,), "P_c")
-        if torch.equal(got, truth()):
-            continue
-        if got.max() > 1:
-            return "P_c counts the cells of a patch; max-pooling returns 1 for one or more"
-        if flip and torch.equal(got, truth(flip=False)):
-            return "the crop is right, but the prior of a flipped view is not flipped"
-        if torch.equal(got, truth(cells.flip(1), (top, left, h, w))):
-            return "x and y are swapped: the patch's index is row * 14 + column, and y determines the row"
-        if torch.equal(got, truth(box=(0, 0, 224, 224))):
-            return "the cells are not cropped: subtract left and top, and scale to 224 px"
-        return f"trial {trial} (box {box}, flip {flip}): {int((got != truth()).sum())} of 196 patches differ"
+
+def draw_both(got, want, title):
+    """Draws the reader's P_c next to the right one."""
+    figure, axes = plt.subplots(1, 2, figsize=(5.2, 2.9))
+    for axis, p_c, name in zip(axes, (got, want), ("yours", "right")):
+        axis.imshow(p_c.view(14, 14).numpy(), cmap="cividis", vmin=0, vmax=1)
+        axis.set(title=name, xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=8)
 
 
 # ---------------------------------------------------------------- 2. cell-back pooling
@@ -87,28 +179,35 @@ def pool(answer):
     """eq. 3, and no NaN where a region is empty."""
     torch.manual_seed(0)
     tokens = torch.randn(2, 6, 5)
-    p_c = torch.stack([EASY, 1 - EASY])
-    f_c, f_b = filled(answer(tokens, p_c))
-    f_c = tensor_of(f_c, (2, 5), "f_c")
-    f_b = tensor_of(f_b, (2, 5), "f_b")
-    want_c, want_b = dirl.cell_back_pool(tokens, p_c)
-    if close(f_c, want_b) and close(f_b, want_c):
-        return "f_c and f_b are swapped: P_c is 1 for the patches with a cell"
-    if close(f_c, want_c * 3 / 6):
-        return "the sum is divided by n; eq. 3 divides by |P_c|, the number of cell tokens"
-    if close(f_c, want_c * 3):
-        return "this is the sum over the region; eq. 3 divides it by |P_c|"
-    if not close(f_c, want_c):
-        return "f_c is not the mean of its tokens"
-    if not close(f_b, want_b):
-        return "f_b is not the mean of its tokens"
-    for value, name in ((0.0, "no cell"), (1.0, "nothing but cells")):
-        f = torch.stack(list(answer(tokens, torch.full((2, 6), value))))
+    p_c = torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1, 1, 0, 1, 0]])  # 2 and 3 cells: no two divisors agree
+    value = values_of(answer, {"a batch of two views": (tokens.clone(), p_c.clone())})["a batch of two views"]
+    got = tensors_of(value, (2, 5), ("f_c", "f_b"))
+    want = list(dirl.cell_back_pool(tokens, p_c))
+    counts = [region.sum(1, keepdim=True) for region in (p_c, 1 - p_c)]
+    sums = [mean * count for mean, count in zip(want, counts)]
+    name_mistake(got, {
+        "f_c and f_b are swapped: P_c is 1 for the patches with a cell": want[::-1],
+        "the sums are divided by n; eq. 3 divides by |P_c|, the number of cell tokens of that view":
+            [x / 6 for x in sums],
+        "the sums are divided by the count of the whole batch; each view has its own |P_c|: sum over axis 1":
+            [x / count.sum() for x, count in zip(sums, counts)],
+        "these are the sums over the regions; eq. 3 divides them by |P_c| and |1 - P_c|": sums,
+        "|P_c| + 1 divides the sums; to avoid 0 / 0 take max(|P_c|, 1), as clamp(min=1) does":
+            [x / (count + 1) for x, count in zip(sums, counts)]})
+    for name, a, b in zip(("f_c", "f_b"), got, want):
+        if not close(a, b):
+            raise Wrong(f"{name} is not the mean of its tokens")
+    cases = {"no cell": (tokens.clone(), torch.zeros(2, 6)),
+             "nothing but cells": (tokens.clone(), torch.ones(2, 6))}
+    for (case, value), empty in zip(values_of(answer, cases).items(), (0, 1)):
+        f = torch.stack(tensors_of(value, (2, 5), ("f_c", "f_b")))
         if not f.isfinite().all():
             bad = f[~f.isfinite()][0].item()
-            return f"a view with {name} pools to {bad}; an empty region should pool to zeros"
-        if not close(f[0 if value == 0 else 1], torch.zeros(2, 5)):
-            return f"a view with {name}: the empty region should pool to zeros"
+            raise Wrong(f"a view with {case} pools to {bad}; an empty region should pool to zeros")
+        if not close(f[empty], torch.zeros(2, 5)):
+            raise Wrong(f"a view with {case}: the empty region should pool to zeros")
+        if not close(f[1 - empty], tokens.mean(1)):
+            raise Wrong(f"a view with {case}: the other region is not the mean of all its tokens")
 
 
 # ---------------------------------------------------------------- 3. masks
@@ -116,38 +215,53 @@ def pool(answer):
 @checked
 def masks(answer):
     """eq. 4; no row of either mask is all -inf, so softmax is defined everywhere."""
-    m_self, m_cross = filled(answer(EASY))
-    got = tensor_of(m_self, (6, 6), "M_self"), tensor_of(m_cross, (6, 6), "M_cross")
-    want = [m[0] for m in dirl.disentangle_masks(EASY[None])]
-    for m, name in zip(got, ("M_self", "M_cross")):
-        if not ((m == 0) | (m == -math.inf)).all():
-            other = m[(m != 0) & (m != -math.inf)][0].item()
-            return f"{name} has the value {other:g}; only 0 and -inf are added to the logits"
-    if all(torch.equal(g, w) for g, w in zip(got, reversed(want))):
-        return "M_self and M_cross are swapped"
-    if torch.equal(got[0] == 0, want[0] != 0):
-        return "M_self is inverted: 0 lets i attend to j, -inf does not"
-    if not torch.equal(got[0], want[0]):
-        return "M_self(i, j) should be 0 exactly where P_c(i) = P_c(j)"
-    if torch.equal(got[1], want[1].clone().fill_diagonal_(-math.inf)):
-        return "M_cross lacks 'or i = j': the diagonal is 0 in both masks"
-    if not torch.equal(got[1], want[1]):
-        return "M_cross(i, j) should be 0 exactly where P_c(i) != P_c(j) or i = j"
+    priors = {"a view with both regions": torch.tensor([1.0, 0, 0, 1, 1, 0]),
+              "a view of background only": torch.zeros(4)}
+    values = values_of(answer, {case: (p_c.clone(),) for case, p_c in priors.items()})
+    for (case, value), p_c in zip(values.items(), priors.values()):
+        got = tensors_of(value, (len(p_c), len(p_c)), ("M_self", "M_cross"))
+        compare_masks(case, got, [mask[0] for mask in dirl.disentangle_masks(p_c[None])])
+
+
+def compare_masks(case, got, want):
+    """Wrong if the two masks of one view are not those wanted."""
+    for mask, name in zip(got, ("M_self", "M_cross")):
+        if mask.isnan().any():
+            raise Wrong(f"{name} has NaN: 0 x -inf is not a number, so a mask times -inf fails wherever the "
+                        "mask is 0; choose between 0 and -inf instead (torch.where, masked_fill)")
+        other = mask[(mask != 0) & (mask != -math.inf)]
+        if len(other):
+            raise Wrong(f"{name} has the value {other[0]:g}; only 0 and -inf are added to the logits")
+    name_mistake(got, {} if all(map(torch.equal, got, want)) else {
+        "M_self and M_cross are swapped": want[::-1]})
+    m_self, m_cross = got
+    if torch.equal(m_self == 0, want[0] != 0):
+        raise Wrong("M_self is inverted: 0 lets i attend to j, -inf does not")
+    if not torch.equal(m_self, want[0]):
+        raise Wrong(f"{case}: M_self(i, j) should be 0 exactly where P_c(i) = P_c(j)")
+    if torch.equal(m_cross, want[1].clone().fill_diagonal_(-math.inf)):
+        raise Wrong("M_cross lacks 'or i = j': the diagonal is 0 in both masks")
+    if not torch.equal(m_cross, want[1]):
+        raise Wrong(f"{case}: M_cross(i, j) should be 0 exactly where P_c(i) != P_c(j) or i = j")
 
 
 @checked
 def moved(answer):
     """a background token changes f_bb, f_cb and f_bc, but not f_cc."""
-    filled(tuple(answer.values()))
-    if set(answer) != set(dirl.DISENTANGLED) or not all(isinstance(v, bool) for v in answer.values()):
-        return "set each of cc, bb, cb, bc to True or False"
+    if not isinstance(answer, dict) or set(answer) != set(dirl.DISENTANGLED):
+        raise Wrong("set each of cc, bb, cb, bc to True or False")
+    missing = [name for name, value in answer.items() if is_empty(value)]
+    if missing:
+        raise Blank(f"set {', '.join(missing)} to True or False, run that cell, then run this one again")
     why = {"cc": "under M_self a cell token attends to cells only, and f_cc is the mean of cell tokens",
            "bb": "f_bb is the mean of background tokens, and this is one of them",
            "cb": "under M_cross a cell token attends to background, and f_cb is the mean of cell tokens",
            "bc": "f_bc is the mean of background tokens, and this one attends to itself under M_cross"}
     for name, value in answer.items():
+        if not isinstance(value, bool):
+            raise Wrong(f"{name} is {value!r}; set it to True or False")
         if value != (name != "cc"):
-            return f"f_{name}: {why[name]}"
+            raise Wrong(f"f_{name}: {why[name]}")
 
 
 # ---------------------------------------------------------------- 4. heads and loss
@@ -155,44 +269,77 @@ def moved(answer):
 @checked
 def uniform_loss(answer):
     """with the paper's numbers ln 65536 + 0.1 ln 4096 = 11.92."""
-    k, k_small = 65536, 4096
-    lambda_1 = 0.5
-    lambda_2 = 0.1 / 4
-    got = float(filled(answer(k, k_small, lambda_1, lambda_2)))
-    want = 2 * lambda_1 * math.log(k) + 4 * lambda_2 * math.log(k_small)
-    other = float(answer(32, 8, 1.0, 1.0))  # is the formula right, or only the number?
-    other_want = 2 * math.log(32) + 4 * math.log(8)
-    if math.isclose(got, want, rel_tol=1e-4) and math.isclose(other, other_want, rel_tol=1e-4):
-        return None
-    for base, name in ((2, "2"), (10, "10")):
-        if math.isclose(got, want / math.log(base), rel_tol=1e-4):
-            return f"use the natural logarithm, not base {name}"
-    if math.isclose(got, lambda_1 * math.log(k) + lambda_2 * math.log(k_small), rel_tol=1e-4):
-        return "eq. 9 has two terms under lambda_1 and four under lambda_2"
-    if math.isclose(got, -want, rel_tol=1e-4):
-        return "the sign: cross-entropy is -sum q log p, which is not negative"
-    return f"{got:.4g}; each head adds lambda * ln K, two heads of K outputs and four of the smaller K"
+    paper = (65536, 4096, 0.5, 0.1 / 4)
+    other = (32, 8, 1.0, 2.0)  # is the formula right, or only the number?
+    values = values_of(answer, {"the paper's numbers": paper, f"the arguments {other}": other})
+    got = [tensor_of(value, (), "the loss") for value in values.values()]
+
+    def losses(terms_1, terms_2, log=math.log):
+        return [torch.tensor(terms_1 * one * log(k) + terms_2 * two * log(small))
+                for k, small, one, two in (paper, other)]
+    want = losses(2, 4)
+    if all(map(close, got, want)):
+        return
+    name_mistake(got, {
+        "use the natural logarithm, not base 2": losses(2, 4, math.log2),
+        "use the natural logarithm, not base 10": losses(2, 4, math.log10),
+        "eq. 9 has two terms under lambda_1 and four under lambda_2": losses(1, 1),
+        "the sign: cross-entropy is -sum q log p, which is not negative": losses(-2, -4)})
+    if close(got[0], want[0]):
+        raise Wrong(f"right for the paper's numbers, but not for the arguments {other}: use the arguments")
+    raise Wrong(f"{got[0]:.4g} for the paper's numbers; each head adds lambda * ln K, two heads of K outputs "
+                "and four of the smaller K")
+
+
+@checked
+def loss(answer):
+    """the same as dirl.DINOLoss, also where views lack the region."""
+    torch.manual_seed(0)
+    student = torch.randn(4, 3, 8)
+    teacher = torch.randn(2, 3, 8)
+    center = 0.3 * torch.randn(8)
+    everywhere = torch.ones(4, 3, dtype=torch.bool)
+    some = torch.rand(4, 3) < 0.6
+    cases = {name: (student, teacher, center, present, present[:2])
+             for name, present in (("all regions present", everywhere), ("some regions missing", some),
+                                   ("no region present", ~everywhere))}
+    for case, value in values_of(answer, cases).items():
+        head = dirl.DINOLoss(8)
+        head.center.copy_(center)
+        want = head(student, teacher, 0.04, *cases[case][3:])
+        if not close(tensor_of(value, (), "the loss"), want):
+            raise Wrong(f"{case}: {float(value):.4f}, dirl.DINOLoss {want:.4f}")
+
+
+def teacher_outputs(k, sharp, prototypes):
+    """Returns outputs (16, k): row i has `sharp` on prototype i modulo `prototypes`, the rest evenly."""
+    q = torch.full((16, k), (1 - sharp) / (k - 1))
+    rows = torch.arange(16)
+    q[rows, 3 + rows % prototypes] = sharp
+    return q
 
 
 @checked
 def diagnosis(answer):
-    """you use the entropy of single outputs and of their mean; one alone cannot tell the three apart."""
-    k = 16
-    sharp = 0.97
-    peaked = torch.full((16, k), (1 - sharp) / (k - 1))
-    healthy = peaked.clone()
-    healthy[range(16), range(16)] = sharp
-    one = peaked.clone()
-    one[:, 3] = sharp
-    uniform = torch.full((16, k), 1 / k)
-    for q, name in ((healthy, "healthy"), (uniform, "uniform"), (one, "one prototype")):
-        got = filled(answer(q))
-        if got == name:
+    """nine sets of outputs are told apart, among them noisy ones that are uniform only nearly."""
+    torch.manual_seed(0)
+    outputs = {}
+    for k in (24, 64):
+        outputs[f"{k} outputs, all prototypes in use"] = ("healthy", teacher_outputs(k, 0.97, 16))
+        outputs[f"{k} outputs, half of the prototypes in use"] = ("healthy", teacher_outputs(k, 0.9, 8))
+        noisy = (0.15 * torch.randn(16, k)).softmax(-1)
+        outputs[f"{k} outputs, uniform up to noise"] = ("uniform", noisy)
+        outputs[f"{k} outputs, one prototype"] = ("one prototype", teacher_outputs(k, 0.95, 1))
+    outputs["24 outputs, exactly uniform"] = ("uniform", torch.full((16, 24), 1 / 24))
+    values = values_of(answer, {case: (q.clone(),) for case, (_, q) in outputs.items()})
+    for case, (name, q) in outputs.items():
+        if values[case] == name:
             continue
-        each = entropy(q).mean().item()
-        mean = entropy(q.mean(0)).item()
-        return (f"outputs with entropy {each:.2f} on average, whose mean has entropy {mean:.2f} "
-                f"(ln K = {math.log(k):.2f}), are {name!r}, not {got!r}")
+        each = entropy(q).mean()
+        mean = entropy(q.mean(0))
+        hint = "; floats are never compared with ==" if "noise" in case else ""
+        raise Wrong(f"{case}: entropy {each:.2f} on average, {mean:.2f} of the mean, ln K = "
+                    f"{math.log(q.shape[1]):.2f}: {name!r}, not {values[case]!r}{hint}")
 
 
 def entropy(q):
@@ -207,33 +354,36 @@ def aggregated(answer):
     """column sums, averaged over the heads: the n values of a crop sum to n."""
     torch.manual_seed(0)
     attention = (3 * torch.randn(2, 3, 5, 5)).softmax(-1)
-    got = tensor_of(filled(answer(attention)), (2, 5), "the map")
+    value = values_of(answer, {"two crops": (attention.clone(),)})["two crops"]
+    got = tensor_of(value, (2, 5), "the map")
     want = dirl.aggregated_attention(attention)
-    if close(got, torch.ones(2, 5)):
-        return "these are row sums, all 1 after softmax; section 4.2 sums a token's column"
-    if close(got, 3 * want):
-        return "the heads are summed; take their mean, so that the n values sum to n"
-    if close(got, want / 5):
-        return "this is the column's mean; section 4.2 takes its sum"
-    if not close(got, want):
-        return "not the column sums; attention is (B, heads, n, n) and its rows sum to 1"
+    if close(got, want):
+        return
+    name_mistake([got], {
+        "these are row sums, all 1 after softmax; section 4.2 sums a token's column": [torch.ones(2, 5)],
+        "the heads are summed; take their mean, so that the n values sum to n": [3 * want],
+        "this is the column's mean; section 4.2 takes its sum": [want / 5],
+        "this is one head's; take the mean over the heads": [attention[:, 0].sum(-2)]})
+    raise Wrong("not the column sums; attention is (B, heads, n, n) and its rows sum to 1")
 
 
 @checked
 def bins(answer):
     """the three shares sum to 1, and 0.5 and 2 themselves are in the middle bin."""
-    values = torch.tensor([[0.1, 0.5, 1.0, 2.0, 2.1], [0.2, 0.9, 0.9, 0.9, 2.5]], dtype=torch.float64)
-    got = [float(v) for v in filled(answer(values))]
-    want = dirl.attention_bins(values)
-    if len(got) != 3:
-        return f"{len(got)} numbers; return three shares: below 0.5, 0.5 to 2, over 2"
-    if all(math.isclose(g, w * values.numel(), rel_tol=1e-4) for g, w in zip(got, want)):
-        return "these are counts; return shares of all tokens"
-    if not math.isclose(sum(got), 1, rel_tol=1e-4):
-        return f"the shares sum to {sum(got):.2f}, not to 1: each token belongs to one bin"
-    if not all(math.isclose(g, w, rel_tol=1e-4) for g, w in zip(got, want)):
-        shares = ", ".join(f"{g:.2f}" for g in got)
-        return f"{shares} for {values.tolist()}; 0.5 and 2 themselves are in the middle bin"
+    values = torch.tensor([[0.1, 0.5, 1.0, 2.0, 2.1], [0.2, 0.3, 0.9, 0.9, 2.5]], dtype=torch.float64)
+    value = values_of(answer, {"ten tokens": (values.clone(),)})["ten tokens"]
+    got = tensor_of(value, (3,), "the list of shares (below 0.5, 0.5 to 2, over 2)")
+    want = torch.tensor(dirl.attention_bins(values))
+    if close(got, want):
+        return
+    name_mistake([got], {
+        "these are counts; return shares of all tokens": [want * values.numel()],
+        "these are percentages; return shares, which sum to 1": [want * 100],
+        "the shares are in another order; return 0 to 0.5, 0.5 to 2, over 2": [want.flip(0)]})
+    if not math.isclose(got.sum(), 1, rel_tol=1e-4):
+        raise Wrong(f"the shares sum to {got.sum():.2f}, not to 1: each token belongs to one bin")
+    shares = ", ".join(f"{share:.2f}" for share in got)
+    raise Wrong(f"{shares} for {values.tolist()}; 0.5 and 2 themselves are in the middle bin")
 
 
 # ---------------------------------------------------------------- 6. DSMIL
@@ -242,19 +392,25 @@ def bins(answer):
 def instance_attention(answer):
     """each class attends from its own critical instance, and its column sums to 1."""
     torch.manual_seed(0)
-    q = torch.randn(7, 128)
+    q = 0.15 * torch.randn(7, 128)  # small, so that no softmax saturates, however it is scaled
     scores = torch.randn(7, 2)
     scores[0] = torch.tensor([9.0, -9])
-    scores[4] = torch.tensor([-9.0, 9])
-    got = tensor_of(filled(answer(q, scores)), (7, 2), "the attention")
-    logits = q @ q[scores.argmax(0)].T / math.sqrt(128)
-    if close(got, logits):
-        return "these are the logits; apply softmax over the N instances"
-    if close(got, logits.softmax(1)):
-        return "softmax is over the classes; it should be over the N instances"
-    if close(got, (logits * math.sqrt(128)).softmax(0)):
-        return "the division by sqrt(128) is missing"
-    if close(got, (q @ q[scores.argmin(0)].T / math.sqrt(128)).softmax(0)):
-        return "the critical instance is the one with the highest score of the class, not the lowest"
-    if not close(got, logits.softmax(0)):
-        return "not softmax over the instances of q . q_critical / sqrt(128)"
+    scores[4] = torch.tensor([-9.0, 8])
+    value = values_of(answer, {"seven instances": (q.clone(), scores.clone())})["seven instances"]
+    got = tensor_of(value, (7, 2), "the attention")
+    products = q @ q[scores.argmax(0)].T
+    logits = products / math.sqrt(128)
+    lowest = q @ q[scores.argmin(0)].T / math.sqrt(128)
+    if close(got, logits.softmax(0)):
+        return
+    name_mistake([got], {
+        "these are the logits; apply softmax over the N instances": [logits],
+        "softmax is over the classes; it should be over the N instances": [logits.softmax(1)],
+        "the division by sqrt(128) is missing": [products.softmax(0)],
+        "the divisor is sqrt(N); it should be sqrt(128), the length of a query": [
+            (products / math.sqrt(7)).softmax(0)],
+        "the divisor is 128; it should be its square root": [(products / 128).softmax(0)],
+        "the critical instance has the highest score of its class, not the lowest": [lowest.softmax(0)],
+        "one critical instance serves both classes; each class has its own, argmax over axis 0": [
+            logits[:, :1].softmax(0).expand(7, 2)]})
+    raise Wrong("not softmax over the instances of q . q_critical / sqrt(128)")

@@ -1,6 +1,6 @@
-"""The lab's small encoders: vision transformers of 4 blocks, trained by train.py's step on synthetic tissue.
+"""The lab's crops and its small encoders: vision transformers of 12 blocks, trained on the demo's tissue.
 
-python -m lab.small    trains the three encoders of part 5 and writes lab/encoders.pt (minutes each)
+python -m lab.small    trains the encoders of parts 5 and 6 and writes lab/encoders.pt (two minutes each)
 """
 import sys
 import time
@@ -10,34 +10,76 @@ import numpy as np
 import torch
 
 import dirl
-from common.encoders import attention_of, normalize
+from common.encoders import attention_of, in_batches, normalize, with_registers
+from common.errors import InputError, Parser, run_script
 from common.files import load_tensors, save_tensors
 from common.optimization import Schedules, batches, build_optimizer
 from data import Augmentation, collate, shuffle_places
-from lab.tissue import draw, tiles
+from demo.slides import CLASSES, cut_crops, render
 from train import Recipe, StepSettings, training_step
 
 ENCODERS = Path(__file__).parent / "encoders.pt"
-ARMS = {"DINO": ("baseline", False), "DiRL": ("dirl", False), "DiRL, shuffled prior": ("dirl", True)}
+METHODS = {"DINO": "baseline", "DINO, registers": "baseline", "DiRL": "dirl", "DiRL, shuffled prior": "dirl"}
+REGISTERS = "DINO, registers"
+SHUFFLED = "DiRL, shuffled prior"
+SIZE = (3, 4)  # rows and columns of tiles in a slide
+TRAINING_SLIDES = 24  # slides 0 to 23
+STEPS = 200
 
-# Crop and flip only: the little that distinguishes drawn crops does not survive colour jitter in a short run.
-VIEWS = Augmentation(local_crops=2, global_size=112, local_size=48, jitter=0, greyscale=0, solarize=0, blur=0)
+# 112 and 48 px are 49 and 9 tokens; with much fewer, attention over the 196 of a crop means little. Views
+# that share little, and DINO's colour jitter, are too hard for so small a network and so few steps.
+VIEWS = Augmentation(local_crops=2, global_size=112, local_size=48, global_scale=(0.4, 1.0),
+                     local_scale=(0.1, 0.4), jitter=0.3, greyscale=0, solarize=0, blur=0)
 
 
-def small_vit():
-    """Returns the lab's encoder: d = 64, 4 blocks, 2 heads (ViT-T: 192, 12, 3)."""
-    encoder = dirl.VisionTransformer(64, 4, 2)
+# ---------------------------------------------------------------- crops
+
+def crops_of(slide):
+    """Returns the crops of synthetic slide number `slide`, positive if it is odd.
+
+    They are [(image uint8 (224, 224, 3), cells (K, 2), shares of KINDS), ...], see demo/slides.py.
+    """
+    return cut_crops(*render(CLASSES[slide % 2], [7, slide], SIZE))  # 7: not the demo's slides
+
+
+def crop_of(image, cells):
+    """uint8 image (H, W, 3) and cells (K, 2) -> tensors (3, H, W) and (K, 2), as data.collate takes them."""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1), torch.from_numpy(cells).float()
+
+
+def training_crops(slides):
+    """Returns the crops of the first N synthetic slides: [(image, cells), ...] as tensors."""
+    crops = []
+    for slide in range(slides):
+        crops += [crop_of(image, cells) for image, cells, _ in crops_of(slide)]
+    return crops
+
+
+def shuffled_priors(crops, seed):
+    """Returns the crops with each one's cell patches moved to random places in it."""
+    shuffled = []
+    for i, (image, cells) in enumerate(crops):
+        moved = shuffle_places(cells.numpy(), np.random.default_rng([seed, i]))
+        shuffled.append((image, torch.from_numpy(moved).float()))
+    return shuffled
+
+
+# ---------------------------------------------------------------- networks
+
+def small_vit(registers=0):
+    """Returns the lab's encoder: d = 48, 12 blocks, 3 heads (ViT-T: 192, 12, 3)."""
+    encoder = dirl.VisionTransformer(48, 12, 3)
     for block in encoder.blocks:
         block.attn.qkv.weight.data *= 2  # 0.04 instead of 0.02: q, k and v then start as large as ViT-T's
-    return encoder
+    return with_registers(encoder, registers) if registers else encoder
 
 
 @torch.no_grad()
 def center_colors(encoder, images):
     """Subtracts the mean colour of images (N, 3, H, W) uint8 in the filters E and divides by its sd.
 
-    Synthetic tissue is all pink: without this a fresh encoder returns almost the same f for every crop, and a
-    short run never gets away from that. Only the initial weights change, not the model.
+    Tissue is all pink: without this a fresh encoder returns almost the same f for every crop, and a short run
+    never gets away from that. Only the initial weights change, not the model.
     """
     x = normalize(images.float() / 255, encoder.mean, encoder.std)
     mean = x.mean((0, 2, 3))
@@ -56,48 +98,44 @@ def small_dirl(method, encoder, outputs):
     return model
 
 
-def crop_of(image, cells):
-    """uint8 image (H, W, 3) and cells (K, 2) -> tensors (3, H, W) and (K, 2), as data.collate takes them."""
-    return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(cells).float()
+def untrained(images, seed=0):
+    """Returns the random start of the encoders, with the filters centred on images (N, 3, H, W) uint8."""
+    torch.manual_seed(seed)
+    return center_colors(small_vit(), images).eval()
 
 
-def training_crops(slides):
-    """Returns the crops of N synthetic slides, every second one with tumour: [(image, cells), ...]."""
-    crops = []
-    for seed in range(slides):
-        image, nuclei, _ = draw(seed, tumour=seed % 2 == 1, rows=5, columns=7)
-        crops += [crop_of(tile, cells) for tile, cells in zip(*tiles(image, nuclei))]
-    return crops
+def load(name):
+    """Returns an encoder of lab/encoders.pt, in eval mode."""
+    encoder = small_vit(4 if name == REGISTERS else 0)
+    encoder.load_state_dict({key: value.float() for key, value in load_tensors(ENCODERS)[name].items()})
+    return encoder.eval()
 
 
-def shuffled_priors(crops, seed):
-    """Returns the crops with each one's cell patches moved to random places in it."""
-    shuffled = []
-    for i, (image, cells) in enumerate(crops):
-        moved = shuffle_places(cells.numpy(), np.random.default_rng([seed, i]))
-        shuffled.append((image, torch.from_numpy(moved).float()))
-    return shuffled
-
+# ---------------------------------------------------------------- training
 
 def schedules(steps):
     """Returns DINO's schedules for a short run of small batches: a faster teacher with sharper outputs."""
     return Schedules(
-        steps=steps, lr=5e-4, min_lr=1e-6, warmup_steps=steps // 10, weight_decay=0.04, weight_decay_end=0.4,
-        momentum=0.99, teacher_temp=0.01, warmup_teacher_temp=0.01, warmup_temp_steps=0, frozen_steps=0)
+        steps=steps, lr=1e-3, min_lr=1e-6, warmup_steps=steps // 10, weight_decay=0.04, weight_decay_end=0.4,
+        momentum=0.98, teacher_temp=0.01, warmup_teacher_temp=0.01, warmup_temp_steps=0,
+        frozen_steps=steps // 20)
 
 
-def train(method, crops, steps, batch=24, outputs=64, seed=0, report=None):
-    """Pre-trains a small encoder on crops [(image, cells), ...] and returns the teacher's.
+def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
+    """Pre-trains the network of METHODS on crops [(image, cells), ...]; returns the teacher's encoder.
 
     report(step, teacher, loss) is called after each step.
     """
     torch.manual_seed(seed)
     images, _ = collate(crops[:200])
-    student = small_dirl(method, center_colors(small_vit(), images), outputs)
+    encoder = center_colors(small_vit(4 if name == REGISTERS else 0), images)
+    student = small_dirl(METHODS[name], encoder, outputs)
     loss = dirl.DiRLLoss(student)
     recipe = Recipe(student, dirl.make_teacher(student), loss, names=tuple(student.heads))
     optimizer = build_optimizer(student)
     how = StepSettings(VIEWS, schedules(steps), seed, torch.device("cpu"), bf16=False)
+    if name == SHUFFLED:
+        crops = shuffled_priors(crops, seed)
     for step, chosen in enumerate(batches(len(crops), batch, 0, steps, seed)):
         images, cells = collate([crops[i] for i in chosen])
         _, values = training_step(recipe, student, optimizer, images, cells, step, how)
@@ -106,36 +144,43 @@ def train(method, crops, steps, batch=24, outputs=64, seed=0, report=None):
     return recipe.teacher.encoder
 
 
-def load(name):
-    """Returns an encoder of lab/encoders.pt, in eval mode."""
-    encoder = small_vit()
-    encoder.load_state_dict({key: value.float() for key, value in load_tensors(ENCODERS)[name].items()})
-    return encoder.eval()
-
-
-@torch.no_grad()
 def print_attention(name, step, encoder, images, loss, seconds):
-    values = attention_of(encoder, images)
+    """Prints a step's loss and the bins of the teacher's attention on images."""
+    values = in_batches(lambda x: attention_of(encoder, x), images, 32)
     low, middle, high = dirl.attention_bins(values)
     print(f"{name}, step {step}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, 0.5 to 2 {middle:.1%}, "
-          f"over 2 {high:.1%}, sd {values.std():.2f}; {seconds:.0f} s", flush=True)
+          f"over 2 {high:.1%}; {seconds:.0f} s", flush=True)
 
 
-def main(slides=12, steps=800):
-    """Trains every arm and writes ENCODERS, in 16-bit floats."""
+def train_all(names):
+    """Trains networks of METHODS and writes them to ENCODERS, in 16-bit floats; returns 0."""
     torch.set_flush_denormal(True)
-    crops = training_crops(slides)
+    crops = training_crops(TRAINING_SLIDES)
     watched, _ = collate(crops[::12])
-    trained = {}
-    for name, (method, shuffled) in ARMS.items():
+    for name in names:
         start = time.time()
 
         def report(step, teacher, loss):
             if (step + 1) % 50 == 0:
                 print_attention(name, step + 1, teacher.encoder, watched, loss, time.time() - start)
-        encoder = train(method, shuffled_priors(crops, 0) if shuffled else crops, steps, report=report)
+        encoder = train(name, crops, STEPS, report=report)
+        trained = load_tensors(ENCODERS) if ENCODERS.is_file() else {}
         trained[name] = {key: value.half() for key, value in encoder.state_dict().items()}
         save_tensors(ENCODERS, trained)
+    return 0
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m lab.small", description="Trains the lab's encoders.")
+    parser.add_argument("networks", nargs="*", help=f"only these; default: {', '.join(METHODS)}")
+
+    def command():
+        names = parser.parse_args(argv).networks or list(METHODS)
+        unknown = [name for name in names if name not in METHODS]
+        if unknown:
+            raise InputError(f"{unknown[0]}: is none of {', '.join(METHODS)}")
+        return train_all(names)
+    return run_script("small", command, again="run it again")
 
 
 if __name__ == "__main__":
