@@ -22,8 +22,9 @@ CELL_PATCH = "#00b848"  # outline of a patch with a cell
 NETWORK_COLORS = {"baseline": "#1b1b1b", "dino": "#1b1b1b", "cellback": "#0072B2", "dirl": "#D55E00",
                   "random": "#999999"}
 OTHER_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", *matplotlib.colormaps["tab20"].colors)
-KIND_COLORS = ("#FFFFFF", "#F0E442", "#E69F00", "#BBBBBB", "#0072B2", "#CC79A7", "#56B4E9", "#009E73",
-               "#D55E00")  # of the demo's tiles
+KIND_COLORS = {"glass": "#FFFFFF", "loose stroma": "#F0E442", "dense stroma": "#E69F00", "fat": "#BBBBBB",
+               "clusters": "#0072B2", "necrosis": "#CC79A7", "glands": "#56B4E9", "nests": "#009E73",
+               "infiltrated nests": "#D55E00"}  # of the demo's tiles
 REGION_COLORS = {"tumour": "white", "lymphocytes": "limegreen", "necrosis": "yellow"}  # Fig. 12
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")
 
@@ -189,11 +190,9 @@ def plot_distribution(aggregated, title, path):
 
 def draw_truth(axis, legend, corners, side, truth):
     """Fills each tile with its kind's colour, outlines the telling ones; the legend goes to an axis below."""
-    kinds = sorted({kind for kind, _ in truth})
-    colors = dict(zip(kinds, KIND_COLORS))
     drawn = {}  # {label: patch}
     for corner, (kind, telling) in sorted(zip(corners.tolist(), truth), key=lambda tile: tile[1][1]):
-        style = dict(facecolor=colors[kind], edgecolor="black" if telling else "grey", alpha=0.8,
+        style = dict(facecolor=KIND_COLORS[kind], edgecolor="black" if telling else "grey", alpha=0.8,
                      lw=2.5 if telling else 0.5)
         drawn[kind + ", telling" * telling] = axis.add_patch(Rectangle(corner, side, side, **style))
     axis.set_title("truth: what fills most of a tile", fontsize=9)

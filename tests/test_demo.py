@@ -16,6 +16,7 @@ import data
 import train
 from common.encoders import MEAN, STD, normalize
 from common.errors import InputError
+from common.figures import KIND_COLORS
 from common.metrics import area_under
 from common.report import for_reading, last_losses, print_results, side_by_side
 from demo import slides as demo
@@ -301,3 +302,7 @@ def test_r2_is_that_of_the_formula():
 @pytest.mark.parametrize("epochs, warmup", [("1", 0), ("10", 1)])
 def test_the_demos_warm_up_fits_its_epochs(epochs, warmup):
     assert train.arguments(["--epochs", epochs]).warmup_epochs == warmup
+
+
+def test_each_kind_has_a_color_in_the_pictures():
+    assert tuple(KIND_COLORS) == demo.KINDS and len(set(KIND_COLORS.values())) == len(demo.KINDS)
