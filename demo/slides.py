@@ -48,8 +48,8 @@ NUCLEI = {  # spacing, least and largest half axis (px), least and largest round
     "necrosis": (40, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (60, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
 LYMPHOCYTES = 1 / 380  # per px of tumor, in both classes
 FREE = 6.0  # px: least distance of a lymphocyte of the tumor from other nuclei
-STRENGTH = (0.72, 1.30)  # range of the amounts of a slide's stains
-SPREAD = 0.035  # standard deviation of the stains' vectors between slides
+STRENGTH = (0.92, 1.08)  # range of the amounts of a slide's stains
+SPREAD = 0.01  # standard deviation of the stains' vectors between slides
 SCALE = 4  # slowly varying fields are drawn at a quarter of the size
 
 
