@@ -265,6 +265,14 @@ def open_networks(args):
     return found, networks
 
 
+def predict_command(network, args):
+    """Returns the command that applies the DSMILs of a network, wherever they are kept."""
+    arch = f" --arch {args.arch}" if args.arch else ""
+    is_default = network.about["data"] == run_name(args.data)
+    kept = "" if is_default else f" --dsmil {network.folder}"
+    return f"python eval.py predict --data FOLDER --checkpoint {network.path}{arch}{kept}"
+
+
 def evaluate_slides(args):
     """Measures encoders on slides or ready-cut crops; returns the exit code."""
     found, networks = open_networks(args)
@@ -341,8 +349,7 @@ def evaluate_slides(args):
     pictures += ["compared.csv"] if len(networks) > 1 else []
     print(f"Wrote {run}/{', '.join(pictures)}")
     if has_labelled_slides:
-        print("Next, for slides without labels: python eval.py predict --data FOLDER --checkpoint "
-              f"{first.path}")
+        print(f"Next, for slides without labels: {predict_command(first, args)}")
     return exit_code_of(skipped)
 
 

@@ -274,7 +274,9 @@ def sweep_jobs(args):
             values = args.values if has_values else args.values[:1]
             for value in values:
                 name = f"{method}_{value}_seed{seed}" if has_values else f"{method}_seed{seed}"
-                flags = [*args.rest, "--method", method, f"--{args.command}", value]
+                flags = [*args.rest, "--method", method]
+                if has_values:
+                    flags += [f"--{args.command}", value]
                 jobs.append(job_of(method, folder / name, seed, flags, value if has_values else ""))
     return folder, jobs
 

@@ -25,7 +25,7 @@ from common.files import save_tensors
 from experiments import compare, study
 
 GUIDE = Path(__file__).resolve().parents[1] / "docs/paper.md"
-OTHER_PROGRAMS = ("gdc-client", "curl")  # named in the guide, not ours
+OTHER_PROGRAMS = ("gdc-client", "curl", "git", "cp")  # named in the guide, not ours
 MASKED = ("--data", "--arch", "--checkpoint", "--run", "--out", "--split", "--splits")  # any value is run
 
 
@@ -85,11 +85,8 @@ def data_sets(tmp_path, monkeypatch):
 
 
 def slides_of(data, classes, side):
-    """Writes five slides of a tile of each class with cells, outlines of regions, and a published split."""
+    """Writes five slides of a tile of each class with cells, and a published split."""
     folder = Path("datasets", data)
-    square = [[0, 0], [9, 0], [9, 9], [0, 0]]
-    region = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [square]},
-              "properties": {"objectType": "annotation", "classification": {"name": "Tumor"}}}
     rows = []
     names = {"train": [], "val": [], "test": []}
     for i, label in enumerate(classes):
@@ -101,7 +98,6 @@ def slides_of(data, classes, side):
             for segmenter in (".", "hovernet", "cellpose", "histomicstk"):
                 write_table(folder / "cells" / segmenter / f"{name}.csv", "x,y",
                             [f"{x:.1f},{y:.1f}" for x, y in cells])
-            write(Path(f"outlines/{name}.geojson"), {"type": "FeatureCollection", "features": [region]})
             rows.append(f"{name},{label},{split},1.0")
     write_table(folder / "labels.csv", "slide,label,split,mpp", rows)
     columns = zip_longest(*names.values(), fillvalue="")

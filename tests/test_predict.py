@@ -2,6 +2,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,3 +129,10 @@ def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
         path.unlink()
     refused(capsys, eval_py.main, NEW, f"{RUN}: has no dsmil_<seed>.pt; first: python eval.py")
     refused(capsys, eval_py.main, ["predict"], "--data", "predict --help")
+
+
+def test_the_command_to_predict_names_where_the_dsmils_are():
+    network = SimpleNamespace(about={"data": "bright3"}, path="r/encoder.pt", folder="r/on_bright6")
+    start = "python eval.py predict --data FOLDER --checkpoint r/encoder.pt"
+    for data, arch, more in ("bright3", None, ""), ("bright6", "vit_s", " --arch vit_s --dsmil r/on_bright6"):
+        assert eval_py.predict_command(network, SimpleNamespace(data=data, arch=arch)) == start + more
