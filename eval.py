@@ -6,11 +6,10 @@
 
 slides takes the newest run of the data set (or --checkpoint). It counts the test crops' aggregated attention
 in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features with
---repeats seeds and scores it on the test slides (3.6, Table 1). For ready-cut crops, which belong to no
-slide, only attention is measured. --compare measures other runs, too: each network's results go to its own
-run, as if it had been measured alone; pictures of all networks and their common table (compared.csv) go to
-the run that was taken. On the demo all its finished runs and the random start are compared. --folds K tests
-DSMIL by K folds of all labelled slides instead (folds.csv).
+--repeats seeds and scores it on the test slides (3.6, Table 1). --compare measures other runs, too: each
+network's results go to its own run, as if it had been measured alone; pictures of all networks and their
+common table (compared.csv) go to the run that was taken. On the demo all its finished runs and the random
+start are compared. --folds K tests DSMIL by K folds of all labelled slides instead (folds.csv).
 
 predict scores slides without labels by the DSMILs that slides kept (dsmil_<seed>.pt), and writes predicted/:
 a CSV with each class's score, and for each slide the attention of its tiles as a picture and for QuPath.
@@ -282,13 +281,14 @@ def evaluate_slides(args):
     # What would make the table worthless is refused now, before hours of feature extraction.
     has_slides = found.kind == "slides"
     has_labelled_slides = has_slides and bool(found.labels)
-    if has_labelled_slides:
+    if has_labelled_slides and not args.folds:
         check_classes(found, found.images)
     for network in networks:
         trained_on = network.about["trained_on"]
         if args.folds:
             folds = open_folds(found, args.folds, args.split_seed, trained_on, network.path)
-        check_unseen(found, found.split("test"), trained_on, network.path)
+        else:
+            check_unseen(found, found.split("test"), trained_on, network.path)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
     print_skipped(skipped)
     describe(networks)
@@ -296,7 +296,9 @@ def evaluate_slides(args):
         print("The demo's slides are synthetic.")
     if has_labelled_slides:
         with_tiles = {name for name in found.images if tile_info(found, name)}
-        check_classes(found, with_tiles)  # again, because slides may have been skipped
+        divided = folds.values() if args.folds else [found]
+        for data in divided:
+            check_classes(data, with_tiles)  # again, because slides may have been skipped
         settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
                                       args.mil_weight_decay, args.standardize, args.class_weights)
         bags.warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), settings)
@@ -306,8 +308,6 @@ def evaluate_slides(args):
         networks.append(random_start(first, args.device))
     networks = named(networks)
     if args.folds:
-        for fold in folds.values():
-            check_classes(fold, with_tiles)
         for name, network in networks.items():
             kept = {slide: bags.read_bag(network.features, slide) for slide in extract(network, found, args)}
             score_folds(folds, kept, settings, args.device, name, run)
