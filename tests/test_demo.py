@@ -85,7 +85,7 @@ def test_neither_mean_colour_nor_the_number_of_nuclei_tells_the_label(pairs):
 
 def test_stains_differ_between_slides_and_one_seed_draws_one_slide(pairs):
     stroma = np.array([np.median(pair["negative"][0][pair["negative"][2] == 2], 0) for pair in pairs])
-    assert (stroma.std(0) > 5).all()
+    assert (stroma.std(0) > 2).all()
     again = demo.render("positive", [3, 0], size=(2, 2))
     for first, second in zip(pairs[0]["positive"], again, strict=True):
         assert np.array_equal(first, second)

@@ -25,6 +25,7 @@ SCRIPTS = {  # a command line of each script that is right but for its flags
     "experiments.table": [[]],
     "experiments.figures.tokens": [["--checkpoint", "run"]],
     "experiments.figures.views": [[]],
+    "lab.record": [["a=b"]],
 }
 WITHOUT_FLAGS = {"prior", "lab.small"}
 CASES = [(script, argv) for script, lines in SCRIPTS.items() for argv in lines]

@@ -124,12 +124,12 @@ def tiny_networks(data_sets, monkeypatch):
 CPU = "--device cpu".split()
 TRAINING = [*CPU, *"--workers 0 --batch 4 --warmup-epochs 0 --global-size 32 --local-size 16 --out-dim 8 "
                    "--disentangled-dim 8 --precision fp32".split()]
-SWEEP = [*TRAINING, *"--epochs 1 --repeats 1 --mil-epochs 1 --methods dirl".split()]
+SWEEP = [*TRAINING, *"--epochs 1 --repeats 1 --mil-epochs 1".split()]
 SIZES = {  # flags that make a call tiny, by module and its first word
     "train": TRAINING,
     "experiments.compare": TRAINING,
-    "experiments.study prior": SWEEP,
-    "experiments.study fraction": [*SWEEP, "--values", "1"],
+    "experiments.study prior": [*SWEEP, "--values", "histomicstk"],
+    "experiments.study fraction": [*SWEEP, "--values", "1", "--methods", "dirl"],
     "experiments.study folds": [*CPU, *"--epochs 1".split()],
     "eval": [*CPU, *"--workers 0 --repeats 1 --epochs 1 --attention-crops 2".split()],
     "eval patches": [*CPU, *"--workers 0 --epochs 1 --milestones 1 --batch 2 --folds 2".split()],

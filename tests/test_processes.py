@@ -40,6 +40,7 @@ SCRIPT = """
 import sys, dirl, synthetic, train
 from experiments import compare
 dirl.DINOHead = synthetic.SmallHead
+train.leave = compare.join = lambda: None  # one group of processes for both: a second one may hang
 sys.exit(train.main({}) or compare.main({}))
 """
 
@@ -57,7 +58,7 @@ def test_two_processes_train_as_one_does_and_one_resumes(place, folder):
                str(write(place / "small.py", script))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
-                           timeout=300)
+                           timeout=150)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("Stopped at step 5 of 9") == 1  # rank 0 alone prints
     assert train.main(two) == 0
