@@ -267,8 +267,8 @@ def open_networks(args):
 def predict_command(network, args):
     """Returns the command that applies the DSMILs of a network, wherever they are kept."""
     arch = f" --arch {args.arch}" if args.arch else ""
-    is_default = network.about["data"] == run_name(args.data)
-    kept = "" if is_default else f" --dsmil {network.folder}"
+    default = encoders.results_folder(network.path, network.about, network.about["data"])
+    kept = "" if network.folder == default else f" --dsmil {network.folder}"
     return f"python eval.py predict --data FOLDER --checkpoint {network.path}{arch}{kept}"
 
 

@@ -12,7 +12,7 @@ from test_encoders import class_token_file
 
 import eval as eval_py
 import mil
-from common.encoders import MEAN, STD, random_encoder, save_encoder
+from common.encoders import MEAN, STD, random_encoder, results_folder, save_encoder
 from common.files import file_stamp, save_tensors
 
 HOW = ["--slide-mpp", "1", "--tissue", "0.3", "--device", "cpu", "--workers", "1"]
@@ -132,7 +132,12 @@ def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
 
 
 def test_the_command_to_predict_names_where_the_dsmils_are():
-    network = SimpleNamespace(about={"data": "bright3"}, path="r/encoder.pt", folder="r/on_bright6")
     start = "python eval.py predict --data FOLDER --checkpoint r/encoder.pt"
+    path, about = Path("r/encoder.pt"), {"data": "bright3"}
     for data, arch, more in ("bright3", None, ""), ("bright6", "vit_s", " --arch vit_s --dsmil r/on_bright6"):
-        assert eval_py.predict_command(network, SimpleNamespace(data=data, arch=arch)) == start + more
+        network = SimpleNamespace(about=about, path=path, folder=results_folder(path, about, data))
+        assert eval_py.predict_command(network, SimpleNamespace(arch=arch)) == start + more
+    about = {"data": None, "method": "w"}
+    network = SimpleNamespace(about=about, path=Path("w.pth"), folder=Path("runs/lung_w"))
+    assert eval_py.predict_command(network, SimpleNamespace(arch="vit_s")).endswith(
+        "w.pth --arch vit_s --dsmil runs/lung_w")
