@@ -84,8 +84,8 @@ def slides_arguments(argv):
     add_max_gigapixels(add)
     add_shard(add)
     if parser.parse_known_args(argv)[0].data == "demo":
-        parser.set_defaults(compare=["random", "all"], mil_weight_decay=bags.FEW_DECAY, standardize=True,
-                            repeats=3)
+        parser.set_defaults(compare=["random", "all"], mil_lr=bags.FEW_LR, epochs=100, repeats=3,
+                            mil_weight_decay=bags.FEW_DECAY, standardize=True)
     return with_device(parser.parse_args(argv))
 
 
@@ -299,7 +299,7 @@ def evaluate_slides(args):
         divided = folds.values() if args.folds else [found]
         for data in divided:
             check_classes(data, with_tiles)  # again, because slides may have been skipped
-        settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs,
+        settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs, args.mil_lr,
                                       args.mil_weight_decay, args.standardize, args.class_weights)
         bags.warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), settings)
     first = networks[0]

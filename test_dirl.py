@@ -601,7 +601,8 @@ def test_defaults_are_the_papers_and_dinos():
 def test_dsmil_and_fine_tuning_have_the_settings_of_a_1_2():
     default = {name: value.default for name, value in inspect.signature(mil.train_dsmil).parameters.items()}
     assert (default["lr"], default["weight_decay"]) == (2e-4, 5e-2)
-    assert slides_arguments(["--data", "lung"]).mil_weight_decay == 5e-2
+    args = slides_arguments(["--data", "lung"])
+    assert (args.mil_lr, args.mil_weight_decay) == (2e-4, 5e-2)
     for name, lr, epochs, milestones in (("mhist", 3e-4, 40, [20, 30]), ("chaoyang", 1e-4, 45, [20, 30, 40])):
         args = patches_arguments(["--data", name])
         assert (args.lr, args.epochs, args.milestones) == (lr, epochs, milestones)

@@ -19,7 +19,8 @@ from common.report import row_of, row_of_one
 SPLITS = ("train", "val", "test")
 MEASURES = ("accuracy", "AUC", "macro F1")
 FEW_SLIDES = 100  # with fewer training slides, DSMIL needs other settings than the paper's
-FEW_DECAY = 5e-3  # DSMIL's weight decay for few slides, and the demo's
+FEW_LR = 2e-3  # DSMIL's learning rate for few slides, and the demo's
+FEW_DECAY = 5e-3  # its weight decay for them
 
 
 def features_file(run, name):
@@ -71,39 +72,51 @@ def labelled(bags, names, found, device):
 
 # ---------------------------------------------------------------- DSMIL
 
-def train_dsmil(bags, classes, seed, epochs, weight_decay, weights=None):
+@dataclass(frozen=True)
+class DSMILSettings:
+    """How DSMIL is trained (see the flags of eval.py)."""
+
+    seeds: range
+    epochs: int
+    lr: float
+    weight_decay: float
+    standardize: bool
+    class_weights: bool
+
+
+def train_dsmil(bags, classes, seed, settings, weights=None):
     """mil.train_dsmil on bags["train"] and bags["val"], under a progress bar; returns the model."""
-    with tqdm(total=epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5) as bar:
+    with tqdm(total=settings.epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5) as bar:
         def progress(epoch, loss, val_loss):
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
             bar.update()
-        return mil.train_dsmil(bags["train"], bags["val"], classes, epochs, seed=seed,
-                               weight_decay=weight_decay, progress=progress, weights=weights)
+        return mil.train_dsmil(bags["train"], bags["val"], classes, settings.epochs, settings.lr,
+                               settings.weight_decay, seed, progress, weights)
 
 
-def train_and_score(bags, classes, seeds, epochs, weight_decay, class_weights=False, models=None):
-    """Trains DSMIL once with each of the seeds and scores the test bags.
+def train_and_score(bags, classes, settings, models=None):
+    """Trains DSMIL once with each of the settings' seeds and scores the test bags.
 
-    bags: {split: [(features (N, d), label), ...]}; classes: their number; class_weights: whether the loss
-    weighs them (mil.class_weights); models: a dict that takes {seed: DSMIL}, if they are to be kept. Returns
-    [(seed, accuracy, AUC, macro F1), ...], the mean scores (T, C), and for each test bag the attention
-    (seeds, N) of its instances for its own class.
+    bags: {split: [(features (N, d), label), ...]}, standardised already if they are to be; classes: their
+    number; models: a dict that takes {seed: DSMIL}, if they are to be kept. Returns [(seed, accuracy, AUC,
+    macro F1), ...], the mean scores (T, C), and for each test bag the attention (seeds, N) of its instances
+    for its own class.
     """
     weights = None
-    if class_weights:
+    if settings.class_weights:
         weights = mil.class_weights([label for _, label in bags["train"]], classes)
     truth = np.array([label for _, label in bags["test"]])
     rows = []
     mean = 0
     attention = [[] for _ in truth]
-    for seed in seeds:
-        model = train_dsmil(bags, classes, seed, epochs, weight_decay, weights)
+    for seed in settings.seeds:
+        model = train_dsmil(bags, classes, seed, settings, weights)
         if models is not None:
             models[seed] = model
         scores = torch.stack([mil.dsmil_predict(model, features) for features, _ in bags["test"]])
         scores = scores.cpu().numpy()
         rows.append((seed, *measures_of(truth, scores)))
-        mean = mean + scores / len(seeds)
+        mean = mean + scores / len(settings.seeds)
         for of_bag, (features, label) in zip(attention, bags["test"]):
             with torch.no_grad():
                 _, _, of_classes = model(features)  # (N, C)
@@ -207,22 +220,11 @@ def read_dsmils(folder, encoder_path, device):
 
 # ---------------------------------------------------------------- slides (Tables 1 and 5)
 
-@dataclass(frozen=True)
-class DSMILSettings:
-    """How DSMIL is trained (see the flags of eval.py)."""
-
-    seeds: range
-    epochs: int
-    weight_decay: float
-    standardize: bool
-    class_weights: bool
-
-
 def warn_of_few_slides(count, settings):
     """Prints a warning if DSMIL has the paper's settings but only a few training slides."""
-    if count < FEW_SLIDES and (settings.weight_decay > FEW_DECAY or not settings.standardize):
+    if count < FEW_SLIDES and (settings.lr < FEW_LR or not settings.standardize):
         print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
-              f"than {FEW_SLIDES} try --standardize --mil-weight-decay {FEW_DECAY:g}")
+              f"than {FEW_SLIDES} try --standardize --mil-lr {FEW_LR:g} --mil-weight-decay {FEW_DECAY:g}")
 
 
 def classify_slides(found, network, names, settings, device):
@@ -238,8 +240,7 @@ def classify_slides(found, network, names, settings, device):
     if statistics:
         bags = standardize(bags, statistics)
     models = {}
-    rows, scores, attention = train_and_score(bags, len(found.classes), settings.seeds, settings.epochs,
-                                              settings.weight_decay, settings.class_weights, models)
+    rows, scores, attention = train_and_score(bags, len(found.classes), settings, models)
     keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp)
 
     test_names = [name for name in found.split("test") if name in kept]

@@ -70,6 +70,8 @@ def add_dsmil(add):
         help="how often DSMIL is trained, each time with another seed; more for steadier numbers")
     add("--epochs", type=whole(1, 10 ** 6), default=200,
         help="DSMIL epochs; fewer if there are thousands of slides")
+    add("--mil-lr", type=between(0, 10), default=2e-4,
+        help="DSMIL's learning rate, by default the paper's; raise it for few slides, which are few steps")
     add("--mil-weight-decay", type=between(0, 10), default=5e-2,
         help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
              "attention over the instances")

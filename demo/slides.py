@@ -22,12 +22,11 @@ from common.pool import in_processes
 from prior import STAINS
 from wsi.datasets import DATASETS
 
-MPP = 1.0  # um/px of the slides, 10x
-TILE = 448  # px of the slide: a crop of 224 px at 2.0 um/px
-CROP = 224  # px
+MPP = 1.0  # um/px of the slides and of the crops, 10x
+TILE = 224  # px of a crop
 SIZE = (4, 6)  # rows and columns of tiles in a slide
 CLASSES = DATASETS["demo"].classes
-PATIENTS = {"train": 10, "val": 3, "test": 8}  # per class; every other patient has a second slide
+PATIENTS = {"train": 20, "val": 6, "test": 10}  # per class; every other patient has a second slide
 KINDS = ("glass", "loose stroma", "dense stroma", "fat", "clusters", "necrosis", "glands", "nests",
          "infiltrated nests")
 TELLING = "infiltrated nests"  # the kind that makes a slide positive
@@ -35,7 +34,7 @@ TILE_COLUMNS = ("x", "y", "telling", *KINDS)  # of truth/<slide>_tiles.csv
 TELLING_SHARE = 0.1  # of a tile, from which on it counts as telling
 TUMOR = (0.2, 0.4)  # share of nests, infiltrated or not, in a slide's tissue
 INFILTRATED = (0.5, 1.0)  # share of a positive slide's tumor whose lymphocytes are inside the nests
-REGION = 85  # px: sigma of the fields whose largest is a px's kind
+REGION = 60  # px: sigma of the fields whose largest is a px's kind
 VARIETY = 0.35  # standard deviation of what a slide adds to the field of a kind
 BLEND = 0.2  # difference of two fields over which their kinds blend
 GROUND = (0, 0.20, 0.42, 0.22, 0.17, 0.48, 0.24, 0.30)  # eosin density of each kind, infiltrated or not
@@ -319,7 +318,7 @@ def render(label, seed, size=SIZE):
     hematoxylin = (np.float32(0.02) + of_kinds(GRAIN) + np.float32(CYTOPLASM[1]) * body) * tissue
 
     free = (body < 0.1) & (white < 0.1) & (regions > 0)
-    in_nests = (nests > 0.6) & (glands < 0.1) & (white < 0.1)
+    in_nests = (nests > 0.6) & (glands < 0.1) & (white < 0.1) & (regions > 0)
     clusters = weights[KINDS.index("clusters")]
     necrosis = weights[KINDS.index("necrosis")]
     places = (("nests", in_nests, 1), ("glands", walls & (regions > 0), 1), ("clusters", free, clusters),
@@ -337,18 +336,17 @@ def render(label, seed, size=SIZE):
 
 
 def cut_crops(image, nuclei, regions):
-    """Returns the crops of a slide at 2 um/px that are not mostly glass: [(image, cells, shares), ...].
+    """Returns the crops of a slide that are not mostly glass: [(image, cells, shares), ...].
 
-    Each is uint8 (CROP, CROP, 3), with its cells (K, 2) in its px and the shares of KINDS in it.
+    Each is uint8 (TILE, TILE, 3), with its cells (K, 2) in its px and the shares of KINDS in it.
     """
     crops = []
     for x, y, shares in tiles_of(regions):
         if shares[0] > 0.5:
             continue
-        crop = Image.fromarray(image[y: y + TILE, x: x + TILE]).reduce(TILE // CROP)
-        cells = (nuclei - (x, y)) * CROP / TILE
-        inside = ((cells >= 0) & (cells < CROP)).all(1)
-        crops.append((np.asarray(crop), cells[inside], shares))
+        cells = nuclei - (x, y)
+        inside = ((cells >= 0) & (cells < TILE)).all(1)
+        crops.append((image[y: y + TILE, x: x + TILE], cells[inside], shares))
     return crops
 
 

@@ -58,6 +58,7 @@ def add_flags(add):
         help="takes slides of patients who are in two splits out of training, as the flag of train.py does")
     add("--seed", type=SEED, default=0, help="DSMIL seed; others show what is luck")
     add("--epochs", type=whole(1, 10 ** 6), default=200, help="DSMIL epochs (see eval.py)")
+    add("--mil-lr", type=between(0, 10), default=2e-4, help="DSMIL learning rate (see eval.py)")
     add("--mil-weight-decay", type=between(0, 10), default=5e-2, help="DSMIL weight decay (see eval.py)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--out", default="runs/folds.csv", help="the table, a row per fold")
@@ -73,8 +74,8 @@ def measure_fold(found, path, folder, args):
     if missing:
         raise InputError(f"{folder}/features: lacks {len(missing)} slides ({missing[0]}, ..); "
                          f"python eval.py --data {args.data} --checkpoint {path}, or remove them")
-    settings = DSMILSettings(range(args.seed, args.seed + 1), args.epochs, args.mil_weight_decay,
-                             standardize=False, class_weights=False)
+    settings = DSMILSettings(range(args.seed, args.seed + 1), args.epochs, args.mil_lr,
+                             args.mil_weight_decay, standardize=False, class_weights=False)
     return score_fold(found, bags, settings, args.device)[0]
 
 

@@ -112,6 +112,7 @@ def argument_parser():
             help="methods to compare; fewer save time")
         add("--repeats", type=whole(1, 1000), default=5, help="trainings of DSMIL for each run")
         add("--mil-epochs", type=whole(1, 10 ** 6), default=200, help="DSMIL epochs (see eval.py)")
+        add("--mil-lr", type=between(0, 10), default=2e-4, help="DSMIL learning rate (see eval.py)")
         add("--mil-weight-decay", type=between(0, 10), default=5e-2, help="DSMIL weight decay (see eval.py)")
         add("--folds", type=whole(2, 1000), default=5,
             help="folds of labelled crops, which are classified linearly")
@@ -306,7 +307,7 @@ def eval_flags(job, args):
     flags += split_flags(settings.split, settings.drop_shared)
     return ["slides", *flags, "--tissue", str(settings.tissue), "--prior", settings.prior,
             "--compare", "none", "--repeats", str(args.repeats), "--epochs", str(args.mil_epochs),
-            "--mil-weight-decay", str(args.mil_weight_decay)]
+            "--mil-lr", str(args.mil_lr), "--mil-weight-decay", str(args.mil_weight_decay)]
 
 
 def evaluate(folder, flags):

@@ -36,7 +36,8 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def rendered():
     """Two synthetic slides, as the demo's, as arrays, and their nuclei; without and with nests."""
-    return {label: demo.render(kind, [7, 0])[:2] for label, kind in zip(("glands", "nests"), demo.CLASSES)}
+    return {label: demo.render(kind, [7, 0], size=(8, 12))[:2]
+            for label, kind in zip(("glands", "nests"), demo.CLASSES)}
 
 
 @pytest.fixture

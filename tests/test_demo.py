@@ -27,19 +27,20 @@ from demo import truth
 @pytest.fixture(scope="module")
 def pairs():
     """Small slides of 8 seeds, of both classes each: [{label: (image, nuclei, regions)}, ...]."""
-    return [{label: demo.render(label, [3, seed], size=(2, 2)) for label in demo.CLASSES}
+    return [{label: demo.render(label, [3, seed], size=(4, 4)) for label in demo.CLASSES}
             for seed in range(8)]
 
 
 def test_shares_of_a_tile_are_those_counted_px_by_px(pairs):
     regions = pairs[0]["positive"][2]
     tiles = demo.tiles_of(regions)
-    assert [(tile.x, tile.y) for tile in tiles] == [(0, 0), (448, 0), (0, 448), (448, 448)]
+    assert [(tile.x, tile.y) for tile in tiles] == [(x, y) for y in range(0, 896, 224)
+                                                    for x in range(0, 896, 224)]
     for x, y, shares in tiles:
         counts = dict.fromkeys(range(len(demo.KINDS)), 0)
-        for kind in regions[y: y + 448, x: x + 448].ravel().tolist():
+        for kind in regions[y: y + 224, x: x + 224].ravel().tolist():
             counts[kind] += 1
-        assert shares.tolist() == pytest.approx([n / 448 ** 2 for n in counts.values()], abs=1e-12)
+        assert shares.tolist() == pytest.approx([n / 224 ** 2 for n in counts.values()], abs=1e-12)
         assert shares.sum() == pytest.approx(1, abs=1e-12)
     telling = demo.KINDS.index("infiltrated nests")
     assert [tile.telling for tile in tiles] == [tile.shares[telling] >= 0.1 for tile in tiles]
@@ -62,7 +63,7 @@ def test_the_label_is_where_the_lymphocytes_are_and_nothing_else(pairs):
         tumor = (negative == nests).sum()
         assert 0.2 <= tumor / (negative > 0).sum() <= 0.4
         assert 0.5 <= (positive == telling).sum() / tumor <= 1
-        assert len(positive_nuclei) == pytest.approx(len(negative_nuclei), rel=0.01)
+        assert len(positive_nuclei) == pytest.approx(len(negative_nuclei), rel=0.02)
         negative_set, positive_set = (set(map(tuple, xy)) for xy in (negative_nuclei, positive_nuclei))
         assert 0.02 < len(positive_set - negative_set) / len(positive_set) < 0.35
 
@@ -86,7 +87,7 @@ def test_neither_mean_colour_nor_the_number_of_nuclei_tells_the_label(pairs):
 def test_stains_differ_between_slides_and_one_seed_draws_one_slide(pairs):
     stroma = np.array([np.median(pair["negative"][0][pair["negative"][2] == 2], 0) for pair in pairs])
     assert (stroma.std(0) > 2).all()
-    again = demo.render("positive", [3, 0], size=(2, 2))
+    again = demo.render("positive", [3, 0], size=(4, 4))
     for first, second in zip(pairs[0]["positive"], again, strict=True):
         assert np.array_equal(first, second)
     assert not np.array_equal(pairs[1]["positive"][0], again[0])
@@ -107,12 +108,10 @@ def test_crops_have_their_cells_and_shares(pairs):
     assert len(crops) == len(kept) > 0
     for (crop, cells, shares), tile in zip(crops, kept):
         assert crop.shape == (224, 224, 3) and np.array_equal(shares, tile.shares)
-        whole = image[tile.y: tile.y + 448, tile.x: tile.x + 448].astype(float)
-        mean = whole.reshape(224, 2, 224, 2, 3).mean((1, 3))
-        assert np.abs(crop - mean).max() <= 0.5 + 1e-9
+        assert np.array_equal(crop, image[tile.y: tile.y + 224, tile.x: tile.x + 224])
         inside = [(x, y) for x, y in nuclei
-                  if tile.x <= x < tile.x + 448 and tile.y <= y < tile.y + 448]
-        np.testing.assert_allclose(2 * cells + (tile.x, tile.y), inside)
+                  if tile.x <= x < tile.x + 224 and tile.y <= y < tile.y + 224]
+        np.testing.assert_allclose(cells + (tile.x, tile.y), inside)
 
 
 def test_the_truth_is_read_as_it_was_written(tmp_path):
@@ -122,7 +121,7 @@ def test_the_truth_is_read_as_it_was_written(tmp_path):
     for i, row in enumerate(rows):
         _, nuclei, regions = demo.render(row["label"], [1, i], size=(1, 2))
         tiles = truth.read_truth(tmp_path, row["slide"])
-        assert list(tiles) == [(0, 0), (448, 0)]
+        assert list(tiles) == [(0, 0), (224, 0)]
         for tile in demo.tiles_of(regions):
             shares, telling = tiles[tile.x, tile.y]
             np.testing.assert_allclose(shares, tile.shares, atol=1e-6)

@@ -12,6 +12,7 @@ from test_encoders import class_token_file
 
 import eval as eval_py
 import mil
+from common.bags import DSMILSettings, train_and_score
 from common.encoders import MEAN, STD, random_encoder, results_folder, save_encoder
 from common.files import file_stamp, save_tensors
 
@@ -141,3 +142,17 @@ def test_the_command_to_predict_names_where_the_dsmils_are():
     network = SimpleNamespace(about=about, path=Path("w.pth"), folder=Path("runs/lung_w"))
     assert eval_py.predict_command(network, SimpleNamespace(arch="vit_s")).endswith(
         "w.pth --arch vit_s --dsmil runs/lung_w")
+
+
+def test_dsmil_is_trained_with_the_settings():
+    """The weights, to the bit, of mil.train_dsmil called with the same values."""
+    bags = {split: [(torch.randn(5, 8), label) for label in (0, 0, 1)] for split in ("train", "val", "test")}
+    kept = {}
+    settings = DSMILSettings(range(3, 5), epochs=2, lr=1e-2, weight_decay=1e-3, standardize=False,
+                             class_weights=True)
+    train_and_score(bags, 2, settings, kept)
+    assert list(kept) == [3, 4]
+    for seed, model in kept.items():
+        same = mil.train_dsmil(bags["train"], bags["val"], 2, epochs=2, lr=1e-2, weight_decay=1e-3, seed=seed,
+                               weights=mil.class_weights([0, 0, 1], 2))
+        assert all(map(torch.equal, model.state_dict().values(), same.state_dict().values()))

@@ -150,10 +150,10 @@ def test_tissue_is_found_and_white_dust_and_ink_are_not():
 
 def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path):
     (tmp_path / "truth").mkdir()
-    demo.write_slide(tmp_path, "a", "negative", [0, 0], size=(1, 2))
+    demo.write_slide(tmp_path, "a", "negative", [0, 0], size=(2, 4))
     slide = slides.Slide(tmp_path / "slides" / "a.svs")
     assert (slide.width, slide.height, slide.mpp) == (896, 448, demo.MPP)
-    image, nuclei, _ = demo.render("negative", [0, 0], size=(1, 2))
+    image, nuclei, _ = demo.render("negative", [0, 0], size=(2, 4))
     np.testing.assert_allclose(read_cells(tmp_path / "truth" / "a.csv"), nuclei, atol=0.006)
     assert np.array_equal(np.asarray(slide.read_level(0, 0, 0, 896, 448)), image)
 

@@ -29,7 +29,7 @@ BRIGHT = ("research.ibm.com/haifa/Workshops/BRIGHT, after registering; labels PB
           "bright6")
 
 DATASETS = {
-    "demo": DataSet(2.0, 10, ("negative", "positive"), "drawn by python train.py; synthetic"),
+    "demo": DataSet(1.0, 5, ("negative", "positive"), "drawn by python train.py; synthetic"),
     "lung": DataSet(2.0, 100, ("LUAD", "LUSC"), "the GDC: python data.py manifest --data lung; LUAD, LUSC",
                     prior="hovernet"),
     "brca": DataSet(2.0, 30, ("IDC", "ILC"), "the GDC: python data.py manifest --data brca; IDC, ILC",
@@ -60,9 +60,9 @@ OWN = DataSet(None, None, (), "your own",
 # and f hardly differs between crops. 4 blocks, and views of 112 and 48 px at the scale of the crops in
 # eval.py, make steps cheap. A few hundred steps need a fast and sharp teacher, and colour that varies less
 # than in DINO, whose jitter drowns what differs. fp32 is as fast as bf16 at this size.
-DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=1024, disentangled_dim=256, local_crops=2,
-            global_size=112, local_size=48, global_scale=(0.1, 0.5), local_scale=(0.03, 0.12), lr=4e-3,
-            momentum=0.99, teacher_temp=0.02, jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3,
+DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=256, disentangled_dim=64, local_crops=2,
+            global_size=112, local_size=48, global_scale=(0.3, 1.0), local_scale=(0.05, 0.25), lr=4e-3,
+            momentum=0.98, teacher_temp=0.03, jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3,
             precision="fp32")
 PRIORS = ("auto", "builtin", "hovernet", "cellpose", "histomicstk")
 NO_CELLS = "none"  # a prior that no flag names: crops without their cells, for the baseline
