@@ -4,9 +4,9 @@ A slide is stroma, fat, glands, necrosis, clusters of lymphocytes and tumor nest
 other, surrounded by glass; most crops hold several kinds. The clusters are the most prominent kind and tell
 nothing. The label is where the lymphocytes of the tumor are: in the stroma between the nests, or, in 50 to
 100 % of a positive slide's tumor, inside them. A negative and a positive slide of the same seed have the same
-regions, the same number of lymphocytes and the same stains. Stains differ between slides as laboratories'
-do. Colours follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of
-E). The truth of each tile is written next to the slide.
+regions, the same stains and almost the same number of lymphocytes. Stains differ between slides. Colours
+follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E). The truth
+of each tile is written next to the slide.
 """
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ VARIETY = 0.35  # standard deviation of what a slide adds to the field of a kind
 BLEND = 0.2  # difference of two fields over which their kinds blend
 GROUND = (0, 0.20, 0.42, 0.22, 0.17, 0.48, 0.24, 0.30)  # eosin density of each kind, infiltrated or not
 FIBERS = (0, 0.12, 0.14, 0.07, 0.03, 0.04, 0.10, 0.11)  # amplitude of each kind's fibres
-GRAIN = (0, 0.03, 0.03, 0.03, 0.03, 0.10, 0.03, 0.03)  # amplitude of each kind's grain
+GRAIN = (0, 0.03, 0.03, 0.03, 0.03, 0.10, 0.03, 0.03)  # amplitude of eosin's grain; adds to haematoxylin
 CYTOPLASM = (0.27, 0.12)  # eosin and haematoxylin density of the cells of glands and nests
 NUCLEI = {  # spacing, least and largest half axis (px), least and largest roundness, density, texture
     "nests": (12.5, 3.4, 5.0, 0.70, 1.0, 0.62, 0.35), "glands": (9.0, 3.0, 3.9, 0.60, 0.85, 0.75, 0.25),
@@ -268,9 +268,10 @@ def draw_nuclei(rng, field, points, kind, along=None):
 
 
 def draw_lymphocytes(rng, field, nuclei, tumor, places):
-    """Draws LYMPHOCYTES of a part of the tumor (H, W) bool at places (H, W) bool in it; returns the centres.
+    """Draws lymphocytes of a part of the tumor (H, W) bool at places (H, W) bool in it; returns the centres.
 
-    nuclei (K, 2): those drawn before, from which lymphocytes keep the distance FREE.
+    There are LYMPHOCYTES per px, or fewer where places lack room. nuclei (K, 2): those drawn before, from
+    which lymphocytes keep the distance FREE.
     """
     points = scatter(rng, tumor & places, NUCLEI["lymphocytes"][0], 0.2)
     points = rng.permutation(points[cKDTree(nuclei).query(points)[0] >= FREE])

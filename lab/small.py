@@ -24,7 +24,7 @@ REGISTERS = "DINO, registers"
 SHUFFLED = "DiRL, shuffled prior"
 SIZE = (3, 4)  # rows and columns of tiles in a slide
 TRAINING_SLIDES = 24  # slides 0 to 23
-STEPS = 200
+STEPS = 600
 
 # 112 and 48 px are 49 and 9 tokens; with much fewer, attention over the 196 of a crop means little. Views
 # that share little, and DINO's colour jitter, are too hard for so small a network and so few steps.

@@ -57,9 +57,9 @@ OWN = DataSet(None, None, (), "your own",
 
 # train.py's defaults for the demo, which has to learn within minutes on two CPU cores; all other data sets
 # start from the paper's settings. --stats data matters most: under ImageNet's mean all tissue is one pink,
-# and f hardly differs between crops. 4 blocks, and views of 112 and 48 px at the scale of the crops in
-# eval.py, make steps cheap. A few hundred steps need a fast and sharp teacher, and colour that varies less
-# than in DINO, whose jitter drowns what differs. fp32 is as fast as bf16 at this size.
+# and f hardly differs between crops. 4 blocks, and views of 112 and 48 px, make steps cheap. A few
+# hundred steps need a fast and sharp teacher, few outputs, and colour that varies less than in DINO, whose
+# jitter drowns what differs. fp32 is as fast as bf16 at this size.
 DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=256, disentangled_dim=64, local_crops=2,
             global_size=112, local_size=48, global_scale=(0.3, 1.0), local_scale=(0.05, 0.25), lr=4e-3,
             momentum=0.98, teacher_temp=0.03, jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3,
