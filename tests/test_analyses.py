@@ -478,7 +478,7 @@ def test_fig_6_trains_for_50_epochs_but_on_the_demo(here):
         _, jobs = study.sweep_jobs(study.arguments(["fraction", *flags]))
         return {job.settings.epochs for job in jobs}
     assert epochs("--data", "lung") == epochs("--data", "tiny", "--mpp", "2") == {50}
-    assert epochs("--data", "lung", "--epochs", "3") == {3} and epochs("--data", "demo") == {10}
+    assert epochs("--data", "lung", "--epochs", "3") == {3} and epochs("--data", "demo") == {5}
 
 
 def test_sweep_script(here, capsys):
