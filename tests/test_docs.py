@@ -36,21 +36,34 @@ def test_the_demo_in_readme_is_the_mean_over_the_seeds_in_results():
 
 
 @pytest.mark.parametrize("measure, heading", [
-    ("tokens with attention 0.5 to 2", "### Tokens with attention 0.5 to 2"),
-    ("20-NN accuracy", "### 20-NN accuracy")])
+    ("tokens", "### Tokens with attention 0.5 to 2"), ("20-NN", "### 20-NN accuracy")])
 def test_the_claim_in_readme_is_that_in_results(measure, heading):
-    shown = next(row for row in first_table(README, "## What was measured") if row[""] == measure)
+    start, earlier, *_ = first_table(README, "## What was measured")
     means = {row["arm"]: row["mean"] for row in first_table(RESULTS, heading)}
-    for name, value in shown.items():
-        if name:
-            assert value == means[name.removesuffix(" (DINO)")]
+    for arm, name in (("baseline", "DINO"), ("DiRL", "DiRL")):
+        assert start[f"{name}, {measure}"] == means["random start"]
+        assert earlier[f"{name}, {measure}"] == means[arm]
+
+
+def test_todays_runs_in_readme_are_in_results():
+    _, _, *rows, _ = first_table(README, "## What was measured")
+    measured = first_table(RESULTS, "### Where attention goes, and the weaker colour")
+    values = {(row["colour"], row["network"]): row for row in measured}
+    for row, colour in zip(rows, ("DINO's", "weaker"), strict=True):
+        for name in ("DINO", "DiRL"):
+            run = values.get((colour, name), {"tokens, 0.5 to 2": "", "20-NN accuracy": ""})
+            assert (row[f"{name}, tokens"], row[f"{name}, 20-NN"]) == (run["tokens, 0.5 to 2"],
+                                                                       run["20-NN accuracy"])
 
 
 def test_the_counterexample_in_readme_is_in_results():
     *_, shown = first_table(README, "## What was measured")
-    depth = RESULTS[RESULTS.index("**Depth, heads and colour**"):]
-    for arm, column in (("baseline", "baseline (DINO)"), ("DiRL", "DiRL")):
-        assert re.search(rf"^\| 12 \| weaker \| {arm} \| {re.escape(shown[column])} \|", depth, re.MULTILINE)
+    depth = first_table(RESULTS, "**Depth, heads and colour**, seed 0 unless stated:")
+    for arm, name in (("baseline", "DINO"), ("DiRL", "DiRL")):
+        row = next(row for row in depth if (row["blocks"], row["colour augmentation"], row["arm"])
+                   == ("12", "weaker", arm))
+        assert (shown[f"{name}, tokens"], shown[f"{name}, 20-NN"]) == (row["tokens, 0.5 to 2"],
+                                                                       row["20-NN accuracy"])
 
 
 def test_modules_files_and_links_in_the_docs_exist():
