@@ -222,7 +222,8 @@ def read_dsmils(folder, encoder_path, device):
 
 def warn_of_few_slides(count, settings):
     """Prints a warning if DSMIL has the paper's settings but only a few training slides."""
-    if count < FEW_SLIDES and (settings.lr < FEW_LR or not settings.standardize):
+    has_papers = settings.lr < FEW_LR or settings.weight_decay > FEW_DECAY or not settings.standardize
+    if count < FEW_SLIDES and has_papers:
         print(f"warning: {count} training slides: DSMIL's defaults are the paper's, for hundreds; with fewer "
               f"than {FEW_SLIDES} try --standardize --mil-lr {FEW_LR:g} --mil-weight-decay {FEW_DECAY:g}")
 

@@ -12,7 +12,7 @@ from test_encoders import class_token_file
 
 import eval as eval_py
 import mil
-from common.bags import DSMILSettings, train_and_score
+from common.bags import DSMILSettings, train_and_score, warn_of_few_slides
 from common.encoders import MEAN, STD, random_encoder, results_folder, save_encoder
 from common.files import file_stamp, save_tensors
 
@@ -156,3 +156,13 @@ def test_dsmil_is_trained_with_the_settings():
         same = mil.train_dsmil(bags["train"], bags["val"], 2, epochs=2, lr=1e-2, weight_decay=1e-3, seed=seed,
                                weights=mil.class_weights([0, 0, 1], 2))
         assert all(map(torch.equal, model.state_dict().values(), same.state_dict().values()))
+
+
+@pytest.mark.parametrize("change", [{}, {"lr": 2e-4}, {"weight_decay": 5e-2}, {"standardize": False}])
+def test_few_slides_are_warned_of_unless_every_setting_is_for_few(capsys, change):
+    for_few = {"lr": 2e-3, "weight_decay": 5e-3, "standardize": True}
+    settings = DSMILSettings(range(1), epochs=1, class_weights=False, **(for_few | change))
+    warn_of_few_slides(99, settings)
+    assert capsys.readouterr().out.startswith("warning: 99 training slides") == bool(change)
+    warn_of_few_slides(100, settings)
+    assert capsys.readouterr().out == ""

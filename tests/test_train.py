@@ -88,7 +88,7 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
     assert "try --standardize --mil-lr 0.002 --mil-weight-decay 0.005" in printed
     check_features_and_attention(place, run)
     written = times(run / "features")
-    few = ["--standardize", "--mil-lr", "2e-3"]
+    few = ["--standardize", "--mil-lr", "2e-3", "--mil-weight-decay", "5e-3"]
     assert eval_py.main([*test, *few]) == 0 and times(run / "features") == written  # not written twice
     assert "training slides" not in capsys.readouterr().out
     assert eval_py.main([*test, "--precision", "bf16"]) == 0  # other settings: recomputed
