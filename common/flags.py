@@ -64,17 +64,22 @@ def add_encoder(add, batch):
     add_machine(add)
 
 
+def add_mil_optimizer(add):
+    """The flags of DSMIL's optimiser."""
+    add("--mil-lr", type=between(0, 10), default=2e-4,
+        help="DSMIL's learning rate, by default the paper's; raise it for few slides, which are few steps")
+    add("--mil-weight-decay", type=between(0, 10), default=5e-2,
+        help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
+             "attention over the instances")
+
+
 def add_dsmil(add):
     """The flags of DSMIL's training."""
     add("--repeats", type=whole(1, 10 ** 4), default=5,
         help="how often DSMIL is trained, each time with another seed; more for steadier numbers")
     add("--epochs", type=whole(1, 10 ** 6), default=200,
         help="DSMIL epochs; fewer if there are thousands of slides")
-    add("--mil-lr", type=between(0, 10), default=2e-4,
-        help="DSMIL's learning rate, by default the paper's; raise it for few slides, which are few steps")
-    add("--mil-weight-decay", type=between(0, 10), default=5e-2,
-        help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
-             "attention over the instances")
+    add_mil_optimizer(add)
     add("--standardize", action=argparse.BooleanOptionalAction, default=False,
         help="standardises features with the training slides' mean and sd before DSMIL; helps with few "
              "slides, and when features share a large offset")

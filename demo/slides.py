@@ -21,9 +21,10 @@ from common.files import atomic_write, read_csv, write_csv
 from common.pool import in_processes
 from prior import STAINS
 from wsi.datasets import DATASETS
+from wsi.slides import CROP
 
 MPP = 1.0  # um/px of the slides and of the crops, 10x
-TILE = 224  # px of a crop
+TILE = CROP  # px
 SIZE = (4, 6)  # rows and columns of tiles in a slide
 CLASSES = DATASETS["demo"].classes
 PATIENTS = {"train": 20, "val": 6, "test": 10}  # per class; every other patient has a second slide

@@ -30,7 +30,7 @@ from common.crossval import score_fold
 from common.encoders import check_device, features_folder, find_encoder, load_encoder
 from common.errors import InputError
 from common.files import print_table, write_csv
-from common.flags import SEED, between, whole
+from common.flags import SEED, add_mil_optimizer, whole
 from experiments.figures import shared
 from experiments.table import sd_of
 from wsi.folders import find_folder
@@ -58,8 +58,7 @@ def add_flags(add):
         help="takes slides of patients who are in two splits out of training, as the flag of train.py does")
     add("--seed", type=SEED, default=0, help="DSMIL seed; others show what is luck")
     add("--epochs", type=whole(1, 10 ** 6), default=200, help="DSMIL epochs (see eval.py)")
-    add("--mil-lr", type=between(0, 10), default=2e-4, help="DSMIL learning rate (see eval.py)")
-    add("--mil-weight-decay", type=between(0, 10), default=5e-2, help="DSMIL weight decay (see eval.py)")
+    add_mil_optimizer(add)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--out", default="runs/folds.csv", help="the table, a row per fold")
 

@@ -25,7 +25,7 @@ from common import encoders
 from common.checkpoint import check_config
 from common.errors import InputError, Parser, run_script
 from common.files import file_stamp, read_json, stamp, write_json
-from common.flags import RUNNING, SEED, between, whole
+from common.flags import RUNNING, SEED, add_mil_optimizer, whole
 from common.log import is_finished
 from experiments import compare, folds, measures, show, table
 from wsi.datasets import PRIORS, run_name, split_flags
@@ -112,8 +112,7 @@ def argument_parser():
             help="methods to compare; fewer save time")
         add("--repeats", type=whole(1, 1000), default=5, help="trainings of DSMIL for each run")
         add("--mil-epochs", type=whole(1, 10 ** 6), default=200, help="DSMIL epochs (see eval.py)")
-        add("--mil-lr", type=between(0, 10), default=2e-4, help="DSMIL learning rate (see eval.py)")
-        add("--mil-weight-decay", type=between(0, 10), default=5e-2, help="DSMIL weight decay (see eval.py)")
+        add_mil_optimizer(add)
         add("--folds", type=whole(2, 1000), default=5,
             help="folds of labelled crops, which are classified linearly")
         add("--out", help=f"folder of the runs; default: runs/sweep_{name}_<data>")
