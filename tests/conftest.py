@@ -3,13 +3,16 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from synthetic import SmallHead, saved, write_table
+from matplotlib.figure import Figure
+from PIL import Image
+from synthetic import SmallHead, saved, small_vit, write_table
 
 import dirl
 from demo import slides as demo
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 torch.set_num_threads(1)
+dirl.ARCHS["vit_t4"] = small_vit  # --arch vit_t4 of the scripts that run in this process
 
 # pytest --hypothesis-profile=long for a longer search
 for name, examples in (("default", 300), ("long", 20_000)):
@@ -21,6 +24,14 @@ settings.load_profile("default")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Pictures are written as one px, for tests that draw by the way; test_windows.py draws eval.py's."""
+    def one_px(figure, path, **how):
+        Image.new("RGB", (1, 1)).save(path, "png")
+    monkeypatch.setattr(Figure, "savefig", one_px)
 
 
 @pytest.fixture

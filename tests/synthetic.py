@@ -189,3 +189,11 @@ def refused(capsys, main, argv, *says):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in says), error
+
+
+D = 64  # of small_vit
+
+
+def small_vit(depth=4, **kw):
+    """vit_t4 with d = D and two heads, for the tests that run scripts."""
+    return dirl.VisionTransformer(D, depth, 2, **kw)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from synthetic import arrays_of, refused, rows_of, saved, tissue, write, write_table
+from synthetic import D, arrays_of, refused, rows_of, saved, tissue, write, write_table
 from test_eval import CPU, SET, TINY, make_folder, run_folder
 
 import eval as eval_py
@@ -16,6 +16,8 @@ from common.errors import InputError
 from common.files import save_tensors
 from experiments import table
 from wsi.splits import find_data
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 @pytest.fixture(autouse=True)
@@ -28,20 +30,20 @@ def here(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- weights of other programs
 
 def class_token_file(path, seed=0, depth=4, **more):
-    """Writes what DINO publishes, ViT-T's state dict with a class token, of random weights; returns it."""
-    state = random_encoder("vit_t", seed, MEAN, STD, depth).state_dict()
+    """Writes what DINO publishes, a ViT's state dict with a class token, of random weights; returns it."""
+    state = random_encoder("vit_t4", seed, MEAN, STD, depth).state_dict()
     generator = torch.Generator().manual_seed(seed)
-    state["cls_token"] = torch.randn(1, 1, 192, generator=generator)
-    state["pos_embed"] = torch.randn(1, 197, 192, generator=generator)
+    state["cls_token"] = torch.randn(1, 1, D, generator=generator)
+    state["pos_embed"] = torch.randn(1, 197, D, generator=generator)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, state | more)
     return state
 
 
-def by_hand(state, images, depth=4, heads=3):
+def by_hand(state, images, depth=4, heads=2):
     """The class token (B, d) and the last attention (B, heads, n + 1, n + 1), step by step."""
     def norm(x, name):
-        return F.layer_norm(x, (192,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+        return F.layer_norm(x, (D,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
 
     def linear(x, name):
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -49,11 +51,11 @@ def by_hand(state, images, depth=4, heads=3):
     patches = F.conv2d(images, state[f"{name}.weight"], state[f"{name}.bias"], stride=16)
     patches = patches.flatten(2).transpose(1, 2)
     B = len(images)
-    x = torch.cat([state["cls_token"].expand(B, 1, 192), patches], 1) + state["pos_embed"]
+    x = torch.cat([state["cls_token"].expand(B, 1, D), patches], 1) + state["pos_embed"]
     for block in range(depth):
         qkv = linear(norm(x, f"blocks.{block}.norm1"), f"blocks.{block}.attn.qkv")
-        q, k, v = qkv.view(B, 197, 3, heads, 64).permute(2, 0, 3, 1, 4)
-        attention = (q @ k.transpose(2, 3) / 8).softmax(-1)
+        q, k, v = qkv.view(B, 197, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
+        attention = (q @ k.transpose(2, 3) / (D / heads) ** 0.5).softmax(-1)
         x = x + linear((attention @ v).transpose(1, 2).flatten(2), f"blocks.{block}.attn.proj")
         hidden = F.gelu(linear(norm(x, f"blocks.{block}.norm2"), f"blocks.{block}.mlp.fc1"))
         x = x + linear(hidden, f"blocks.{block}.mlp.fc2")
@@ -84,14 +86,14 @@ def test_the_class_token_of_other_programs_weights_is_f(tmp_path, capsys):
     outside = state["pos_embed"][:, 1:]  # of the patches alone, as in DeiT III
     save_tensors(tmp_path / "deit3.pth", {"model": state | {"pos_embed": outside}})
     encoder, _ = open_encoder(tmp_path / "deit3.pth", "vit_t4")
-    state["pos_embed"] = torch.cat([torch.zeros(1, 1, 192), outside], 1)
+    state["pos_embed"] = torch.cat([torch.zeros(1, 1, D), outside], 1)
     token, _ = by_hand(state, images / 255)
     torch.testing.assert_close(encoder(images / 255)[:, 0], token, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("content, says", [
     ({}, "does not fit --arch"), ([], "holds no state dict"), ({"cls_token": torch.zeros(2)}, "does not fit"),
-    ({"pos_embed": torch.zeros(1, 197, 192), "cls_token": torch.zeros(1, 1, 9)}, "does not fit --arch")])
+    ({"pos_embed": torch.zeros(1, 197, D), "cls_token": torch.zeros(1, 1, 9)}, "does not fit --arch")])
 def test_a_file_that_is_no_encoder_is_refused(tmp_path, content, says):
     save_tensors(tmp_path / "w.pth", content)
     with pytest.raises(InputError, match=f"w.pth: {says}"):

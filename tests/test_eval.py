@@ -34,6 +34,8 @@ from wsi.cells import read_cells
 from wsi.datasets import evaluated_mpp
 from wsi.splits import find_data
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 CPU = ["--device", "cpu", "--workers", "1"]
 SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU]
 STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's

@@ -24,6 +24,8 @@ from wsi.folds import draw_folds, fold_files
 from wsi.published import published_split, shared_patients
 from wsi.splits import find_data
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 PARTS = ("train", "val", "test")
 EVAL = [*SET, "--repeats", "1", "--epochs", "2"]
 

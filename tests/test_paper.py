@@ -24,6 +24,8 @@ from common.encoders import ClassTokenViT
 from common.files import save_tensors
 from experiments import compare, study
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 GUIDE = Path(__file__).resolve().parents[1] / "docs/paper.md"
 OTHER_PROGRAMS = ("gdc-client", "curl", "git", "cp")  # named in the guide, not ours
 MASKED = ("--data", "--arch", "--checkpoint", "--run", "--out", "--split", "--splits")  # any value is run
@@ -136,8 +138,8 @@ SIZES = {  # flags that make a call tiny, by module and its first word
     "experiments.figures.attention": CPU,
     "experiments.figures.attention picture": [],
     "experiments.figures.tokens": [*CPU, *"--tokens 10 --perplexity 3".split()],
-    "experiments.figures.views": ["--crops", "4"],
-    "experiments.figures.priors": ["--crops", "4"],
+    "experiments.figures.views": "--crops 4 --workers 0".split(),
+    "experiments.figures.priors": "--crops 4 --workers 0".split(),
     "experiments.table": [],
 }
 PARSERS = {"train": train.arguments, "experiments.compare": compare.arguments}  # of what makes runs

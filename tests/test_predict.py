@@ -77,9 +77,9 @@ def test_slides_that_eval_has_not_seen_have_the_scores_of_the_table(measured, ca
     attention = []
     for seed in (0, 1):
         file = torch.load(RUN / f"dsmil_{seed}.pt", weights_only=True)
-        assert file["classes"] == ["glands", "nests"] and file["in_dim"] == 192 and file["mpp"] == 2
+        assert file["classes"] == ["glands", "nests"] and file["in_dim"] == 64 and file["mpp"] == 2
         assert file["encoder"] == file_stamp(RUN / "encoder.pt")
-        model = mil.DSMIL(192, 2)
+        model = mil.DSMIL(64, 2)
         model.load_state_dict(file["dsmil"])
         attention.append(model((features - file["mean"]) / file["sd"])[2].detach().numpy())
     tiles = json.loads((folder / f"{name}.geojson").read_text())["features"]
@@ -90,6 +90,7 @@ def test_slides_that_eval_has_not_seen_have_the_scores_of_the_table(measured, ca
     assert {tile["properties"]["objectType"] for tile in tiles} == {"tile"}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_predicting_changes_no_result_and_names_what_the_encoder_saw(measured, capsys):
     before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     argv = ["predict", "--data", "labelled", *HOW, "--checkpoint", str(RUN)]
@@ -109,6 +110,7 @@ def test_predicting_changes_no_result_and_names_what_the_encoder_saw(measured, c
         capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
     kept = RUN / "dsmil_1.pt"
     for other, says in (({"classes": ["a", "b"]}, "has other classes"), ({"in_dim": 7}, "is no DSMIL"),

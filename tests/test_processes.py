@@ -16,6 +16,8 @@ from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.files import load_tensors
 from experiments import compare
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
          "--device", "cpu", "--arch", "vit_t4", "--batch", "2", "--epochs", "3", "--warmup-epochs", "1",
@@ -40,6 +42,7 @@ SCRIPT = """
 import sys, dirl, synthetic, train
 from experiments import compare
 dirl.DINOHead = synthetic.SmallHead
+dirl.ARCHS["vit_t4"] = synthetic.small_vit
 train.leave = compare.join = lambda: None  # one group of processes for both: a second one may hang
 sys.exit(train.main({}) or compare.main({}))
 """
