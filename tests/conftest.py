@@ -47,7 +47,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def rendered():
     """Two synthetic slides, as the demo's, as arrays, and their nuclei; without and with nests."""
-    return {label: demo.render(kind, [7, 0], size=(8, 12))[:2]
+    return {label: demo.render(kind, [7, 0], size=(5, 11))[:2]
             for label, kind in zip(("glands", "nests"), demo.CLASSES)}
 
 

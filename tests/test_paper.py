@@ -113,6 +113,7 @@ def tiny_networks(data_sets, monkeypatch):
         return dirl.VisionTransformer(64, depth, 1, **kw)
     monkeypatch.setitem(dirl.ARCHS, "vit_t", small)
     monkeypatch.setitem(dirl.ARCHS, "vit_s", small)
+    monkeypatch.setitem(dirl.ARCHS, "vit_h", small)
     monkeypatch.setattr(dirl, "DINOHead", SmallHead)
 
     def in_this_process(command):

@@ -54,7 +54,7 @@ def test_a_folder_needs_its_um_per_px_and_slides(place, capsys):
     refused(capsys, train.main, ["--data", "empty", "--mpp", "1"], "empty: no slides in it")
 
 
-def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys):
+def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys, blank_figures):
     assert train.main([*FOLDER, "--run", "runs/whole"]) == 0
     assert train.main([*FOLDER, "--max-steps", "2"]) == 0
     assert "same command resumes" in capsys.readouterr().out
