@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
-from PIL import Image
-from synthetic import SmallHead, saved, small_vit, write_table
+from synthetic import SmallHead, saved, small_vit, write_one_px, write_table
 
 import dirl
 from demo import slides as demo
@@ -29,9 +28,7 @@ def seeded():
 @pytest.fixture
 def blank_figures(monkeypatch):
     """Pictures are written as one px, for tests that draw by the way; test_windows.py draws eval.py's."""
-    def one_px(figure, path, **how):
-        Image.new("RGB", (1, 1)).save(path, "png")
-    monkeypatch.setattr(Figure, "savefig", one_px)
+    monkeypatch.setattr(Figure, "savefig", write_one_px)
 
 
 @pytest.fixture

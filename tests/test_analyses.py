@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from synthetic import SmallHead, arrays_of, refused, rows_of, saved, write, write_table
+from matplotlib.figure import Figure
+from synthetic import SmallHead, arrays_of, refused, rows_of, saved, write, write_one_px, write_table
 
 import dirl
 import eval as eval_py
@@ -45,12 +46,17 @@ def made(rendered, tmp_path_factory):
             saved(here / f"tiny/slides/{label}_{i}.png", array=crop)
             rows.append(f"{label}_{i},{label},{label}{i},{split}")
     write_table(here / "tiny/labels.csv", "slide,label,patient,split", rows)
+
+    def run_eval(command):
+        steps.append("eval")
+        with pytest.MonkeyPatch.context() as blank:
+            blank.setattr(Figure, "savefig", write_one_px)
+            return SimpleNamespace(returncode=eval_py.main(command[2:]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         patch.setattr(dirl, "DINOHead", SmallHead)
         patch.setattr(train, "main", lambda flags, main=train.main: steps.append("train") or main(flags))
-        patch.setattr(study.subprocess, "run", lambda command: steps.append("eval") or SimpleNamespace(
-            returncode=eval_py.main(command[2:])))
+        patch.setattr(study.subprocess, "run", run_eval)
         assert study.main(SWEEP) == 0 and steps == ["train", "eval"] * 2
         assert study.main(SWEEP) == 0 and steps[4:] == ["train", "train"]  # finished ones: they end at once
     return here

@@ -152,9 +152,8 @@ def size_of(module, argv):
     sizes = SIZES.get(f"{module} {argv[0]}" if argv else module, SIZES.get(module))
     assert sizes is not None, f"{module} {argv[:1]}: tests/test_paper.py has no tiny size for it"
     if module in PARSERS:
-        epochs = values_of(argv, "--save-every") or ["1"]
-        sizes = [*sizes, "--epochs", *epochs]
-    return sizes
+        sizes = [*sizes, "--epochs", "1"]
+    return [*sizes, "--save-every", "1"] if "--save-every" in argv else sizes
 
 
 def run_of(path):

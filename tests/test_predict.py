@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from synthetic import arrays_of, refused, rows_of, saved, write, write_table
+from matplotlib.figure import Figure
+from synthetic import arrays_of, refused, rows_of, saved, write, write_one_px, write_table
 from test_encoders import class_token_file
 
 import eval as eval_py
@@ -45,6 +46,7 @@ def made(rendered, tmp_path_factory):
     write_table(place / "labelled/labels.csv", "slide,label,patient,split", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(Figure, "savefig", write_one_px)
         encoder_file()
         assert eval_py.main([*MEASURE, "--repeats", "2", "--standardize"]) == 0
     return place
