@@ -153,7 +153,7 @@ def test_size_of_nuclei_and_its_scale(diameter):
     assert np.isnan(nucleus_size([np.full((99, 99, 3), 255, np.uint8)], 0.5))
 
 
-def test_what_no_he_slide_looks_like_is_reported(place, capsys):
+def test_what_no_he_slide_looks_like_is_reported(place, capsys, blank_figures):
     def warned(array, mpp="0.5", name="a.png"):
         saved(place / name, array=array)
         assert data.main(["look", name, "--mpp", "1", "--slide-mpp", mpp, "--workers", "1"]) == 0
