@@ -37,7 +37,7 @@ def saved(path, mode=None, array=None, **options):
     """Writes an image, tissue() if none is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(tissue() if array is None else array)
-    (image.convert(mode) if mode else image).save(path, compress_level=1, **options)
+    (image.convert(mode) if mode else image).save(path, compress_level=0, **options)
 
 
 def write_one_px(figure, path, **how):
