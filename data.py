@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from common.encoders import MEAN, STD, normalize
-from common.figures import spread
 from prior import view_prior
 from wsi.cache import read_crop
 from wsi.cli import main
@@ -94,6 +93,11 @@ def share_of(crops, fraction, seed):
     order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed)).tolist()
     kept = sorted(order[: max(1, round(fraction * len(crops)))])
     return torch.utils.data.Subset(crops, kept), [crops.owner[i] for i in kept]
+
+
+def spread(count, wanted):
+    """Returns up to wanted of count indices, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
 def some_of(crops, count):

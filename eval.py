@@ -37,13 +37,13 @@ from common.crossval import score_folds
 from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.export import check_export, export_attention, export_slides
-from common.figures import BINS, draw_maps, plot_distribution, plot_overlays, save_figure, spread, stitch
+from common.figures import BINS, draw_maps, plot_distribution, plot_overlays, save_figure, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
 from common.networks import describe, features_stamp, files_of, named, network_of, random_start
 from common.pool import add_shard, call
 from common.report import RESULTS, last_losses, print_results, row_of_one
-from data import Crops, collate
+from data import Crops, collate, spread
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side

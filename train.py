@@ -23,13 +23,12 @@ from common.checkpoint import Run
 from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
 from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
-from common.figures import spread
 from common.files import stamp
 from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole
 from common.log import Log
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
-from data import Augmentation, Crops, collate, make_views, share_of, some_of
+from data import Augmentation, Crops, collate, make_views, share_of, some_of, spread
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
@@ -109,14 +108,6 @@ def standardize(bags, statistics=None):
     for split, pairs in bags.items():
         standardized[split] = [((features - mean) / sd, label) for features, label in pairs]
     return standardized
-
-
-def nearest(train, labels, test, classes, k=20):
-    """Class shares (T, classes) among the k nearest of train (N, d) to each of test (T, d), by cosine."""
-    model = KNeighborsClassifier(min(k, len(train)), metric="cosine").fit(train, labels)
-    shares = np.zeros((len(test), classes))
-    shares[:, model.classes_] = model.predict_proba(test)  # labels (N,) may lack a class
-    return shares
 
 
 def fit_logistic(features, labels, c=1.0, max_iter=2000):

@@ -44,11 +44,6 @@ def network_colors(names):
     return colors
 
 
-def spread(count, wanted):
-    """Returns up to `wanted` of `count` indices, evenly spread."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
-
-
 def save_figure(figure, path, dpi=130):
     with atomic_write(path) as temp:
         figure.savefig(temp, format="png", dpi=dpi)

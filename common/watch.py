@@ -4,8 +4,8 @@ import math
 import torch
 
 import dirl
-from common.classify import nearest
 from common.encoders import attention_of, in_batches, represent
+from common.neighbors import nearest
 
 
 def probe(encoder, train, test, classes):

@@ -4,10 +4,10 @@ from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
-from common.classify import nearest
 from common.figures import plot_slide
 from common.files import read_csv, read_npz
 from common.metrics import area_under
+from common.neighbors import nearest
 from common.report import row_of, row_of_one
 from demo.slides import KINDS
 from wsi.crops import picture_of

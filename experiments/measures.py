@@ -14,12 +14,13 @@ import torch.nn.functional as F
 
 import dirl
 import mil
-from common.classify import SETTINGS, fine_tune, fit_linear, make_folds, nearest
+from common.classify import SETTINGS, fine_tune, fit_linear, make_folds
 from common.encoders import attention_of, in_batches, inputs_of, load_encoder, represent, use_bf16
 from common.errors import InputError, print_skipped
 from common.files import atomic_write, file_stamp, read_npz
 from common.log import MIDDLE
 from common.metrics import auc, bootstrap_indices
+from common.neighbors import nearest
 from data import resample
 from prior import bin_centroids
 from wsi.cache import load_crops, prepare, read_crop_cells

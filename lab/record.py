@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from common.errors import InputError, Parser, run_script
-from common.figures import spread
 from common.files import atomic_write, read_npz
 from common.log import PROBED, read_log
+from data import spread
 
 RECORDED = Path(__file__).parent / "recorded.npz"
 BYTES = 1_900_000  # of attention; if the runs have more, all keep the same, evenly spread crops

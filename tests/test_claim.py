@@ -13,11 +13,11 @@ from synthetic import SmallHead, arrays_of, refused, rows_of, saved, times, tiss
 import dirl
 import train
 from common import metrics
-from common.classify import nearest
 from common.encoders import MEAN, STD, inputs_of, load_encoder, normalize, random_encoder, with_registers
 from common.figures import draw_distribution
 from common.files import file_stamp, load_tensors, read_json
 from common.log import is_finished
+from common.neighbors import nearest
 from data import Crops
 from experiments import lc25000, measures, show, study
 from wsi.splits import find_data

@@ -61,6 +61,16 @@ def test_the_method_can_be_copied_out():
         assert roots <= packages | sys.stdlib_module_names, file
 
 
+def test_training_starts_without_what_only_evaluation_needs():
+    """Every worker that cuts slides imports train.py again, and scikit-learn would cost it a second."""
+    reached = {"train.py"}
+    for _ in CODE:
+        reached |= {further for file in reached for further in ARROWS[file]}
+    at_top = {name.split(".")[0] for file in reached for name, node in imported(CODE[file])
+              if node in CODE[file].body}
+    assert {"torch", "numpy"} <= at_top and "sklearn" not in at_top
+
+
 def test_own_modules_are_imported_at_the_top():
     for file, tree in CODE.items():
         at_top = set(tree.body)

@@ -29,11 +29,10 @@ from common.figures import (
     draw_heat,
     draw_overlays,
     draw_prior,
-    spread,
 )
 from common.flags import SEED, whole
 from common.report import note_on_middle
-from data import Augmentation
+from data import Augmentation, spread
 from experiments.figures import shared
 from experiments.figures.outlines import outlines_of
 from experiments.figures.views import views_of

@@ -21,9 +21,9 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common.errors import InputError, run_script
-from common.figures import spread
 from common.files import print_table
 from common.flags import whole
+from data import spread
 from experiments.figures import shared
 from prior import bin_centroids
 from wsi.cache import describe_cells, tile_info, tile_side

@@ -9,10 +9,10 @@ from tqdm import tqdm
 import dirl
 from common.encoders import check_device, find_encoder, open_encoder
 from common.errors import InputError, Parser, print_skipped
-from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure, spread
+from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure
 from common.files import read_json, write_csv
 from common.flags import add_max_gigapixels, whole
-from data import Crops
+from data import Crops, spread
 from wsi.cache import file_mpp, prepare, prepare_tiles
 from wsi.datasets import PRIORS, add_data_flags, evaluated_mpp
 from wsi.splits import check_unseen, find_data

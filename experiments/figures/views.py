@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 import train
 from common.encoders import MEAN, STD
 from common.errors import InputError, run_script
-from common.figures import OTHER_COLORS, draw_crop, draw_prior, spread
+from common.figures import OTHER_COLORS, draw_crop, draw_prior
 from common.flags import MPP, whole
-from data import Draws, collate, make_views, random_boxes
+from data import Draws, collate, make_views, random_boxes, spread
 from dirl import regions_present
 from experiments.figures import shared
 from prior import view_prior
