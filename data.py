@@ -117,19 +117,9 @@ JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1  # strengths
 BLUR_SIGMA = (0.1, 2.0)  # px
 LUMA = (0.299, 0.587, 0.114)  # weights of RGB in grey, as in Pillow's "L"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Probabilities of blur and of solarising in a kind of view."""
-
-    blur: float
-    solarize: float
-
-
-GLOBAL_1 = Kind(blur=1.0, solarize=0.0)
-GLOBAL_2 = Kind(blur=0.1, solarize=0.2)
-LOCAL = Kind(blur=0.5, solarize=0.0)
+GLOBAL_1 = {"blur": 1.0, "solarize": 0.0}  # probabilities in each kind of view
+GLOBAL_2 = {"blur": 0.1, "solarize": 0.2}
+LOCAL = {"blur": 0.5, "solarize": 0.0}
 
 
 @dataclass(frozen=True)
@@ -308,9 +298,9 @@ def make_view(images, cells, kind, size, scale, draws, augmentation, counts=Fals
     x = resample(images, boxes, flip, size)
     x = random_jitter(x, draws, augmentation.jitter, augmentation.greyscale)
     sigma = draws.uniform((B,), *BLUR_SIGMA)
-    blurred = draws.uniform((B,), 0, 1) < kind.blur * augmentation.blur
+    blurred = draws.uniform((B,), 0, 1) < kind["blur"] * augmentation.blur
     x = apply_where(blurred, blur, x, sigma)
-    solarized = draws.uniform((B,), 0, 1) < kind.solarize * augmentation.solarize
+    solarized = draws.uniform((B,), 0, 1) < kind["solarize"] * augmentation.solarize
     x = apply_where(solarized, solarize, x)
     x = normalize(x, augmentation.mean, augmentation.std)
     return x, view_prior(cells, boxes, flip, size, counts=counts)

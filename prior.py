@@ -151,18 +151,13 @@ def thresholds_of(fields):
     return edge, max(THRESHOLD_FLOOR, float(otsu(scores)) if len(scores) else 0)
 
 
-def estimate_thresholds(images, mpp):
-    """Returns (edge, threshold) for a whole slide from some of its regions, uint8 RGB arrays at mpp um/px."""
-    return thresholds_of([density_and_slopes(image, mpp) for image in images])
-
-
 def segment_nuclei(image, mpp, thresholds=None):
     """Finds the nuclei of an H&E image where haematoxylin's gradient converges (Kobatake and Hashimoto 1999).
 
     Image, uint8 RGB (H, W, 3) at mpp um/px -> centroids (K, 2) in px of the image. Seeds are local maxima of
     the convergence where convergence times density exceeds the threshold; px farther than 15 um from a seed
-    do not affect it. thresholds: estimate_thresholds of the slide that the image is a region of; by default
-    they are estimated from the image. ValueError for another dtype or shape, or an mpp <= 0.
+    do not affect it. thresholds: thresholds_of some regions of the slide that the image is a region of; by
+    default of the image. ValueError for another dtype or shape, or an mpp <= 0.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

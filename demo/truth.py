@@ -27,11 +27,6 @@ def read_truth(folder, name):
     return truth
 
 
-def largest_kind(shares):
-    """Returns the kind that fills most of a tile, from its shares of KINDS."""
-    return KINDS[shares.argmax()]
-
-
 def tiles_of(found, run, name):
     """Returns a slide's features (N, d), the shares of KINDS in its tiles (N, kinds), and telling (N,)."""
     features = read_npz(run / "features" / f"{name}.npz")
@@ -102,7 +97,7 @@ def draw_slide(found, folder, attention, path):
     kinds = None
     if truth[name]:
         tiles = [truth[name][tuple(corner)] for corner in corners.tolist()]
-        kinds = [(largest_kind(shares), telling) for shares, telling in tiles]
+        kinds = [(KINDS[shares.argmax()], telling) for shares, telling in tiles]
     plot_slide(picture.pixels, corners / picture.unit, picture.side / picture.unit,
                {title: slides[name].mean(0) for title, slides in attention.items()}, kinds,
                f"{name}, {found.labels[name]['label']}", path)

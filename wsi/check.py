@@ -64,7 +64,7 @@ def report(warnings, printed=0):
 
 def files_to_mend(folder):
     """Returns a warning for each unfinished download, and not_read of the folder."""
-    names = gdc.unfinished(files_in(folder))
+    names = sorted(path.stem for path in files_in(folder) if path.suffix == ".partial")  # gdc-client's
     return [f"{name}: unfinished; run gdc-client download again" for name in names] + not_read(folder)
 
 

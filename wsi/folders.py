@@ -79,7 +79,7 @@ class Data:
         tested = set()
         for row in (self.absent | self.labels).values():
             if row["split"] == "test":
-                tested |= names_of[row["patient"]]
+                tested |= names_of.get(row["patient"], {row["patient"]})  # labels.csv may have renamed it
         patients = {name: tcga_patient(name) for name in self.images if name not in self.labels}
         patients |= {name: row["patient"] for name, row in self.pretrain_only.items()}
         return sorted(name for name, patient in patients.items() if patient and patient not in tested)
@@ -140,7 +140,8 @@ def read_layout(data, source):
         files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
         return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
     images = find_slides(files_in(source))
-    rows = [labels_row(table, line, row, slide_of(row.get("slide", ""), images)) for line, row in rows]
+    rows = [labels_row(table, line, row, slide_of(row.get("slide") or row.get("slide_id", ""), images))
+            for line, row in rows]
     return "slides", images, bright_rows(rows, data) if data in ("bright3", "bright6") else rows
 
 
@@ -239,20 +240,13 @@ def slide_of(name, images):
 
 # ---------------------------------------------------------------- labels
 
-CLAM_COLUMNS = {"slide_id": "slide", "case_id": "patient"}
-
-
 def read_table(path):
-    """Returns the column names and rows of a labels.csv as read_csv does, with CLAM's columns renamed.
+    """Returns the column names and rows of a labels.csv as read_csv does.
 
-    InputError without rows, or without columns slide,label or image,label.
+    InputError without rows, or without columns slide,label or image,label (CLAM's: slide_id,label).
     """
-    def rename(row):
-        return {CLAM_COLUMNS.get(name, name): value for name, value in row.items()}
     names, rows = read_csv(path)
-    names = [CLAM_COLUMNS.get(name, name) for name in names]
-    rows = [(line, rename(row)) for line, row in rows]
-    if "label" not in names or not {"slide", "image"} & set(names):
+    if "label" not in names or not {"slide", "slide_id", "image"} & set(names):
         raise InputError(f"{path}: its first line has to name the columns slide,label (or image,label), "
                          f"not {','.join(names)}")
     if not rows:
@@ -295,7 +289,8 @@ def labels_row(path, line, row, name):
     except (ValueError, InputError):
         raise InputError(f"{path}: line {line}: mpp {row['mpp']!r} is not the um/px of a slide "
                          "(0.5 is 20x)") from None
-    patient = row.get("patient") or row.get("group") or row.get("source_tile") or ""
+    columns = ("patient", "case_id", "group", "source_tile")  # case_id: CLAM's
+    patient = next((row[name] for name in columns if row.get(name)), "")
     return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""), "patient": patient,
             "split": row.get("split", "").lower(), "mpp": mpp}
 

@@ -139,11 +139,6 @@ def write(folder, slides, force):
     (folder / "slides").mkdir(exist_ok=True)  # gdc-client expects it
 
 
-def unfinished(files):
-    """Returns the names of the files that gdc-client left as .partial, sorted."""
-    return sorted(path.stem for path in files if path.suffix == ".partial")
-
-
 def file_status(row, files):
     """Returns ok, missing, unfinished, md5 differs or cannot be read (why) for a manifest's row.
 

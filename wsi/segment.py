@@ -20,7 +20,7 @@ from common.errors import InputError, Parser, one_line, run_script
 from common.files import atomic_write, files_under, stamp
 from common.flags import MPP, add_max_gigapixels, whole
 from common.pool import call, in_processes
-from prior import DETECTOR, WORK_MPP, downsample_factor, estimate_thresholds, segment_nuclei
+from prior import DETECTOR, WORK_MPP, density_and_slopes, downsample_factor, segment_nuclei, thresholds_of
 from wsi.datasets import add_data_flags
 from wsi.label_images import label_centroids
 from wsi.slides import (
@@ -135,7 +135,7 @@ def slide_regions(path, slide_mpp, segmenter, mpp):
     spread = boxes[:: max(1, len(boxes) // 4)][:4]  # the stain is estimated once, from a few regions
     sample = [read_box(slide, level, factor, x, y, min(w, 1024), min(h, 1024)) for x, y, w, h in spread]
     if segmenter == "builtin":
-        stain = estimate_thresholds(sample, px)
+        stain = thresholds_of([density_and_slopes(image, px) for image in sample])
     else:
         tissue = np.concatenate([image[tissue_mask(image, px)] for image in sample])
         stain = tissue[:: 1 + len(tissue) // 20_000] if len(tissue) > 1000 else None
@@ -249,11 +249,6 @@ def arguments(argv):
     return vars(parser.parse_args(argv))
 
 
-def um_per_px(path, slide_mpp, gigapixels):
-    """Returns the um/px of a slide's level 0; InputError if it has none or too many px."""
-    return Slide(path, slide_mpp, gigapixels=gigapixels).mpp
-
-
 def slides_in(folder):
     """Returns the slides under a folder (gdc-client makes subfolders), of a data set those under slides/.
 
@@ -289,11 +284,11 @@ def segment(slides, segmenter, out, slide_mpp, mpp, workers, max_gigapixels):
     for name, path in files.items():
         if (out / segmenter / f"{name}.npz").is_file():
             continue
-        recorded, error = call(um_per_px, (path, slide_mpp, max_gigapixels))
+        slide, error = call(Slide, (path, slide_mpp, None, max_gigapixels))
         if error:
             failed[path] = error
         else:
-            tasks.append((path, recorded))
+            tasks.append((path, slide.mpp))
     if tasks and segmenter != "builtin":
         load_segmenter(segmenter)  # reports a missing package, and downloads weights, before the work starts
     failed |= segment_slides(tasks, segmenter, out, workers, mpp)

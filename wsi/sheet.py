@@ -24,8 +24,7 @@ class Overview:
     thumbnail: np.ndarray
     tissue: np.ndarray
     tiles: int
-    mpp: float  # of level 0
-    source: str  # where mpp is from
+    caption: str
 
 
 def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
@@ -43,7 +42,8 @@ def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
     thumbnail = Image.fromarray(picture)
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     mask = Image.fromarray(tissue_mask(picture, unit * slide.mpp)).resize(thumbnail.size)
-    return Overview(np.asarray(thumbnail), np.asarray(mask), tiles, slide.mpp, slide.source)
+    caption = f"tiles: about {tiles}; {slide.mpp:.3g} um/px by {slide.source}"
+    return Overview(np.asarray(thumbnail), np.asarray(mask), tiles, caption)
 
 
 def draw_sheet(found, cutting, out):
@@ -59,7 +59,7 @@ def draw_sheet(found, cutting, out):
         entries = overviews(found, names, cutting)
         for name, entry in entries.items():
             if isinstance(entry, Overview):
-                print(printable(f"{found.images[name]}: {caption(entry)}"))
+                print(printable(f"{found.images[name]}: {entry.caption}"))
             else:
                 failed.append(f"{found.images[name]}: {entry}")
                 print("skipped:", printable(failed[-1]))
@@ -83,11 +83,6 @@ def overviews(found, names, cutting):
     return {name: entries[name] for name in names}
 
 
-def caption(slide):
-    """Returns the text below an Overview."""
-    return f"tiles: about {slide.tiles}; {slide.mpp:.3g} um/px by {slide.source}"
-
-
 def draw_page(title, entries, out):
     """Draws slides in rows. entries: as overviews returns them."""
     columns = min(COLUMNS, len(entries))
@@ -103,7 +98,7 @@ def draw_page(title, entries, out):
             axis.imshow(entry.thumbnail)
             if entry.tissue.any() and not entry.tissue.all():
                 axis.contour(entry.tissue, [0.5], colors="#00a040", linewidths=0.8)
-            label += "\n" + fill(caption(entry), 34)
+            label += "\n" + fill(entry.caption, 34)
         else:
             axis.text(0.5, 0.5, fill(entry, 40), ha="center", va="center", fontsize=7, color="#d00000")
         axis.text(0.5, -0.02, label, transform=axis.transAxes, ha="center", va="top", fontsize=8)
