@@ -131,7 +131,7 @@ def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
     encoder = center_colors(small_vit(4 if name == REGISTERS else 0), images)
     student = small_dirl(METHODS[name], encoder, outputs)
     loss = dirl.DiRLLoss(student)
-    recipe = Recipe(student, dirl.make_teacher(student), loss, names=tuple(student.heads))
+    recipe = Recipe(student, dirl.make_teacher(student), loss)
     optimizer = build_optimizer(student)
     how = StepSettings(VIEWS, schedules(steps), seed, torch.device("cpu"), bf16=False)
     if name == SHUFFLED:
