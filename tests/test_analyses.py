@@ -110,15 +110,17 @@ def test_distances_by_hand():
         tokens.fit_gaussian(np.outer(np.arange(9.), [1, 2]))
 
 
-def test_drawn_tokens_have_their_kind_and_are_the_encoders():
+def test_drawn_tokens_have_their_kind_and_are_the_encoders(monkeypatch):
     encoder, images = random_encoder("vit_t4", 0, MEAN, STD), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     p_c = (torch.rand(3, 196) < 0.3).float()
     places = tokens.draw_places(p_c, 50, seed=1)
     assert p_c.flatten()[places["cell"]].all() and not p_c.flatten()[places["background"]].any()
     assert all(len(set(where)) == 50 for where in places.values())
-    got = tokens.tokens_of(encoder, images, places["cell"], batch=2)
-    want = encoder(inputs_of(encoder, images)).flatten(0, 1)[places["cell"]].detach()
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    monkeypatch.setattr(tokens, "TSNE", lambda *_, **__: SimpleNamespace(fit_transform=lambda x: x))
+    got = tokens.embed(encoder, images, places, SimpleNamespace(perplexity=30, seed=0))
+    for kind, where in places.items():
+        want = encoder(inputs_of(encoder, images)).flatten(0, 1)[where].detach()
+        np.testing.assert_allclose(got[kind], want, atol=1e-5)
     with pytest.raises(InputError, match="--tokens 590"):
         tokens.draw_places(p_c, 590, seed=1)
 
