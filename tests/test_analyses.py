@@ -15,14 +15,15 @@ import dirl
 import eval as eval_py
 import train
 from common.bags import read_dsmils
-from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
+from common.encoders import MEAN, STD, inputs_of, load_encoder, random_encoder, save_encoder
 from common.errors import InputError
 from common.figures import NETWORK_COLORS, network_colors
 from common.files import file_stamp
-from data import Draws, random_boxes
+from data import Crops, Draws, random_boxes
 from experiments import study, table
 from experiments.figures import attention, heatmap, priors, shared, tokens, views
 from prior import STAINS, bin_centroids
+from wsi.splits import find_data
 
 WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
 ON = [*WHERE, "--device", "cpu"]
@@ -159,11 +160,7 @@ def test_shares_of_regions_equal_brute_force(rng=np.random.default_rng(0)):
     np.testing.assert_allclose(got, want)
 
 
-def test_a_query_is_a_row_of_the_attention():
-    rows = torch.rand(3, 196, 196).softmax(-1)
-    got = attention.query_rows(rows, [5, 17])
-    torch.testing.assert_close(got[1], 196 * (rows[0, 17] + rows[1, 17] + rows[2, 17]) / 3)
-    torch.testing.assert_close(got.sum(-1), torch.tensor([196., 196]))
+def test_a_query_is_a_token_of_the_crop():
     assert attention.tokens_at(["0,0", "223.9,15", "17,32"], 14) == [0, 13, 29]
     assert attention.tokens_at(["2"], 14) == [3 * 14 + 3, 3 * 14 + 10, 10 * 14 + 3, 10 * 14 + 10]
     for wrong in (["224,0"], ["a"], ["1,2,3"], ["0"]):
@@ -380,6 +377,15 @@ def test_attention_scripts(here, capsys):
     shown = ["--show", "nests_3/0_0", "--out", "q.png"]
     assert attention.main(["query", *ON, *TWO, *shown, "--query", "0,0", "100,60"]) == 0
     wrote(here / "q.png", 2 * 2 * 196)
+    rows = rows_of(here / "q.csv")
+    encoder, _ = load_encoder(f"{ONE}/encoder.pt")
+    crop = Crops(find_data("tiny", 2, slide_mpp=1), ["nests_3"])[0][0]
+    with torch.no_grad():
+        weights = encoder.last_attention(inputs_of(encoder, crop[None]))[0]  # (heads, n, n)
+    want = 196 * weights[:, 3 * 14 + 6].mean(0)  # of 100,60
+    got = [float(row["attention times n"]) for row in rows[196: 2 * 196]]
+    assert [(row["query x"], row["query y"]) for row in rows[195: 197]] == [("0", "0"), ("96", "48")]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
     refused(capsys, attention.main, ["query", *ON, *TWO, "--show", "0_0"], "--show 0_0", "one is needed")
     refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out q.csv", ".png")
     overlay = ["overlay", *ON, "--checkpoint"]

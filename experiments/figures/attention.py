@@ -88,11 +88,6 @@ def arguments(argv):
 
 # ---------------------------------------------------------------- numbers
 
-def query_rows(attention, tokens):
-    """attention (heads, n, n) -> rows of these tokens (Q, n): mean over heads, times n (even share: 1)."""
-    return attention[:, tokens].mean(0) * attention.shape[-1]
-
-
 def tokens_at(queries, grid, size=CROP):
     """Returns the indices of the tokens of a grid x grid crop at points "x,y" in px; ["k"]: k x k points.
 
@@ -225,12 +220,13 @@ def query(encoders, found, names, args):
         images = shared.images_of(crops, [i])
         with torch.no_grad():
             attention = encoders[name].last_attention(inputs_of(encoders[name], images))[0].cpu()
+        drawn = attention[:, tokens].mean(0) * attention.shape[-1]  # (Q, n), mean over heads; even share: 1
         for axis in line:
             draw_crop(axis, images[0])
         draw_prior(line[0], crops.priors()[i], CROP)
         line[0].set_title("crop and P_c", fontsize=8)
         line[0].set_ylabel(name if len(chosen) == 1 else f"{name}\n{name_of(crops, i)}", fontsize=8)
-        for axis, token, values in zip(line[1:], tokens, query_rows(attention, tokens)):
+        for axis, token, values in zip(line[1:], tokens, drawn):
             shown = draw_heat(axis, values, CROP)
             x, y = corners[token]
             axis.add_patch(Rectangle((x, y), 16, 16, fill=False, edgecolor=QUERY, lw=1.8))
