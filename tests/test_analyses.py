@@ -387,7 +387,7 @@ def test_attention_scripts(here, capsys):
     assert [(row["query x"], row["query y"]) for row in rows[195: 197]] == [("0", "0"), ("96", "48")]
     np.testing.assert_allclose(got, want, rtol=1e-4)
     refused(capsys, attention.main, ["query", *ON, *TWO, "--show", "0_0"], "--show 0_0", "one is needed")
-    refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out q.csv", ".png")
+    refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out: q.csv", ".png")
     overlay = ["overlay", *ON, "--checkpoint"]
     refused(capsys, attention.main, [*overlay, f"x={ONE}", f"x={OTHER}"], "NAME=")
     refused(capsys, attention.main, [*overlay, make_seen(here, "nests_3")], "was trained on 1 of")

@@ -55,7 +55,8 @@ def arguments(argv):
                         "row, which DINO shows"}
     for command, help in about.items():
         sub = commands.add_parser(command, help=help, description=help, formatter_class=style)
-        sub.add_argument("--out", default=f"runs/attention_{command}.png", help="the picture")
+        sub.add_argument("--out", type=shared.png, default=f"runs/attention_{command}.png",
+                         help="the picture")
         if command == "picture":
             shared.add_checkpoints(sub.add_argument)
             sub.add_argument("image", type=Path, metavar="FILE",
@@ -81,9 +82,7 @@ def arguments(argv):
             sub.add_argument("--query", nargs="+", default=["3"], metavar="X,Y",
                              help="query tokens, by a point of each in px of the crop (0 to 224); one "
                                   "number k: a grid of k x k points")
-    args = parser.parse_args(argv)
-    shared.check_flags(args)
-    return args
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- numbers

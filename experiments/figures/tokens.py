@@ -31,9 +31,8 @@ def arguments(argv):
     add("--perplexity", type=between(1, 10 ** 6), default=30,
         help="perplexity of t-SNE; below a third of all tokens")
     add("--seed", type=SEED, default=0, help="seed of the draw and of t-SNE; vary it to see what is luck")
-    add("--out", default="runs/tokens.png", help="the picture")
+    add("--out", type=shared.png, default="runs/tokens.png", help="the picture")
     args = parser.parse_args(argv)
-    shared.check_flags(args)
     if 3 * args.perplexity > 2 * args.tokens - 1:
         raise InputError(f"--perplexity {args.perplexity:g}: has to be below a third of all "
                          f"{2 * args.tokens} tokens")
