@@ -485,11 +485,12 @@ def finish(args, run, log, step, steps, skipped, stop):
 
 # ---------------------------------------------------------------- script
 
-def main(argv=None):
+def main(argv=None, name="train.py", arguments=arguments, build=build_dirl):
+    """Runs a script that trains; experiments.compare has its own name, flags and recipes."""
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
     join()
     try:
-        return run_script("train.py", lambda: train(arguments(argv)), "--batch or --local-crops",
+        return run_script(name, lambda: train(arguments(argv), build), "--batch or --local-crops",
                           "finished slides stay; the same command resumes")
     finally:
         leave()

@@ -14,11 +14,9 @@ train.py, but for BYOL and SimCLR.
 """
 import sys
 
-import torch
-
 import train
-from common.distributed import join, leave, processes
-from common.errors import InputError, run_script
+from common.distributed import processes
+from common.errors import InputError
 from common.flags import between, whole
 from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, registers, selfpatch
 
@@ -106,13 +104,7 @@ def build(encoder, args):
 
 
 def main(argv=None):
-    torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
-    join()
-    try:
-        return run_script("compare", lambda: train.train(arguments(argv), build), "--batch or --local-crops",
-                          "the same command resumes")
-    finally:
-        leave()
+    return train.main(argv, "compare", arguments, build)
 
 
 if __name__ == "__main__":
