@@ -37,7 +37,7 @@ from common.crossval import score_folds
 from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.export import check_export, export_attention, export_slides
-from common.figures import BINS, draw_maps, plot_distribution, plot_overlays, save_figure, stitch
+from common.figures import BINS, draw_maps, draw_overlays, plot_distribution, save_figure, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
 from common.networks import describe, features_stamp, files_of, named, network_of, random_start
@@ -224,8 +224,8 @@ def count_attention(networks, title, found, run, args):
     chosen = spread(len(counted), args.overlays)
     images, cells = zip(*[counted[i] for i in chosen])
     priors = [bin_centroids(xy, CROP) for xy in cells] if has_cells else None
-    plot_overlays(images, {name: values[chosen] for name, values in aggregated.items()}, priors,
-                  run / "attention_overlay.png")
+    figure = draw_overlays(images, {name: values[chosen] for name, values in aggregated.items()}, priors)
+    save_figure(figure, run / "attention_overlay.png", dpi=110)
     return tables
 
 

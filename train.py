@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -180,16 +180,15 @@ class Recipe:
     """What is trained, and with which loss; experiments.compare has other recipes.
 
     loss: called on (student's output, teacher's output, teacher's temperature), returns (loss, {name: L_name
-    without gradient}); its update_centers() is called once per step. names: those of the losses. dino: {name:
-    the dirl.DINOLoss of a head with prototypes}, whose entropy is logged. teach: called on (teacher, views,
-    priors), returns the teacher's output. counts: views come with the cells per patch instead of P_c.
+    without gradient}). Its weight is {name: weight of L_name}; its losses are {name: the dirl.DINOLoss of a
+    head with prototypes}, whose entropy is logged; its update_centers() is called once per step. teach:
+    called on (teacher, views, priors), returns the teacher's output. counts: views come with the cells per
+    patch instead of P_c.
     """
 
     student: nn.Module  # has .encoder
     teacher: nn.Module  # its encoder is what is kept
     loss: nn.Module
-    names: tuple
-    dino: dict = field(default_factory=dict)
     teach: Callable = teach_global_views
     counts: bool = False
 
@@ -209,7 +208,7 @@ def build_dirl(encoder, args):
     student = student.to(args.device)
     loss = dirl.DiRLLoss(student, args.lambda_1, args.lambda_2, args.student_temp, args.center_momentum,
                          skip_empty=args.empty_regions == "skip").to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, tuple(student.heads), dict(loss.losses))
+    return Recipe(student, dirl.make_teacher(student), loss)
 
 
 # ---------------------------------------------------------------- one step
@@ -267,7 +266,7 @@ def measured(recipe, loss, each, priors):
     both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
     views_with_both = torch.cat(both).float().mean()
     patches_with_cell = (priors[0] > 0).float().mean()
-    entropies = [cross_entropy.entropy for cross_entropy in recipe.dino.values()]
+    entropies = [cross_entropy.entropy for cross_entropy in recipe.loss.losses.values()]
     return torch.stack([loss.detach(), *each.values(), *entropies, views_with_both, patches_with_cell])
 
 
@@ -422,7 +421,8 @@ def train(args, build=build_dirl):
     model = DistributedDataParallel(recipe.student) if processes() > 1 else recipe.student
     model = torch.compile(model) if args.compile else model
 
-    log = Log(run.folder, recipe.names, recipe.dino, start, steps, per_epoch, args.batch, args.out_dim,
+    loss = recipe.loss
+    log = Log(run.folder, tuple(loss.weight), loss.losses, start, steps, per_epoch, args.batch, args.out_dim,
               reads_late=how.device.type == "cuda", diverged=run.diverged, has_cells=uses_cells(args))
     with run, log, stop_signals() as stop:
         for images, cells in loader_of(data.crops, args, start, steps):
@@ -485,11 +485,12 @@ def finish(args, run, log, step, steps, skipped, stop):
 
 # ---------------------------------------------------------------- script
 
-def main(argv=None):
+def main(argv=None, name="train.py", arguments=arguments, build=build_dirl):
+    """Runs a script that trains; experiments.compare has its own name, flags and recipes."""
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
     join()
     try:
-        return run_script("train.py", lambda: train(arguments(argv)), "--batch or --local-crops",
+        return run_script(name, lambda: train(arguments(argv), build), "--batch or --local-crops",
                           "finished slides stay; the same command resumes")
     finally:
         leave()

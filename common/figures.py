@@ -142,11 +142,6 @@ def draw_overlays(crops, attention, priors=None, outlines=None, title="crop"):
     return figure
 
 
-def plot_overlays(crops, attention, priors, path):
-    """Writes draw_overlays as a .png."""
-    save_figure(draw_overlays(crops, attention, priors), path, dpi=110)
-
-
 # ---------------------------------------------------------------- distribution
 
 def draw_distribution(axis, aggregated, colors=None):

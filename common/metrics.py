@@ -50,15 +50,24 @@ def bootstrap_indices(groups, seed=0):
     return draws
 
 
+def score_statistics(truth, scores, draws):
+    """Returns accuracy and AUC of scores (R, N, C) in each of draws, means over the R folds or trainings.
+
+    The paper has such means, not those of an ensemble. An AUC is NaN if a draw lacks a class.
+    """
+    right = (scores.argmax(2) == truth).mean(0)
+    accuracy = np.array([right[index].mean() for index in draws])
+    area = np.full(len(draws), np.nan)
+    for i, index in enumerate(draws):
+        if len(np.unique(truth[index])) == scores.shape[2]:
+            area[i] = np.mean([auc(truth[index], one[index]) for one in scores])
+    return accuracy, area
+
+
 def bootstrap(truth, scores, groups, seed=0):
     """95 % intervals (low, high) of the accuracy and of the AUC of scores (N, C): (2, 2).
 
     A draw that lacks a class has no AUC and does not count for its interval.
     """
-    values = []
-    for index in bootstrap_indices(groups, seed):
-        accuracy = (truth[index] == scores[index].argmax(1)).mean()
-        has_all_classes = len(np.unique(truth[index])) == scores.shape[1]
-        area = auc(truth[index], scores[index]) if has_all_classes else np.nan
-        values.append((accuracy, area))
-    return np.nanpercentile(values, (2.5, 97.5), axis=0).T
+    values = score_statistics(truth, scores[None], bootstrap_indices(groups, seed))
+    return np.nanpercentile(values, (2.5, 97.5), axis=1).T

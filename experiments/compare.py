@@ -14,16 +14,23 @@ train.py, but for BYOL and SimCLR.
 """
 import sys
 
-import torch
-
 import train
-from common.distributed import join, leave, processes
-from common.errors import InputError, run_script
+from common.distributed import processes
+from common.encoders import with_registers
+from common.errors import InputError
 from common.flags import between, whole
-from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, registers, selfpatch
+from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
+
+REGISTERS = 4  # those of Darcet et al. (2024)
+
+
+def build_registers(encoder, args):
+    """Returns the Recipe of --ssl registers; a seed's encoder and head start as the baseline's."""
+    return train.build_dirl(with_registers(encoder, REGISTERS), args)
+
 
 BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build,
-             "registers": registers.build, "evenness": evenness.build}
+             "registers": build_registers, "evenness": evenness.build}
 BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
 WHOLE_BATCH = {"byol": "batch norm", "simclr": "its negatives"}  # what takes the crops of a batch together
 
@@ -106,13 +113,7 @@ def build(encoder, args):
 
 
 def main(argv=None):
-    torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
-    join()
-    try:
-        return run_script("compare", lambda: train.train(arguments(argv), build), "--batch or --local-crops",
-                          "the same command resumes")
-    finally:
-        leave()
+    return train.main(argv, "compare", arguments, build)
 
 
 if __name__ == "__main__":

@@ -46,15 +46,11 @@ def make(source, out):
     return 0
 
 
-def arguments(argv):
+def main(argv=None):
     parser = Parser(prog="python -m experiments.lc25000", description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="LC25000's folder lung_image_sets")
     parser.add_argument("--out", type=Path, default=Path("lung_patches"), help="the folder to write")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    return run_script("experiments.lc25000", lambda: make(**vars(arguments(argv))))
+    return run_script("experiments.lc25000", lambda: make(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

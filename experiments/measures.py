@@ -14,18 +14,17 @@ import torch.nn.functional as F
 
 import dirl
 import mil
-from common.classify import SETTINGS, fine_tune, fit_linear, make_folds
+from common.classify import SETTINGS, Patches, fine_tune, linear_folds, make_patches
 from common.encoders import attention_of, in_batches, inputs_of, load_encoder, represent, use_bf16
 from common.errors import InputError, print_skipped
 from common.files import atomic_write, file_stamp, read_npz
 from common.log import MIDDLE
-from common.metrics import auc, bootstrap_indices
+from common.metrics import bootstrap_indices, score_statistics
 from common.neighbors import nearest
 from data import resample
 from prior import bin_centroids
 from wsi.cache import load_crops, prepare, read_crop_cells
 from wsi.slides import CROP
-from wsi.splits import find_data
 
 DSMIL_EPOCHS = 200  # as Li et al. (A.1.2)
 BINS = ("tokens with attention 0 to 0.5", MIDDLE, "tokens with attention over 2")
@@ -40,67 +39,47 @@ WHITE = 0.88  # least green of a white patch, as a share of the brightest patche
 # ---------------------------------------------------------------- labelled patches
 
 @dataclass(frozen=True)
-class Patches:
-    """Labelled images and how they are divided: the same for every arm."""
+class StudyPatches(Patches):
+    """Labelled images and how they are divided: the same for every arm; images: None until loaded."""
 
-    classes: list
-    labels: np.ndarray  # (N,), indices of classes
-    groups: np.ndarray  # (N,), patients or source tiles
     train: np.ndarray  # indices of images
-    test: np.ndarray
-    folds: list  # of train: [(training indices, validation indices), ...]
     train_bags: list  # make_bags
     test_bags: list
-    images: torch.Tensor = None  # uint8 (N, 3, CROP, CROP), once they are loaded
     kinds: np.ndarray = None  # (T, n), indices of KINDS of the test images' patches; -1: no cells are known
 
 
-def find_patches(data, settings):
-    """Returns the wsi.folders.Data of a folder of labelled images; InputError if it has none."""
-    found = find_data(data, settings.mpp, settings.prior, settings.split_seed)
-    if found.kind != "crops" or not found.labels:
-        raise InputError(f"{data}/labels.csv: is missing, or has no column image; the study needs labelled "
-                         "patches")
-    return found
-
-
-def divide(rows, classes, args):
-    """Returns rows of labels.csv as Patches without images; InputError if a class or split is too small."""
-    labels = np.array([classes.index(row["label"]) for row in rows])
-    groups = np.array([row["patient"] for row in rows])
-    is_test = np.array([row["split"] == "test" for row in rows])
-    train = np.flatnonzero(~is_test)
-    test = np.flatnonzero(is_test)
-    if len(np.unique(labels[test])) < len(classes):
+def divide(found, names, args, images=None):
+    """Returns StudyPatches of a data set's named images; InputError if a class or split is too small."""
+    rows = [found.labels[name] for name in names]
+    patches = make_patches(names, images, rows, found.classes, args.folds, 0)
+    train = np.setdiff1d(np.arange(len(names)), patches.test)
+    if len(np.unique(patches.labels[patches.test])) < len(found.classes):
         raise InputError(f"{args.data}/labels.csv: a class has no test image; every class needs one")
-    for split, indices in ("training", train), ("test", test):
+    bags = {}
+    for split, indices, least in ("training", train, 5), ("test", patches.test, 1):
         if len(indices) < 20:
             raise InputError(f"{args.data}/labels.csv: {len(indices)} {split} images; at least 20 are needed")
-    folds = make_folds(labels[train], groups[train], classes, args.folds, 0)
-    folds = [(train[fitted], train[validated]) for fitted, validated in folds]
-    train_bags = make_bags(train, labels, groups, args.bag_groups, 0)
-    test_bags = make_bags(test, labels, groups, args.bag_groups, 0)
-    for split, bags, least in ("training", train_bags, 5), ("test", test_bags, 1):
-        counts = np.bincount([label for _, label in bags], minlength=len(classes))
+        bags[split] = make_bags(indices, patches.labels, patches.groups, args.bag_groups, 0)
+        counts = np.bincount([label for _, label in bags[split]], minlength=len(found.classes))
         if args.bag_seeds and counts.min() < least:
             raise InputError(f"--bag-groups {args.bag_groups}: fewer than {least} {split} bags of "
-                             f"{classes[counts.argmin()]}; lower it, or --bag-seeds 0")
-    return Patches(classes, labels, groups, train, test, folds, train_bags, test_bags)
+                             f"{found.classes[counts.argmin()]}; lower it, or --bag-seeds 0")
+    return StudyPatches(**vars(patches), train=train, train_bags=bags["training"], test_bags=bags["test"])
 
 
 def load_patches(found, args, workers):
-    """Returns the Patches of the images that can be read, with the images and their kinds of patches."""
+    """Returns the StudyPatches of the images that can be read, with the kinds of their patches."""
     images, readable, failed = load_crops(list(found.images.values()), workers)
     print_skipped(failed)
     names = [list(found.images)[i] for i in readable]
-    patches = divide([found.labels[name] for name in names], found.classes, args)
+    patches = divide(found, names, args, images)
     prepare(found, workers=workers)  # finds the cells, if training has not
     cells = read_crop_cells(found)
     of_test = [cells.get(names[i]) for i in patches.test]
     priors = np.stack([bin_centroids([] if xy is None else xy, CROP) for xy in of_test])
     kinds = kinds_of(images[patches.test], priors)
     kinds[[xy is None for xy in of_test]] = -1
-    return replace(patches, images=images, kinds=kinds)
+    return replace(patches, kinds=kinds)
 
 
 def kinds_of(images, priors):
@@ -154,7 +133,7 @@ def measures(args, settings):
 
 
 def measure(folder, args, settings, labels_stamp, load):
-    """Adds the missing measures() to a run's claim.npz; load() returns the Patches with their images."""
+    """Adds the missing measures() to a run's claim.npz; load() returns the StudyPatches with images."""
     stamp = file_stamp(folder / "encoder.pt") + labels_stamp
     file = read_npz(folder / "claim.npz") or {}
     is_current = str(file.get("stamp")) == stamp
@@ -215,8 +194,7 @@ def neighbours(encoder, features, patches):
 
 def logistic(encoder, features, patches):
     """Returns the probabilities by a logistic regression on each fold: (folds, T, C)."""
-    models = [fit_linear(features, patches.labels, *fold)[0] for fold in patches.folds]
-    return np.stack([predict(features[patches.test]) for predict in models])
+    return np.stack([scores for scores, _, _ in linear_folds(features, patches)])
 
 
 def dsmil(encoder, features, patches, seeds):
@@ -251,20 +229,6 @@ def fine_tuned(encoder, features, patches, epochs, folds, settings):
 def draws_of(groups):
     """Returns (1 + DRAWS) arrays of indices: all images, then each bootstrap draw of groups (N,)."""
     return [np.arange(len(groups)), *bootstrap_indices(groups)]
-
-
-def score_statistics(truth, scores, draws):
-    """Returns accuracy and AUC of scores (R, N, C) in each of draws, means over the R folds or trainings.
-
-    The paper has such means, not those of an ensemble. An AUC is NaN if a draw lacks a class.
-    """
-    right = (scores.argmax(2) == truth).mean(0)
-    accuracy = np.array([right[index].mean() for index in draws])
-    area = np.full(len(draws), np.nan)
-    for i, index in enumerate(draws):
-        if len(np.unique(truth[index])) == scores.shape[2]:
-            area[i] = np.mean([auc(truth[index], one[index]) for one in scores])
-    return accuracy, area
 
 
 def pair_statistics(labels, scores, draws, two):

@@ -30,6 +30,7 @@ from common.log import is_finished
 from experiments import compare, folds, measures, show, table
 from wsi.datasets import PRIORS, run_name, split_flags
 from wsi.folders import find_folder
+from wsi.splits import find_patches
 
 # The arms of claim: flags of train.py, or of experiments.compare, which trains those with --ssl. "random" is
 # an untrained encoder; "shuffled" and those after it are controls and comparisons. byol, simclr and selfpatch
@@ -227,8 +228,8 @@ def claim(args):
 
     # Whatever is wrong with flags or labels is reported now, not after hours.
     settings = train.arguments(shared)
-    found = measures.find_patches(args.data, settings)
-    measures.divide(list(found.labels.values()), found.classes, args)
+    found = find_patches(args.data, settings.split_seed, settings.mpp, settings.prior)
+    measures.divide(found, list(found.labels), args)
     training_crops = round(settings.fraction * len(found.split("train", "val")))
     batch = max(job.settings.batch for job in jobs)
     if training_crops < batch:

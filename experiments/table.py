@@ -10,7 +10,6 @@ accuracies, AUC or F1.
 
 Below: the curves of experiments.study fraction and prior, from the files of their runs.
 """
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -20,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.errors import InputError, run_script
-from common.files import atomic_write, read_json, write_csv
+from common.files import atomic_write, read_csv, read_json, write_csv
 from common.flags import RUNNING
 from common.log import MIDDLE, is_finished, read_log
 from common.report import note_on_middle
@@ -29,8 +28,7 @@ from experiments.figures import shared
 
 METHODS = {"baseline": "Baseline", "cellback": "Cellback", "dirl": "DiRL"}  # the paper's order
 SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfPatch", "imix": "i-mix",
-       "lsup": "L_sup", "registers": "registers",
-       "evenness": "evenness"}  # experiments.compare's, instead of DINO
+       "lsup": "L_sup"}  # experiments.compare's, instead of DINO; the others are named as they are there
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "data", "crops", "images", "pixels", "steps", "weights",
@@ -47,11 +45,8 @@ def arguments(argv):
 
 
 def read_rows(path):
-    """Returns the rows of a CSV as dicts; [] if it is missing. Of columns with one name the last counts."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Returns the rows of a CSV as dicts; [] if it is missing."""
+    return [row for _, row in read_csv(path)[1]] if path.is_file() else []
 
 
 def read_values(folder):
@@ -60,7 +55,7 @@ def read_values(folder):
     data = read_json(folder / "config.json").get("data", "")
     try:
         for row in read_rows(folder / "slides.csv"):
-            for name in list(row)[1:]:  # the first is the seed
+            for name in ("accuracy", "auc", "macro_f1"):
                 out[data, name].append(float(row[name]))
         for row in read_rows(folder / "patches.csv"):
             if row["encoder"] == folder.resolve().name:
@@ -104,7 +99,7 @@ def labels_of(runs):
         others = [other for other in configs if other["data"] == config["data"]]
         default = defaults_of(config)
         ssl = config.get("ssl", "dino")
-        additions = [SSL[ssl]] if ssl in SSL else []
+        additions = [] if ssl == "dino" else [SSL.get(ssl, ssl)]
         for name, value in config.items():
             usual = default.get(name)
             differs = any(other.get(name, usual) != value for other in others)

@@ -113,14 +113,6 @@ def load(name):
 
 # ---------------------------------------------------------------- training
 
-def schedules(steps):
-    """Returns DINO's schedules for a short run of small batches: a faster teacher with sharper outputs."""
-    return Schedules(
-        steps=steps, lr=1e-3, min_lr=1e-6, warmup_steps=steps // 10, weight_decay=0.04, weight_decay_end=0.4,
-        momentum=0.98, teacher_temp=0.01, warmup_teacher_temp=0.01, warmup_temp_steps=0,
-        frozen_steps=steps // 20)
-
-
 def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
     """Pre-trains the network of METHODS on crops [(image, cells), ...]; returns the teacher's encoder.
 
@@ -131,9 +123,13 @@ def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
     encoder = center_colors(small_vit(4 if name == REGISTERS else 0), images)
     student = small_dirl(METHODS[name], encoder, outputs)
     loss = dirl.DiRLLoss(student)
-    recipe = Recipe(student, dirl.make_teacher(student), loss, names=tuple(student.heads))
+    recipe = Recipe(student, dirl.make_teacher(student), loss)
     optimizer = build_optimizer(student)
-    how = StepSettings(VIEWS, schedules(steps), seed, torch.device("cpu"), bf16=False)
+    schedules = Schedules(  # for a short run of small batches: a faster teacher with sharper outputs
+        steps=steps, lr=1e-3, min_lr=1e-6, warmup_steps=steps // 10, weight_decay=0.04, weight_decay_end=0.4,
+        momentum=0.98, teacher_temp=0.01, warmup_teacher_temp=0.01, warmup_temp_steps=0,
+        frozen_steps=steps // 20)
+    how = StepSettings(VIEWS, schedules, seed, torch.device("cpu"), bf16=False)
     if name == SHUFFLED:
         crops = shuffled_priors(crops, seed)
     for step, chosen in enumerate(batches(len(crops), batch, 0, steps, seed)):

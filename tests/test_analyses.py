@@ -15,14 +15,15 @@ import dirl
 import eval as eval_py
 import train
 from common.bags import read_dsmils
-from common.encoders import MEAN, STD, inputs_of, random_encoder, save_encoder
+from common.encoders import MEAN, STD, inputs_of, load_encoder, random_encoder, save_encoder
 from common.errors import InputError
 from common.figures import NETWORK_COLORS, network_colors
 from common.files import file_stamp
-from data import Draws, random_boxes
+from data import Crops, Draws, random_boxes
 from experiments import study, table
 from experiments.figures import attention, heatmap, priors, shared, tokens, views
 from prior import STAINS, bin_centroids
+from wsi.splits import find_data
 
 WHERE = ["--data", "tiny", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
 ON = [*WHERE, "--device", "cpu"]
@@ -110,15 +111,17 @@ def test_distances_by_hand():
         tokens.fit_gaussian(np.outer(np.arange(9.), [1, 2]))
 
 
-def test_drawn_tokens_have_their_kind_and_are_the_encoders():
+def test_drawn_tokens_have_their_kind_and_are_the_encoders(monkeypatch):
     encoder, images = random_encoder("vit_t4", 0, MEAN, STD), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     p_c = (torch.rand(3, 196) < 0.3).float()
     places = tokens.draw_places(p_c, 50, seed=1)
     assert p_c.flatten()[places["cell"]].all() and not p_c.flatten()[places["background"]].any()
     assert all(len(set(where)) == 50 for where in places.values())
-    got = tokens.tokens_of(encoder, images, places["cell"], batch=2)
-    want = encoder(inputs_of(encoder, images)).flatten(0, 1)[places["cell"]].detach()
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    monkeypatch.setattr(tokens, "TSNE", lambda *_, **__: SimpleNamespace(fit_transform=lambda x: x))
+    got = tokens.embed(encoder, images, places, SimpleNamespace(perplexity=30, seed=0))
+    for kind, where in places.items():
+        want = encoder(inputs_of(encoder, images)).flatten(0, 1)[where].detach()
+        np.testing.assert_allclose(got[kind], want, atol=1e-5)
     with pytest.raises(InputError, match="--tokens 590"):
         tokens.draw_places(p_c, 590, seed=1)
 
@@ -157,11 +160,7 @@ def test_shares_of_regions_equal_brute_force(rng=np.random.default_rng(0)):
     np.testing.assert_allclose(got, want)
 
 
-def test_a_query_is_a_row_of_the_attention():
-    rows = torch.rand(3, 196, 196).softmax(-1)
-    got = attention.query_rows(rows, [5, 17])
-    torch.testing.assert_close(got[1], 196 * (rows[0, 17] + rows[1, 17] + rows[2, 17]) / 3)
-    torch.testing.assert_close(got.sum(-1), torch.tensor([196., 196]))
+def test_a_query_is_a_token_of_the_crop():
     assert attention.tokens_at(["0,0", "223.9,15", "17,32"], 14) == [0, 13, 29]
     assert attention.tokens_at(["2"], 14) == [3 * 14 + 3, 3 * 14 + 10, 10 * 14 + 3, 10 * 14 + 10]
     for wrong in (["224,0"], ["a"], ["1,2,3"], ["0"]):
@@ -378,8 +377,17 @@ def test_attention_scripts(here, capsys):
     shown = ["--show", "nests_3/0_0", "--out", "q.png"]
     assert attention.main(["query", *ON, *TWO, *shown, "--query", "0,0", "100,60"]) == 0
     wrote(here / "q.png", 2 * 2 * 196)
+    rows = rows_of(here / "q.csv")
+    encoder, _ = load_encoder(f"{ONE}/encoder.pt")
+    crop = Crops(find_data("tiny", 2, slide_mpp=1), ["nests_3"])[0][0]
+    with torch.no_grad():
+        weights = encoder.last_attention(inputs_of(encoder, crop[None]))[0]  # (heads, n, n)
+    want = 196 * weights[:, 3 * 14 + 6].mean(0)  # of 100,60
+    got = [float(row["attention times n"]) for row in rows[196: 2 * 196]]
+    assert [(row["query x"], row["query y"]) for row in rows[195: 197]] == [("0", "0"), ("96", "48")]
+    np.testing.assert_allclose(got, want, rtol=1e-4)
     refused(capsys, attention.main, ["query", *ON, *TWO, "--show", "0_0"], "--show 0_0", "one is needed")
-    refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out q.csv", ".png")
+    refused(capsys, attention.main, ["query", *ON, *TWO, "--out", "q.csv"], "--out: q.csv", ".png")
     overlay = ["overlay", *ON, "--checkpoint"]
     refused(capsys, attention.main, [*overlay, f"x={ONE}", f"x={OTHER}"], "NAME=")
     refused(capsys, attention.main, [*overlay, make_seen(here, "nests_3")], "was trained on 1 of")

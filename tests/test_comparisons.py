@@ -20,6 +20,7 @@ from common.watch import effective_rank
 from data import Augmentation, make_views
 from experiments import benchmark, compare
 from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
+from experiments.ssl.losses import PenalizedDINO
 from prior import bin_centroids, view_prior
 
 
@@ -125,7 +126,7 @@ def test_simclrs_jitter_is_stronger_and_not_more_frequent():
 def test_eq_9_weighs_the_regions():
     names = dirl.METHODS["dirl"]
     student, teacher = ({name: (leaf(2, 3, 4), torch.ones(2, 3).bool()) for name in names} for _ in range(2))
-    total, each = byol_simclr.Eq9Loss(names, 0.5, 0.025)(student, teacher)
+    total, each = byol_simclr.Eq9Loss(dirl.eq9_weights(names, 0.5, 0.025), {})(student, teacher)
     torch.testing.assert_close(total, 0.5 * (each["c"] + each["b"]) + 0.025 * sum(
         each[name] for name in dirl.DISENTANGLED))
 
@@ -333,7 +334,7 @@ def test_the_penalty_takes_the_attention_that_is_measured_and_is_added_to_dinos_
         torch.testing.assert_close(a, want)
     plain, _ = dirl.DiRL.forward(model, views, priors)["f"]
     torch.testing.assert_close(logits, plain)
-    loss, each = evenness.EvenLoss(8, 3.0)((logits, aggregated), (logits[:2], None))
+    loss, each = PenalizedDINO("even", evenness.unevenness, 3.0, 8)((logits, aggregated), (logits[:2], None))
     torch.testing.assert_close(each["f"], dirl.DINOLoss(8)(logits, logits[:2]))
     torch.testing.assert_close(loss, each["f"] + 3 * each["even"])
     assert each["even"] == evenness.unevenness(aggregated) > 0
@@ -380,9 +381,9 @@ def test_it_learns_and_does_not_collapse(steps, monkeypatch, ssl, method):
         optimizer.step()
         dirl.update_teacher(student, teacher, 0.96)
         recipe.loss.update_centers()
-        entropy = sum(module.entropy for module in recipe.dino.values())
+        entropy = sum(module.entropy for module in recipe.loss.losses.values())
         fits.append(float(sum(each.values()) - entropy))  # KL(q || p), if the loss has a q
-    assert tuple(each) == recipe.names and set(recipe.dino) <= set(each)
+    assert tuple(each) == tuple(recipe.loss.weight) and set(recipe.loss.losses) <= set(each)
     assert all(p.grad is not None for p in student.parameters())  # torchrun waits for each of them
     assert sum(fits[-6:]) < 0.9 * sum(fits[:6])
     f = F.normalize(teacher.encoder(views[0][0]).mean(1), dim=-1)

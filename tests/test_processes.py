@@ -43,8 +43,10 @@ import sys, dirl, synthetic, train
 from experiments import compare
 dirl.DINOHead = synthetic.SmallHead
 dirl.ARCHS["vit_t4"] = synthetic.small_vit
-train.leave = compare.join = lambda: None  # one group of processes for both: a second one may hang
-sys.exit(train.main({}) or compare.main({}))
+leave, train.leave = train.leave, lambda: None  # one group of processes for both: a second one may hang
+code = train.main({})
+train.join, train.leave = train.leave, leave
+sys.exit(code or compare.main({}))
 """
 
 

@@ -37,12 +37,12 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
     return found
 
 
-def find_patches(data, split_seed=0):
+def find_patches(data, split_seed=0, mpp=None, prior="auto"):
     """Returns a data set of labelled images; InputError if it has none, or a class has no test image."""
     folder = Path(data)
     if folder.is_dir() and not (folder / "labels.csv").is_file():
         raise InputError(f"{folder}/labels.csv: is missing; write it with the columns image,label[,split]")
-    found = find_data(data, split_seed=split_seed)
+    found = find_data(data, mpp, prior, split_seed)
     if found.kind != "crops":
         raise InputError(f"{found.source}/labels.csv: has no column image; patches are images, "
                          "for slides: python eval.py slides")

@@ -55,7 +55,8 @@ def arguments(argv):
                         "row, which DINO shows"}
     for command, help in about.items():
         sub = commands.add_parser(command, help=help, description=help, formatter_class=style)
-        sub.add_argument("--out", default=f"runs/attention_{command}.png", help="the picture")
+        sub.add_argument("--out", type=shared.png, default=f"runs/attention_{command}.png",
+                         help="the picture")
         if command == "picture":
             shared.add_checkpoints(sub.add_argument)
             sub.add_argument("image", type=Path, metavar="FILE",
@@ -81,17 +82,10 @@ def arguments(argv):
             sub.add_argument("--query", nargs="+", default=["3"], metavar="X,Y",
                              help="query tokens, by a point of each in px of the crop (0 to 224); one "
                                   "number k: a grid of k x k points")
-    args = parser.parse_args(argv)
-    shared.check_flags(args)
-    return args
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- numbers
-
-def query_rows(attention, tokens):
-    """attention (heads, n, n) -> rows of these tokens (Q, n): mean over heads, times n (even share: 1)."""
-    return attention[:, tokens].mean(0) * attention.shape[-1]
-
 
 def tokens_at(queries, grid, size=CROP):
     """Returns the indices of the tokens of a grid x grid crop at points "x,y" in px; ["k"]: k x k points.
@@ -225,12 +219,13 @@ def query(encoders, found, names, args):
         images = shared.images_of(crops, [i])
         with torch.no_grad():
             attention = encoders[name].last_attention(inputs_of(encoders[name], images))[0].cpu()
+        drawn = attention[:, tokens].mean(0) * attention.shape[-1]  # (Q, n), mean over heads; even share: 1
         for axis in line:
             draw_crop(axis, images[0])
         draw_prior(line[0], crops.priors()[i], CROP)
         line[0].set_title("crop and P_c", fontsize=8)
         line[0].set_ylabel(name if len(chosen) == 1 else f"{name}\n{name_of(crops, i)}", fontsize=8)
-        for axis, token, values in zip(line[1:], tokens, query_rows(attention, tokens)):
+        for axis, token, values in zip(line[1:], tokens, drawn):
             shown = draw_heat(axis, values, CROP)
             x, y = corners[token]
             axis.add_patch(Rectangle((x, y), 16, 16, fill=False, edgecolor=QUERY, lw=1.8))

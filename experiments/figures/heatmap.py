@@ -31,10 +31,8 @@ def arguments(argv):
     add("--slide", help="name of the slide; default: the first of --part")
     add("--pixels", type=whole(50, 20_000), default=900,
         help="longer side of the slide's picture; more for print")
-    add("--out", help="the picture; default: runs/heatmap_<slide>.png")
-    args = parser.parse_args(argv)
-    shared.check_flags(args)
-    return args
+    add("--out", type=shared.png, help="the picture; default: runs/heatmap_<slide>.png")
+    return parser.parse_args(argv)
 
 
 def dsmil_attention(found, data, path, about, name, corners):

@@ -15,12 +15,6 @@ REGIONS = {"tumor": "tumour", "tumour": "tumour", "lymph": "lymphocytes", "immun
 CELLS = ("cell", "detection", "PathCellObject", "PathDetectionObject")  # QuPath's types since 0.3 and in 0.2
 
 
-def class_of(feature):
-    """Returns the class that a GeoJSON feature has in QuPath, "no class" for none."""
-    classification = (feature.get("properties") or {}).get("classification") or {}
-    return classification.get("name") or "no class"
-
-
 def rings_of(geometry):
     """Returns the outlines of a GeoJSON geometry, holes too: lists of points; [] if it is no polygon."""
     if geometry["type"] == "Polygon":
@@ -46,7 +40,8 @@ def read_outlines(path, bounds):
             kinds = (properties.get("objectType"), properties.get("object_type"), feature.get("id"))
             if any(kind in CELLS for kind in kinds):
                 continue
-            name = class_of(feature)
+            classification = properties.get("classification") or {}
+            name = classification.get("name") or "no class"
             region = next((region for word, region in REGIONS.items() if word in name.lower()), None)
             rings = rings_of(feature["geometry"])
             if region is None or not rings:

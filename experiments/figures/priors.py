@@ -45,9 +45,8 @@ def arguments(argv):
     shared.add_data(add)
     add("--crops", type=whole(), default=500, help="most crops to compare cells on")
     add("--show", type=whole(1, 20), default=3, help="how many crops to draw")
-    add("--out", default="runs/priors.png", help="the picture")
+    add("--out", type=shared.png, default="runs/priors.png", help="the picture")
     args = parser.parse_args(argv)
-    shared.check_flags(args)
     if len(args.prior) < 2:
         raise InputError("--prior: two segmenters are needed to compare them")
     if args.mpp is None and args.data not in DATASETS:

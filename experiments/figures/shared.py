@@ -56,17 +56,12 @@ def add_networks(add):
         help="split to take slides from; an encoder trained on one of the test part is refused")
 
 
-def check_flags(args):
-    """InputError for a wrong --out or --device."""
-    check_out(args.out)
-    if "device" in args:
-        check_device(args.device)
-
-
-def check_out(path):
-    """InputError if --out is no .png."""
-    if path and Path(path).suffix.lower() != ".png":
-        raise InputError(f"--out {path}: the name of a .png is expected; the numbers go next to it, as .csv")
+def png(text):
+    """An argparse type: the name of a .png."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(
+            f"{text}: the name of a .png is expected; the numbers go next to it, as .csv")
+    return text
 
 
 # ---------------------------------------------------------------- networks and crops
@@ -93,6 +88,7 @@ def load_networks(args, arch=None):
 
     arch: of files that are no encoder.pt, see common.encoders.open_encoder.
     """
+    check_device(args.device)
     out = {}
     for name, run in named(args.checkpoint, "--checkpoint").items():
         path = find_encoder(run)

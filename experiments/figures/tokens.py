@@ -8,14 +8,12 @@ Gaussian to each kind, and compares the two: Jensen-Shannon divergence, Bhattach
 import sys
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from scipy.stats import multivariate_normal
 from sklearn.manifold import TSNE
-from tqdm import tqdm
 
-from common.encoders import inputs_of
+from common.encoders import in_batches, inputs_of
 from common.errors import InputError, run_script
 from common.figures import OTHER_COLORS, network_colors
 from common.flags import SEED, between, whole
@@ -33,9 +31,8 @@ def arguments(argv):
     add("--perplexity", type=between(1, 10 ** 6), default=30,
         help="perplexity of t-SNE; below a third of all tokens")
     add("--seed", type=SEED, default=0, help="seed of the draw and of t-SNE; vary it to see what is luck")
-    add("--out", default="runs/tokens.png", help="the picture")
+    add("--out", type=shared.png, default="runs/tokens.png", help="the picture")
     args = parser.parse_args(argv)
-    shared.check_flags(args)
     if 3 * args.perplexity > 2 * args.tokens - 1:
         raise InputError(f"--perplexity {args.perplexity:g}: has to be below a third of all "
                          f"{2 * args.tokens} tokens")
@@ -101,24 +98,15 @@ def draw_places(priors, count, seed):
     return places
 
 
-@torch.no_grad()
-def tokens_of(encoder, images, places, batch=64):
-    """Returns the tokens of T_L at ascending flat places (M,) over images (N, 3, H, H), (M, d) float32."""
-    chosen = []
-    for start in tqdm(range(0, len(images), batch), "tokens", leave=False):
-        tokens = encoder(inputs_of(encoder, images[start: start + batch])).float().cpu()  # (B, n, d)
-        first = start * tokens.shape[1]
-        tokens = tokens.flatten(0, 1)
-        inside = places[(places >= first) & (places < first + len(tokens))]
-        chosen.append(tokens[inside - first])
-    return torch.cat(chosen).numpy()
-
-
 def embed(encoder, images, places, args):
-    """Returns {kind: points (N, 2)} of the tokens of both kinds in one t-SNE."""
-    x = np.concatenate([tokens_of(encoder, images, of_kind) for of_kind in places.values()])
+    """Returns {kind: points (M, 2)} of the tokens of T_L at each kind's places (M,), in one t-SNE.
+
+    images uint8 (N, 3, H, H); places: of draw_places.
+    """
+    tokens = in_batches(lambda x: encoder(inputs_of(encoder, x)), images, 64, "tokens")  # (B, n, d)
+    chosen = tokens.flatten(0, 1)[np.concatenate(list(places.values()))]
     tsne = TSNE(2, perplexity=args.perplexity, init="pca", random_state=args.seed)
-    points = tsne.fit_transform(x).astype(np.float64)
+    points = tsne.fit_transform(chosen.numpy()).astype(np.float64)
     return dict(zip(KINDS, np.split(points, 2)))
 
 

@@ -34,10 +34,9 @@ def arguments(argv):
     add("--mpp", type=MPP, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
     add("--crops", type=whole(), default=2000, help="most crops of the training split; more are steadier")
     add("--show", type=whole(1, 20), default=2, help="how many crops of each um/px to draw views of")
-    add("--out", default="runs/views.png", help="the picture")
+    add("--out", type=shared.png, default="runs/views.png", help="the picture")
     args, rest = parser.parse_known_args(argv)
     args.settings = train.arguments(rest)
-    shared.check_out(args.out)
     return args
 
 

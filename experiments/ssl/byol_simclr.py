@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
+from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 HIDDEN, PROJECTION = 4096, 256  # BYOL's projector and predictor; SimCLR's output is 256 as well
@@ -63,18 +64,13 @@ def nt_xent_loss(z, present, temperature=TEMPERATURE):
     return (F.softplus(against - positive) * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-class Eq9Loss(nn.Module):
-    """Eq. 9 over losses of BYOL or SimCLR.
+class Eq9Loss(WeightedSum):
+    """Eq. 9 over losses of BYOL or SimCLR, which have no centre.
 
-    student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR. Returns (loss,
-    {name: L_name without gradient}).
+    student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR.
     """
 
-    def __init__(self, names, lambda_1=0.5, lambda_2=0.1 / 4):
-        super().__init__()
-        self.weight = dirl.eq9_weights(names, lambda_1, lambda_2)
-
-    def forward(self, student, teacher, teacher_temp=None):
+    def each(self, student, teacher, teacher_temp):
         each = {}
         for name, (z, present) in student.items():
             if teacher is None:
@@ -82,11 +78,7 @@ class Eq9Loss(nn.Module):
             else:
                 target, present_t = teacher[name]
                 each[name] = byol_loss(z, target, present, present_t)
-        total = sum(self.weight[name] * loss for name, loss in each.items())
-        return total, {name: loss.detach() for name, loss in each.items()}
-
-    def update_centers(self):
-        """Neither loss has a centre."""
+        return each
 
 
 # ---------------------------------------------------------------- models
@@ -164,8 +156,7 @@ def twin_of(student):
 def build(encoder, args):
     """Returns the Recipe of --ssl byol or simclr."""
     student = RegionProjections(encoder, args.method, args.ssl).to(args.device)
-    loss = Eq9Loss(student.heads, args.lambda_1, args.lambda_2)
-    names = tuple(student.heads)
+    loss = Eq9Loss(dirl.eq9_weights(student.heads, args.lambda_1, args.lambda_2), {})
     if args.ssl == "byol":
-        return Recipe(student, dirl.make_teacher(student), loss, names, teach=teach_projections)
-    return Recipe(student, twin_of(student), loss, names, teach=teach_nothing)
+        return Recipe(student, dirl.make_teacher(student), loss, teach_projections)
+    return Recipe(student, twin_of(student), loss, teach_nothing)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dirl
 from experiments.ssl.dense import through, tokens_of
+from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 ROWS = 4096  # tokens whose logits exist at once: 1 GiB with 65536 outputs, five times that at the peak
@@ -104,29 +105,23 @@ class EsViT(nn.Module):
         return through(self.heads["f"], f), logit_factors(self.heads["region"], tokens), tokens
 
 
-class EsViTLoss(nn.Module):
-    """(L_f + L_region) / 2 of student's and teacher's outputs; (loss, {name: L_name without gradient})."""
+class EsViTLoss(WeightedSum):
+    """(L_f + L_region) / 2; settings: those of dirl.DINOLoss."""
 
-    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
-        super().__init__()
-        self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
-                                     "region": RegionLoss(out_dim, student_temp, center_momentum)})
+    def __init__(self, *settings):
+        super().__init__({"f": 0.5, "region": 0.5},
+                         {"f": dirl.DINOLoss(*settings), "region": RegionLoss(*settings)})
 
-    def forward(self, student, teacher, teacher_temp=0.04):
+    def each(self, student, teacher, teacher_temp):
         f_s, region_s, tokens_s = student
         f_t, ((z_t,), prototypes_t), (tokens_t,) = teacher
         region_t = z_t, prototypes_t
-        each = {"f": self.losses["f"](f_s, f_t, teacher_temp),
+        return {"f": self.losses["f"](f_s, f_t, teacher_temp),
                 "region": self.losses["region"](region_s, region_t, tokens_s, tokens_t, teacher_temp)}
-        return sum(each.values()) / 2, {name: loss.detach() for name, loss in each.items()}
-
-    def update_centers(self):
-        for cross_entropy in self.losses.values():
-            cross_entropy.update_center()
 
 
 def build(encoder, args):
     """Returns the Recipe of --ssl esvit."""
     student = EsViT(encoder, args.out_dim, args.norm_last_layer).to(args.device)
     loss = EsViTLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, ("f", "region"), dict(loss.losses))
+    return Recipe(student, dirl.make_teacher(student), loss)

@@ -4,9 +4,9 @@ If attention is then as even as DiRL's and features are DINO's, evenness is not 
 mean of (a_j - 1)^2 over the tokens of all views; a_j is a token's aggregated attention in the last block.
 """
 import torch
-from torch import nn
 
 import dirl
+from experiments.ssl.losses import PenalizedDINO
 from train import Recipe
 
 
@@ -34,26 +34,10 @@ class AttentiveDINO(dirl.DiRL):
         return logits, [aggregated for _, aggregated in encoded]
 
 
-class EvenLoss(nn.Module):
-    """L_f + weight unevenness of an AttentiveDINO's outputs; (loss, {"f": L_f, "even": unevenness})."""
-
-    def __init__(self, out_dim, weight, student_temp=0.1, center_momentum=0.9):
-        super().__init__()
-        self.weight = weight
-        self.cross_entropy = dirl.DINOLoss(out_dim, student_temp, center_momentum)
-
-    def forward(self, student, teacher, teacher_temp=0.04):
-        logits, aggregated = student
-        each = {"f": self.cross_entropy(logits, teacher[0], teacher_temp), "even": unevenness(aggregated)}
-        return each["f"] + self.weight * each["even"], {name: loss.detach() for name, loss in each.items()}
-
-    def update_centers(self):
-        self.cross_entropy.update_center()
-
-
 def build(encoder, args):
     """Returns the Recipe of --ssl evenness."""
     student = AttentiveDINO(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer)
     student = student.to(args.device)
-    loss = EvenLoss(args.out_dim, args.even_weight, args.student_temp, args.center_momentum).to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, ("f", "even"), {"f": loss.cross_entropy})
+    loss = PenalizedDINO("even", unevenness, args.even_weight, args.out_dim, args.student_temp,
+                         args.center_momentum)
+    return Recipe(student, dirl.make_teacher(student), loss.to(args.device))

@@ -42,4 +42,4 @@ def build(encoder, args):
     weight = dict.fromkeys(student.heads, 1 / len(student.heads))
     loss = dirl.DiRLLoss(student, student_temp=args.student_temp, center_momentum=args.center_momentum,
                          weight=weight).to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, tuple(student.heads), dict(loss.losses))
+    return Recipe(student, dirl.make_teacher(student), loss)

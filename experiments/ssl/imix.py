@@ -7,10 +7,10 @@ distribution q is mixed, since the cross-entropy is linear in q. With torchrun o
 is one of each shard, as in the original on several GPUs.
 """
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dirl
+from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 ALPHA = 1.0  # l is drawn from Beta(alpha, alpha)
@@ -70,25 +70,19 @@ def teach_unmixed(teacher, views, priors):
     return teacher.unmixed(views[:1], priors[:1])
 
 
-class ImixLoss(nn.Module):
-    """MixLoss of an Imix model's output and its teacher's logits; (loss, {"f": loss without gradient})."""
+class ImixLoss(WeightedSum):
+    """MixLoss of an Imix model's output and its teacher's logits; settings: those of MixLoss."""
 
-    def __init__(self, out_dim, student_temp=0.1, center_momentum=0.9):
-        super().__init__()
-        self.losses = nn.ModuleDict({"f": MixLoss(out_dim, student_temp, center_momentum)})
+    def __init__(self, *settings):
+        super().__init__({"f": 1}, {"f": MixLoss(*settings)})
 
-    def forward(self, student, teacher, teacher_temp=0.04):
+    def each(self, student, teacher, teacher_temp):
         logits, share, partner = student
-        loss = self.losses["f"](logits, teacher, share, partner, teacher_temp)
-        return loss, {"f": loss.detach()}
-
-    def update_centers(self):
-        for cross_entropy in self.losses.values():
-            cross_entropy.update_center()
+        return {"f": self.losses["f"](logits, teacher, share, partner, teacher_temp)}
 
 
 def build(encoder, args):
     """Returns the Recipe of --ssl imix."""
     student = Imix(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer).to(args.device)
     loss = ImixLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, ("f",), dict(loss.losses), teach_unmixed)
+    return Recipe(student, dirl.make_teacher(student), loss, teach_unmixed)

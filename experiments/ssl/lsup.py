@@ -10,6 +10,7 @@ from torch import nn
 
 import dirl
 from experiments.ssl.dense import through, tokens_of
+from experiments.ssl.losses import PenalizedDINO
 from train import Recipe
 
 
@@ -40,28 +41,9 @@ class CellCounter(nn.Module):
         return through(self.heads["f"], f), [self.counter(t).squeeze(-1) for t in tokens], counts
 
 
-class AuxiliaryLoss(nn.Module):
-    """L_f + weight L_sup of student's and teacher's outputs; (loss, {"f": L_f, "sup": L_sup})."""
-
-    def __init__(self, out_dim, weight=1.0, student_temp=0.1, center_momentum=0.9):
-        super().__init__()
-        self.weight = weight
-        self.cross_entropy = dirl.DINOLoss(out_dim, student_temp, center_momentum)
-
-    def forward(self, student, teacher, teacher_temp=0.04):
-        f_s, predicted, counts = student
-        f_t, _, _ = teacher
-        each = {"f": self.cross_entropy(f_s, f_t, teacher_temp), "sup": count_loss(predicted, counts)}
-        return each["f"] + self.weight * each["sup"], {name: loss.detach() for name, loss in each.items()}
-
-    def update_centers(self):
-        self.cross_entropy.update_center()
-
-
 def build(encoder, args):
     """Returns the Recipe of --ssl lsup."""
     student = CellCounter(encoder, args.out_dim, args.norm_last_layer).to(args.device)
-    loss = AuxiliaryLoss(args.out_dim, args.sup_weight, args.student_temp, args.center_momentum)
-    loss = loss.to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, ("f", "sup"), {"f": loss.cross_entropy},
-                  counts=True)
+    loss = PenalizedDINO("sup", count_loss, args.sup_weight, args.out_dim, args.student_temp,
+                         args.center_momentum)
+    return Recipe(student, dirl.make_teacher(student), loss.to(args.device), counts=True)

@@ -18,6 +18,7 @@ from torch import nn
 
 import dirl
 from experiments.ssl.dense import through
+from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 NEIGHBOURS = 4  # of 8
@@ -132,15 +133,14 @@ def teach_neighbours(teacher, views, priors):
     return teacher.logits(tokens, [teacher.of_neighbours(x) for x in tokens])
 
 
-class SelfPatchLoss(nn.Module):
-    """L_f + 0.1 L_patch of student's and teacher's outputs; (loss, {name: L_name without gradient})."""
+class SelfPatchLoss(WeightedSum):
+    """L_f + 0.1 L_patch; settings: those of dirl.DINOLoss without out_dim."""
 
-    def __init__(self, out_dim, patch_dim, student_temp=0.1, center_momentum=0.9):
-        super().__init__()
-        self.losses = nn.ModuleDict({"f": dirl.DINOLoss(out_dim, student_temp, center_momentum),
-                                     "patch": PatchLoss(patch_dim, student_temp, center_momentum)})
+    def __init__(self, out_dim, patch_dim, *settings):
+        super().__init__({"f": 1, "patch": WEIGHT}, {"f": dirl.DINOLoss(out_dim, *settings),
+                                                     "patch": PatchLoss(patch_dim, *settings)})
 
-    def forward(self, student, teacher, teacher_temp=0.04):
+    def each(self, student, teacher, teacher_temp):
         f_s, patches_s = student
         f_t, patches_t = teacher
         U = len(patches_t[0])  # global views
@@ -148,12 +148,7 @@ class SelfPatchLoss(nn.Module):
                 "patch": self.losses["patch"](patches_s, patches_t, teacher_temp)}
         with torch.no_grad():  # f's centre is of the local views, too
             self.losses["f"].add_to_center(f_t[U:], torch.ones(f_t[U:].shape[:2], device=f_t.device))
-        total = each["f"] + WEIGHT * each["patch"]
-        return total, {name: loss.detach() for name, loss in each.items()}
-
-    def update_centers(self):
-        for cross_entropy in self.losses.values():
-            cross_entropy.update_center()
+        return each
 
 
 def build(encoder, args):
@@ -161,5 +156,4 @@ def build(encoder, args):
     student = SelfPatch(encoder, args.out_dim, args.disentangled_dim, args.norm_last_layer).to(args.device)
     loss = SelfPatchLoss(args.out_dim, args.disentangled_dim, args.student_temp, args.center_momentum)
     loss = loss.to(args.device)
-    return Recipe(student, dirl.make_teacher(student), loss, ("f", "patch"), dict(loss.losses),
-                  teach_neighbours)
+    return Recipe(student, dirl.make_teacher(student), loss, teach_neighbours)
