@@ -355,7 +355,7 @@ def evaluate_slides(args):
 
 # ---------------------------------------------------------------- predict
 
-def draw_prediction(found, name, corners, scores, attention, classes, out, pixels):
+def draw_prediction(name, found, corners, scores, attention, classes, out, pixels):
     """Writes a slide's DSMIL attention: a picture for the predicted class, a GeoJSON for all classes.
 
     corners (N, 2) of the tiles in level-0 px, scores (C,), attention (N, C).
@@ -395,7 +395,7 @@ def predict_slides(args):
         scores, attention = kept.apply(bag["features"])
         predicted = kept.classes[scores.argmax()]
         rows.append((name, str(len(attention)), predicted, *[f"{score:.4f}" for score in scores]))
-        _, error = call(draw_prediction, (found, name, bag["coords"], scores, attention, kept.classes, out,
+        _, error = call(draw_prediction, (name, found, bag["coords"], scores, attention, kept.classes, out,
                                           args.pixels))
         skipped += [error] if error else []
     write_csv(out / "predictions.csv", rows)
