@@ -130,9 +130,13 @@ def argument_parser(prog="python train.py"):
     return parser
 
 
-def parse(parser, argv):
-    """Returns the flags of a command line, with defaults that depend on others; InputError if two clash."""
+def arguments(argv=None, parser=None):
+    """Returns the flags of a command line, with defaults that depend on others; InputError if two clash.
+
+    parser: argument_parser() with flags added, for experiments.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    parser = parser or argument_parser()
     for word in argv:
         if word.endswith("=--"):  # argparse would return an empty list for it
             raise InputError(f"{word}: a value is expected")
@@ -157,11 +161,6 @@ def parse(parser, argv):
     args.device = device_of_process(args.device)
     args.run = args.run or default_run(args)
     return args
-
-
-def arguments(argv=None):
-    """Returns the flags of a command line of train.py."""
-    return parse(argument_parser(), argv)
 
 
 def default_run(args):

@@ -112,7 +112,7 @@ def arguments(argv):
     parser = train.argument_parser("python -m experiments.benchmark")
     parser.add_argument_group("benchmark").add_argument(
         "--steps", type=whole(), default=10, help="steps to time; more if timings vary")
-    args = train.parse(parser, argv)
+    args = train.arguments(argv, parser)
     if args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--accumulate and torchrun: the benchmark times one process's whole step; drop "
                          "them, and read crops a second from the run itself")
