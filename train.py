@@ -131,12 +131,9 @@ def argument_parser(prog="python train.py"):
 
 
 def arguments(argv=None, parser=None):
-    """Returns the flags of a command line, with defaults that depend on others; InputError if two clash.
-
-    parser: argument_parser() with flags added, for experiments.
-    """
+    """Returns the flags of a command line, with defaults that depend on others; InputError if two clash."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = parser or argument_parser()
+    parser = parser or argument_parser()  # an experiment's has more flags
     for word in argv:
         if word.endswith("=--"):  # argparse would return an empty list for it
             raise InputError(f"{word}: a value is expected")
@@ -394,6 +391,18 @@ def contrast_at_start(encoder, crops, how):
 
 # ---------------------------------------------------------------- training
 
+def set_up(args, build):
+    """Returns what the first step needs: TrainingData, StepSettings, Recipe and optimiser."""
+    # Data: crops with their cells, of training and validation slides only.
+    data = training_crops(args)
+    how = settings_of(args, len(data.crops) // args.batch, data.mean, data.std)
+    torch.backends.cuda.matmul.allow_tf32 = how.bf16  # the heads' fp32 logits: faster, with fp16's digits
+
+    # Models: a student and its momentum teacher, with a head and a centre for each representation.
+    recipe = build(start_encoder(args, data.mean, data.std), args)
+    return data, how, recipe, optimization.build_optimizer(recipe.student)
+
+
 def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
     # A bad --init or --probe is refused first, because preparing slides may take hours.
@@ -401,17 +410,10 @@ def train(args, build=build_dirl):
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
 
-    # Data: crops with their cells, of training and validation slides only.
-    data = training_crops(args)
+    data, how, recipe, optimizer = set_up(args, build)
     per_epoch = len(data.crops) // args.batch
-    how = settings_of(args, per_epoch, data.mean, data.std)
-    torch.backends.cuda.matmul.allow_tf32 = how.bf16  # the heads' fp32 logits: faster, with fp16's digits
     steps = how.schedules.steps
     rank_images = some_of(data.crops, RANK_CROPS)
-
-    # Models: a student and its momentum teacher, with a head and a centre for each representation.
-    recipe = build(start_encoder(args, data.mean, data.std), args)
-    optimizer = optimization.build_optimizer(recipe.student)
 
     # Files: a stopped run is resumed if its settings are the same.
     run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,
