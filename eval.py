@@ -231,21 +231,10 @@ def count_attention(networks, title, found, run, args):
 
 # ---------------------------------------------------------------- slides: the command
 
-def open_data(args, trained_at):
-    """Returns the data set of --data; its um/px is --mpp, else a known data set's, else trained_at."""
-    mpp = evaluated_mpp(args.data, args.mpp, trained_at)
-    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
-                      split=args.split, drop_shared=args.drop_shared)
-    if found.kind == "crops" and not args.mpp:
-        found.mpp = file_mpp(found, trained_at)
-    check_export(args.export, found)
-    return found
-
-
 def open_networks(args):
     """Returns the data set, and the Networks of --checkpoint and --compare; InputError if a file is bad.
 
-    The data set has the um/px of the first one.
+    The data set's um/px is --mpp, else a known data set's, else the one that the first was trained at.
     """
     data = run_name(args.data, args.split, args.drop_shared)
     paths = files_of(args.checkpoint, args.compare, data)
@@ -253,7 +242,12 @@ def open_networks(args):
     path, _, about = opened[0]
     if args.arch not in (None, about["arch"]):
         raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
-    found = open_data(args, about["mpp"])
+    mpp = evaluated_mpp(args.data, args.mpp, about["mpp"])
+    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
+                      split=args.split, drop_shared=args.drop_shared)
+    if found.kind == "crops" and not args.mpp:
+        found.mpp = file_mpp(found, about["mpp"])
+    check_export(args.export, found)
     networks = []
     for path, encoder, about in opened:
         network = network_of(path, encoder, about, data, found.name, args.device)
