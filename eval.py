@@ -451,16 +451,20 @@ def evaluate_patches(args):
         print(f"fine-tuning on {args.device}: AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
               f"batch {args.batch}, {args.epochs} epochs, "
               f"lr x 0.1 after {' '.join(map(str, args.milestones))}, flips")
-    settings = None
-    if not args.linear:
-        settings = classify.FineTuning(args.lr, args.weight_decay, args.batch, args.epochs, args.milestones,
-                                       args.device, args.bf16)
+    settings = classify.FineTuning(args.lr, args.weight_decay, args.batch, args.epochs, args.milestones,
+                                   args.device, args.bf16)
     for name, encoder in chosen.items():
         is_linear = args.linear or encoder is None
         key = {"data": run_name(args.data), "encoder": name,
                "training": "linear" if is_linear else "fine-tuned"}
-        results = classify.classify_patches(encoder, patches, settings, args.seed, name, args.batch,
-                                            args.bf16)
+        if encoder is None:
+            results = classify.linear_folds(classify.pixel_statistics(images), patches)
+        elif args.linear:
+            features = encoders.in_batches(lambda x: represent(encoder, x, args.bf16), images, args.batch,
+                                           "features")
+            results = classify.linear_folds(features.numpy(), patches)
+        else:
+            results = classify.fine_tuned_folds(encoder, patches, settings, args.seed, name)
         mean = classify.report_folds(results, patches, key, run / "patches.csv", args.seed)
         classify.write_predictions(run / "patches_predictions.csv", mean, patches, key)
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")

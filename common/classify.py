@@ -220,20 +220,6 @@ def fine_tuned_folds(encoder, patches, settings, seed, name):
         yield predict(patches.images[patches.test]), loss, kept
 
 
-def classify_patches(encoder, patches, settings, seed, name, batch, bf16):
-    """Trains on each fold and scores the test images; returns linear_folds or fine_tuned_folds.
-
-    encoder: on its device, or None for colour statistics; settings: FineTuning, or None to fit linear
-    classifiers to its features, which are computed `batch` images at a time.
-    """
-    if encoder is None:
-        return linear_folds(pixel_statistics(patches.images), patches)
-    if settings:
-        return fine_tuned_folds(encoder, patches, settings, seed, name)
-    features = in_batches(lambda x: represent(encoder, x, bf16), patches.images, batch, "features")
-    return linear_folds(features.numpy(), patches)
-
-
 def report_folds(results, patches, key, path, seed):
     """Prints and writes each fold's accuracy and AUC when it is done; returns the folds' mean score (T, C).
 
