@@ -28,7 +28,7 @@ from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, who
 from common.log import Log
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
-from data import Augmentation, Crops, collate, make_views, share_of, some_of, spread
+from data import Augmentation, Crops, collate, images_of, make_views, share_of, spread
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
@@ -359,7 +359,7 @@ def training_crops(args):
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
     mean, std = MEAN, STD
     if args.stats == "data":
-        mean, std = encoders.stats_of_crops(some_of(crops, 128))
+        mean, std = encoders.stats_of_crops(images_of(crops, spread(len(crops), 128)))
     return TrainingData(found, crops, skipped, training_record(found, sorted(set(owners))), mean, std)
 
 
@@ -413,7 +413,7 @@ def train(args, build=build_dirl):
     data, how, recipe, optimizer = set_up(args, build)
     per_epoch = len(data.crops) // args.batch
     steps = how.schedules.steps
-    rank_images = some_of(data.crops, RANK_CROPS)
+    rank_images = images_of(data.crops, spread(len(data.crops), RANK_CROPS))
 
     # Files: a stopped run is resumed if its settings are the same.
     run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,
