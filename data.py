@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common.encoders import MEAN, STD, normalize
 from prior import view_prior
@@ -100,9 +101,10 @@ def spread(count, wanted):
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
-def some_of(crops, count):
-    """Returns at most count of the crops, evenly spread: uint8 (N, 3, H, W)."""
-    return torch.stack([crops[i][0] for i in spread(len(crops), count)])
+def images_of(crops, indices):
+    """Returns these crops, uint8 (N, 3, 224, 224)."""
+    bar = tqdm(indices, "crops", leave=False, disable=len(indices) < 200)
+    return torch.stack([crops[int(i)][0] for i in bar])
 
 
 def collate(items):

@@ -167,7 +167,7 @@ def vit_s(depth=12, **kw):
 
 
 class ViTH(VisionTransformer):
-    """ViT-H (Table 4): 8 blocks of ViT-S, then 4 of ViT-T, trained together."""
+    """ViT-H: 8 blocks of ViT-S, then 4 of ViT-T, trained together; 16 M parameters (Table 4)."""
 
     def __init__(self, drop_path=0.0, **kw):
         super().__init__(384, depth=0, num_heads=6, **kw)
@@ -181,11 +181,7 @@ class ViTH(VisionTransformer):
         self.blocks.apply(init_weights)
 
 
-def vit_h(**kw):
-    """ViT-H: 16 M parameters (Table 4)."""
-    return ViTH(**kw)
-
-
+vit_h = ViTH
 vit_t4 = partial(vit_t, depth=4)  # not in the paper: for runs of minutes
 ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": vit_t4}
 

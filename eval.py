@@ -231,21 +231,10 @@ def count_attention(networks, title, found, run, args):
 
 # ---------------------------------------------------------------- slides: the command
 
-def open_data(args, trained_at):
-    """Returns the data set of --data; its um/px is --mpp, else a known data set's, else trained_at."""
-    mpp = evaluated_mpp(args.data, args.mpp, trained_at)
-    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
-                      split=args.split, drop_shared=args.drop_shared)
-    if found.kind == "crops" and not args.mpp:
-        found.mpp = file_mpp(found, trained_at)
-    check_export(args.export, found)
-    return found
-
-
 def open_networks(args):
     """Returns the data set, and the Networks of --checkpoint and --compare; InputError if a file is bad.
 
-    The data set has the um/px of the first one.
+    The data set's um/px is --mpp, else a known data set's, else the one that the first was trained at.
     """
     data = run_name(args.data, args.split, args.drop_shared)
     paths = files_of(args.checkpoint, args.compare, data)
@@ -253,7 +242,12 @@ def open_networks(args):
     path, _, about = opened[0]
     if args.arch not in (None, about["arch"]):
         raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
-    found = open_data(args, about["mpp"])
+    mpp = evaluated_mpp(args.data, args.mpp, about["mpp"])
+    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
+                      split=args.split, drop_shared=args.drop_shared)
+    if found.kind == "crops" and not args.mpp:
+        found.mpp = file_mpp(found, about["mpp"])
+    check_export(args.export, found)
     networks = []
     for path, encoder, about in opened:
         network = network_of(path, encoder, about, data, found.name, args.device)
@@ -355,7 +349,7 @@ def evaluate_slides(args):
 
 # ---------------------------------------------------------------- predict
 
-def draw_prediction(found, name, corners, scores, attention, classes, out, pixels):
+def draw_prediction(name, found, corners, scores, attention, classes, out, pixels):
     """Writes a slide's DSMIL attention: a picture for the predicted class, a GeoJSON for all classes.
 
     corners (N, 2) of the tiles in level-0 px, scores (C,), attention (N, C).
@@ -395,7 +389,7 @@ def predict_slides(args):
         scores, attention = kept.apply(bag["features"])
         predicted = kept.classes[scores.argmax()]
         rows.append((name, str(len(attention)), predicted, *[f"{score:.4f}" for score in scores]))
-        _, error = call(draw_prediction, (found, name, bag["coords"], scores, attention, kept.classes, out,
+        _, error = call(draw_prediction, (name, found, bag["coords"], scores, attention, kept.classes, out,
                                           args.pixels))
         skipped += [error] if error else []
     write_csv(out / "predictions.csv", rows)
@@ -457,16 +451,20 @@ def evaluate_patches(args):
         print(f"fine-tuning on {args.device}: AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
               f"batch {args.batch}, {args.epochs} epochs, "
               f"lr x 0.1 after {' '.join(map(str, args.milestones))}, flips")
-    settings = None
-    if not args.linear:
-        settings = classify.FineTuning(args.lr, args.weight_decay, args.batch, args.epochs, args.milestones,
-                                       args.device, args.bf16)
+    settings = classify.FineTuning(args.lr, args.weight_decay, args.batch, args.epochs, args.milestones,
+                                   args.device, args.bf16)
     for name, encoder in chosen.items():
         is_linear = args.linear or encoder is None
         key = {"data": run_name(args.data), "encoder": name,
                "training": "linear" if is_linear else "fine-tuned"}
-        results = classify.classify_patches(encoder, patches, settings, args.seed, name, args.batch,
-                                            args.bf16)
+        if encoder is None:
+            results = classify.linear_folds(classify.pixel_statistics(images), patches)
+        elif args.linear:
+            features = encoders.in_batches(lambda x: represent(encoder, x, args.bf16), images, args.batch,
+                                           "features")
+            results = classify.linear_folds(features.numpy(), patches)
+        else:
+            results = classify.fine_tuned_folds(encoder, patches, settings, args.seed, name)
         mean = classify.report_folds(results, patches, key, run / "patches.csv", args.seed)
         classify.write_predictions(run / "patches_predictions.csv", mean, patches, key)
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")

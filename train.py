@@ -28,7 +28,7 @@ from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, who
 from common.log import Log
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
-from data import Augmentation, Crops, collate, make_views, share_of, some_of, spread
+from data import Augmentation, Crops, collate, images_of, make_views, share_of, spread
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
@@ -130,9 +130,10 @@ def argument_parser(prog="python train.py"):
     return parser
 
 
-def parse(parser, argv):
+def arguments(argv=None, parser=None):
     """Returns the flags of a command line, with defaults that depend on others; InputError if two clash."""
     argv = sys.argv[1:] if argv is None else argv
+    parser = parser or argument_parser()  # an experiment's has more flags
     for word in argv:
         if word.endswith("=--"):  # argparse would return an empty list for it
             raise InputError(f"{word}: a value is expected")
@@ -157,11 +158,6 @@ def parse(parser, argv):
     args.device = device_of_process(args.device)
     args.run = args.run or default_run(args)
     return args
-
-
-def arguments(argv=None):
-    """Returns the flags of a command line of train.py."""
-    return parse(argument_parser(), argv)
 
 
 def default_run(args):
@@ -362,7 +358,7 @@ def training_crops(args):
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
     mean, std = MEAN, STD
     if args.stats == "data":
-        mean, std = encoders.stats_of_crops(some_of(crops, 128))
+        mean, std = encoders.stats_of_crops(images_of(crops, spread(len(crops), 128)))
     return TrainingData(found, crops, skipped, training_record(found, sorted(set(owners))), mean, std)
 
 
@@ -394,6 +390,18 @@ def contrast_at_start(encoder, crops, how):
 
 # ---------------------------------------------------------------- training
 
+def set_up(args, build):
+    """Returns what the first step needs: TrainingData, StepSettings, Recipe and optimiser."""
+    # Data: crops with their cells, of training and validation slides only.
+    data = training_crops(args)
+    how = settings_of(args, len(data.crops) // args.batch, data.mean, data.std)
+    torch.backends.cuda.matmul.allow_tf32 = how.bf16  # the heads' fp32 logits: faster, with fp16's digits
+
+    # Models: a student and its momentum teacher, with a head and a centre for each representation.
+    recipe = build(start_encoder(args, data.mean, data.std), args)
+    return data, how, recipe, optimization.build_optimizer(recipe.student)
+
+
 def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
     # A bad --init or --probe is refused first, because preparing slides may take hours.
@@ -401,17 +409,10 @@ def train(args, build=build_dirl):
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
 
-    # Data: crops with their cells, of training and validation slides only.
-    data = training_crops(args)
+    data, how, recipe, optimizer = set_up(args, build)
     per_epoch = len(data.crops) // args.batch
-    how = settings_of(args, per_epoch, data.mean, data.std)
-    torch.backends.cuda.matmul.allow_tf32 = how.bf16  # the heads' fp32 logits: faster, with fp16's digits
     steps = how.schedules.steps
-    rank_images = some_of(data.crops, RANK_CROPS)
-
-    # Models: a student and its momentum teacher, with a head and a centre for each representation.
-    recipe = build(start_encoder(args, data.mean, data.std), args)
-    optimizer = optimization.build_optimizer(recipe.student)
+    rank_images = images_of(data.crops, spread(len(data.crops), RANK_CROPS))
 
     # Files: a stopped run is resumed if its settings are the same.
     run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,

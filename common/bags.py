@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import mil
-from common.classify import fit_logistic, standardize, statistics_of
+from common.classify import fit_logistic, standardize
 from common.errors import InputError, one_line
 from common.files import atomic_write, file_stamp, load_tensors, read_npz, save_tensors, write_csv
 from common.metrics import measures_of
@@ -237,9 +237,9 @@ def classify_slides(found, network, names, settings, device):
     """
     kept = {name: read_bag(network.features, name) for name in names if name in found.labels}
     bags = {split: labelled(kept, found.split(split), found, device) for split in SPLITS}
-    statistics = statistics_of(bags["train"]) if settings.standardize else None
-    if statistics:
-        bags = standardize(bags, statistics)
+    statistics = None
+    if settings.standardize:
+        bags, statistics = standardize(bags)
     models = {}
     rows, scores, attention = train_and_score(bags, len(found.classes), settings, models)
     keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp)

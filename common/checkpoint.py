@@ -29,21 +29,19 @@ def check_config(path, config):
                          "resume it, or another folder for a new run (--run)")
 
 
-def lock_folder(folder):
-    """Locks a run's folder while this process lives, and returns the lock.
+def lock_folder(folder, lock):
+    """Makes a run's folder and locks it while this process lives.
 
-    InputError if another process has it, or if the folder cannot be written.
+    InputError if another process has the lock, or if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
     except Timeout:
         raise InputError(f"{folder}: another train.py is writing to it; wait for it, or use another "
                          "--run") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); run where you may write") from None
-    return lock
 
 
 class Run:
@@ -62,7 +60,7 @@ class Run:
         self.modules = modules
         self.minutes = minutes
         self.save_every = save_every
-        self.lock = None
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
         self.saved_at = time.monotonic()
 
     def resume(self):
@@ -71,11 +69,11 @@ class Run:
         Under torchrun every process loads it; only rank 0 locks and writes.
         """
         if not rank():
-            self.lock = lock_folder(self.folder)
+            lock_folder(self.folder, self.lock)
         try:
             step = self.load() if (self.folder / "checkpoint.pt").is_file() else 0
         except BaseException:
-            self.unlock()
+            self.lock.release()
             raise
         if not rank():
             write_json(self.folder / "config.json", self.config)
@@ -96,15 +94,11 @@ class Run:
                              f"({one_line(error)}); delete it to start over") from None
         return step
 
-    def unlock(self):
-        if self.lock:
-            self.lock.release()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.unlock()
+        self.lock.release()
 
     def save(self, step, log):
         """Writes encoder.pt and checkpoint.pt after a step."""

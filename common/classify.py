@@ -92,22 +92,18 @@ def pixel_statistics(images):
     return np.stack(rows).astype(np.float32)
 
 
-def statistics_of(pairs):
-    """Returns the mean and sd (d,) over all tiles of [(features (N, d), label), ...]."""
-    tiles = torch.cat([features for features, _ in pairs])
-    return tiles.mean(0), tiles.std(0).clamp(min=1e-6)
+def standardize(bags):
+    """Standardises features with the mean and sd (d,) over all tiles of the training slides.
 
-
-def standardize(bags, statistics=None):
-    """Standardises features with a mean and sd, by default those over all tiles of the training slides.
-
-    bags: {split: [(features (N, d), label), ...]}; the same comes back.
+    bags: {split: [(features (N, d), label), ...]}. Returns the same, standardised, and (mean, sd).
     """
-    mean, sd = statistics or statistics_of(bags["train"])
+    tiles = torch.cat([features for features, _ in bags["train"]])
+    mean = tiles.mean(0)
+    sd = tiles.std(0).clamp(min=1e-6)
     standardized = {}
     for split, pairs in bags.items():
         standardized[split] = [((features - mean) / sd, label) for features, label in pairs]
-    return standardized
+    return standardized, (mean, sd)
 
 
 def fit_logistic(features, labels, c=1.0, max_iter=2000):
@@ -218,20 +214,6 @@ def fine_tuned_folds(encoder, patches, settings, seed, name):
         predict, loss, kept = fine_tune(encoder, patches.images, patches.labels, train, val,
                                         len(patches.classes), settings, 1000 * seed + k, f"{name}, fold {k}")
         yield predict(patches.images[patches.test]), loss, kept
-
-
-def classify_patches(encoder, patches, settings, seed, name, batch, bf16):
-    """Trains on each fold and scores the test images; returns linear_folds or fine_tuned_folds.
-
-    encoder: on its device, or None for colour statistics; settings: FineTuning, or None to fit linear
-    classifiers to its features, which are computed `batch` images at a time.
-    """
-    if encoder is None:
-        return linear_folds(pixel_statistics(patches.images), patches)
-    if settings:
-        return fine_tuned_folds(encoder, patches, settings, seed, name)
-    features = in_batches(lambda x: represent(encoder, x, bf16), patches.images, batch, "features")
-    return linear_folds(features.numpy(), patches)
 
 
 def report_folds(results, patches, key, path, seed):

@@ -17,7 +17,7 @@ def score_fold(found, bags, settings, device):
     """
     pairs = {split: labelled(bags, found.split(split), found, device) for split in SPLITS}
     if settings.standardize:
-        pairs = classify.standardize(pairs)
+        pairs, _ = classify.standardize(pairs)
     rows, scores, _ = train_and_score(pairs, len(found.classes), settings)
     return np.mean([measures for _, *measures in rows], 0), scores
 

@@ -144,9 +144,13 @@ def load_encoder(path):
     depth = about.get("depth")  # None: the architecture's own
     if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
         raise InputError(f"{path}: its depth is damaged; pre-train again")
-    mean, std = pixel_values(path, about["mean"]), pixel_values(path, about["std"])
-    if not min(std) > 0:
-        raise InputError(f"{path}: mean and std of its pixels are damaged (std {std}); pre-train again")
+    try:
+        mean, std = torch.tensor([about["mean"], about["std"]], dtype=torch.float64).view(2, 3).tolist()
+        if not min(std) > 0:
+            raise ValueError(f"std {std}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: mean and std of its pixels are damaged ({one_line(error)}); pre-train "
+                         "again") from None
     encoder = make_encoder(about["arch"], mean, std, depth)
     try:
         weights = about.pop("encoder")
@@ -163,15 +167,6 @@ def check_finite(encoder, path):
     """InputError if a weight of the encoder at path is not finite."""
     if not all(weight.isfinite().all() for weight in encoder.state_dict().values()):
         raise InputError(f"{path}: has weights that are not finite; use another one, or pre-train again")
-
-
-def pixel_values(path, values):
-    """Returns the mean or std of R, G, B that an encoder.pt records; InputError if it is damaged."""
-    try:
-        red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: mean and std of its pixels are damaged ({one_line(error)})") from None
-    return red, green, blue
 
 
 def save_encoder(path, encoder, **about):

@@ -1,7 +1,7 @@
 """How scripts fail: with an exit code and one line that names the file or flag and says what to do."""
 import argparse
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 
 class InputError(Exception):
@@ -32,16 +32,13 @@ class Terminal:
         self.stream = stream
 
     def write(self, text):
-        try:
+        with suppress(OSError, ValueError):
             return self.stream.write(text)
-        except (OSError, ValueError):
-            return len(text)
+        return len(text)
 
     def flush(self):
-        try:
+        with suppress(OSError, ValueError):
             self.stream.flush()
-        except (OSError, ValueError):
-            pass
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -25,7 +25,10 @@ def shard_of(names, shard):
 
 
 def call(function, arguments):
-    """Returns (function's result, None), or (None, one line) for an error that the user can fix."""
+    """Returns (function's result, None), or (None, one line) for an error that the user can fix.
+
+    If memory runs out, the line names the first of the arguments, a file or a slide.
+    """
     try:
         return function(*arguments), None
     except InputError as error:

@@ -15,7 +15,6 @@ import train
 from common.errors import InputError, run_script
 from common.files import print_table
 from common.flags import whole
-from common.optimization import build_optimizer
 from dirl import DINOHead
 
 WARM_UP = 3  # untimed steps at the start
@@ -80,11 +79,7 @@ def peak_memory(device):
 
 def benchmark(args, build=train.build_dirl):
     """Times args.steps steps and prints a row per section; returns 0."""
-    data = train.training_crops(args)
-    per_epoch = len(data.crops) // args.batch
-    how = train.settings_of(args, per_epoch, data.mean, data.std)
-    recipe = build(train.start_encoder(args, data.mean, data.std), args)
-    optimizer = build_optimizer(recipe.student)
+    data, how, recipe, optimizer = train.set_up(args, build)
     model = torch.compile(recipe.student) if args.compile else recipe.student
     timer = Timer(how.device)
     if not args.compile:  # a hook would split the compiled graph
@@ -112,7 +107,7 @@ def arguments(argv):
     parser = train.argument_parser("python -m experiments.benchmark")
     parser.add_argument_group("benchmark").add_argument(
         "--steps", type=whole(), default=10, help="steps to time; more if timings vary")
-    args = train.parse(parser, argv)
+    args = train.arguments(argv, parser)
     if args.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("--accumulate and torchrun: the benchmark times one process's whole step; drop "
                          "them, and read crops a second from the run itself")

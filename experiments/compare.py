@@ -78,7 +78,7 @@ def arguments(argv):
     if known.ssl in BASELINES or known.heads:
         parser.set_defaults(method="baseline")
     parser.set_defaults(**DEFAULTS.get(known.ssl, {}))
-    args = train.parse(parser, argv)
+    args = train.arguments(argv, parser)
     check(args)
     if not known.run:
         depth = f"_depth{args.depth}" if args.depth else ""

@@ -113,6 +113,22 @@ def test_predicting_changes_no_result_and_names_what_the_encoder_saw(measured, c
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_a_picture_that_does_not_fit_into_memory_costs_its_own_slide(measured, monkeypatch, capsys):
+    draw = eval_py.picture_of
+
+    def full(found, name, pixels):
+        if name == "nests_3":
+            raise MemoryError
+        return draw(found, name, pixels)
+    monkeypatch.setattr(eval_py, "picture_of", full)
+    assert eval_py.main(NEW) == 1
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped:")]
+    assert skipped == ["skipped: nests_3: out of memory while reading it"]
+    assert not (RUN / "on_new/predicted/nests_3.png").exists()
+    assert len(rows_of(RUN / "on_new/predicted/predictions.csv")) == 4
+
+
+@pytest.mark.usefixtures("blank_figures")
 def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
     kept = RUN / "dsmil_1.pt"
     for other, says in (({"classes": ["a", "b"]}, "has other classes"), ({"in_dim": 7}, "is no DSMIL"),

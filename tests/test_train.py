@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -433,3 +434,13 @@ def test_benchmark_times_the_sections_of_a_step_and_writes_no_run(place, capsys)
     assert "crops a second, peak memory" in out and not (place / "runs").exists()
     argv = [*SMALL, "--batch", "2", "--accumulate", "2"]  # which it would not time
     refused(capsys, benchmark.main, argv, "--accumulate")
+
+
+@pytest.mark.parametrize("script", [train, benchmark])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_benchmark_multiplies_as_training_does(place, monkeypatch, script, precision):
+    flags = SimpleNamespace(allow_tf32=None)  # of torch, which is not to keep them
+    monkeypatch.setattr(torch.backends.cuda, "matmul", flags)
+    steps = "--steps" if script is benchmark else "--max-steps"
+    assert script.main([*SMALL, "--precision", precision, steps, "1"]) == 0
+    assert flags.allow_tf32 == (precision == "bf16")

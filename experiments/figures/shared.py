@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dirl
 from common.encoders import check_device, find_encoder, open_encoder
@@ -12,7 +11,7 @@ from common.errors import InputError, Parser, print_skipped
 from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure
 from common.files import read_json, write_csv
 from common.flags import add_max_gigapixels, whole
-from data import Crops, spread
+from data import Crops, images_of, spread
 from wsi.cache import file_mpp, prepare, prepare_tiles
 from wsi.datasets import PRIORS, add_data_flags, evaluated_mpp
 from wsi.splits import check_unseen, find_data
@@ -154,12 +153,6 @@ def crops_of(found, names, args, with_cells=True):
         raise InputError(f"{found.source}: no crop of these {found.kind}; python data.py check --data "
                          f"{args.data} says what is missing")
     return crops
-
-
-def images_of(crops, indices):
-    """Returns these crops, uint8 (N, 3, 224, 224)."""
-    bar = tqdm(indices, "crops", leave=False, disable=len(indices) < 200)
-    return torch.stack([crops[int(i)][0] for i in bar])
 
 
 def choose_crops(crops, priors, count):
