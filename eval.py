@@ -46,7 +46,7 @@ from common.report import RESULTS, last_losses, print_results, row_of_one
 from data import Crops, collate, spread
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
-from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info, tile_side
+from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info
 from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
@@ -323,7 +323,6 @@ def evaluate_slides(args):
                 rows += check_with_truth(found, network.features, slides, attention[name])
                 tables[name] = rows + tables[name]
         infos = {name: tile_info(found, name) for name in slides}
-        infos = {name: info | {"side": tile_side(info)} for name, info in infos.items()}
         export_slides(args.export, found, first.features / "features", infos,
                       lambda name: ready_cells(found, name), run)
         print(f"Wrote {first.features}/features/")

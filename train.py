@@ -408,7 +408,6 @@ def train(args, build=build_dirl):
     if args.init:
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
-
     data, how, recipe, optimizer = set_up(args, build)
     per_epoch = len(data.crops) // args.batch
     steps = how.schedules.steps

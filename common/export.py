@@ -57,7 +57,7 @@ def export_clam(found, folder, infos, out):
 
     pt_files/<slide>.pt, a tensor (N, d); h5_files/<slide>.h5, features and coords (level-0 px); with labels
     also dataset_csv/<data>.csv and splits/<data>/splits_0.csv and splits_0_bool.csv.
-    infos: {slide: tile_info and "side", a tile's side in level-0 px} of those that have features in folder.
+    infos: {slide: tile_info} of those that have features in folder.
     """
     for name, info in tqdm(infos.items(), "clam, slides", leave=False):
         source = folder / f"{name}.npz"
@@ -200,8 +200,7 @@ def check_export(kinds, found):
 def export_slides(kinds, found, features, infos, cells_of, run):
     """Writes what --export asks for, of slides that have features in a folder, to a run.
 
-    infos: {slide: tile_info and "side", a tile's side in level-0 px}; cells_of(slide): its cells (K, 2) in
-    level-0 px, or None.
+    infos: {slide: tile_info}; cells_of(slide): its cells (K, 2) in level-0 px, or None.
     """
     if "clam" in kinds:
         export_clam(found, features, infos, run / "clam")

@@ -11,7 +11,7 @@ from common.export import export_attention, export_geojson
 from data import Crops
 from experiments.figures import priors
 from wsi import cache, check, sanity, slides
-from wsi.cache import prepare, ready_cells, tile_info, tile_side
+from wsi.cache import prepare, ready_cells, tile_info
 from wsi.cells import read_cells
 from wsi.slides import Slide
 
@@ -132,14 +132,14 @@ def test_a_slide_with_bounds_from_qupath_and_back(leica, tmp_path):
     np.testing.assert_allclose(folder_cells, TRUE + CORNER)
 
     out = tmp_path / "good.geojson"
-    export_geojson(out, crops.corners, info | {"side": tile_side(info)}, xy)
+    export_geojson(out, crops.corners, info, xy)
     np.testing.assert_allclose(read_cells(out), xy - CORNER, atol=0.006)
     objects = json.loads(out.read_text())["features"]
     for corner, shape in zip(crops.corners, objects):
         first = shape["geometry"]["coordinates"][0][0]
         assert first == (corner - CORNER).tolist()
         assert shape["properties"]["name"] == "tile {},{}".format(*corner)
-    export_attention(out, crops.corners, tile_side(info), slide.bounds, {}, np.full((4, 196), 3.0))
+    export_attention(out, crops.corners, info["side"], slide.bounds, {}, np.full((4, 196), 3.0))
     objects = json.loads(out.read_text())["features"]
     tiles = [shape for shape in objects if shape["properties"]["objectType"] == "annotation"]
     assert [shape["geometry"]["coordinates"][0][0] for shape in tiles] == (crops.corners - CORNER).tolist()

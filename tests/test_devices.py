@@ -89,12 +89,16 @@ def test_a_step_on_cuda_is_that_on_the_cpu(method):
 
 @cuda
 @needs_gpu
-def test_logits_on_cuda_keep_their_digits_in_tf32(monkeypatch):
+def test_logits_on_cuda_keep_their_digits_in_tf32():
     """At the teacher's temperature a logit is off by 0.01 at most, as train.py multiplies on a GPU."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     head, f = dirl.DINOHead(24, 4096).cuda(), torch.randn(256, 24).cuda()
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-        z, logits = head.mlp(f), head(f)
+    before = torch.backends.cuda.matmul.allow_tf32  # pytest's monkeypatch cannot put it back
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            z, logits = head.mlp(f), head(f)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     weight = torch.nn.functional.normalize(head.last_layer.weight.double(), dim=-1)
     want = torch.nn.functional.normalize(z.double(), dim=-1) @ weight.T
     assert logits.dtype == torch.float32 and ((logits - want) / 0.04).abs().max() < 0.01

@@ -91,8 +91,8 @@ def tiles_folder(data):
 def tile_info(data, name):
     """Returns what a slide's tiles were cut from and with; None without tiles, or if their input has changed.
 
-    It has changed if the slide's file has another name, size or hash, or if --slide-mpp or labels.csv give
-    other um/px than it was cut with.
+    "side" is a tile's side in level-0 px. The input has changed if the slide's file has another name, size or
+    hash, or if --slide-mpp or labels.csv give other um/px than it was cut with.
     """
     info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
     if not TILE_INFO <= info.keys() or not file_identity(data.images[name]).items() <= info.items():
@@ -102,12 +102,7 @@ def tile_info(data, name):
         return None
     if source == "--slide-mpp" and data.slide_mpp not in (None, used):
         return None
-    return info
-
-
-def tile_side(info):
-    """Returns a tile's side in level-0 px; info: its slide's tile_info."""
-    return CROP * info["mpp"] / info["slide_mpp"]
+    return info | {"side": CROP * info["mpp"] / used}
 
 
 def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wsi.cache import read_crop_cells, ready_cells, tile_info, tile_side, tiles_folder, usable_crops
+from wsi.cache import read_crop_cells, ready_cells, tile_info, tiles_folder, usable_crops
 from wsi.slides import Slide
 
 
@@ -29,7 +29,7 @@ def slide_crops(data, name, with_cells):
         return
     files, corners = tiles_of(data, name)
     scale = info["slide_mpp"] / info["mpp"]  # px of the crop in a level-0 px
-    for file, corner, inside in zip(files, corners, cells_in_tiles(xy, corners, tile_side(info))):
+    for file, corner, inside in zip(files, corners, cells_in_tiles(xy, corners, info["side"])):
         yield name, file, corner.tolist(), ((inside - corner) * scale).astype(np.float32)
 
 
@@ -76,4 +76,4 @@ def picture_of(data, name, longer_side):
     info = tile_info(data, name)
     slide = Slide(data.images[name], said_mpp=info["slide_mpp"])
     pixels, unit = slide.picture(max(info["width"], info["height"]) * slide.mpp / longer_side)
-    return Picture(pixels, unit, tile_side(info), slide.bounds)
+    return Picture(pixels, unit, info["side"], slide.bounds)

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 
 from common.errors import InputError, one_line, printable
-from wsi.cache import tile_info, tile_side
+from wsi.cache import tile_info
 from wsi.cell_files import files_by_name
 from wsi.cells import cell_format, find_place, json_members
 from wsi.slides import CROP
@@ -77,7 +77,7 @@ def outlines_of(folder, found, crops, chosen):
     of_crops = []
     for i in chosen:
         name = crops.owner[i]
-        scale = CROP / tile_side(tile_info(found, name))
+        scale = CROP / tile_info(found, name)["side"]
         of_crops.append([])
         for region, outline in of_slide.get(name, []):
             xy = (outline - crops.corners[i]) * scale

@@ -26,7 +26,7 @@ from common.flags import whole
 from data import spread
 from experiments.figures import shared
 from prior import bin_centroids
-from wsi.cache import describe_cells, tile_info, tile_side
+from wsi.cache import describe_cells, tile_info
 from wsi.cell_files import files_by_name
 from wsi.cells import read_cells
 from wsi.datasets import DATASETS, PRIORS
@@ -107,7 +107,7 @@ def cells_of(value, crops, found, args):
         xy = cells_from_folder(Path(value), found, name)
         if xy is None:
             continue
-        side = tile_side(tile_info(found, name))
+        side = tile_info(found, name)["side"]
         for key in keys_of(crops):
             if key[0] == name:
                 inside = ((xy >= key[1:]) & (xy < np.add(key[1:], side))).all(1)
@@ -150,7 +150,7 @@ def shown_crops(crops, found, cells, compared, drawn):
     for k, image in zip(drawn, images):
         i = compared.indices[k]
         info = tile_info(found, crops.owner[i])
-        side = tile_side(info)
+        side = info["side"]
         slide = Slide(found.images[crops.owner[i]], said_mpp=info["slide_mpp"])
         corner = np.array(crops.corners[i])
         level0 = [corner + of_crops[k] * (side / CROP) for of_crops in cells.values()]
