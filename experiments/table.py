@@ -10,6 +10,7 @@ accuracies, AUC or F1.
 
 Below: the curves of experiments.study fraction and prior, from the files of their runs.
 """
+import csv
 import json
 import sys
 from collections import defaultdict
@@ -19,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.errors import InputError, run_script
-from common.files import atomic_write, read_csv, read_json, write_csv
+from common.files import atomic_write, read_json, write_csv
 from common.flags import RUNNING
 from common.log import MIDDLE, is_finished, read_log
 from common.report import note_on_middle
@@ -45,8 +46,11 @@ def arguments(argv):
 
 
 def read_rows(path):
-    """Returns the rows of a CSV as dicts; [] if it is missing."""
-    return [row for _, row in read_csv(path)[1]] if path.is_file() else []
+    """Returns the rows of a CSV as dicts; [] if it is missing. Of columns with one name the last counts."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def read_values(folder):
@@ -55,7 +59,7 @@ def read_values(folder):
     data = read_json(folder / "config.json").get("data", "")
     try:
         for row in read_rows(folder / "slides.csv"):
-            for name in ("accuracy", "auc", "macro_f1"):
+            for name in list(row)[1:]:  # the first is the seed
                 out[data, name].append(float(row[name]))
         for row in read_rows(folder / "patches.csv"):
             if row["encoder"] == folder.resolve().name:

@@ -362,6 +362,14 @@ def crop_cells_file(data, prior):
     return data.work / "cells" / f"crops_{prior}.npz"
 
 
+def cell_files_of_crops(data):
+    """Returns {crop: its file of cells, or None}."""
+    has_files = (data.source / "cells").is_dir()
+    if data.prior == NO_CELLS or data.prior in ("auto", "builtin") and not has_files:
+        return dict.fromkeys(data.images)
+    return cell_files(data)
+
+
 def prepare_crop_cells(data, workers):
     """Finds or reads the cells of the crops that have none yet, or whose cells came from another file.
 
@@ -372,7 +380,7 @@ def prepare_crop_cells(data, workers):
     need_mpp(data)
     tell_source(data)
     done = kept_crops(data)
-    files = cell_files(data)
+    files = cell_files_of_crops(data)
     tasks = {}
     failed = []
     mpp = None if data.prior == NO_CELLS else data.mpp
@@ -429,7 +437,7 @@ def kept_crops(data):
     xy = np.stack([kept["x"], kept["y"]], 1)
     names, source, side, grey = (kept[key].tolist() for key in ("names", "source", "side", "grey"))
     ends = np.searchsorted(kept["crop"], range(len(names) + 1))
-    files = cell_files(data)
+    files = cell_files_of_crops(data)
     out = {}
     for i, name in enumerate(names):
         if name in files and source[i] == made_from(data, name, files[name]):

@@ -104,7 +104,7 @@ def places_of(data):
     work = data.work / "cells"
     places = []
     prior = first_prior(data)
-    if prior not in ("", NO_CELLS):
+    if prior:
         places += [(given / prior, ""), (work / prior, ""), (given, prior)]
     if data.prior == "auto":
         places += [(given, ""), (given / "builtin", ""), (work / "builtin", "")]

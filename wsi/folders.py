@@ -71,18 +71,20 @@ class Data:
         """Returns the slides without a label that join pre-training: no slide of their patient is tested.
 
         The patient is known from a row of labels.csv with an empty label, or from a TCGA name; slides of
-        unknown patients are skipped. A published split has no such slides.
+        unknown patients are skipped, and those that split.csv has in test. A published split has no such
+        slides.
         """
         if not self.labels or self.split_file:
             return []
         names_of = self.names_of_patients()
+        held_out = {name: row for name, row in (self.absent | self.labels).items() if row["split"] == "test"}
         tested = set()
-        for row in (self.absent | self.labels).values():
-            if row["split"] == "test":
-                tested |= names_of.get(row["patient"], {row["patient"]})  # labels.csv may have renamed it
+        for row in held_out.values():
+            tested |= names_of.get(row["patient"], {row["patient"]})  # labels.csv may have renamed it
         patients = {name: tcga_patient(name) for name in self.images if name not in self.labels}
         patients |= {name: row["patient"] for name, row in self.pretrain_only.items()}
-        return sorted(name for name, patient in patients.items() if patient and patient not in tested)
+        return sorted(name for name, patient in patients.items()
+                      if patient and patient not in tested and name not in held_out)
 
 
 def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):

@@ -289,6 +289,7 @@ def segment(slides, segmenter, out, slide_mpp, mpp, workers, max_gigapixels):
             failed[path] = error
         else:
             tasks.append((path, slide.mpp))
+        slide = None  # a plain image would stay decoded in memory
     if tasks and segmenter != "builtin":
         load_segmenter(segmenter)  # reports a missing package, and downloads weights, before the work starts
     failed |= segment_slides(tasks, segmenter, out, workers, mpp)

@@ -154,7 +154,7 @@ def run(args):
 
 
 def main(argv=None):
-    return run_script("tokens", lambda: run(arguments(argv)), "--tokens")
+    return run_script("tokens", lambda: run(arguments(argv)), "--tokens or --crops")
 
 
 if __name__ == "__main__":

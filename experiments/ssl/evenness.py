@@ -1,7 +1,8 @@
 """Evenness alone: DINO, and a penalty on uneven attention; not in the paper.
 
-If attention is then as even as DiRL's and features are DINO's, evenness is not the reason. The penalty is the
-mean of (a_j - 1)^2 over the tokens of all views; a_j is a token's aggregated attention in the last block.
+If attention is then as even as DiRL's and features are DINO's, evenness alone does not improve features. The
+penalty is the mean of (a_j - 1)^2 over the tokens of all views; a_j is a token's aggregated attention in the
+last block.
 """
 import torch
 
