@@ -88,8 +88,9 @@ def describe(networks):
 def named(networks):
     """Returns {name: Network}: the random start, the paper's methods in its order, then the others.
 
-    Networks of one method have the names of their folders added; names of methods are those of train.py and
-    experiments.compare, or of a file of another program's.
+    Networks of one method, and controls (a shuffled prior, other numbers of heads), have the names of their
+    folders added; names of methods are those of train.py and experiments.compare, or of a file of another
+    program's.
     """
     names = []
     for network in networks:
@@ -98,7 +99,9 @@ def named(networks):
         names.append(NAMES.get(method, method) if ssl == "dino" else f"{method}, {ssl}")
     out = {}
     for name, network in zip(names, networks):
-        if names.count(name) > 1:
+        config = read_json(network.path.parent / "config.json")
+        is_control = name != NAMES["none"] and (config.get("shuffle_prior") or config.get("heads"))
+        if names.count(name) > 1 or is_control:
             file = network.path.with_suffix("") if network.path.name != "encoder.pt" else network.path.parent
             name = f"{name}, {file.as_posix().removeprefix('runs/')}"
         out[name] = network

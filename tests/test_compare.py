@@ -101,3 +101,16 @@ def test_names_are_the_papers_and_tell_runs_of_one_method_apart():
     assert list(named(networks)) == ["random start", "baseline, byol", "baseline (DINO)", "DiRL, a",
                                      "DiRL, a/encoder_3", "dino_s"]
     assert list(named(networks[:1] + networks[4:])) == ["random start", "baseline (DINO)", "DiRL"]
+
+
+def test_a_control_is_not_named_as_the_method_that_it_controls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    networks = []
+    for folder, method, config in (("shuffled", "dirl", {"shuffle_prior": True}),
+                                   ("heads", "baseline", {"heads": [4, 4]}),
+                                   ("plain", "cellback", {"heads": None, "shuffle_prior": False}),
+                                   ("shuffled", "none", {"shuffle_prior": True})):
+        path = Path("runs", folder, "encoder.pt")
+        write(path.parent / "config.json", config)
+        networks.append(SimpleNamespace(about={"method": method}, path=path))
+    assert list(named(networks)) == ["random start", "baseline (DINO), heads", "Cellback", "DiRL, shuffled"]
