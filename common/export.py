@@ -44,6 +44,13 @@ def coords_attributes(name, info):
             "target_magnification": magnification, "mpp": info["mpp"], "level0_mpp": info["slide_mpp"]}
 
 
+def has_attributes(path, attributes):
+    """Whether "coords" of an h5 file has these attributes; earlier versions wrote others."""
+    with h5py.File(path) as file:
+        kept = file["coords"].attrs
+        return all(name in kept and np.array_equal(kept[name], value) for name, value in attributes.items())
+
+
 def warn_of_numbers(names):
     """Warns if CLAM would read the slides' names as numbers: pandas does if all names in a column look so."""
     if names and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in names):
@@ -65,12 +72,13 @@ def export_clam(found, folder, infos, out):
         if not is_newer(pt, source):
             save_tensors(pt, torch.from_numpy(read_npz(source, "features")["features"]))
         h5 = out / "h5_files" / f"{name}.h5"
-        if not is_newer(h5, source):
+        attributes = coords_attributes(name, info)
+        if not (is_newer(h5, source) and has_attributes(h5, attributes)):
             bag = read_npz(source, "features", "coords")
             with atomic_write(h5) as temp, h5py.File(temp, "w") as file:
                 file["features"] = bag["features"]
                 file["coords"] = bag["coords"]
-                file["coords"].attrs.update(coords_attributes(name, info))
+                file["coords"].attrs.update(attributes)
     rows = {name: found.labels[name] for name in sorted(infos) if name in found.labels}
     if rows:
         warn_of_numbers(list(rows))
