@@ -36,6 +36,7 @@ from data import Augmentation, spread
 from experiments.figures import shared
 from experiments.figures.outlines import outlines_of
 from experiments.figures.views import views_of
+from prior import bin_centroids
 from wsi.pixels import read_image
 from wsi.slides import CROP
 
@@ -222,7 +223,7 @@ def query(encoders, found, names, args):
         drawn = attention[:, tokens].mean(0) * attention.shape[-1]  # (Q, n), mean over heads; even share: 1
         for axis in line:
             draw_crop(axis, images[0])
-        draw_prior(line[0], crops.priors()[i], CROP)
+        draw_prior(line[0], bin_centroids(crops.cells(i), CROP), CROP)
         line[0].set_title("crop and P_c", fontsize=8)
         line[0].set_ylabel(name if len(chosen) == 1 else f"{name}\n{name_of(crops, i)}", fontsize=8)
         for axis, token, values in zip(line[1:], tokens, drawn):
