@@ -318,11 +318,11 @@ def evaluate_slides(args):
         attention = {}
         for name, network in networks.items():
             slides = extract(network, found, args)
+            infos = {slide: tile_info(found, slide) for slide in slides}
             if has_labelled_slides:
-                rows, attention[name] = bags.classify_slides(found, network, slides, settings, args.device)
+                rows, attention[name] = bags.classify_slides(found, network, infos, settings, args.device)
                 rows += check_with_truth(found, network.features, slides, attention[name])
                 tables[name] = rows + tables[name]
-        infos = {name: tile_info(found, name) for name in slides}
         export_slides(args.export, found, first.features / "features", infos,
                       lambda name: ready_cells(found, name), run)
         print(f"Wrote {first.features}/features/")
@@ -395,11 +395,11 @@ def predict_slides(args):
 
     print_table(rows[:21])  # the first 20 slides
     print_skipped(skipped)
-    trained_on = set(about["trained_on"]["images"].values())
-    known = [name for name in names if tile_info(found, name)["file_hash"] in trained_on]
-    if known:
-        print(f"warning: {len(known)} of these slides are ones that the encoder was trained on ({known[0]}, "
-              "..): their scores say nothing about new slides")
+    for what, seen in (("the encoder", about["trained_on"]["images"].values()), ("DSMIL", kept.seen)):
+        known = [name for name in names if tile_info(found, name)["file_hash"] in set(seen)]
+        if known:
+            print(f"warning: {len(known)} of these slides are ones that {what} was trained on ({known[0]}, "
+                  "..): their scores say nothing about new slides")
     print(f"Wrote {out}/predictions.csv of {len(names)} slides and, for each, <slide>.png and "
           "<slide>.geojson. Next: drag a .geojson onto its slide in QuPath; Measure, Show measurement maps "
           "colours the tiles by DSMIL's attention")

@@ -135,11 +135,12 @@ def score_mean_features(bags):
 
 # ---------------------------------------------------------------- DSMILs that are kept
 
-def keep_dsmils(folder, models, classes, statistics, encoder, mpp):
+def keep_dsmils(folder, models, classes, statistics, encoder, mpp, seen):
     """Writes dsmil_<seed>.pt of models, {seed: DSMIL}, in place of those of an earlier evaluation.
 
     classes: their names; statistics: (mean, sd) that features were standardised with, or None; encoder: the
-    stamp of what made the features; mpp: um/px of the tiles.
+    stamp of what made the features; mpp: um/px of the tiles; seen: hashes of the training and validation
+    slides' files.
     """
     for earlier in Path(folder).glob("dsmil_*.pt"):
         earlier.unlink()
@@ -148,7 +149,7 @@ def keep_dsmils(folder, models, classes, statistics, encoder, mpp):
         state = {name: weight.cpu() for name, weight in model.state_dict().items()}
         save_tensors(Path(folder) / f"dsmil_{seed}.pt", {
             "dsmil": state, "classes": list(classes), "in_dim": model.instance.in_features, "mean": mean,
-            "sd": sd, "encoder": encoder, "mpp": mpp})
+            "sd": sd, "encoder": encoder, "mpp": mpp, "seen": seen})
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class DSMILs:
     classes: list  # names
     statistics: tuple | None  # (mean, sd) that standardise features
     mpp: float  # um/px of the tiles
+    seen: list  # hashes of the training and validation slides' files
 
     def apply(self, features):
         """Features (N, d) of a slide -> class scores (C,) and attention (N, C), means over the models."""
@@ -187,7 +189,7 @@ def load_dsmil(path, device):
         about["statistics"] = None
         if about["mean"] is not None:
             about["statistics"] = about["mean"].to(device), about["sd"].to(device)
-        about = {name: about[name] for name in ("classes", "statistics", "encoder", "mpp")}
+        about = {name: about[name] for name in ("classes", "statistics", "encoder", "mpp", "seen")}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: is no DSMIL of eval.py ({one_line(error)}); delete it and run eval.py "
                          "again") from None
@@ -215,7 +217,7 @@ def read_dsmils(folder, encoder_path, device):
             raise InputError(f"{path}: has other classes than {paths[0]}; {again}")
         classes = about["classes"]
         models.append(model)
-    return DSMILs(models, classes, about["statistics"], about["mpp"])
+    return DSMILs(models, classes, about["statistics"], about["mpp"], about["seen"])
 
 
 # ---------------------------------------------------------------- slides (Tables 1 and 5)
@@ -228,21 +230,23 @@ def warn_of_few_slides(count, settings):
               f"than {FEW_SLIDES} try --standardize --mil-lr {FEW_LR:g} --mil-weight-decay {FEW_DECAY:g}")
 
 
-def classify_slides(found, network, names, settings, device):
-    """Trains DSMIL on a network's features of the slides in names and scores the test slides.
+def classify_slides(found, network, infos, settings, device):
+    """Trains DSMIL on a network's features of the slides in infos and scores the test slides.
 
+    infos: {slide: wsi.cache.tile_info}.
     Writes slides.csv (a row per seed), predictions.csv (mean scores of the test slides) and dsmil_<seed>.pt.
     Returns rows of the table, and {test slide: DSMIL's attention (seeds, N)}. The last rows are those of a
     logistic regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
-    kept = {name: read_bag(network.features, name) for name in names if name in found.labels}
+    kept = {name: read_bag(network.features, name) for name in infos if name in found.labels}
     bags = {split: labelled(kept, found.split(split), found, device) for split in SPLITS}
     statistics = None
     if settings.standardize:
         bags, statistics = standardize(bags)
     models = {}
     rows, scores, attention = train_and_score(bags, len(found.classes), settings, models)
-    keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp)
+    seen = [infos[name]["file_hash"] for name in kept if name not in found.split("test")]
+    keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp, seen)
 
     test_names = [name for name in found.split("test") if name in kept]
     predictions = [("slide", "label", *found.classes)]

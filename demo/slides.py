@@ -368,8 +368,8 @@ def write_slide(folder, name, label, seed, size=SIZE):
     write_csv(folder / "truth" / f"{name}_tiles.csv", rows)
     with atomic_write(folder / "slides" / f"{name}.svs") as temp:
         description = f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}"
-        tifffile.imwrite(temp, image, tile=(256, 256), compression="zlib", compressionargs={"level": 1},
-                         photometric="rgb", metadata=None, description=description)
+        tifffile.imwrite(temp, image, tile=(256, 256), photometric="rgb", metadata=None,
+                         description=description)
 
 
 def make_demo(folder, seed=1, workers=2, patients=PATIENTS, size=SIZE):
