@@ -303,8 +303,8 @@ def evaluate_slides(args):
     networks = named(networks)
     if args.folds:
         for name, network in networks.items():
-            kept = {slide: bags.read_bag(network.features, slide) for slide in extract(network, found, args)}
-            score_folds(folds, kept, settings, args.device, name, run)
+            slides = extract(network, found, args)
+            score_folds(folds, network.features, slides, settings, args.device, args.workers, name, run)
         return exit_code_of(skipped)
 
     # Attention, of every network.
@@ -315,19 +315,19 @@ def evaluate_slides(args):
 
     # Features and DSMIL, of every network.
     if has_slides:
-        attention = {}
-        for name, network in networks.items():
+        for network in networks.values():
             slides = extract(network, found, args)
-            infos = {slide: tile_info(found, slide) for slide in slides}
-            if has_labelled_slides:
-                rows, attention[name] = bags.classify_slides(found, network, infos, settings, args.device)
-                rows += check_with_truth(found, network.features, slides, attention[name])
-                tables[name] = rows + tables[name]
+        infos = {slide: tile_info(found, slide) for slide in slides}
         export_slides(args.export, found, first.features / "features", infos,
                       lambda name: ready_cells(found, name), run)
         print(f"Wrote {first.features}/features/")
         pictures += [f"{kind}/" for kind in args.export]
         if has_labelled_slides:
+            classified = bags.classify_slides(found, networks, infos, settings, args.device, args.workers)
+            attention = {name: weights for name, (_, weights) in classified.items()}
+            for name, (rows, weights) in classified.items():
+                known = check_with_truth(found, networks[name].features, slides, weights)
+                tables[name] = rows + known + tables[name]
             draw_slide(found, first.features, attention, run / "attention_slide.png")
             pictures.append("attention_slide.png")
             written += ["slides.csv", "predictions.csv", "dsmil_<seed>.pt"]

@@ -3,7 +3,10 @@
 eval.py keeps every DSMIL that it trains as dsmil_<seed>.pt, next to its results.
 """
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import parent_process
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from common.classify import fit_logistic, standardize
 from common.errors import InputError, one_line
 from common.files import atomic_write, file_stamp, load_tensors, read_npz, save_tensors, write_csv
 from common.metrics import measures_of
+from common.pool import in_processes
 from common.report import row_of, row_of_one
 
 SPLITS = ("train", "val", "test")
@@ -60,14 +64,24 @@ def read_bags(run, names, encoder_path):
     return bags
 
 
-def labelled(bags, names, found, device):
-    """Returns [(features (N, d) on the device, class index), ...] of those names that have a bag."""
-    pairs = []
-    for name in names:
-        if name in bags:
-            features = torch.from_numpy(bags[name]["features"]).to(device)
-            pairs.append((features, found.classes.index(found.labels[name]["label"])))
-    return pairs
+def labelled(found, names):
+    """Returns ((slide, split, class index), ...) of the labelled slides among names, split by split."""
+    return tuple((name, split, found.classes.index(found.labels[name]["label"]))
+                 for split in SPLITS for name in found.split(split) if name in names)
+
+
+@lru_cache(maxsize=1)  # the trainings with different seeds share them
+def load_bags(run, slides, standardized, device):
+    """Reads the features of slides (see labelled) from a folder's features/.
+
+    Returns {split: [(features (N, d) on the device, class index), ...]}, and the (mean, sd) that they are
+    standardised with, or None.
+    """
+    bags = {split: [] for split in SPLITS}
+    for name, split, label in slides:
+        features = torch.from_numpy(read_bag(run, name)["features"]).to(device)
+        bags[split].append((features, label))
+    return standardize(bags) if standardized else (bags, None)
 
 
 # ---------------------------------------------------------------- DSMIL
@@ -86,7 +100,8 @@ class DSMILSettings:
 
 def train_dsmil(bags, classes, seed, settings, weights=None):
     """mil.train_dsmil on bags["train"] and bags["val"], under a progress bar; returns the model."""
-    with tqdm(total=settings.epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5) as bar:
+    with tqdm(total=settings.epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5,
+              disable=parent_process() is not None) as bar:
         def progress(epoch, loss, val_loss):
             bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
             bar.update()
@@ -94,34 +109,49 @@ def train_dsmil(bags, classes, seed, settings, weights=None):
                                settings.weight_decay, seed, progress, weights)
 
 
-def train_and_score(bags, classes, settings, models=None):
-    """Trains DSMIL once with each of the settings' seeds and scores the test bags.
+class Trained(NamedTuple):
+    """A DSMIL and what it says of the test slides."""
 
-    bags: {split: [(features (N, d), label), ...]}, standardised already if they are to be; classes: their
-    number; models: a dict that takes {seed: DSMIL}, if they are to be kept. Returns [(seed, accuracy, AUC,
-    macro F1), ...], the mean scores (T, C), and for each test bag the attention (seeds, N) of its instances
-    for its own class.
+    model: mil.DSMIL
+    measures: tuple  # of MEASURES
+    scores: np.ndarray  # (T, C)
+    attention: list  # of each slide, (N,): that of its tiles for its own class
+
+
+def train_and_score(run, slides, classes, settings, device, seed):
+    """Trains DSMIL once on the training slides and scores the test slides; returns a Trained.
+
+    run, slides: see load_bags; classes: their number.
     """
+    bags, _ = load_bags(run, slides, settings.standardize, device)
     weights = None
     if settings.class_weights:
         weights = mil.class_weights([label for _, label in bags["train"]], classes)
+    model = train_dsmil(bags, classes, seed, settings, weights)
     truth = np.array([label for _, label in bags["test"]])
-    rows = []
-    mean = 0
-    attention = [[] for _ in truth]
-    for seed in settings.seeds:
-        model = train_dsmil(bags, classes, seed, settings, weights)
-        if models is not None:
-            models[seed] = model
-        scores = torch.stack([mil.dsmil_predict(model, features) for features, _ in bags["test"]])
-        scores = scores.cpu().numpy()
-        rows.append((seed, *measures_of(truth, scores)))
-        mean = mean + scores / len(settings.seeds)
-        for of_bag, (features, label) in zip(attention, bags["test"]):
-            with torch.no_grad():
-                _, _, of_classes = model(features)  # (N, C)
-            of_bag.append(of_classes[:, label].cpu().numpy())
-    return rows, mean, [np.stack(of_bag) for of_bag in attention]
+    scores = torch.stack([mil.dsmil_predict(model, features) for features, _ in bags["test"]]).cpu().numpy()
+    attention = []
+    for features, label in bags["test"]:
+        with torch.no_grad():
+            _, _, of_classes = model(features)  # (N, C)
+        attention.append(of_classes[:, label].cpu().numpy())
+    return Trained(model, measures_of(truth, scores), scores, attention)
+
+
+def train_each(runs, slides, classes, settings, device, workers):
+    """Trains DSMIL on the features in each of runs, once with each seed; returns {run: {seed: Trained}}.
+
+    On a CPU in several processes: DSMIL's steps are too small to be divided among threads.
+    """
+    load_bags.cache_clear()  # the files may have been written again
+    tasks = [(run, slides, classes, settings, device, seed) for run in runs for seed in settings.seeds]
+    workers = workers if device == "cpu" else 1
+    trained = {}
+    for (run, *_, seed), result, error in in_processes(train_and_score, tasks, workers, "DSMIL, trainings"):
+        if error:
+            raise InputError(error)
+        trained[run, seed] = result
+    return {run: {seed: trained[run, seed] for seed in settings.seeds} for run in runs}
 
 
 def score_mean_features(bags):
@@ -230,35 +260,39 @@ def warn_of_few_slides(count, settings):
               f"than {FEW_SLIDES} try --standardize --mil-lr {FEW_LR:g} --mil-weight-decay {FEW_DECAY:g}")
 
 
-def classify_slides(found, network, infos, settings, device):
-    """Trains DSMIL on a network's features of the slides in infos and scores the test slides.
+def classify_slides(found, networks, infos, settings, device, workers):
+    """Trains DSMIL on each network's features of the slides in infos and scores the test slides.
 
-    infos: {slide: wsi.cache.tile_info}.
-    Writes slides.csv (a row per seed), predictions.csv (mean scores of the test slides) and dsmil_<seed>.pt.
-    Returns rows of the table, and {test slide: DSMIL's attention (seeds, N)}. The last rows are those of a
+    networks: {name: Network}; infos: {slide: wsi.cache.tile_info}. Writes slides.csv (a row per seed),
+    predictions.csv (mean scores of the test slides) and dsmil_<seed>.pt to each network's folder. Returns
+    {name: (rows of the table, {test slide: DSMIL's attention (seeds, N)})}. The last rows are those of a
     logistic regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
-    kept = {name: read_bag(network.features, name) for name in infos if name in found.labels}
-    bags = {split: labelled(kept, found.split(split), found, device) for split in SPLITS}
-    statistics = None
-    if settings.standardize:
-        bags, statistics = standardize(bags)
-    models = {}
-    rows, scores, attention = train_and_score(bags, len(found.classes), settings, models)
-    seen = [infos[name]["file_hash"] for name in kept if name not in found.split("test")]
-    keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp, seen)
+    slides = labelled(found, infos)
+    seen = [infos[name]["file_hash"] for name, split, _ in slides if split != "test"]
+    test_names = [name for name, split, _ in slides if split == "test"]
+    over = f"{len(test_names)} test slides"
+    runs = [network.features for network in networks.values()]
+    trained = train_each(runs, slides, len(found.classes), settings, device, workers)
+    classified = {}
+    for name, network in networks.items():
+        by_seed = trained[network.features]
+        bags, statistics = load_bags(network.features, slides, settings.standardize, device)
+        models = {seed: of_seed.model for seed, of_seed in by_seed.items()}
+        keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp, seen)
 
-    test_names = [name for name in found.split("test") if name in kept]
-    predictions = [("slide", "label", *found.classes)]
-    for name, row in zip(test_names, scores):
-        predictions.append((name, found.labels[name]["label"], *[f"{score:.4f}" for score in row]))
-    write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *rows])
-    write_csv(network.folder / "predictions.csv", predictions)
+        measured = [(seed, *of_seed.measures) for seed, of_seed in by_seed.items()]
+        write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *measured])
+        predictions = [("slide", "label", *found.classes)]
+        for slide, row in zip(test_names, np.mean([of_seed.scores for of_seed in by_seed.values()], 0)):
+            predictions.append((slide, found.labels[slide]["label"], *[f"{score:.4f}" for score in row]))
+        write_csv(network.folder / "predictions.csv", predictions)
 
-    over = f"{len(scores)} test slides"
-    _, *columns = zip(*rows)  # without the seeds
-    table = [row_of(f"slide {measure}, DSMIL", values, f"{over}, {len(rows)} seeds")
-             for measure, values in zip(MEASURES, columns)]
-    for measure, value in zip(MEASURES, score_mean_features(bags)):
-        table.append(row_of_one(f"slide {measure}, mean feature, logistic regression", value, over))
-    return table, dict(zip(test_names, attention))
+        _, *columns = zip(*measured)  # without the seeds
+        rows = [row_of(f"slide {measure}, DSMIL", values, f"{over}, {len(measured)} seeds")
+                for measure, values in zip(MEASURES, columns)]
+        for measure, value in zip(MEASURES, score_mean_features(bags)):
+            rows.append(row_of_one(f"slide {measure}, mean feature, logistic regression", value, over))
+        of_slides = zip(*[of_seed.attention for of_seed in by_seed.values()])
+        classified[name] = rows, dict(zip(test_names, map(np.stack, of_slides)))
+    return classified

@@ -2,39 +2,37 @@
 import numpy as np
 from tqdm import tqdm
 
-from common import classify
-from common.bags import SPLITS, labelled, train_and_score
+from common.bags import SPLITS, labelled, train_each
 from common.files import merge_csv, print_table
 
 FOLDS_KEYS = ("folds", "network")  # rows of folds.csv that differ in one of these are kept
 
 
-def score_fold(found, bags, settings, device):
+def score_fold(found, run, names, settings, device, workers):
     """Trains DSMIL on the training slides of a fold, once with each seed, and scores its test slides.
 
-    bags: {slide: read_bag}; slides without one are skipped. Returns the means over the seeds: (accuracy, AUC,
-    macro F1), and the scores (T, C).
+    run: the folder of features/; names: the slides that are in it. Returns the means over the seeds:
+    (accuracy, AUC, macro F1), and the scores (T, C).
     """
-    pairs = {split: labelled(bags, found.split(split), found, device) for split in SPLITS}
-    if settings.standardize:
-        pairs, _ = classify.standardize(pairs)
-    rows, scores, _ = train_and_score(pairs, len(found.classes), settings)
-    return np.mean([measures for _, *measures in rows], 0), scores
+    slides = labelled(found, names)
+    trained = train_each([run], slides, len(found.classes), settings, device, workers)[run].values()
+    return np.mean([one.measures for one in trained], 0), np.mean([one.scores for one in trained], 0)
 
 
-def score_folds(folds, bags, settings, device, network, out):
+def score_folds(folds, run, names, settings, device, workers, network, out):
     """Scores DSMIL on folds, {number: Data}, and prints each one's measures, their mean and their sd.
 
-    network: the name of what made the bags. Writes, after each fold, out/folds.csv, a row per fold, and
-    out/folds_predictions.csv, a row per test slide; rows of other folds or networks in them are kept.
+    run, names: as in score_fold; network: the name of what made the features. Writes, after each fold,
+    out/folds.csv, a row per fold, and out/folds_predictions.csv, a row per test slide; rows of other folds or
+    networks in them are kept.
     """
     name = next(iter(folds.values())).split_file.parent.name
     rows, predictions, measured = [], [], []
     for number, found in tqdm(folds.items(), f"{network}, folds", leave=False):
-        values, scores = score_fold(found, bags, settings, device)
+        values, scores = score_fold(found, run, names, settings, device, workers)
         measured.append(values)
         key = {"folds": name, "network": network, "fold": number}
-        kept = {split: [slide for slide in found.split(split) if slide in bags] for split in SPLITS}
+        kept = {split: [slide for slide in found.split(split) if slide in names] for split in SPLITS}
         counts = {split: len(slides) for split, slides in kept.items()}
         rows.append(key | dict(zip(("accuracy", "auc", "macro_f1"), texts(values))) | counts)
         for slide, of_slide in zip(kept["test"], scores):

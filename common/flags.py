@@ -48,7 +48,8 @@ def add_machine(add):
     """The flags that say which hardware a script uses."""
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")
     add("--workers", type=whole(0, 1024), default=min(8, os.cpu_count() or 1),
-        help="processes that cut tiles and read images; fewer if memory runs out while tiles are cut")
+        help="processes that cut tiles, read images and (without a GPU) train DSMIL; fewer if memory runs "
+             "out")
 
 
 def add_encoder(add, batch):

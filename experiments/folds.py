@@ -68,14 +68,14 @@ def measure_fold(found, path, folder, args):
 
     found: the fold (published_split); path, folder: the encoder.pt, and where its features are.
     """
-    bags = read_bags(folder, found.labels, path)
-    missing = sorted(found.labels.keys() - bags.keys())
+    names = read_bags(folder, found.labels, path).keys()
+    missing = sorted(found.labels.keys() - names)
     if missing:
         raise InputError(f"{folder}/features: lacks {len(missing)} slides ({missing[0]}, ..); "
                          f"python eval.py --data {args.data} --checkpoint {path}, or remove them")
     settings = DSMILSettings(range(args.seed, args.seed + 1), args.epochs, args.mil_lr,
                              args.mil_weight_decay, standardize=False, class_weights=False)
-    return score_fold(found, bags, settings, args.device)[0]
+    return score_fold(found, folder, names, settings, args.device, workers=1)[0]
 
 
 def measure_network(name, pattern, folds, args):

@@ -13,7 +13,7 @@ from test_encoders import class_token_file
 
 import eval as eval_py
 import mil
-from common.bags import DSMILSettings, train_and_score, warn_of_few_slides
+from common.bags import DSMILSettings, train_each, warn_of_few_slides, write_bag
 from common.encoders import MEAN, STD, random_encoder, results_folder, save_encoder
 from common.files import file_stamp, save_tensors
 
@@ -166,18 +166,26 @@ def test_the_command_to_predict_names_where_the_dsmils_are():
         "w.pth --arch vit_s --dsmil runs/lung_w")
 
 
-def test_dsmil_is_trained_with_the_settings():
-    """The weights, to the bit, of mil.train_dsmil called with the same values."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_dsmil_is_trained_with_the_settings(tmp_path, workers):
+    """The weights, to the bit, of mil.train_dsmil called with the same values, in whatever process."""
     bags = {split: [(torch.randn(5, 8), label) for label in (0, 0, 1)] for split in ("train", "val", "test")}
-    kept = {}
+    slides = []
+    for split, of_split in bags.items():
+        for i, (features, label) in enumerate(of_split):
+            write_bag(tmp_path, f"{split}{i}", features.numpy(), np.zeros((5, 2)), "stamp")
+            slides.append((f"{split}{i}", split, label))
     settings = DSMILSettings(range(3, 5), epochs=2, lr=1e-2, weight_decay=1e-3, standardize=False,
                              class_weights=True)
-    train_and_score(bags, 2, settings, kept)
-    assert list(kept) == [3, 4]
-    for seed, model in kept.items():
+    trained = train_each([tmp_path], tuple(slides), 2, settings, "cpu", workers)[tmp_path]
+    assert list(trained) == [3, 4]
+    for seed, (model, _, scores, attention) in trained.items():
         same = mil.train_dsmil(bags["train"], bags["val"], 2, epochs=2, lr=1e-2, weight_decay=1e-3, seed=seed,
                                weights=mil.class_weights([0, 0, 1], 2))
         assert all(map(torch.equal, model.state_dict().values(), same.state_dict().values()))
+        for (features, label), row, weights in zip(bags["test"], scores, attention):
+            assert np.array_equal(row, mil.dsmil_predict(same, features))
+            assert np.array_equal(weights, same(features)[2].detach()[:, label])
 
 
 @pytest.mark.parametrize("change", [{}, {"lr": 2e-4}, {"weight_decay": 5e-2}, {"standardize": False}])
