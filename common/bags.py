@@ -112,7 +112,7 @@ def train_dsmil(bags, classes, seed, settings, weights=None):
 class Trained(NamedTuple):
     """A DSMIL and what it says of the test slides."""
 
-    model: mil.DSMIL
+    weights: dict  # its state dict as arrays: tensors would take open files on their way between processes
     measures: tuple  # of MEASURES
     scores: np.ndarray  # (T, C)
     attention: list  # of each slide, (N,): that of its tiles for its own class
@@ -135,7 +135,8 @@ def train_and_score(run, slides, classes, settings, device, seed):
         with torch.no_grad():
             _, _, of_classes = model(features)  # (N, C)
         attention.append(of_classes[:, label].cpu().numpy())
-    return Trained(model, measures_of(truth, scores), scores, attention)
+    arrays = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
+    return Trained(arrays, measures_of(truth, scores), scores, attention)
 
 
 def train_each(runs, slides, classes, settings, device, workers):
@@ -165,8 +166,8 @@ def score_mean_features(bags):
 
 # ---------------------------------------------------------------- DSMILs that are kept
 
-def keep_dsmils(folder, models, classes, statistics, encoder, mpp, seen):
-    """Writes dsmil_<seed>.pt of models, {seed: DSMIL}, in place of those of an earlier evaluation.
+def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, seen):
+    """Writes dsmil_<seed>.pt of {seed: Trained}, in place of those of an earlier evaluation.
 
     classes: their names; statistics: (mean, sd) that features were standardised with, or None; encoder: the
     stamp of what made the features; mpp: um/px of the tiles; seen: hashes of the training and validation
@@ -175,11 +176,11 @@ def keep_dsmils(folder, models, classes, statistics, encoder, mpp, seen):
     for earlier in Path(folder).glob("dsmil_*.pt"):
         earlier.unlink()
     mean, sd = (values.cpu() for values in statistics) if statistics else (None, None)
-    for seed, model in models.items():
-        state = {name: weight.cpu() for name, weight in model.state_dict().items()}
+    for seed, one in trained.items():
+        state = {name: torch.from_numpy(weight) for name, weight in one.weights.items()}
         save_tensors(Path(folder) / f"dsmil_{seed}.pt", {
-            "dsmil": state, "classes": list(classes), "in_dim": model.instance.in_features, "mean": mean,
-            "sd": sd, "encoder": encoder, "mpp": mpp, "seen": seen})
+            "dsmil": state, "classes": list(classes), "in_dim": state["instance.weight"].shape[1],
+            "mean": mean, "sd": sd, "encoder": encoder, "mpp": mpp, "seen": seen})
 
 
 @dataclass(frozen=True)
@@ -278,13 +279,12 @@ def classify_slides(found, networks, infos, settings, device, workers):
     for name, network in networks.items():
         by_seed = trained[network.features]
         bags, statistics = load_bags(network.features, slides, settings.standardize, device)
-        models = {seed: of_seed.model for seed, of_seed in by_seed.items()}
-        keep_dsmils(network.folder, models, found.classes, statistics, network.stamp, found.mpp, seen)
+        keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp, seen)
 
-        measured = [(seed, *of_seed.measures) for seed, of_seed in by_seed.items()]
+        measured = [(seed, *one.measures) for seed, one in by_seed.items()]
         write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *measured])
         predictions = [("slide", "label", *found.classes)]
-        for slide, row in zip(test_names, np.mean([of_seed.scores for of_seed in by_seed.values()], 0)):
+        for slide, row in zip(test_names, np.mean([one.scores for one in by_seed.values()], 0)):
             predictions.append((slide, found.labels[slide]["label"], *[f"{score:.4f}" for score in row]))
         write_csv(network.folder / "predictions.csv", predictions)
 
@@ -293,6 +293,6 @@ def classify_slides(found, networks, infos, settings, device, workers):
                 for measure, values in zip(MEASURES, columns)]
         for measure, value in zip(MEASURES, score_mean_features(bags)):
             rows.append(row_of_one(f"slide {measure}, mean feature, logistic regression", value, over))
-        of_slides = zip(*[of_seed.attention for of_seed in by_seed.values()])
+        of_slides = zip(*[one.attention for one in by_seed.values()])
         classified[name] = rows, dict(zip(test_names, map(np.stack, of_slides)))
     return classified
