@@ -79,10 +79,6 @@ def describe_cells(count, crops, share, mpp):
 
 # ---------------------------------------------------------------- tiles
 
-TILE_INFO = {"file_name", "file_bytes", "file_hash", "mpp", "slide_mpp", "mpp_source", "tissue", "tiles",
-             "width", "height", "power", "bounds"}
-
-
 def tiles_folder(data):
     """Returns the folder of the tiles at the data set's um/px; each um/px has its own."""
     return data.work / "crops" / f"{data.mpp:g}um"
@@ -95,7 +91,7 @@ def tile_info(data, name):
     hash, or if --slide-mpp or labels.csv give other um/px than it was cut with.
     """
     info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
-    if not TILE_INFO <= info.keys() or not file_identity(data.images[name]).items() <= info.items():
+    if "bounds" not in info or not file_identity(data.images[name]).items() <= info.items():
         return None
     used, source = info["slide_mpp"], info["mpp_source"]
     if data.said_mpp(name) != (used if source == "labels.csv" else None):

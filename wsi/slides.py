@@ -6,11 +6,9 @@ import hashlib
 import math
 import os
 import shutil
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import openslide
@@ -250,21 +248,18 @@ class Slide:
         level = max(fine, key=lambda i: downs[i], default=0)
         return level, downs[level]
 
-    def read_rgba(self, level, x, y, width, height):
-        """Returns a box, in px of a level, as an RGBA image that is transparent outside the slide.
+    def read_level(self, level, x, y, width, height):
+        """Returns a box, in px of a level, as an RGB image that is white outside the slide.
 
         InputError if this region of the file is broken.
         """
         down = self.handle.level_downsamples[level]
         try:
-            return self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
+            rgba = self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
         except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
             raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
                              "is the file complete?") from None
-
-    def read_level(self, level, x, y, width, height):
-        """Returns the same box as an RGB image that is white outside the slide."""
-        return on_white(self.read_rgba(level, x, y, width, height))
+        return on_white(rgba)
 
     def picture(self, mpp):
         """Returns the whole slide at about mpp um/px, uint8 (h, w, 3), and the side of its px in level-0 px.
@@ -328,17 +323,14 @@ def tissue_shares(picture, mpp, x_edges, y_edges):
 BLOCK = 2560  # least side in px of what is read at once: large, so that few file tiles are decoded twice
 
 
-@dataclass
-class Block:
-    """columns x rows whole tiles, read at once; left and top in px of the level that was read."""
+class Block(NamedTuple):
+    """Whole tiles, read at once; left and top in px of the level that was read."""
 
-    image: Image.Image  # RGBA
+    image: Image.Image
     left: int
     top: int
-    i: int  # column of the first tile on the slide
-    j: int  # row
-    columns: int
-    rows: int
+    x: np.ndarray  # the tiles' borders in level-0 px
+    y: np.ndarray
 
 
 def read_blocks(slide, mpp, tissue):
@@ -362,37 +354,36 @@ def read_blocks(slide, mpp, tissue):
         for i0 in range(0, columns, k):
             j, i = np.nonzero(maybe[j0: j0 + k, i0: i0 + k])
             if len(i):
-                yield read_block(slide, level, side, range(i0 + i.min(), i0 + i.max() + 1),
-                                 range(j0 + j.min(), j0 + j.max() + 1))
+                x = np.arange(i0 + i.min(), i0 + i.max() + 2) * side
+                y = np.arange(j0 + j.min(), j0 + j.max() + 2) * side
+                yield read_block(slide, level, x, y)
 
 
-def read_block(slide, level, side, columns, rows):
-    """Reads the tiles of these columns and rows (ranges) as a Block; side: a tile's, in level-0 px."""
+def read_block(slide, level, x, y):
+    """Reads the tiles between these borders, in level-0 px, as a Block."""
     down = slide.handle.level_downsamples[level]
-    left = int(columns.start * side / down)
-    top = int(rows.start * side / down)
-    right = int(np.ceil(columns.stop * side / down))
-    bottom = int(np.ceil(rows.stop * side / down))
-    image = slide.read_rgba(level, left, top, right - left, bottom - top)
-    return Block(image, left, top, columns.start, rows.start, len(columns), len(rows))
+    left = int(x[0] / down)
+    top = int(y[0] / down)
+    right = int(np.ceil(x[-1] / down))
+    bottom = int(np.ceil(y[-1] / down))
+    return Block(slide.read_level(level, left, top, right - left, bottom - top), left, top, x, y)
 
 
-def write_tiles(block, slide_mpp, down, mpp, tissue, folder):
+def write_tiles(block, slide_mpp, down, tissue, folder):
     """Resamples and writes the tiles of a block with at least that share of tissue; returns their number.
 
     down: the side of the block's px in level-0 px.
     """
-    image = on_white(block.image)
-    side = CROP * mpp / slide_mpp
-    x = np.arange(block.i, block.i + block.columns + 1) * side / down - block.left  # borders, px of the block
-    y = np.arange(block.j, block.j + block.rows + 1) * side / down - block.top
+    image = block.image
+    x = block.x / down - block.left  # the tiles' borders in px of the image
+    y = block.y / down - block.top
     factor = max(1, int(MASK_MPP / (slide_mpp * down)))
     small = np.asarray(image.reduce(factor))
     kept = np.argwhere(tissue_shares(small, slide_mpp * down * factor, x / factor, y / factor) >= tissue)
     for j, i in kept:
         box = (x[i], y[j], min(x[i + 1], image.width), min(y[j + 1], image.height))
         tile = image.resize((CROP, CROP), Image.BICUBIC, box=box)
-        tile.save(folder / f"{round((block.i + i) * side)}_{round((block.j + j) * side)}.jpg", quality=90)
+        tile.save(folder / f"{round(block.x[i])}_{round(block.y[j])}.jpg", quality=90)
     return len(kept)
 
 
@@ -428,8 +419,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
     """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and then crops/<slide>.json; returns the Slide.
 
     The JSON records the file and the settings that they were cut with. mpp: um/px of the tiles; slide_mpp,
-    said_mpp, gigapixels: see Slide. One thread reads blocks while another resamples and writes them; at most
-    three blocks are in memory. InputError if no tile has enough tissue.
+    said_mpp, gigapixels: see Slide. InputError if no tile has enough tissue.
     """
     slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     slide.check_target(mpp)
@@ -437,16 +427,11 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
     down = slide.level_for(mpp)[1]
     temp = temp_path(crops / name)
     count = 0
-    jobs = deque()
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
-        with ThreadPoolExecutor(1) as writer:
-            for block in read_blocks(slide, mpp, tissue):
-                jobs.append(writer.submit(write_tiles, block, slide.mpp, down, mpp, tissue, temp))
-                while len(jobs) > 2:
-                    count += jobs.popleft().result()
-            count += sum(job.result() for job in jobs)
+        for block in read_blocks(slide, mpp, tissue):
+            count += write_tiles(block, slide.mpp, down, tissue, temp)
         if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
             raise InputError(f"{path}: has no colour; H&E is needed")
         if not count:
