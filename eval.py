@@ -247,6 +247,8 @@ def open_networks(args):
                       split=args.split, drop_shared=args.drop_shared)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, about["mpp"])
+    if args.export and (args.folds or args.shard):
+        raise InputError("--export: is not written with --folds or --shard; run eval.py once without these")
     check_export(args.export, found)
     networks = []
     for path, encoder, about in opened:
@@ -291,11 +293,12 @@ def evaluate_slides(args):
     if has_labelled_slides:
         with_tiles = {name for name in found.images if tile_info(found, name)}
         divided = folds.values() if args.folds else [found]
+        fewest = min(len(with_tiles.intersection(data.split("train"))) for data in divided)
         for data in divided:
             check_classes(data, with_tiles)  # again, because slides may have been skipped
         settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs, args.mil_lr,
                                       args.mil_weight_decay, args.standardize, args.class_weights)
-        bags.warn_of_few_slides(len(with_tiles.intersection(found.split("train"))), settings)
+        bags.warn_of_few_slides(fewest, settings)
     first = networks[0]
     run = first.folder
     if "random" in args.compare:

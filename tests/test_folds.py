@@ -236,6 +236,7 @@ def test_eval_folds_end_to_end(place, folder, capsys):
     save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
                  data="elsewhere", mpp=2.0, step=0, trained_on=record)
     argv = [*EVAL, "--checkpoint", str(run), "--compare", "random"]
+    refused(capsys, eval_py.main, [*argv, "--folds", "3", "--export", "clam"], "--export", "--folds")
     assert eval_py.main([*argv, "--folds", "3"]) == 0
     out = capsys.readouterr().out
     results = run / "on_tiny_set"
@@ -243,6 +244,7 @@ def test_eval_folds_end_to_end(place, folder, capsys):
     predictions = rows_of(results / "folds_predictions.csv")
     assert [(row["network"], row["fold"]) for row in rows] == [
         (name, k) for name in ("random start", "DiRL") for k in "012"]
+    assert f"warning: {min(int(row['train']) for row in rows)} training slides" in out
     assert not (results / "results.csv").exists() and not (results / "slides.csv").exists()
     of_network = [row for row in predictions if row["network"] == "DiRL"]
     assert sorted(row["slide"] for row in of_network) == sorted(
