@@ -48,12 +48,14 @@ def test_the_claim_in_readme_is_that_in_results(measure, heading):
 def test_todays_runs_in_readme_are_in_results():
     _, _, *rows, _ = first_table(README, "## What was measured")
     measured = first_table(RESULTS, "### Where attention goes, and the weaker colour")
-    values = {(row["colour"], row["network"]): row for row in measured}
     for row, colour in zip(rows, ("DINO's", "weaker"), strict=True):
         for name in ("DINO", "DiRL"):
-            run = values.get((colour, name), {"tokens, 0.5 to 2": "", "20-NN accuracy": ""})
-            assert (row[f"{name}, tokens"], row[f"{name}, 20-NN"]) == (run["tokens, 0.5 to 2"],
-                                                                       run["20-NN accuracy"])
+            runs = [run for run in measured if run["colour"] == colour
+                    and re.fullmatch(rf"{name}(, seed \d)?", run["network"])]
+            assert len(runs) == int(row["seeds"])
+            for shown, column in (("tokens", "tokens, 0.5 to 2"), ("20-NN", "20-NN accuracy")):
+                mean = sum(float(run[column]) for run in runs) / len(runs)
+                assert row[f"{name}, {shown}"] == f"{mean:.3f}"
 
 
 def test_the_counterexample_in_readme_is_in_results():
