@@ -1,5 +1,6 @@
 """DSMILs that eval.py keeps, and eval.py predict on slides without labels."""
 import json
+import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,9 +167,8 @@ def test_the_command_to_predict_names_where_the_dsmils_are():
         "w.pth --arch vit_s --dsmil runs/lung_w")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_dsmil_is_trained_with_the_settings(tmp_path, workers):
-    """The weights, to the bit, of mil.train_dsmil called with the same values, in whatever process."""
+def test_dsmil_is_trained_with_the_settings(tmp_path):
+    """The weights, to the bit, of mil.train_dsmil called with the same values; the result can be pickled."""
     bags = {split: [(torch.randn(5, 8), label) for label in (0, 0, 1)] for split in ("train", "val", "test")}
     slides = []
     for split, of_split in bags.items():
@@ -177,8 +177,9 @@ def test_dsmil_is_trained_with_the_settings(tmp_path, workers):
             slides.append((f"{split}{i}", split, label))
     settings = DSMILSettings(range(3, 5), epochs=2, lr=1e-2, weight_decay=1e-3, standardize=False,
                              class_weights=True)
-    trained = train_each([tmp_path], tuple(slides), 2, settings, "cpu", workers)[tmp_path]
+    trained = train_each([tmp_path], tuple(slides), 2, settings, "cpu", workers=1)[tmp_path]
     assert list(trained) == [3, 4]
+    trained = pickle.loads(pickle.dumps(trained))
     for seed, (arrays, _, scores, attention) in trained.items():
         same = mil.train_dsmil(bags["train"], bags["val"], 2, epochs=2, lr=1e-2, weight_decay=1e-3, seed=seed,
                                weights=mil.class_weights([0, 0, 1], 2))

@@ -6,6 +6,8 @@ import hashlib
 import math
 import os
 import shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -419,7 +421,8 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
     """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and then crops/<slide>.json; returns the Slide.
 
     The JSON records the file and the settings that they were cut with. mpp: um/px of the tiles; slide_mpp,
-    said_mpp, gigapixels: see Slide. InputError if no tile has enough tissue.
+    said_mpp, gigapixels: see Slide. One thread reads blocks while another resamples and writes them; at most
+    three blocks are in memory. InputError if no tile has enough tissue.
     """
     slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     slide.check_target(mpp)
@@ -427,11 +430,16 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
     down = slide.level_for(mpp)[1]
     temp = temp_path(crops / name)
     count = 0
+    jobs = deque()
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
-        for block in read_blocks(slide, mpp, tissue):
-            count += write_tiles(block, slide.mpp, down, tissue, temp)
+        with ThreadPoolExecutor(1) as writer:
+            for block in read_blocks(slide, mpp, tissue):
+                jobs.append(writer.submit(write_tiles, block, slide.mpp, down, tissue, temp))
+                while len(jobs) > 2:
+                    count += jobs.popleft().result()
+            count += sum(job.result() for job in jobs)
         if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
             raise InputError(f"{path}: has no colour; H&E is needed")
         if not count:
