@@ -398,8 +398,8 @@ def predict_slides(args):
 
     print_table(rows[:21])  # the first 20 slides
     print_skipped(skipped)
-    for what, seen in (("the encoder", about["trained_on"]["images"].values()), ("DSMIL", kept.seen)):
-        known = [name for name in names if tile_info(found, name)["file_hash"] in set(seen)]
+    for what, seen in ("the encoder", set(about["trained_on"]["images"].values())), ("DSMIL", kept.seen):
+        known = [name for name in names if tile_info(found, name)["file_hash"] in seen]
         if known:
             print(f"warning: {len(known)} of these slides are ones that {what} was trained on ({known[0]}, "
                   "..): their scores say nothing about new slides")

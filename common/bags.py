@@ -140,19 +140,21 @@ def train_and_score(run, slides, classes, settings, device, seed):
 
 
 def train_each(runs, slides, classes, settings, device, workers):
-    """Trains DSMIL on the features in each of runs, once with each seed; returns {run: {seed: Trained}}.
+    """Trains DSMIL on the features in each of runs, once with each seed; yields (run, {seed: Trained}).
 
-    On a CPU in several processes: DSMIL's steps are too small to be divided among threads.
+    A run is yielded when all its seeds are done, while its bags are still loaded. On a CPU in several
+    processes: DSMIL's steps are too small to be divided among threads.
     """
     load_bags.cache_clear()  # the files may have been written again
     tasks = [(run, slides, classes, settings, device, seed) for run in runs for seed in settings.seeds]
     workers = workers if device == "cpu" else 1
-    trained = {}
+    trained = {run: {} for run in runs}
     for (run, *_, seed), result, error in in_processes(train_and_score, tasks, workers, "DSMIL, trainings"):
         if error:
             raise InputError(error)
-        trained[run, seed] = result
-    return {run: {seed: trained[run, seed] for seed in settings.seeds} for run in runs}
+        trained[run][seed] = result
+        if len(trained[run]) == len(settings.seeds):
+            yield run, dict(sorted(trained[run].items()))  # by seed, in whatever order they ended
 
 
 def score_mean_features(bags):
@@ -191,7 +193,7 @@ class DSMILs:
     classes: list  # names
     statistics: tuple | None  # (mean, sd) that standardise features
     mpp: float  # um/px of the tiles
-    seen: list  # hashes of the training and validation slides' files
+    seen: set  # hashes of the training and validation slides' files
 
     def apply(self, features):
         """Features (N, d) of a slide -> class scores (C,) and attention (N, C), means over the models."""
@@ -248,7 +250,7 @@ def read_dsmils(folder, encoder_path, device):
             raise InputError(f"{path}: has other classes than {paths[0]}; {again}")
         classes = about["classes"]
         models.append(model)
-    return DSMILs(models, classes, about["statistics"], about["mpp"], about["seen"])
+    return DSMILs(models, classes, about["statistics"], about["mpp"], set(about["seen"]))
 
 
 # ---------------------------------------------------------------- slides (Tables 1 and 5)
@@ -273,11 +275,11 @@ def classify_slides(found, networks, infos, settings, device, workers):
     seen = [infos[name]["file_hash"] for name, split, _ in slides if split != "test"]
     test_names = [name for name, split, _ in slides if split == "test"]
     over = f"{len(test_names)} test slides"
-    runs = [network.features for network in networks.values()]
-    trained = train_each(runs, slides, len(found.classes), settings, device, workers)
-    classified = {}
-    for name, network in networks.items():
-        by_seed = trained[network.features]
+    names = {network.features: name for name, network in networks.items()}
+    classified = dict.fromkeys(networks)  # in their order; runs may end in another
+    for run, by_seed in train_each(names, slides, len(found.classes), settings, device, workers):
+        name = names[run]
+        network = networks[name]
         bags, statistics = load_bags(network.features, slides, settings.standardize, device)
         keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp, seen)
 

@@ -8,34 +8,35 @@ from common.files import merge_csv, print_table
 FOLDS_KEYS = ("folds", "network")  # rows of folds.csv that differ in one of these are kept
 
 
-def score_fold(found, run, names, settings, device, workers):
+def score_fold(slides, run, classes, settings, device, workers):
     """Trains DSMIL on the training slides of a fold, once with each seed, and scores its test slides.
 
-    run: the folder of features/; names: the slides that are in it. Returns the means over the seeds:
-    (accuracy, AUC, macro F1), and the scores (T, C).
+    slides: of common.bags.labelled; run: the folder of features/; classes: their number. Returns the means
+    over the seeds: (accuracy, AUC, macro F1), and the scores (T, C).
     """
-    slides = labelled(found, names)
-    trained = train_each([run], slides, len(found.classes), settings, device, workers)[run].values()
+    [(_, by_seed)] = train_each([run], slides, classes, settings, device, workers)
+    trained = by_seed.values()
     return np.mean([one.measures for one in trained], 0), np.mean([one.scores for one in trained], 0)
 
 
 def score_folds(folds, run, names, settings, device, workers, network, out):
     """Scores DSMIL on folds, {number: Data}, and prints each one's measures, their mean and their sd.
 
-    run, names: as in score_fold; network: the name of what made the features. Writes, after each fold,
-    out/folds.csv, a row per fold, and out/folds_predictions.csv, a row per test slide; rows of other folds or
-    networks in them are kept.
+    run: the folder of features/; names: the slides that are in it; network: what made the features. Writes,
+    after each fold, out/folds.csv, a row per fold, and out/folds_predictions.csv, a row per test slide; rows
+    of other folds or networks in them are kept.
     """
     name = next(iter(folds.values())).split_file.parent.name
     rows, predictions, measured = [], [], []
     for number, found in tqdm(folds.items(), f"{network}, folds", leave=False):
-        values, scores = score_fold(found, run, names, settings, device, workers)
+        slides = labelled(found, names)
+        values, scores = score_fold(slides, run, len(found.classes), settings, device, workers)
         measured.append(values)
         key = {"folds": name, "network": network, "fold": number}
-        kept = {split: [slide for slide in found.split(split) if slide in names] for split in SPLITS}
-        counts = {split: len(slides) for split, slides in kept.items()}
+        counts = {split: sum(of == split for _, of, _ in slides) for split in SPLITS}
         rows.append(key | dict(zip(("accuracy", "auc", "macro_f1"), texts(values))) | counts)
-        for slide, of_slide in zip(kept["test"], scores):
+        test_names = [slide for slide, split, _ in slides if split == "test"]
+        for slide, of_slide in zip(test_names, scores):
             columns = [f"score {label}" for label in found.classes]
             predictions.append(key | {"slide": slide, "label": found.labels[slide]["label"]}
                                | dict(zip(columns, texts(of_slide))))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.bags import SPLITS, DSMILSettings, read_bags
+from common.bags import SPLITS, DSMILSettings, labelled, read_bags
 from common.crossval import score_fold
 from common.encoders import check_device, features_folder, find_encoder, load_encoder
 from common.errors import InputError
@@ -75,7 +75,8 @@ def measure_fold(found, path, folder, args):
                          f"python eval.py --data {args.data} --checkpoint {path}, or remove them")
     settings = DSMILSettings(range(args.seed, args.seed + 1), args.epochs, args.mil_lr,
                              args.mil_weight_decay, standardize=False, class_weights=False)
-    return score_fold(found, folder, names, settings, args.device, workers=1)[0]
+    return score_fold(labelled(found, names), folder, len(found.classes), settings, args.device,
+                      workers=1)[0]
 
 
 def measure_network(name, pattern, folds, args):

@@ -177,7 +177,7 @@ def test_dsmil_is_trained_with_the_settings(tmp_path):
             slides.append((f"{split}{i}", split, label))
     settings = DSMILSettings(range(3, 5), epochs=2, lr=1e-2, weight_decay=1e-3, standardize=False,
                              class_weights=True)
-    trained = train_each([tmp_path], tuple(slides), 2, settings, "cpu", workers=1)[tmp_path]
+    trained = dict(train_each([tmp_path], tuple(slides), 2, settings, "cpu", workers=1))[tmp_path]
     assert list(trained) == [3, 4]
     trained = pickle.loads(pickle.dumps(trained))
     for seed, (arrays, _, scores, attention) in trained.items():
