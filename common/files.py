@@ -68,8 +68,9 @@ def atomic_write(path):
         yield temp
         os.replace(temp, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free disk space, or run in a folder "
-                         "where you may write") from None
+        why = os.strerror(error.errno) if error.errno else error
+        raise InputError(f"{path}: cannot be written ({why}); free disk space, or run in a folder where you "
+                         "may write") from None
     finally:
         with suppress(OSError):
             temp.unlink()
@@ -97,7 +98,10 @@ def files_under(folder):
 def save_tensors(path, state):
     """Writes a dict of tensors and plain values, to be read by load_tensors."""
     with atomic_write(path) as temp, open(temp, "wb") as file:  # given a path, torch hides a full disk
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # raised while torch closes its archive after the file's own error
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_tensors(path, allowed=()):
