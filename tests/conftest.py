@@ -1,5 +1,7 @@
 import os
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are loaded; also of the scripts that tests start
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -9,7 +11,6 @@ from synthetic import SmallHead, saved, small_vit, write_one_px, write_table
 import dirl
 from demo import slides as demo
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start
 torch.set_num_threads(1)
 dirl.ARCHS["vit_t4"] = small_vit  # --arch vit_t4 of the scripts that run in this process
 

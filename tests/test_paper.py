@@ -108,8 +108,8 @@ def slides_of(data, classes, side):
 
 @pytest.fixture
 def tiny_networks(data_sets, monkeypatch):
-    """Encoders and heads 64 wide, with as many blocks as the paper's."""
-    def small(depth=12, **kw):
+    """Encoders of 3 blocks and heads, 64 wide."""
+    def small(depth=3, **kw):
         return dirl.VisionTransformer(64, depth, 1, **kw)
     monkeypatch.setitem(dirl.ARCHS, "vit_t", small)
     monkeypatch.setitem(dirl.ARCHS, "vit_s", small)
@@ -119,7 +119,7 @@ def tiny_networks(data_sets, monkeypatch):
     def in_this_process(command):
         return SimpleNamespace(returncode=evaluation.main(command[2:]))
     monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=in_this_process))
-    encoder = ClassTokenViT(64, 12, 1)  # DINO's ViT-S
+    encoder = ClassTokenViT(64, 3, 1)  # DINO's ViT-S
     positions = torch.zeros(1, 197, 64)
     save_tensors(Path("dino_deitsmall16_pretrain.pth"), encoder.state_dict() | {"pos_embed": positions})
 
