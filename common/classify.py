@@ -11,6 +11,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 from tqdm import tqdm
 
@@ -109,7 +110,8 @@ def standardize(bags):
 def fit_logistic(features, labels, c=1.0, max_iter=2000):
     """Returns scikit-learn's logistic regression, fitted to standardised features (N, d)."""
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
-    return model.fit(features, labels)
+    with threadpool_limits(1, "blas"):  # two threads are up to six times slower on L-BFGS's small vectors
+        return model.fit(features, labels)
 
 
 def fit_linear(features, labels, train, val):
