@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 from common.distributed import rank
 from common.encoders import save_encoder
 from common.errors import InputError, one_line
-from common.files import load_tensors, read_json, save_tensors, write_json
+from common.files import load_tensors, not_written, read_json, save_tensors, write_json
 
 NOT_FLAGS = ("crops", "images", "labels", "pixels")  # entries of config.json that no flag sets
 
@@ -41,7 +41,7 @@ def lock_folder(folder, lock):
         raise InputError(f"{folder}: another train.py is writing to it; wait for it, or use another "
                          "--run") from None
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); run where you may write") from None
+        raise not_written(folder, error) from None
 
 
 class Run:

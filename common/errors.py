@@ -8,6 +8,10 @@ class InputError(Exception):
     """Something the user gave is wrong; the message is one line with the file or flag and what to do."""
 
 
+class DiskFull(InputError):
+    """A file cannot be written for want of space: this ends the run, not the work on one slide alone."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises InputError for a wrong flag instead of exiting."""
 
@@ -78,7 +82,7 @@ def run_script(script, run, memory="--batch", again="run it again to resume"):
         except InputError as error:
             return report(error, 2)
         except OSError as error:
-            return report(f"{error.filename}: {error.strerror}", 2)
+            return report(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
         except FloatingPointError as error:
             return report(error, 1)
         except (MemoryError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """Atomic writing, tensors without pickled code, JSON, npz and CSV."""
 import csv
+import errno
 import glob
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from common.errors import InputError
+from common.errors import DiskFull, InputError
 
 
 def temp_path(path):
@@ -54,12 +55,19 @@ def is_alive(process):
     return True
 
 
+def not_written(path, error):
+    """Returns the InputError (DiskFull if it is) for an OSError while path was written."""
+    kind = DiskFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+    why = os.strerror(error.errno) if error.errno else error  # tifffile's errors have no number
+    return kind(f"{path}: cannot be written ({why}); free disk space, or run in a folder where you may write")
+
+
 @contextmanager
 def atomic_write(path):
     """Yields a temporary path; the file written to it is renamed to path if the block ends without an error.
 
-    The temporary name holds the process number, since two runs may prepare the same slide. InputError if the
-    file cannot be written.
+    The temporary name holds the process number, since two runs may prepare the same slide. DiskFull, or
+    another InputError, if the file cannot be written.
     """
     path = Path(path)
     temp = temp_path(path)
@@ -68,9 +76,7 @@ def atomic_write(path):
         yield temp
         os.replace(temp, path)
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else error
-        raise InputError(f"{path}: cannot be written ({why}); free disk space, or run in a folder where you "
-                         "may write") from None
+        raise not_written(path, error) from None
     finally:
         with suppress(OSError):
             temp.unlink()

@@ -4,13 +4,14 @@ import math
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from common.distributed import rank
-from common.files import atomic_write, read_json
+from common.files import atomic_write, not_written, read_json
 
 READ_EVERY = 10  # steps
 UNIFORM = 0.98  # a head whose teacher's entropy is above this share of ln K learns nothing,
@@ -84,13 +85,16 @@ class Log:
         if not self.unread:
             return
         all_values = torch.stack([values for _, values, *_ in self.unread]).tolist()
-        for (step, _, *others), values in zip(self.unread, all_values):
-            *values, finite = values
-            if not (math.isfinite(values[0]) and finite > 0.999):  # finite: a mean over processes, rounded
-                raise FloatingPointError(self.diverged(step, values[0]))
-            self.write_row(step, values, *others)
+        try:
+            for (step, _, *others), values in zip(self.unread, all_values):
+                *values, finite = values
+                if not (math.isfinite(values[0]) and finite > 0.999):  # finite: a rounded mean
+                    raise FloatingPointError(self.diverged(step, values[0]))
+                self.write_row(step, values, *others)
+            self.file.flush()
+        except OSError as error:
+            raise not_written(self.file.name, error) from None
         self.unread = []
-        self.file.flush()
 
     def write_row(self, step, values, schedule, effective_rank, probed):
         """Writes the row of a step whose values have been read, and updates the progress bar."""
@@ -160,7 +164,8 @@ class Log:
 
     def __exit__(self, *error):
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # the rows have been flushed, or that has failed already
+            self.file.close()
 
 
 def read_log(path):

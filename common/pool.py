@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import torch
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.errors import DiskFull, InputError
 
 
 def add_shard(add):
@@ -27,10 +27,12 @@ def shard_of(names, shard):
 def call(function, arguments):
     """Returns (function's result, None), or (None, one line) for an error that the user can fix.
 
-    If memory runs out, the line names the first of the arguments, a file or a slide.
+    If memory runs out, the line names the first of the arguments, a file or a slide. DiskFull is raised.
     """
     try:
         return function(*arguments), None
+    except DiskFull:
+        raise
     except InputError as error:
         return None, str(error)
     except MemoryError:
@@ -46,7 +48,7 @@ def in_processes(function, tasks, workers, what):
     """Yields (task, result, error) of function(*task) as they end, under a progress bar named what.
 
     One of result and error is None. A worker that is killed (out of memory) costs only its own task: the
-    tasks that were in flight are tried again one by one.
+    tasks that were in flight are tried again one by one. DiskFull ends them all.
     """
     with tqdm(total=len(tasks), desc=what, unit="", disable=not tasks, leave=False) as bar:
         if workers <= 1 or len(tasks) <= 1:
@@ -63,6 +65,9 @@ def in_processes(function, tasks, workers, what):
                 except BrokenProcessPool:
                     in_flight.append(futures[future])
                     continue
+                except DiskFull:
+                    pool.shutdown(cancel_futures=True)
+                    raise
                 yield futures[future], *result
                 bar.update()
         for task in in_flight:

@@ -1,4 +1,5 @@
 """Data sets: folders and labels.csv, the split, cells reaching their crops, data.py check and look."""
+import errno
 import os
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,8 +24,8 @@ from synthetic import (
 
 import data
 import train
-from common import pool
-from common.errors import InputError
+from common import files, pool
+from common.errors import DiskFull, InputError
 from common.files import read_csv
 from data import Crops
 from prior import bin_centroids, segment_nuclei
@@ -286,6 +287,28 @@ def test_a_worker_that_is_killed_costs_its_own_slide(place, monkeypatch):
     failed = prepare(found, 0.5, workers=2)
     assert len(failed) == 1 and "killer.png" in failed[0]
     assert tile_info(found, "good")["tiles"] == 1
+
+
+def disk_is_full_on_killer(path, *rest, cut=cache.cut):
+    if Path(path).stem == "killer":
+        raise files.not_written(path, OSError(errno.ENOSPC, ""))
+    return cut(path, *rest)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_ends_the_work_on_all_slides_and_no_other_error_does(place, monkeypatch, workers):
+    """None of the slides after the one that found the disk full is cut, but for those in flight."""
+    for name in ("killer", *(f"later_{i}" for i in range(8))):
+        saved(place / "in" / "slides" / f"{name}.png")
+    monkeypatch.setattr(cache, "cut", disk_is_full_on_killer)
+    monkeypatch.setattr(pool, "get_context", lambda _: get_context("fork"))
+    found = find_data("in", mpp=1.0, slide_mpp=1.0)
+    with pytest.raises(DiskFull, match="killer.png.*free disk space"):
+        prepare(found, 0.5, workers=workers)
+    assert tile_info(found, "good")["tiles"] == 1
+    assert tile_info(found, "later_7") is None
+    no_name = files.not_written("a", OSError(errno.ENAMETOOLONG, ""))
+    assert type(no_name) is InputError and "too long" in str(no_name)
 
 
 # ---------------------------------------------------------------- ready-cut crops

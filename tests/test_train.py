@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from common import encoders
 from common.encoders import MEAN, STD, load_encoder, normalize
 from common.errors import InputError
 from common.files import load_tensors, save_tensors
+from common.log import Log
 from common.watch import effective_rank
 from experiments import benchmark, compare, curves
 from wsi import cache, segment
@@ -181,33 +183,35 @@ def test_an_output_that_cannot_be_written(place, capsys, blocked):
 
 
 class FullDisk(io.FileIO):
-    """A file on a disk with room for 10,000 more bytes."""
+    """A file on a disk with room for ten more bytes."""
 
     def write(self, data):
-        if self.tell() + len(data) > 10_000:
+        if self.tell() + len(data) > 10:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return super().write(data)
 
 
-@pytest.mark.parametrize("what", ["tile", "cells", "checkpoint"])
-def test_a_full_disk_loses_nothing_that_was_finished(place, capsys, monkeypatch, what):
-    torch_save = torch.save
+def no_room(*args, **kw):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def full(*args, **kw):
-        if what != "checkpoint":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        state, file = args
-        assert not isinstance(file, (str, Path))  # given a path, torch hides a full disk
-        with FullDisk(file.name, "wb") as last_kilobytes:
-            torch_save(state, last_kilobytes)
-    writers = {"tile": (Image.Image, "save"), "cells": (np, "savez_compressed"),
-               "checkpoint": (torch, "save")}
+
+def no_room_for_tensors(state, file, save=torch.save):
+    assert not isinstance(file, (str, Path))  # given a path, torch hides a full disk
+    with FullDisk(file.name, "wb") as full:
+        save(state, full)
+
+
+@pytest.mark.parametrize("owner, name, writer", [
+    (Image.Image, "save", no_room), (np, "savez_compressed", no_room), (torch, "save", no_room_for_tensors),
+    (Log, "open", lambda log, path: io.TextIOWrapper(FullDisk(path, "w")))],
+    ids=["tile", "cells", "checkpoint", "log"])
+def test_a_full_disk_loses_nothing_that_was_finished(place, capsys, monkeypatch, owner, name, writer):
     argv = [*SMALL, "--method", "cellback"]
     with monkeypatch.context() as patch:
-        patch.setattr(*writers[what], full)
+        patch.setattr(owner, name, writer)
         assert train.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.count("train.py:") == 1 and "No space left" in error
+    assert re.fullmatch(r"train.py: (datasets|runs)/\S+: cannot be written \(No space left.*", error), error
     assert not list(place.rglob("*.part"))
     assert train.main(argv) == 0  # resumes when there is room
 

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from common.errors import InputError
-from common.files import temp_path, write_json
+from common.files import not_written, temp_path, write_json
 from common.flags import MAX_GIGAPIXELS
 from wsi.headers import UM, dicom_series, hamamatsu_images, tiff_properties
 from wsi.pixels import PIXELS, is_grey, on_white, read_image
@@ -452,8 +452,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
             "mpp_source": slide.source, "tissue": tissue, "tiles": count, "width": slide.width,
             "height": slide.height, "power": slide.power, "bounds": slide.bounds})
     except OSError as error:
-        raise InputError(f"{crops / name}: cannot be written ({error.strerror}); free disk space, or run in "
-                         "a folder where you may write") from None
+        raise not_written(crops / name, error) from None
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return slide
