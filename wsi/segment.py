@@ -221,7 +221,9 @@ def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
             in_order = [xy for _, xy in sorted(found.pop(path).items())]
             cells = merge_seams(in_order, SEAM / slide_mpp[path])
             source = source_of(path, slide_mpp[path], segmenter, mpp)
-            save_cells(folder / segmenter / f"{slide_name(path)}.npz", cells, source)
+            _, error = call(save_cells, (folder / segmenter / f"{slide_name(path)}.npz", cells, source))
+            if error:
+                failed[path] = error
     return failed
 
 
