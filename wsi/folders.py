@@ -13,8 +13,9 @@ from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_nam
 from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-          "test": "test"}
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "test": "test"}  # as labels.csv may have them
 
 
 @dataclass
@@ -299,7 +300,7 @@ def labels_row(path, line, row, name):
 
 def bright_rows(rows, data):
     """Returns BRIGHT's rows with three or six classes; its official validation split is for testing (A.1)."""
-    has_test = any(SPLITS.get(row["split"]) == "test" for row in rows)
+    has_test = any(SPLIT_NAMES.get(row["split"]) == "test" for row in rows)
     for row in rows:
         if not row["label"]:
             continue  # check_rows decides
@@ -307,7 +308,7 @@ def bright_rows(rows, data):
             raise InputError(f"{row['where']}: label {row['label']!r} is not one of {', '.join(BRIGHT3)}")
         if data == "bright3":
             row["label"] = BRIGHT3[row["label"]]
-        if not has_test and SPLITS.get(row["split"]) == "val":
+        if not has_test and SPLIT_NAMES.get(row["split"]) == "val":
             row["split"] = "test"
     return rows
 
@@ -361,10 +362,10 @@ def check_rows(rows, images, kind):
         where, name = row["where"], row["name"]
         if name in labels or name in pretrain_only or name in absent:
             raise InputError(f"{where} names {name!r} a second time; remove one of the lines")
-        if row["split"] and row["split"] not in SPLITS:
+        if row["split"] and row["split"] not in SPLIT_NAMES:
             raise InputError(f"{where}: split {row['split']!r} is not one of train, val, test")
         checked = {"label": row["label"], "patient": row["patient"] or patient_of(name),
-                   "split": SPLITS.get(row["split"], ""), "mpp": row.get("mpp")}
+                   "split": SPLIT_NAMES.get(row["split"], ""), "mpp": row.get("mpp")}
         if not row["label"]:
             check_no_label(row, kind)
         if name not in images:
@@ -402,7 +403,7 @@ def check_no_label(row, kind):
         raise InputError(f"{where} has no label for {name!r}")
     if not row["patient"]:
         raise InputError(f"{where} has no label for {name!r}; for pre-training only, give its patient")
-    if SPLITS.get(row["split"], "train") != "train":
+    if SPLIT_NAMES.get(row["split"], "train") != "train":
         raise InputError(f"{where} has split {row['split']} and no label for {name!r}: without a label it is "
                          "for pre-training only; remove the line, or add the label")
 

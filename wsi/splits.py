@@ -5,7 +5,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.files import read_csv, write_csv
-from wsi.folders import SPLITS, find_folder, first_of, patient_of, same_patients, tcga_patient
+from wsi.folders import SPLIT_NAMES, find_folder, first_of, patient_of, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
 from wsi.slides import file_identity
 
@@ -95,7 +95,7 @@ def read_split(path):
     rows = {}
     for line, row in lines:
         name = row["name"]
-        split = SPLITS.get(row.get("split", "").lower())
+        split = SPLIT_NAMES.get(row.get("split", "").lower())
         if not split or name in rows:
             raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
         rows[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
