@@ -245,7 +245,7 @@ def rows_of(runs, curves):
 
 def draw_claim(runs, curves):
     """Draws Fig. 4 of each measured arm, all seeds together, next to the map."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(13.5, 4), layout="constrained")
     fig_4, on_map = figure.subplots(1, 2)
     colors = network_colors(dict.fromkeys(arm for arm, _ in curves))
     pooled = {}
@@ -271,4 +271,5 @@ def draw_map(axis, runs, curves, colors):
             handles[arm], = axis.plot(accuracy[-1], middle[-1], "o", ms=7, color=colors[arm])
     axis.set(xlabel="20-NN accuracy on the probe", ylabel=f"{MIDDLE}, %")
     if handles:
-        axis.legend(handles.values(), handles, fontsize=8)
+        axis.legend(handles.values(), handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1),
+                    borderaxespad=0)
