@@ -48,7 +48,8 @@ def in_processes(function, tasks, workers, what):
     """Yields (task, result, error) of function(*task) as they end, under a progress bar named what.
 
     One of result and error is None. A worker that is killed (out of memory) costs only its own task: the
-    tasks that were in flight are tried again one by one. DiskFull ends them all.
+    tasks that were in flight are tried again one by one. DiskFull, or an error of the caller, ends the work:
+    no further task is begun.
     """
     with tqdm(total=len(tasks), desc=what, unit="", disable=not tasks, leave=False) as bar:
         if workers <= 1 or len(tasks) <= 1:
@@ -57,7 +58,8 @@ def in_processes(function, tasks, workers, what):
                 bar.update()
             return
         in_flight = []
-        with pool_of(min(workers, len(tasks))) as pool:
+        pool = pool_of(min(workers, len(tasks)))
+        try:
             futures = {pool.submit(call, function, task): task for task in tasks}
             for future in as_completed(futures):
                 try:
@@ -65,11 +67,10 @@ def in_processes(function, tasks, workers, what):
                 except BrokenProcessPool:
                     in_flight.append(futures[future])
                     continue
-                except DiskFull:
-                    pool.shutdown(cancel_futures=True)
-                    raise
                 yield futures[future], *result
                 bar.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # of DiskFull, or of an error where the results are used
         for task in in_flight:
             with pool_of(1) as pool:
                 try:

@@ -1,6 +1,7 @@
 """Data sets: folders and labels.csv, the split, cells reaching their crops, data.py check and look."""
 import errno
 import os
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -309,6 +310,19 @@ def test_a_full_disk_ends_the_work_on_all_slides_and_no_other_error_does(place, 
     assert tile_info(found, "later_7") is None
     no_name = files.not_written("a", OSError(errno.ENAMETOOLONG, ""))
     assert type(no_name) is InputError and "too long" in str(no_name)
+
+
+def wait_and_write(path):
+    time.sleep(0.1)
+    path.touch()
+
+
+def test_an_error_of_the_caller_begins_no_further_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "get_context", lambda _: get_context("fork"))
+    work = pool.in_processes(wait_and_write, [(tmp_path / str(i),) for i in range(20)], 2, "files")
+    next(work)
+    work.close()
+    assert 1 <= len(list(tmp_path.iterdir())) < 10
 
 
 # ---------------------------------------------------------------- ready-cut crops
