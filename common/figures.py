@@ -26,6 +26,7 @@ KIND_COLORS = {"glass": "#FFFFFF", "loose stroma": "#F0E442", "dense stroma": "#
                "clusters": "#0072B2", "necrosis": "#CC79A7", "glands": "#56B4E9", "nests": "#009E73",
                "infiltrated nests": "#D55E00"}  # of the demo's tiles
 REGION_COLORS = {"tumour": "white", "lymphocytes": "limegreen", "necrosis": "yellow"}  # Fig. 12
+BESIDE = dict(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)  # a legend right of its axes
 BINS = ("0 to 0.5", "0.5 to 2", "over 2")
 
 
@@ -163,8 +164,7 @@ def draw_distribution(axis, aggregated, colors=None):
     axis.set_xticks([2.0 ** k for k in range(-4, 5, 2)] + [0.5, 2],
                     ["1/16", "1/4", "1", "4", "16", "1/2", "2"])
     axis.set(xlabel="aggregated attention of a token", ylabel="tokens, % (64 steps)")
-    axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8, loc="upper left",
-                bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8, **BESIDE)
 
 
 def plot_distribution(aggregated, title, path):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import dirl
 from common.errors import InputError
-from common.figures import draw_distribution, network_colors, save_figure
+from common.figures import BESIDE, draw_distribution, network_colors, save_figure
 from common.files import file_stamp, print_table, read_json, read_npz, write_csv
 from common.log import MIDDLE, PROBED, read_log, symbol_of
 from common.metrics import DRAWS
@@ -271,5 +271,4 @@ def draw_map(axis, runs, curves, colors):
             handles[arm], = axis.plot(accuracy[-1], middle[-1], "o", ms=7, color=colors[arm])
     axis.set(xlabel="20-NN accuracy on the probe", ylabel=f"{MIDDLE}, %")
     if handles:
-        axis.legend(handles.values(), handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1),
-                    borderaxespad=0)
+        axis.legend(handles.values(), handles, fontsize=8, **BESIDE)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import train
 from common.encoders import MEAN, STD
 from common.errors import InputError, run_script
-from common.figures import OTHER_COLORS, draw_crop, draw_prior
+from common.figures import BESIDE, OTHER_COLORS, draw_crop, draw_prior
 from common.flags import MPP, whole
 from data import Draws, collate, make_views, random_boxes, spread
 from dirl import regions_present
@@ -78,7 +78,7 @@ def draw_shares(axis, rows, settings):
     axis.axvspan(*settings.global_scale, color="grey", alpha=0.12, lw=0)
     axis.set(xlabel="area of the view, share of the crop (grey: the global views')",
              ylabel="views with both regions, %", ylim=(0, 103))
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    axis.legend(fontsize=8, **BESIDE)
 
 
 def run(args):
