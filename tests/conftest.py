@@ -11,7 +11,6 @@ from synthetic import SmallHead, saved, small_vit, write_one_px, write_table
 import dirl
 from demo import slides as demo
 
-torch.set_num_threads(1)
 dirl.ARCHS["vit_t4"] = small_vit  # --arch vit_t4 of the scripts that run in this process
 
 # pytest --hypothesis-profile=long for a longer search
