@@ -5,10 +5,9 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,9 +268,11 @@ def test_segmenting_what_is_missing_names_it(place, capsys):
     assert segment.main(["gone.svs"]) == 1 and "gone.svs" in capsys.readouterr().err
 
 
-def test_prior_as_a_script_names_its_successor():
-    ended = subprocess.run([sys.executable, "prior.py", "gone.svs"], capture_output=True, text=True, cwd=ROOT)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "python -m wsi.segment" in ended.stderr
+def test_prior_as_a_script_names_its_successor(capsys):
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "prior.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and "python -m wsi.segment" in error
 
 
 # ---------------------------------------------------------------- warnings and the log
