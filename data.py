@@ -27,6 +27,8 @@ from wsi.cli import main
 from wsi.crops import crops_of
 from wsi.slides import CROP
 
+PATCH = 16  # px: the side of a token
+
 # ---------------------------------------------------------------- crops with their cells
 
 class Crops(torch.utils.data.Dataset):
@@ -64,10 +66,9 @@ class Crops(torch.utils.data.Dataset):
 
     def priors(self):
         """Returns P_c of every whole crop, (N, n)."""
-        p = 16
-        grid = CROP // p
+        grid = CROP // PATCH
         inside = ((self.xy >= 0) & (self.xy < CROP)).all(1)
-        column, row = (self.xy[inside] // p).astype(np.int64).T
+        column, row = (self.xy[inside] // PATCH).astype(np.int64).T
         crop = np.repeat(np.arange(len(self)), np.diff(self.start))[inside]  # of each cell
         out = torch.zeros(len(self), grid * grid)
         out[crop, row * grid + column] = 1
@@ -79,12 +80,12 @@ class Crops(torch.utils.data.Dataset):
         return pixels.permute(2, 0, 1), torch.from_numpy(self.cells(i))
 
 
-def shuffle_places(xy, rng, patch_size=16):
+def shuffle_places(xy, rng):
     """Permutes the patches of a crop, each with its cells (K, 2): the number of cell patches is unchanged."""
-    grid = CROP // patch_size
-    column, row = (np.clip(xy, 0, CROP - 1) // patch_size).astype(int).T
+    grid = CROP // PATCH
+    column, row = (np.clip(xy, 0, CROP - 1) // PATCH).astype(int).T
     place = rng.permutation(grid * grid)[row * grid + column]
-    return np.stack([place % grid, place // grid], 1) * patch_size + xy % patch_size
+    return np.stack([place % grid, place // grid], 1) * PATCH + xy % PATCH
 
 
 def share_of(crops, fraction, seed):
@@ -115,6 +116,8 @@ def collate(items):
 
 # ---------------------------------------------------------------- views with their priors
 
+TRIES = 10  # boxes drawn per view; torchvision's, as is the next
+ASPECT = (3 / 4, 4 / 3)  # width over height of a box
 JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1  # strengths
 BLUR_SIGMA = (0.1, 2.0)  # px
@@ -128,9 +131,9 @@ LOCAL = {"blur": 0.5, "solarize": 0.0}
 class Augmentation:
     """How views are drawn; the defaults are DINO's.
 
-    Scales are shares of the crop's area, sizes are px. jitter, greyscale, solarize and blur multiply DINO's
-    probabilities, and jitter its strengths, too (above 1 only these). mean and std (RGB in 0 to 1) are the
-    encoder's.
+    Scales are shares of the crop's area, sizes are px. greyscale, solarize and blur are factors on DINO's
+    probabilities; jitter is one on its strengths and, below 1, on its probability. mean and std (RGB in 0 to
+    1) are the encoder's.
     """
 
     local_crops: int = 8
@@ -166,14 +169,14 @@ class Draws:
         return whole[self.index * B: (self.index + 1) * B]
 
 
-def random_boxes(count, size, scale, draws, ratio=(3 / 4, 4 / 3), tries=10):
+def random_boxes(count, size, scale, draws):
     """Draws random resized crops of a size x size image: (count, 4) as left, top, width, height in whole px.
 
-    The share of the area is uniform in scale, the log of the aspect ratio uniform in ratio. The first of
-    `tries` boxes that fits into the image is taken; if none fits, the whole image.
+    The share of the area is uniform in scale, the log of the aspect ratio uniform in ASPECT. The first of
+    TRIES boxes that fits into the image is taken; if none fits, the whole image.
     """
-    area = draws.uniform((count, tries), *scale) * size * size
-    aspect = draws.uniform((count, tries), math.log(ratio[0]), math.log(ratio[1])).exp()
+    area = draws.uniform((count, TRIES), *scale) * size * size
+    aspect = draws.uniform((count, TRIES), math.log(ASPECT[0]), math.log(ASPECT[1])).exp()
     widths = (area * aspect).sqrt().round()
     heights = (area / aspect).sqrt().round()
     fits = (widths > 0) & (widths <= size) & (heights > 0) & (heights <= size)
@@ -292,7 +295,7 @@ def solarize(images):
     return torch.where(images >= 0.5, 1 - images, images)
 
 
-def make_view(images, cells, kind, size, scale, draws, augmentation, counts=False):
+def make_view(images, cells, kind, size, scale, draws, augmentation, counts):
     """Images (B, 3, S, S) in 0 to 1 -> a normalised view of each (B, 3, size, size), and its P_c (B, n)."""
     B = len(images)
     boxes = random_boxes(B, images.shape[-1], scale, draws)

@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.project(x)
-        return self.merge(attend(q, k, v))  # softmax(q k^T / sqrt(d_head)) v
+        return self.merge(attend(q, k, v))
 
 
 class Mlp(nn.Module):
@@ -109,10 +109,10 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """The encoder: images (B, 3, H, W) -> T_L (B, n, d). It has no class token: f is T_L.mean(1).
 
-    A final LayerNorm, as in ViT and DINO, returns T_L; eq. 2 has none. H and W are multiples of patch_size
-    (ValueError if not); for sizes other than img_size the position embedding is interpolated. Images are RGB
-    that the caller has normalised with mean and std (default: ImageNet's, as in DINO); the encoder only
-    keeps these two. The state dict has timm's names (timm has no vit_h).
+    T_L is the last block's output after a LayerNorm, as in ViT and DINO; eq. 2 has none. H and W are
+    multiples of patch_size (ValueError if not); for sizes other than img_size the position embedding is
+    interpolated. Images are RGB that the caller has normalised with mean and std (default: ImageNet's, as in
+    DINO); the encoder only keeps these two. The state dict has timm's names (timm has no vit_h).
     """
 
     def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0,
@@ -203,7 +203,7 @@ def region_mean(tokens, region):
 def cell_back_pool(tokens, prior):
     """Eq. 3: f_c = P_c^T T_L / |P_c| and f_b = (1 - P_c)^T T_L / |1 - P_c|.
 
-    Each region has its own feature to match, so that neither can win all of the attention.
+    The paper's idea: each region has its own feature to match, so attending to one region is not enough.
     tokens (B, n, d), prior (B, n) -> f_c, f_b (B, d). An empty region pools to zeros and passes no gradient.
     """
     prior = prior.to(tokens.dtype)
@@ -267,6 +267,7 @@ class DINOHead(nn.Module):
             nn.Linear(hidden_dim, bottleneck_dim))
         self.mlp.apply(init_weights)
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        # (K, 1): two dimensions, so that weight decay applies to the norms, as to DINO's weight_g.
         self.last_norm = None if norm_last_layer else nn.Parameter(torch.ones(out_dim, 1))
 
     def forward(self, f):
@@ -399,15 +400,15 @@ class DiRL(nn.Module):
         tokens = self.encoder(images)  # T_L (B, n, d)
         has_cell, has_background = regions_present(prior)
         if self.method == "baseline":
-            return {"f": tokens.mean(1)}, {"f": has_cell | has_background}  # present in all views
+            return {"f": tokens.mean(1)}, {"f": torch.ones_like(has_cell)}
         f_c, f_b = cell_back_pool(tokens, prior)  # eq. 3
         f = {"c": f_c, "b": f_b}
         if self.method == "dirl":
             t_self, t_cross = self.disentangle(tokens, prior)  # eq. 5 to 7
             f["cc"], f["bb"] = cell_back_pool(t_self, prior)  # eq. 8
             f["cb"], f["bc"] = cell_back_pool(t_cross, prior)
-        pooled = {"c": has_cell, "b": has_background}  # f_cb pools the cells' tokens, f_bc the background's
-        return f, {name: pooled[name[0]] for name in f}
+        present = {"c": has_cell, "b": has_background}  # by the first letter: whose tokens are pooled
+        return f, {name: present[name[0]] for name in f}
 
     def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per view size, global first; priors: the P_c (V_i, B, n_i) of each.
@@ -420,7 +421,8 @@ class DiRL(nn.Module):
         for name, head in self.heads.items():
             f_name = torch.cat([f[name] for f, _ in by_size])  # (V B, d)
             present = torch.cat([region[name] for _, region in by_size])  # (V B,)
-            out[name] = head(f_name).unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
+            logits = head(f_name)  # (V B, K)
+            out[name] = logits.unflatten(0, (-1, B)), present.unflatten(0, (-1, B))
         return out
 
 

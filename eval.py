@@ -22,7 +22,6 @@ Nothing is chosen on the test set, and an encoder that was trained on a test ima
 the encoder's run; those on another data set go to on_<data>/ in it. --checkpoint FILE --arch vit_s measures
 weights in timm's or DINO's names, such as ImageNet's, in runs/<data>_<file's name>/.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -58,7 +57,7 @@ from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
 def slides_arguments(argv):
     parser = Parser(
-        prog="python eval.py slides", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python eval.py slides",
         description="Features, DSMIL and attention of a pre-trained encoder.",
         epilog="Slides without labels: python eval.py predict --help. Patch-level classification: python "
                "eval.py patches --help")
@@ -91,7 +90,7 @@ def slides_arguments(argv):
 
 def predict_arguments(argv):
     parser = Parser(
-        prog="python eval.py predict", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python eval.py predict",
         description="Class scores and attention of slides without labels, by an encoder and the DSMILs that "
                     "python eval.py trained on its features and kept (dsmil_<seed>.pt). The score of a class "
                     "is the mean over the DSMILs, the predicted class has the highest one.",
@@ -111,7 +110,7 @@ def predict_arguments(argv):
 
 def patches_arguments(argv):
     parser = Parser(
-        prog="python eval.py patches", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python eval.py patches",
         description="Fine-tunes an encoder on labelled images, or fits a linear classifier to its features.",
         epilog="The defaults of fine-tuning are the paper's for MHIST, with --data chaoyang for Chaoyang.")
     add = parser.add_argument
@@ -132,7 +131,7 @@ def patches_arguments(argv):
     add("--milestones", type=whole(), nargs="*",
         help="epochs after which the learning rate is divided by 10; change them with --epochs")
     add("--seed", type=SEED, default=0, help="seed of folds, training, random encoder and bootstrap")
-    add_encoder(add, 128)
+    add_encoder(add, 128, "images per step of fine-tuning; with --linear only images at a time")
     parser.set_defaults(**classify.SETTINGS["mhist"])
     parser.set_defaults(**classify.SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
     return with_device(parser.parse_args(argv))

@@ -1,10 +1,11 @@
-"""DSMIL (Li et al. 2021), the multiple instance learning of section 3.6. Imports torch only.
+"""DSMIL (Li et al. 2021), the multiple instance learning of section 3.6.
 
-The network is that of the authors' code of 2022, when the paper was written: a query network of two layers,
-the features themselves as values, 200 epochs. The orthogonal initialisation is from their later code, since
-the earlier one loads its initial weights from a file. Two choices differ. They keep the epoch with the best
-AUC and accuracy on the slides that they report; we keep the one with the lowest loss on validation slides.
-They tune a threshold per class on the reported slides; we take the class with the highest score.
+Imports torch and the standard library only. The network (a query network of two layers, the features
+themselves as values), the 200 epochs and the score (the mean of two sigmoids) are those of the authors' code
+of September 2022. The orthogonal initialisation is from their later code, since the earlier one loads its
+initial weights from a file. Two choices differ. They keep the epoch with the best AUC and accuracy on the
+slides that they report; we keep the one with the lowest loss on validation slides. They tune a threshold per
+class on the reported slides; we take the class with the highest score.
 
 A bag is the feature matrix (N, d) of a slide's N crops; C classes.
 """
@@ -79,7 +80,8 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
 
     lr, weight_decay and batch are A.1.2's, the rest Li et al.'s: Adam with betas (0.5, 0.9), cosine from lr
     to 5e-6. The epoch with the lowest loss on val is kept. progress(epoch, loss, val_loss), if given, is
-    called after each epoch; weights (C,), if given, weigh the classes in both losses (class_weights).
+    called after each epoch; weights (C,), if given, weigh the classes in training and validation
+    (class_weights).
     ValueError without a training or validation bag.
     """
     if not train or not val:

@@ -70,7 +70,7 @@ def view_prior(cells, boxes, flip, size, patch_size=16, counts=False):
 # ---------------------------------------------------------------- built-in detector
 
 DETECTOR = 1  # version of the detector; raise it whenever a change alters what it finds
-WORK_MPP = 0.5  # um/px: finer images are averaged down to this; nuclei of 3 um are still 6 px wide
+WORK_MPP = 0.5  # um/px: finer images are averaged down to about this; nuclei of 3 um are still 6 px wide
 SMOOTH = 1.9  # um: sigma of the density before its gradient is taken
 GATHER = 0.9  # um: sigma of the convergence
 MIN_DISTANCE = 1.5  # um between two seeds
@@ -80,7 +80,8 @@ THRESHOLD_FLOOR = 0.1
 
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # H, E, rest (Ruifrok 2001)
 HAEMATOXYLIN = np.linalg.inv(STAINS)[:, 0].astype(np.float32)
-DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float32)  # of a uint8 grey value
+# -ln(value / white) of a uint8 value, each plus 1 against ln 0; 244 and above is white.
+DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float32)
 
 
 def downsample_factor(mpp, target=WORK_MPP):
@@ -127,9 +128,9 @@ def convergence(dy, dx, edge, px):
     return -sigma * (slope(smooth(dy / length, sigma), 0) + slope(smooth(dx / length, sigma), 1))
 
 
-def otsu(values, bins=256):
-    """Returns Otsu's threshold, which maximises the variance between the two classes."""
-    count, edges = np.histogram(values, bins)
+def otsu(values):
+    """Returns Otsu's threshold, which maximises the variance between the two classes, of 256 bins."""
+    count, edges = np.histogram(values, 256)
     center = (edges[1:] + edges[:-1]) / 2
     below = np.cumsum(count)
     moment = np.cumsum(count * center)
@@ -146,9 +147,11 @@ def thresholds_of(fields):
     """
     slopes = np.concatenate([np.hypot(dy, dx)[density > TISSUE] for density, dy, dx, _ in fields])
     edge = max(EDGE_FLOOR, float(np.median(slopes))) if len(slopes) else EDGE_FLOOR
-    scores = np.concatenate([(convergence(dy, dx, edge, px) * d)[d > TISSUE] for d, dy, dx, px in fields])
+    scores = np.concatenate([(convergence(dy, dx, edge, px) * density)[density > TISSUE]
+                             for density, dy, dx, px in fields])
     scores = scores[scores > 0]
-    return edge, max(THRESHOLD_FLOOR, float(otsu(scores)) if len(scores) else 0)
+    threshold = float(otsu(scores)) if len(scores) else 0.0
+    return edge, max(THRESHOLD_FLOOR, threshold)
 
 
 def segment_nuclei(image, mpp, thresholds=None):

@@ -24,7 +24,7 @@ from common.distributed import any_of, device_of_process, first_before_others, j
 from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.files import stamp
-from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole
+from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole, words_of
 from common.log import Log
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
@@ -32,6 +32,7 @@ from data import Augmentation, Crops, collate, images_of, make_views, share_of, 
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
+from wsi.folders import Data
 from wsi.probe import read_probe
 from wsi.splits import find_data, training_record
 
@@ -42,9 +43,7 @@ def argument_parser(prog="python train.py"):
     parser = Parser(
         prog=prog, allow_abbrev=False, parents=[running_flags()],
         description="Pre-trains DiRL; the same command again resumes a stopped run.",
-        epilog="--data demo replaces these defaults: " + ", ".join(
-            f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items()),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        epilog=f"--data demo replaces these defaults: {words_of(DEMO)}")
     parser.set_defaults(ssl="dino")  # experiments.compare adds the flag, with other objectives
 
     add = parser.add_argument_group("data").add_argument
@@ -69,8 +68,7 @@ def argument_parser(prog="python train.py"):
     add("--drop-path", type=between(0, 0.99), default=0.1, help="stochastic depth of the student's encoder")
 
     add = parser.add_argument_group("views").add_argument
-    add("--local-crops", type=whole(0, 100), default=8,
-        help="local views per crop; 0 is the two-view setting, which is faster")
+    add("--local-crops", type=whole(0, 100), default=8, help="local views per crop; 0: the two-view setting")
     add("--global-scale", type=SHARE, nargs=2, default=(0.4, 1.0),
         help="least and largest area of a global view, as shares of the crop; 0.14 1 with --local-crops 0")
     add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="the same for the local views")
@@ -111,13 +109,14 @@ def argument_parser(prog="python train.py"):
     add("--batch", type=whole(1, 10 ** 6), default=256, help="crops per step; lower it if memory runs out")
     add("--accumulate", type=whole(), default=1,
         help="shards in which a batch goes through the network; more if memory runs out. Exact for the "
-             "baseline; for a region, a shard without a pair of views that have it counts as a loss of 0")
+             "baseline; a region's loss is the mean over shards, however many of a shard's views have it")
     add("--lr", type=between(0, 10), default=5e-4,
         help="peak learning rate for a batch of 256; it is scaled by --batch / 256")
     add("--min-lr", type=between(0, 10), default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=whole(0, 10 ** 6),
         help="epochs of linear warm-up of --lr (10, the demo 1, at most a third); more if the loss blows up")
-    add("--weight-decay", type=between(0, 10), default=0.04, help="at the start; none on biases and norms")
+    add("--weight-decay", type=between(0, 10), default=0.04,
+        help="weight decay at the start; biases and LayerNorms have none")
     add("--weight-decay-end", type=between(0, 10), default=0.4, help="weight decay at the end")
     add("--clip", type=between(0, 1e9), default=3.0, help="largest gradient norm of a parameter; 0: no limit")
     add("--momentum", type=SHARE, default=0.996,
@@ -132,11 +131,7 @@ def argument_parser(prog="python train.py"):
 
 def arguments(argv=None, parser=None):
     """Returns the flags of a command line, with defaults that depend on others; InputError if two clash."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = parser or argument_parser()  # an experiment's has more flags
-    for word in argv:
-        if word.endswith("=--"):  # argparse would return an empty list for it
-            raise InputError(f"{word}: a value is expected")
     if parser.parse_known_args(argv)[0].data == "demo":
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
@@ -225,8 +220,9 @@ class StepSettings:
 def settings_of(args, per_epoch, mean, std):
     """Returns the StepSettings of a run's flags; per_epoch: steps per epoch."""
     augmentation = Augmentation(
-        args.local_crops, tuple(args.global_scale), tuple(args.local_scale), args.global_size,
-        args.local_size, args.jitter, args.greyscale, args.solarize, args.blur, mean, std)
+        local_crops=args.local_crops, global_scale=args.global_scale, local_scale=args.local_scale,
+        global_size=args.global_size, local_size=args.local_size, jitter=args.jitter,
+        greyscale=args.greyscale, solarize=args.solarize, blur=args.blur, mean=mean, std=std)
     schedules = optimization.Schedules(
         steps=args.epochs * per_epoch, lr=args.lr * args.batch / 256, min_lr=args.min_lr,
         warmup_steps=args.warmup_epochs * per_epoch, weight_decay=args.weight_decay,
@@ -241,23 +237,23 @@ def settings_of(args, per_epoch, mean, std):
 def shards_of(images, cells, accumulate):
     """Yields this process's crops of a batch in --accumulate shards: (images, cells, (index, count))."""
     shards = zip(images.chunk(accumulate), cells.chunk(accumulate))
-    for index, (images, cells) in enumerate(shards, rank() * accumulate):
-        yield images, cells, (index, processes() * accumulate)
+    for index, shard in enumerate(shards, rank() * accumulate):
+        yield *shard, (index, processes() * accumulate)
 
 
-def views_of_step(images, cells, step, how, shard=(0, 1), counts=False):
+def views_of_step(images, cells, step, settings, shard, counts):
     """Returns the views of a shard of the step's batch, and their priors.
 
     Drop path and views each have a random stream, seeded by (seed, step), so a resumed run draws the same
     numbers as an uninterrupted one; the primes keep the seeds of different runs apart. A crop's views do not
     depend on how the batch is divided.
     """
-    torch.manual_seed(how.seed * 1_000_003 + step + shard[0] * 15_485_863)  # drop path
-    generator = torch.Generator(how.device).manual_seed(how.seed * 1_000_003 + step + 500_009)
-    return make_views(images, cells, generator, how.augmentation, shard, counts)
+    torch.manual_seed(settings.seed * 1_000_003 + step + shard[0] * 15_485_863)  # drop path
+    generator = torch.Generator(settings.device).manual_seed(settings.seed * 1_000_003 + step + 500_009)
+    return make_views(images, cells, generator, settings.augmentation, shard, counts)
 
 
-def measured(recipe, loss, each, priors):
+def log_values(recipe, loss, each, priors):
     """Returns the log's values of a shard: loss, each L_name, entropies, shares of views and of patches."""
     both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
     views_with_both = torch.cat(both).float().mean()
@@ -266,27 +262,27 @@ def measured(recipe, loss, each, priors):
     return torch.stack([loss.detach(), *each.values(), *entropies, views_with_both, patches_with_cell])
 
 
-def training_step(recipe, model, optimizer, images, cells, step, how, section=nullcontext):
+def training_step(recipe, model, optimizer, images, cells, step, settings, section=nullcontext):
     """Trains one step on uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
     model: recipe.student or its wrapper (DistributedDataParallel, torch.compile). section(name): a context
-    around each section of the step, which experiments.benchmark times. Returns the step's Schedule and the
-    values of measured(), averaged over shards and processes; appended is 1 if all gradients were finite.
+    around each section of the step, which experiments.benchmark times. Returns the step's Schedule and a
+    tensor: log_values averaged over shards and processes, and last 1 if all gradients are finite, else less.
     """
     # The step's learning rate and weight decay, and the teacher's momentum and temperature.
-    now = how.schedules.at(step)
-    optimization.set_rates(optimizer, now)
+    schedule = settings.schedules.at(step)
+    optimization.set_rates(optimizer, schedule)
     optimizer.zero_grad(set_to_none=True)
     shards = []
 
     # A batch that does not fit into memory goes through in shards (--accumulate).
-    for images, cells, shard in shards_of(images, cells, how.accumulate):
+    for x, xy, shard in shards_of(images, cells, settings.accumulate):
         # Views of every crop; the cells go through the same crop and flip as the pixels (3.2).
         with section("views and priors"):
-            views, priors = views_of_step(images, cells, step, how, shard, recipe.counts)
+            views, priors = views_of_step(x, xy, step, settings, shard, recipe.counts)
 
         # The teacher sees the global views only, the student all views.
-        with torch.autocast(how.device.type, torch.bfloat16, enabled=how.bf16):
+        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
             with section("teacher"), torch.no_grad():
                 target = recipe.teach(recipe.teacher, views, priors)
             with section("student's encoder and block"):
@@ -294,24 +290,24 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
 
         # Eq. 9 over all pairs of views, in fp32.
         with section("loss"):
-            loss, each = recipe.loss(output, target, now.teacher_temp)
+            loss, each = recipe.loss(output, target, schedule.teacher_temp)
         with section("backward"):
-            (loss / how.accumulate).backward()
-        shards.append(measured(recipe, loss, each, priors))
+            (loss / settings.accumulate).backward()
+        shards.append(log_values(recipe, loss, each, priors))
 
     # The gradient of each parameter is clipped separately; the last layers are frozen in the first epoch.
     with section("clipping and optimiser"):
-        finite = optimization.clip_gradients(list(recipe.student.parameters()), how.clip)
-        if step < how.schedules.frozen_steps:
+        finite = optimization.clip_gradients(list(recipe.student.parameters()), settings.clip)
+        if step < settings.schedules.frozen_steps:
             optimization.freeze_last_layers(recipe.student)
         optimizer.step()
 
     # theta_t = m theta_t + (1 - m) theta_s; the centres move towards the mean of the teacher's outputs.
     with section("teacher's update"):
-        dirl.update_teacher(recipe.student, recipe.teacher, now.momentum)
+        dirl.update_teacher(recipe.student, recipe.teacher, schedule.momentum)
         recipe.loss.update_centers()
     values = torch.cat([torch.stack(shards).mean(0), finite.float()[None]])
-    return now, dirl.process_mean(values)
+    return schedule, dirl.process_mean(values)
 
 
 # ---------------------------------------------------------------- data
@@ -320,7 +316,7 @@ def training_step(recipe, model, optimizer, images, cells, step, how, section=nu
 class TrainingData:
     """The crops that are trained on, and where they come from."""
 
-    found: object  # wsi.folders.Data
+    found: Data
     crops: torch.utils.data.Dataset
     skipped: list  # a line for each file that could not be used
     trained_on: dict  # images and patients, for encoder.pt
@@ -377,14 +373,14 @@ CONTRAST_CROPS = 64
 RANK_CROPS = 32
 
 
-def contrast_at_start(encoder, crops, how):
+def contrast_at_start(encoder, crops, settings):
     """Returns how much more f varies between some crops than between two global views of one (contrast).
 
     The views have their own random stream, so that training draws the same numbers with and without this.
     """
     images, cells = collate([crops[i] for i in spread(len(crops), CONTRAST_CROPS)])
-    generator = torch.Generator(how.device).manual_seed(how.seed)
-    views, _ = make_views(images, cells, generator, replace(how.augmentation, local_crops=0))
+    generator = torch.Generator(settings.device).manual_seed(settings.seed)
+    views, _ = make_views(images, cells, generator, replace(settings.augmentation, local_crops=0))
     return contrast(encoder, views[0])
 
 
@@ -394,12 +390,13 @@ def set_up(args, build):
     """Returns what the first step needs: TrainingData, StepSettings, Recipe and optimiser."""
     # Data: crops with their cells, of training and validation slides only.
     data = training_crops(args)
-    how = settings_of(args, len(data.crops) // args.batch, data.mean, data.std)
-    torch.backends.cuda.matmul.allow_tf32 = how.bf16  # the heads' fp32 logits: faster, with fp16's digits
+    settings = settings_of(args, len(data.crops) // args.batch, data.mean, data.std)
+    # Process-wide: on CUDA, fp32 products (the heads' logits) are TF32, whose mantissa has fp16's 10 bits.
+    torch.backends.cuda.matmul.allow_tf32 = settings.bf16
 
     # Models: a student and its momentum teacher, with a head and a centre for each representation.
     recipe = build(start_encoder(args, data.mean, data.std), args)
-    return data, how, recipe, optimization.build_optimizer(recipe.student)
+    return data, settings, recipe, optimization.build_optimizer(recipe.student)
 
 
 def train(args, build=build_dirl):
@@ -408,61 +405,63 @@ def train(args, build=build_dirl):
     if args.init:
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
-    data, how, recipe, optimizer = set_up(args, build)
+    data, settings, recipe, optimizer = set_up(args, build)
     per_epoch = len(data.crops) // args.batch
-    steps = how.schedules.steps
+    steps = settings.schedules.steps
     rank_images = images_of(data.crops, spread(len(data.crops), RANK_CROPS))
 
     # Files: a stopped run is resumed if its settings are the same.
-    run = Run(args.run, config_of(args, data, how), data.trained_on, args.save_minutes, args.save_every,
+    config = config_of(args, data, settings)
+    run = Run(args.run, config, data.trained_on, args.save_minutes, args.save_every,
               student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, optimizer=optimizer)
     step = start = run.resume()
-    announce(args, run, data, how, start, recipe.teacher.encoder)
+    announce(args, run, data, settings, start, recipe.teacher.encoder)
     model = DistributedDataParallel(recipe.student) if processes() > 1 else recipe.student
     model = torch.compile(model) if args.compile else model
 
-    loss = recipe.loss
-    log = Log(run.folder, tuple(loss.weight), loss.losses, start, steps, per_epoch, args.batch, args.out_dim,
-              reads_late=how.device.type == "cuda", diverged=run.diverged, has_cells=uses_cells(args))
+    log = Log(run.folder, tuple(recipe.loss.weight), recipe.loss.losses, start, steps, per_epoch, args.batch,
+              args.out_dim, reads_late=settings.device.type == "cuda", diverged=run.diverged,
+              has_cells=uses_cells(args))
     with run, log, stop_signals() as stop:
         for images, cells in loader_of(data.crops, args, start, steps):
-            schedule, values = training_step(recipe, model, optimizer, images, cells, step, how)
+            schedule, values = training_step(recipe, model, optimizer, images, cells, step, settings)
             step += 1
 
-            # At an epoch's end the rank of the features and the probe; always the log; a checkpoint if due.
+            # At an epoch's end: the features' rank, and the probe if due.
             rank_of_f, probed = None, None
             if step % per_epoch == 0 and not rank():
                 rank_of_f = effective_rank(encoders.represent(recipe.teacher.encoder, rank_images))
             probe_is_due = step == steps or step % (per_epoch * args.probe_epochs) == 0
             if probe_sets and probe_is_due and not rank():
                 probed = probe(recipe.teacher.encoder, *probe_sets)
+
             log.write(step - 1, values, schedule, rank_of_f, probed)
             run.save_if_due(step, per_epoch, log)
-            if any_of(stop, how.device):
+            if any_of(stop, settings.device):
                 break
         if step > start:
             run.save(step, log)
     return finish(args, run, log, step, steps, data.skipped, stop)
 
 
-def config_of(args, data, how):
+def config_of(args, data, settings):
     """Returns the content of config.json: the settings that must stay the same when a run is resumed."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
     images = f"{len(data.trained_on['images'])} (stamp {stamp(**data.trained_on)})"
     return flags | {
         "data": run_name(args.data, args.split, args.drop_shared), "mpp": crop_mpp(data.found),
         "crops": len(data.crops), "images": images, "pixels": [data.mean, data.std],
-        "precision": "bf16" if how.bf16 else "fp32"}
+        "precision": "bf16" if settings.bf16 else "fp32"}
 
 
-def announce(args, run, data, how, start, encoder):
+def announce(args, run, data, settings, start, encoder):
     """Prints what will be trained; for a new run also the contrast between crops."""
-    resumed = f"; resumed at step {start}" if 0 < start < how.schedules.steps else ""
+    resumed = f"; resumed at step {start}" if 0 < start < settings.schedules.steps else ""
     print(f"{len(data.crops)} crops of {len(data.trained_on['images'])} {data.found.kind}, "
-          f"{how.schedules.steps} steps of {args.batch} ({args.epochs} epochs), {args.method} {args.arch} on "
-          f"{args.device} in {run.config['precision']}{resumed}")
+          f"{settings.schedules.steps} steps of {args.batch} ({args.epochs} epochs), {args.method} "
+          f"{args.arch} on {args.device} in {run.config['precision']}{resumed}")
     if not start:
-        ratio = contrast_at_start(encoder, data.crops, how)
+        ratio = contrast_at_start(encoder, data.crops, settings)
         print(f"at the start f varies {ratio:.2f} times as much between crops as between two views of one")
 
 
@@ -479,8 +478,7 @@ def finish(args, run, log, step, steps, skipped, stop):
         if step > log.start:
             done = f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
         print(f"{done}. Next: python eval.py --data {data}{where}")
-    code = exit_code_of(skipped)
-    return 130 if stop else code
+    return 130 if stop else exit_code_of(skipped)
 
 
 # ---------------------------------------------------------------- script

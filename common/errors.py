@@ -12,8 +12,23 @@ class DiskFull(InputError):
     """A file cannot be written for want of space: this ends the run, not the work on one slide alone."""
 
 
+class Help(argparse.HelpFormatter):
+    """Adds a flag's default to its help as one would type it, if it has one."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        if default in (None, "", "none", argparse.SUPPRESS) or default is False:
+            return action.help
+        return f"{action.help} (default: {default})"
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises InputError for a wrong flag instead of exiting."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
 
     def error(self, message):
         raise InputError(f"{message}; see {self.prog} --help")

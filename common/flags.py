@@ -38,6 +38,15 @@ def side(text):
     return value
 
 
+def words_of(flags):
+    """Returns {name: value} of flags as one would type them, with commas between them."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        words.append(" ".join([f"--{name.replace('_', '-')}", *map(str, values)]))
+    return ", ".join(words)
+
+
 def add_max_gigapixels(add):
     """Adds the flag of a script that reads slides."""
     add("--max-gigapixels", type=between(1e-6, 1e6), default=MAX_GIGAPIXELS,
@@ -52,14 +61,13 @@ def add_machine(add):
              "out")
 
 
-def add_encoder(add, batch):
-    """The flags of a script that applies an encoder; batch: its default."""
+def add_encoder(add, batch, help="images at a time; lower it if memory runs out"):
+    """The flags of a script that applies an encoder; batch and help: the default and the help of --batch."""
     add("--checkpoint", help="an encoder.pt, or the folder of its run; default: the newest run. With --arch "
                              "also a state dict in timm's or DINO's names, such as ImageNet's weights")
     add("--arch", choices=list(dirl.ARCHS),
         help="architecture of a state dict (default: an encoder.pt's own), and of patches' --encoder random")
-    add("--batch", type=whole(1, 10 ** 6), default=batch,
-        help="images at a time; lower it if memory runs out")
+    add("--batch", type=whole(1, 10 ** 6), default=batch, help=help)
     add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
         help="auto takes bf16, which is faster, if the device has it natively")
     add_machine(add)

@@ -60,18 +60,18 @@ class Schedules:
 # ---------------------------------------------------------------- parameters
 
 def build_optimizer(student):
-    """Returns AdamW with weight decay on all parameters but biases and norms, as in DINO."""
+    """Returns AdamW with weight decay on all parameters but biases and LayerNorms, as in DINO."""
     parameters = list(student.parameters())
     decayed = {"params": [p for p in parameters if p.ndim > 1]}
-    biases_and_norms = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
-    return torch.optim.AdamW([decayed, biases_and_norms], fused=True)
+    not_decayed = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW([decayed, not_decayed], fused=True)
 
 
 def set_rates(optimizer, schedule):
     """Sets the learning rate and the weight decay of a step's Schedule."""
-    decayed, biases_and_norms = optimizer.param_groups
+    decayed, not_decayed = optimizer.param_groups
     decayed.update(lr=schedule.lr, weight_decay=schedule.weight_decay)
-    biases_and_norms.update(lr=schedule.lr)
+    not_decayed.update(lr=schedule.lr)
 
 
 def clip_gradients(parameters, limit):

@@ -79,9 +79,9 @@ def peak_memory(device):
 
 def benchmark(args, build=train.build_dirl):
     """Times args.steps steps and prints a row per section; returns 0."""
-    data, how, recipe, optimizer = train.set_up(args, build)
+    data, settings, recipe, optimizer = train.set_up(args, build)
     model = torch.compile(recipe.student) if args.compile else recipe.student
-    timer = Timer(how.device)
+    timer = Timer(settings.device)
     if not args.compile:  # a hook would split the compiled graph
         for module in recipe.student.modules():
             if isinstance(module, DINOHead):
@@ -90,12 +90,12 @@ def benchmark(args, build=train.build_dirl):
     for step in range(WARM_UP + args.steps):
         with timer.section("crops read"):
             images, cells = next(loader)
-        train.training_step(recipe, model, optimizer, images, cells, step, how, timer.section)
+        train.training_step(recipe, model, optimizer, images, cells, step, settings, timer.section)
     medians, total = timer.medians(args.steps)
     rows = [(name, f"{ms:.1f}", f"{ms / total:.1%}") for name, ms in medians.items()]
     print_table([("section", "ms a step", "share"), *rows])
-    peak, where = peak_memory(how.device)
-    precision = "bf16" if how.bf16 else "fp32"
+    peak, where = peak_memory(settings.device)
+    precision = "bf16" if settings.bf16 else "fp32"
     print(f"{1000 * args.batch / total:.2f} crops a second, peak memory {peak:.2f} GiB; {args.method} "
           f"{args.arch}, batch {args.batch}, 2 + {args.local_crops} views of {args.global_size} and "
           f"{args.local_size} px, {precision}, on {where}, torch {torch.__version__}, medians of "

@@ -18,7 +18,7 @@ import train
 from common.distributed import processes
 from common.encoders import with_registers
 from common.errors import InputError
-from common.flags import between, whole
+from common.flags import between, whole, words_of
 from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
 
 REGISTERS = 4  # those of Darcet et al. (2024)
@@ -56,8 +56,7 @@ def argument_parser():
     """Returns train.py's parser with the flags of a comparison added."""
     parser = train.argument_parser("python -m experiments.compare")
     for ssl, own in DEFAULTS.items():
-        flags = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in own.items())
-        parser.epilog += f"; --ssl {ssl} these: {flags}"
+        parser.epilog += f"; --ssl {ssl} these: {words_of(own)}"
     add = parser.add_argument_group("comparison").add_argument
     add("--ssl", default="dino", choices=list(BUILD),
         help="self-supervised loss; byol, simclr and dino take every --method, the others are baselines")

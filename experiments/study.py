@@ -77,7 +77,6 @@ def argument_parser():
         trains = name in ("claim", *SWEEPS)
         sub = commands.add_parser(
             name, help=help, description=help, allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             epilog="All other flags are train.py's, the same for every run: --mpp, --epochs, --batch, ..."
             if trains else None)
         if trains:

@@ -129,12 +129,12 @@ def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
         steps=steps, lr=1e-3, min_lr=1e-6, warmup_steps=steps // 10, weight_decay=0.04, weight_decay_end=0.4,
         momentum=0.98, teacher_temp=0.01, warmup_teacher_temp=0.01, warmup_temp_steps=0,
         frozen_steps=steps // 20)
-    how = StepSettings(VIEWS, schedules, seed, torch.device("cpu"), bf16=False)
+    settings = StepSettings(VIEWS, schedules, seed, torch.device("cpu"), bf16=False)
     if name == SHUFFLED:
         crops = shuffled_priors(crops, seed)
     for step, chosen in enumerate(batches(len(crops), batch, 0, steps, seed)):
         images, cells = collate([crops[i] for i in chosen])
-        _, values = training_step(recipe, student, optimizer, images, cells, step, how)
+        _, values = training_step(recipe, student, optimizer, images, cells, step, settings)
         if report:
             report(step, recipe.teacher, values[0].item())
     return recipe.teacher.encoder

@@ -182,8 +182,8 @@ class MeanColour(torch.nn.Module):
 def contrast_of(crops, jitter):
     """The ratio that train.py prints at the start, for crops (N, 3, 224, 224) and this strength of jitter."""
     views = data.Augmentation(jitter=jitter, greyscale=0, solarize=0, blur=0, global_size=32)
-    how = train.StepSettings(views, schedules=None, seed=0, device=torch.device("cpu"), bf16=False)
-    return train.contrast_at_start(MeanColour(), [(crop, torch.zeros(0, 2)) for crop in crops], how)
+    settings = train.StepSettings(views, schedules=None, seed=0, device=torch.device("cpu"), bf16=False)
+    return train.contrast_at_start(MeanColour(), [(crop, torch.zeros(0, 2)) for crop in crops], settings)
 
 
 def test_contrast_is_the_variance_between_crops_over_that_between_views():

@@ -5,7 +5,6 @@
 A slide is segmented region by region, each with a margin so that no cell is cut. Cells are written in level-0
 px.
 """
-import argparse
 import importlib
 import os
 import sys
@@ -232,7 +231,7 @@ def segment_slides(tasks, segmenter, folder, workers, mpp=WORK_MPP):
 def arguments(argv):
     """Returns the flags as a dict, the arguments of segment."""
     parser = Parser(
-        prog="python -m wsi.segment", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m wsi.segment",
         description="Segments the cells of slides. If it is stopped, run it again to resume.")
     add = parser.add_argument
     add("slides", nargs="+", type=Path, metavar="SLIDE", help="slides, or folders of slides (subfolders too)")

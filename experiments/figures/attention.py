@@ -8,7 +8,6 @@
 
 Each writes a picture and its numbers as CSV next to it. Whole slides: experiments/figures/heatmap.py.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -48,14 +47,13 @@ SQUARE = 336  # px of a picture's square: views of 40 to 100 % of it are resampl
 def arguments(argv):
     parser, _ = shared.parser_of("figures.attention", "Aggregated attention of encoders, side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
-    style = argparse.ArgumentDefaultsHelpFormatter
     about = {"distribution": "Fig. 4, 7 to 9, 11: the distribution over all tokens, and its three bins",
              "overlay": "Fig. 5, 12: crops with the attention over them, and bars of the three bins",
              "query": "Fig. 13: the row of the attention of single tokens",
              "picture": "Fig. 1: two augmented views of any picture; of encoders with a class token also its "
                         "row, which DINO shows"}
     for command, help in about.items():
-        sub = commands.add_parser(command, help=help, description=help, formatter_class=style)
+        sub = commands.add_parser(command, help=help, description=help)
         sub.add_argument("--out", type=shared.png, default=f"runs/attention_{command}.png",
                          help="the picture")
         if command == "picture":

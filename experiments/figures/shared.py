@@ -25,8 +25,7 @@ GLASS = 210  # of 255: a pixel is glass if all its channels are brighter
 
 def parser_of(script, description, **more):
     """Returns the parser of python -m experiments.<script> and its add_argument."""
-    parser = Parser(prog=f"python -m experiments.{script}", description=description,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter, **more)
+    parser = Parser(prog=f"python -m experiments.{script}", description=description, **more)
     return parser, parser.add_argument
 
 

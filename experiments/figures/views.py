@@ -51,15 +51,15 @@ def region_shares(cells, scale, size, generator):
     return [share.float().mean().item() for share in (has_cell & has_background, ~has_background, ~has_cell)]
 
 
-def views_of(crops, how, seed):
+def views_of(crops, augmentation, seed):
     """Returns for each crop (image (3, H, H), [(view (3, h, h) of 0 to 1, P_c), ...]).
 
-    crops: [(image uint8 (3, H, H), its cells (K, 2)), ...]; how: the Augmentation.
+    crops: [(image uint8 (3, H, H), its cells (K, 2)), ...]; augmentation: an Augmentation.
     """
     images, cells = collate(crops)
-    views, priors = make_views(images, cells, torch.Generator().manual_seed(seed), how)
-    mean = torch.tensor(how.mean).view(3, 1, 1)
-    std = torch.tensor(how.std).view(3, 1, 1)
+    views, priors = make_views(images, cells, torch.Generator().manual_seed(seed), augmentation)
+    mean = torch.tensor(augmentation.mean).view(3, 1, 1)
+    std = torch.tensor(augmentation.std).view(3, 1, 1)
     of_crop = [[] for _ in images]
     for views_of_size, priors_of_size in zip(views, priors):
         for view, prior in zip(views_of_size, priors_of_size):  # (B, 3, h, h), (B, n)
@@ -85,8 +85,8 @@ def run(args):
     settings = args.settings
     rows = []
     shown = {}  # {um/px: views_of some crops}
-    how = train.settings_of(settings, 1, MEAN, STD).augmentation
-    how = replace(how, local_crops=min(how.local_crops, LOCALS))
+    augmentation = train.settings_of(settings, 1, MEAN, STD).augmentation
+    augmentation = replace(augmentation, local_crops=min(augmentation.local_crops, LOCALS))
     for mpp in dict.fromkeys(args.mpp):
         found = find_data(settings.data, mpp, settings.prior, slide_mpp=settings.slide_mpp,
                           split=settings.split, drop_shared=settings.drop_shared)
@@ -104,7 +104,7 @@ def run(args):
                 rows.append((mpp, kind, size, scale, *region_shares(cells, scale, size, generator)))
         priors = crops.priors()
         chosen = shared.choose_crops(crops, priors, args.show)
-        shown[mpp] = views_of([crops[i] for i in chosen], how, settings.seed)
+        shown[mpp] = views_of([crops[i] for i in chosen], augmentation, settings.seed)
         has_cell, has_background = regions_present(priors)
         print(f"{mpp:g} um/px: {(has_cell & has_background).float().mean():.1%} of {len(crops)} crops have "
               f"both regions, a cell in {priors.mean():.1%} of the patches")
