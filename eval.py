@@ -7,9 +7,9 @@
 slides takes the newest run of the data set (or --checkpoint). It counts the test crops' aggregated attention
 in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features with
 --repeats seeds and scores it on the test slides (3.6, Table 1). --compare measures other runs, too: each
-network's results go to its own run, as if it had been measured alone; pictures of all networks and their
-common table (compared.csv) go to the run that was taken. On the demo all its finished runs and the random
-start are compared. --folds K tests DSMIL by K folds of all labelled slides instead (folds.csv).
+network's results go to its own run, pictures of all and their common table (compared.csv) to the first one's.
+On the demo all its finished runs and the random start are compared. --folds K tests DSMIL by K folds of all
+labelled slides instead (folds.csv).
 
 predict scores slides without labels by the DSMILs that slides kept (dsmil_<seed>.pt), and writes predicted/:
 a CSV with each class's score, and for each slide the attention of its tiles as a picture and for QuPath.
@@ -45,7 +45,7 @@ from common.report import RESULTS, last_losses, print_results, row_of_one
 from data import Crops, collate, spread
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
-from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_info
+from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_infos
 from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
@@ -66,15 +66,13 @@ def slides_arguments(argv):
     add_data_flags(data.add_argument)
     add = parser.add_argument
     add("--compare", nargs="+", default=["none"], metavar="RUN",
-        help="also measures other runs, in columns next to the first: folders or encoder.pt; all: every "
-             "finished run of the data set in its default folder, runs/<data>_<arch>_<method>; random: the "
-             "first at its random start, which shows what the training is worth; none. With --data demo the "
-             "default is random all")
+        help="also measures other runs, next to the first: folders or encoder.pt; all: the data set's "
+             "finished runs in their default folders; random: the first at its random start, which shows "
+             "what the training is worth; none. With --data demo the default is random all")
     add_dsmil(add)
     add("--folds", type=whole(3, 1000), metavar="K",
         help="only tests DSMIL, by K folds of all labelled slides, by patient and stratified by class")
-    add("--attention-crops", type=whole(), default=1000,
-        help="test crops whose attention is counted; more is steadier and slower")
+    add("--attention-crops", type=whole(), default=1000, help="test crops of Fig. 4; more is steadier")
     add("--overlays", type=whole(1, 100), default=4, help="crops in the attention picture")
     add("--export", nargs="+", default=(), choices=["clam", "csv", "geojson"],
         help="writes clam/ (features, dataset CSV and splits in CLAM's layout), csv/ (bags for the datasets/ "
@@ -92,17 +90,14 @@ def predict_arguments(argv):
     parser = Parser(
         prog="python eval.py predict",
         description="Class scores and attention of slides without labels, by an encoder and the DSMILs that "
-                    "python eval.py trained on its features and kept (dsmil_<seed>.pt). The score of a class "
-                    "is the mean over the DSMILs, the predicted class has the highest one.",
+                    "python eval.py kept (dsmil_<seed>.pt), as means over them. The highest score wins.",
         epilog="First, with labelled slides: python eval.py --data LABELLED --checkpoint RUN. Tiles are cut "
                "at the um/px of those slides.")
     add = parser.add_argument
     add_data_flags(add, "--data", "--slide-mpp", "--tissue", required=True)
     add("--dsmil", metavar="FOLDER",
-        help="folder with dsmil_<seed>.pt; default: where eval.py measured the encoder on the data set of "
-             "its pre-training")
-    add("--pixels", type=whole(50, 20_000), default=900,
-        help="longer side of a slide's picture; more for print")
+        help="folder with dsmil_<seed>.pt; default: the encoder's own, measured on its own data set")
+    add("--pixels", type=whole(50, 20_000), default=900, help="longer side of a picture; more for print")
     add_encoder(add, 64)
     add_max_gigapixels(add)
     return with_device(parser.parse_args(argv))
@@ -122,8 +117,7 @@ def patches_arguments(argv):
              "colour statistics (always linear)")
     add("--linear", action="store_true",
         help="fits a logistic regression to frozen features: seconds where fine-tuning takes hours")
-    add("--folds", type=whole(2, 1000), default=5,
-        help="folds of the training set; fewer if a class has few images")
+    add("--folds", type=whole(2, 1000), default=5, help="folds of the training set; fewer for a rare class")
     add("--epochs", type=whole(1, 10 ** 6), help="epochs of fine-tuning; more for few images")
     add("--lr", type=between(0, 10), help="learning rate of fine-tuning; lower it if the loss blows up")
     add("--weight-decay", type=between(0, 10),
@@ -154,24 +148,18 @@ def embed(function, crops, args, title):
     return torch.cat([function(images).cpu() for images, _ in bar])
 
 
-def extract(network, found, args):
-    """Writes features/<slide>.npz of each slide that has tiles, and returns the names of these slides.
+def extract(network, found, infos, args):
+    """Writes features/<slide>.npz of each slide in infos: features (N, d), coords (N, 2) in level-0 px.
 
-    It holds features (N, d) and coords (N, 2) in level-0 px. Files of the same encoder and tiles are kept.
+    Files of the same encoder and tiles are kept.
     """
-    names = []
-    for name in tqdm(sorted(found.images), desc="features, slides", leave=False):
-        info = tile_info(found, name)
-        if info is None:
-            continue
-        names.append(name)
+    for name, info in tqdm(infos.items(), desc="features, slides", leave=False, disable=not infos):
         stamp = features_stamp(network, info, args.bf16)
         bag = bags.read_bag(network.features, name)
         if bag is None or str(bag["encoder"]) != stamp:
             crops = Crops(found, [name], with_cells=False)
             features = embed(lambda x: represent(network.encoder, x, args.bf16), crops, args, name)
             bags.write_bag(network.features, name, features.numpy(), crops.corners, stamp)
-    return names
 
 
 def extract_shard(networks, found, args):
@@ -179,9 +167,10 @@ def extract_shard(networks, found, args):
     keep_shard(found, args.shard)
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if found.images else []
     print_skipped(skipped)
+    infos = tile_infos(found)
     for network in networks:
-        names = extract(network, found, args)
-        print(f"Wrote {network.features}/features/ of the {len(names)} slides of --shard {args.shard}.")
+        extract(network, found, infos, args)
+        print(f"Wrote {network.features}/features/ of the {len(infos)} slides of --shard {args.shard}.")
     print("Next, when all shards are done: the same command without --shard")
     return exit_code_of(skipped)
 
@@ -267,85 +256,96 @@ def predict_command(network, args):
     return f"python eval.py predict --data FOLDER --checkpoint {network.path}{arch}{kept}"
 
 
+def refuse_worthless(found, networks, args):
+    """InputError for what would make the table worthless, before hours of feature extraction.
+
+    Returns the data sets that DSMIL is trained and tested on, {number: Data}: those of --folds, or found.
+    """
+    trained = {network.path: network.about["trained_on"] for network in networks}
+    if args.folds:
+        return open_folds(found, args.folds, args.split_seed, trained)
+    if found.kind == "slides" and found.labels:
+        check_classes(found, found.images)
+    for path, trained_on in trained.items():
+        check_unseen(found, found.split("test"), trained_on, path)
+    return {0: found}
+
+
 def evaluate_slides(args):
     """Measures encoders on slides or ready-cut crops; returns the exit code."""
     found, networks = open_networks(args)
     if args.shard:
         return extract_shard(networks, found, args)
-
-    # What would make the table worthless is refused now, before hours of feature extraction.
-    has_slides = found.kind == "slides"
-    has_labelled_slides = has_slides and bool(found.labels)
-    if has_labelled_slides and not args.folds:
-        check_classes(found, found.images)
-    for network in networks:
-        trained_on = network.about["trained_on"]
-        if args.folds:
-            folds = open_folds(found, args.folds, args.split_seed, trained_on, network.path)
-        else:
-            check_unseen(found, found.split("test"), trained_on, network.path)
-    skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels) if has_slides else []
+    folds = refuse_worthless(found, networks, args)
+    infos, skipped = {}, []  # of slides; ready-cut crops have neither tiles nor bags
+    if found.kind == "slides":
+        skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels)
+        infos = tile_infos(found)
     print_skipped(skipped)
     describe(networks)
     if args.data == "demo":
         print("The demo's slides are synthetic.")
-    if has_labelled_slides:
-        with_tiles = {name for name in found.images if tile_info(found, name)}
-        divided = folds.values() if args.folds else [found]
-        fewest = min(len(with_tiles.intersection(data.split("train"))) for data in divided)
-        for data in divided:
-            check_classes(data, with_tiles)  # again, because slides may have been skipped
-        settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs, args.mil_lr,
-                                      args.mil_weight_decay, args.standardize, args.class_weights)
+    settings = bags.DSMILSettings(range(args.seed, args.seed + args.repeats), args.epochs, args.mil_lr,
+                                  args.mil_weight_decay, args.standardize, args.class_weights)
+    if infos and found.labels:
+        for data in folds.values():
+            check_classes(data, infos)  # again, because slides may have been skipped
+        fewest = min(len(infos.keys() & set(data.split("train"))) for data in folds.values())
         bags.warn_of_few_slides(fewest, settings)
-    first = networks[0]
-    run = first.folder
     if "random" in args.compare:
-        networks.append(random_start(first, args.device))
-    networks = named(networks)
-    if args.folds:
-        for name, network in networks.items():
-            slides = extract(network, found, args)
-            score_folds(folds, network.features, slides, settings, args.device, args.workers, name, run)
-        return exit_code_of(skipped)
+        networks.append(random_start(networks[0], args.device))
 
+    run = networks[0].folder
+    if args.folds:
+        for name, network in named(networks).items():
+            extract(network, found, infos, args)
+            score_folds(folds, network.features, infos, settings, args.device, args.workers, name, run)
+    else:
+        measure(named(networks), found, infos, settings, run, args)
+    if found.labels and infos and not args.folds:
+        print(f"Next, for slides without labels: {predict_command(networks[0], args)}")
+    return exit_code_of(skipped)
+
+
+def measure(networks, found, infos, settings, run, args):
+    """Measures {name: Network} by attention, features and DSMIL; writes and prints the tables.
+
+    infos: {slide: tile_info}. Pictures of all networks and their common table go to run.
+    """
     # Attention, of every network.
     archs = ", ".join({network.about["arch"]: None for network in networks.values()})
     tables = count_attention(networks, f"{run_name(args.data)}, {archs}", found, run, args)
     pictures = ["attention_distribution.png", "attention_overlay.png"]
-    written = ["results.csv"]
 
     # Features and DSMIL, of every network.
-    if has_slides:
-        for network in networks.values():
-            slides = extract(network, found, args)
-        infos = {slide: tile_info(found, slide) for slide in slides}
+    for network in networks.values():
+        extract(network, found, infos, args)
+    if infos:
+        first = next(network for network in networks.values() if network.folder == run)
         export_slides(args.export, found, first.features / "features", infos,
                       lambda name: ready_cells(found, name), run)
         print(f"Wrote {first.features}/features/")
         pictures += [f"{kind}/" for kind in args.export]
-        if has_labelled_slides:
-            classified = bags.classify_slides(found, networks, infos, settings, args.device, args.workers)
-            attention = {name: weights for name, (_, weights) in classified.items()}
-            for name, (rows, weights) in classified.items():
-                known = check_with_truth(found, networks[name].features, slides, weights)
-                tables[name] = rows + known + tables[name]
-            draw_slide(found, first.features, attention, run / "attention_slide.png")
-            pictures.append("attention_slide.png")
-            written += ["slides.csv", "predictions.csv", "dsmil_<seed>.pt"]
-        else:
-            print("No labels.csv: features are written, no slide is classified.")
+    classified = {}
+    if infos and found.labels:
+        classified = bags.classify_slides(found, networks, infos, settings, args.device, args.workers)
+        for name, (rows, attention) in classified.items():
+            known = check_with_truth(found, networks[name].features, list(infos), attention)
+            tables[name] = rows + known + tables[name]
+        attention = {name: weights for name, (_, weights) in classified.items()}
+        draw_slide(found, first.features, attention, run / "attention_slide.png")
+        pictures.append("attention_slide.png")
+    elif infos:
+        print("No labels.csv: features are written, no slide is classified.")
 
     # The tables: each network's own, and all of them next to each other.
+    files = "results.csv, slides.csv, predictions.csv, dsmil_<seed>.pt" if classified else "results.csv"
     for name, network in networks.items():
         write_csv(network.folder / "results.csv", [RESULTS, *tables[name]])
-        print(f"Wrote {network.folder}/{', '.join(written)}")
+        print(f"Wrote {network.folder}/{files}")
     print_results(tables, run / "compared.csv")
     pictures += ["compared.csv"] if len(networks) > 1 else []
     print(f"Wrote {run}/{', '.join(pictures)}")
-    if has_labelled_slides:
-        print(f"Next, for slides without labels: {predict_command(first, args)}")
-    return exit_code_of(skipped)
 
 
 # ---------------------------------------------------------------- predict
@@ -384,8 +384,9 @@ def predict_slides(args):
     skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels)
 
     rows = [("slide", "tiles", "predicted", *kept.classes)]
-    names = extract(network, found, args)
-    for name in tqdm(names, "predictions, slides", leave=False):
+    infos = tile_infos(found)
+    extract(network, found, infos, args)
+    for name in tqdm(infos, "predictions, slides", leave=False):
         bag = bags.read_bag(network.features, name)
         scores, attention = kept.apply(bag["features"])
         predicted = kept.classes[scores.argmax()]
@@ -397,12 +398,13 @@ def predict_slides(args):
 
     print_table(rows[:21])  # the first 20 slides
     print_skipped(skipped)
-    for what, seen in ("the encoder", set(about["trained_on"]["images"].values())), ("DSMIL", kept.seen):
-        known = [name for name in names if tile_info(found, name)["file_hash"] in seen]
+    hashes = {"the encoder": set(about["trained_on"]["images"].values()), "DSMIL": kept.trained_on}
+    for what, trained_on in hashes.items():
+        known = [name for name, info in infos.items() if info["file_hash"] in trained_on]
         if known:
             print(f"warning: {len(known)} of these slides are ones that {what} was trained on ({known[0]}, "
                   "..): their scores say nothing about new slides")
-    print(f"Wrote {out}/predictions.csv of {len(names)} slides and, for each, <slide>.png and "
+    print(f"Wrote {out}/predictions.csv of {len(infos)} slides and, for each, <slide>.png and "
           "<slide>.geojson. Next: drag a .geojson onto its slide in QuPath; Measure, Show measurement maps "
           "colours the tiles by DSMIL's attention")
     return exit_code_of(skipped)
@@ -479,14 +481,13 @@ def run_command(argv):
     command, flags = "slides", argv
     if argv and not argv[0].startswith("-"):
         command, *flags = argv
-    if command == "patches":
-        return evaluate_patches(patches_arguments(flags))
-    if command == "predict":
-        return predict_slides(predict_arguments(flags))
-    if command == "slides":
-        return evaluate_slides(slides_arguments(flags))
-    raise InputError(f"{command}: is neither slides, predict nor patches; python eval.py [slides] --help, "
-                     "python eval.py predict --help, python eval.py patches --help")
+    commands = {"slides": (evaluate_slides, slides_arguments), "predict": (predict_slides, predict_arguments),
+                "patches": (evaluate_patches, patches_arguments)}
+    if command not in commands:
+        raise InputError(f"{command}: is neither slides, predict nor patches; see python eval.py [slides] "
+                         "--help, python eval.py predict --help, python eval.py patches --help")
+    function, arguments = commands[command]
+    return function(arguments(flags))
 
 
 def main(argv=None):

@@ -168,12 +168,12 @@ def score_mean_features(bags):
 
 # ---------------------------------------------------------------- DSMILs that are kept
 
-def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, seen):
+def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, trained_on):
     """Writes dsmil_<seed>.pt of {seed: Trained}, in place of those of an earlier evaluation.
 
     classes: their names; statistics: (mean, sd) that features were standardised with, or None; encoder: the
-    stamp of what made the features; mpp: um/px of the tiles; seen: hashes of the training and validation
-    slides' files.
+    stamp of what made the features; mpp: um/px of the tiles; trained_on: hashes of the training and
+    validation slides' files.
     """
     for earlier in Path(folder).glob("dsmil_*.pt"):
         earlier.unlink()
@@ -182,7 +182,7 @@ def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, seen):
         state = {name: torch.from_numpy(weight) for name, weight in one.weights.items()}
         save_tensors(Path(folder) / f"dsmil_{seed}.pt", {
             "dsmil": state, "classes": list(classes), "in_dim": state["instance.weight"].shape[1],
-            "mean": mean, "sd": sd, "encoder": encoder, "mpp": mpp, "seen": seen})
+            "mean": mean, "sd": sd, "encoder": encoder, "mpp": mpp, "trained_on": trained_on})
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class DSMILs:
     classes: list  # names
     statistics: tuple | None  # (mean, sd) that standardise features
     mpp: float  # um/px of the tiles
-    seen: set  # hashes of the training and validation slides' files
+    trained_on: set  # hashes of the training and validation slides' files
 
     def apply(self, features):
         """Features (N, d) of a slide -> class scores (C,) and attention (N, C), means over the models."""
@@ -222,7 +222,7 @@ def load_dsmil(path, device):
         about["statistics"] = None
         if about["mean"] is not None:
             about["statistics"] = about["mean"].to(device), about["sd"].to(device)
-        about = {name: about[name] for name in ("classes", "statistics", "encoder", "mpp", "seen")}
+        about = {name: about[name] for name in ("classes", "statistics", "encoder", "mpp", "trained_on")}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: is no DSMIL of eval.py ({one_line(error)}); delete it and run eval.py "
                          "again") from None
@@ -250,7 +250,7 @@ def read_dsmils(folder, encoder_path, device):
             raise InputError(f"{path}: has other classes than {paths[0]}; {again}")
         classes = about["classes"]
         models.append(model)
-    return DSMILs(models, classes, about["statistics"], about["mpp"], set(about["seen"]))
+    return DSMILs(models, classes, about["statistics"], about["mpp"], set(about["trained_on"]))
 
 
 # ---------------------------------------------------------------- slides (Tables 1 and 5)
@@ -272,7 +272,7 @@ def classify_slides(found, networks, infos, settings, device, workers):
     logistic regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
     slides = labelled(found, infos)
-    seen = [infos[name]["file_hash"] for name, split, _ in slides if split != "test"]
+    trained_on = [infos[name]["file_hash"] for name, split, _ in slides if split != "test"]
     test_names = [name for name, split, _ in slides if split == "test"]
     over = f"{len(test_names)} test slides"
     names = {network.features: name for name, network in networks.items()}
@@ -281,7 +281,8 @@ def classify_slides(found, networks, infos, settings, device, workers):
         name = names[run]
         network = networks[name]
         bags, statistics = load_bags(network.features, slides, settings.standardize, device)
-        keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp, seen)
+        keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp,
+                    trained_on)
 
         measured = [(seed, *one.measures) for seed, one in by_seed.items()]
         write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *measured])

@@ -101,6 +101,12 @@ def tile_info(data, name):
     return info | {"side": CROP * info["mpp"] / used}
 
 
+def tile_infos(data):
+    """Returns {slide: tile_info} of the slides that have tiles."""
+    infos = {name: tile_info(data, name) for name in sorted(data.images)}
+    return {name: info for name, info in infos.items() if info}
+
+
 def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):
     """Cuts the tiles of a slide; returns what is odd about the slide, a list of texts."""
     with scale_suggested(path, gigapixels):
@@ -213,7 +219,7 @@ def kept_warning(data, name, file):
 def prepare_cells(data, workers=2):
     """Finds or reads the cells of slides that have tiles; returns a line for each slide that was skipped."""
     files = cell_files(data)
-    tiled = {name: info for name in data.images if (info := tile_info(data, name))}
+    tiled = tile_infos(data)
     to_read = []
     to_detect = []
     without_cells = []

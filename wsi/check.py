@@ -14,7 +14,7 @@ from wsi.cache import (
     other_sides,
     read_slide_cells,
     read_square,
-    tile_info,
+    tile_infos,
     usual_side,
 )
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files
@@ -152,8 +152,7 @@ def check_slides(found, results):
     print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
     print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
     if found.mpp:
-        cut = sum(tile_info(found, name) is not None for name in found.images)
-        print(f"tiles cut at {found.mpp:g} um/px: {cut} of {len(found.images)} slides")
+        print(f"tiles cut at {found.mpp:g} um/px: {len(tile_infos(found))} of {len(found.images)} slides")
     return [f"{found.images[name]}: {'; '.join(odd)}" for name, (_, _, odd) in results.items() if odd]
 
 

@@ -47,10 +47,10 @@ def draw_folds(found, count, seed):
     return folder
 
 
-def open_folds(found, count, seed, trained_on, path):
+def open_folds(found, count, seed, trained):
     """Returns {number: Data} of count folds of the labelled slides (draw_folds).
 
-    InputError if the encoder at path has seen one of the slides, since each is tested.
+    trained: {encoder.pt: what it was trained on}. InputError if that is one of the slides: each is tested.
     """
     if found.kind != "slides" or not found.labels or found.split_file:
         raise InputError("--folds: divides slides with a labels.csv, and --split FILE has been divided")
@@ -60,5 +60,6 @@ def open_folds(found, count, seed, trained_on, path):
               f"train.py {split} --run runs/fold_0, eval.py {split} --checkpoint runs/fold_0 and so on, then "
               f"python -m experiments.study folds --data {found.source} --splits {folder} "
               "--checkpoint runs/fold_{fold}")
-    check_unseen(found, found.split("train", "val", "test"), trained_on, path, advice)
+    for path, trained_on in trained.items():
+        check_unseen(found, found.split("train", "val", "test"), trained_on, path, advice)
     return {number: published_split(found, file) for number, file in fold_files(folder).items()}
