@@ -116,6 +116,11 @@ def wrong_priors(cells, box, flip):
     """Returns {what is wrong: P_c} for the usual mistakes in one view."""
     left, top, w, h = box
     same = partial(true_prior, cells, box)
+    x, y = ((cells - torch.tensor([left, top])) / torch.tensor([w, h]) * 224).T  # px of the view
+    column = ((224 - x if flip else x) // 16).long()
+    row = (y // 16).long()
+    index = row * 14 + column
+    mirrored_crop = (224 - cells[:, 0] - left) / w * 224 if flip else x
     return {
         "the prior of a flipped view is not flipped": same(False),
         "the prior is flipped where the view is not, and the other way round": same(not flip),
@@ -133,7 +138,28 @@ def wrong_priors(cells, box, flip):
         "the cells are scaled, but left and top are not subtracted first":
             true_prior(cells, (0.0, 0.0, w, h), flip),
         "P_c counts the cells of a patch; max-pooling returns 1 for one or more":
-            true_prior(cells, box, flip, counts=True)}
+            true_prior(cells, box, flip, counts=True),
+        "cells outside the view end up in other patches: skip those whose column or row is not in 0 to 13":
+            marked(index[(index >= 0) & (index < 196)]),
+        "cells outside the view are moved to its border; skip them":
+            marked(row.clamp(0, 13) * 14 + column.clamp(0, 13)),
+        "the flip mirrors the crop; it should mirror the view: 224 - x, after x was scaled to the view":
+            binned(mirrored_crop, y),
+        "the flip of a scaled x is width - x; the view is 224 px wide: 224 - x":
+            binned(w - x if flip else x, y)}
+
+
+def binned(x, y):
+    """Returns P_c (196,) of cells at x and y (K,) in px of the view."""
+    inside = (x >= 0) & (x < 224) & (y >= 0) & (y < 224)
+    return marked((y // 16 * 14 + x // 16)[inside].long())
+
+
+def marked(patches):
+    """Returns P_c (196,) with a 1 in these patches."""
+    p_c = torch.zeros(196)
+    p_c[patches] = 1
+    return p_c
 
 
 @checked
@@ -176,7 +202,7 @@ def draw_both(got, want, title):
 
 @checked
 def pool(answer):
-    """eq. 3, and no NaN where a region is empty."""
+    """eq. 3, and no NaN where a region is empty, in f or in its gradient."""
     torch.manual_seed(0)
     tokens = torch.randn(2, 6, 5)
     p_c = torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1, 1, 0, 1, 0]])  # 2 and 3 cells: no two divisors agree
@@ -208,6 +234,15 @@ def pool(answer):
             raise Wrong(f"a view with {case}: the empty region should pool to zeros")
         if not close(f[1 - empty], tokens.mean(1)):
             raise Wrong(f"a view with {case}: the other region is not the mean of all its tokens")
+    leaf = tokens.clone().requires_grad_()
+    empty = {"one empty region each": (leaf * 1, torch.stack([torch.zeros(6), torch.ones(6)]))}
+    total = sum(f.sum() for f in values_of(answer, empty)["one empty region each"])
+    if not total.requires_grad:
+        raise Wrong("no gradient reaches the tokens, so an encoder would learn nothing: do not detach them")
+    total.backward()
+    if not leaf.grad.isfinite().all():
+        raise Wrong("f is right, but the gradient of the tokens is NaN: 0 / 0 is still computed before it is "
+                    "replaced; divide by max(|P_c|, 1) instead")
 
 
 # ---------------------------------------------------------------- 3. masks
@@ -321,7 +356,7 @@ def teacher_outputs(k, sharp, prototypes):
 
 @checked
 def diagnosis(answer):
-    """nine sets of outputs are told apart, among them noisy ones that are uniform only nearly."""
+    """eleven sets of outputs are told apart, among them noisy ones that are uniform only nearly."""
     torch.manual_seed(0)
     outputs = {}
     for k in (24, 64):
@@ -329,7 +364,9 @@ def diagnosis(answer):
         outputs[f"{k} outputs, half of the prototypes in use"] = ("healthy", teacher_outputs(k, 0.9, 8))
         noisy = (0.15 * torch.randn(16, k)).softmax(-1)
         outputs[f"{k} outputs, uniform up to noise"] = ("uniform", noisy)
-        outputs[f"{k} outputs, one prototype"] = ("one prototype", teacher_outputs(k, 0.95, 1))
+        outputs[f"{k} outputs, one prototype"] = ("same output", teacher_outputs(k, 0.95, 1))
+        three = teacher_outputs(k, 0.95, 3).mean(0).expand(16, k)
+        outputs[f"{k} outputs, the same three prototypes in all rows"] = ("same output", three)
     outputs["24 outputs, exactly uniform"] = ("uniform", torch.full((16, 24), 1 / 24))
     values = values_of(answer, {case: (q.clone(),) for case, (_, q) in outputs.items()})
     for case, (name, q) in outputs.items():
@@ -338,13 +375,13 @@ def diagnosis(answer):
         each = entropy(q).mean()
         mean = entropy(q.mean(0))
         hint = "; floats are never compared with ==" if "noise" in case else ""
-        raise Wrong(f"{case}: entropy {each:.2f} on average, {mean:.2f} of the mean, ln K = "
-                    f"{math.log(q.shape[1]):.2f}: {name!r}, not {values[case]!r}{hint}")
+        raise Wrong(f"{case}: each {each:.2f} ln K, mean {mean:.2f} ln K: {name!r}, not "
+                    f"{values[case]!r}{hint}")
 
 
 def entropy(q):
-    """Returns -sum q ln q over the last axis."""
-    return -(q * q.clamp(min=1e-12).log()).sum(-1)
+    """Returns -sum q ln q over the last axis, as a share of ln K."""
+    return -(q * q.clamp(min=1e-12).log()).sum(-1) / math.log(q.shape[-1])
 
 
 # ---------------------------------------------------------------- 5. attention
@@ -372,7 +409,10 @@ def bins(answer):
     """the three shares sum to 1, and 0.5 and 2 themselves are in the middle bin."""
     values = torch.tensor([[0.1, 0.5, 1.0, 2.0, 2.1], [0.2, 0.3, 0.9, 0.9, 2.5]], dtype=torch.float64)
     value = values_of(answer, {"ten tokens": (values.clone(),)})["ten tokens"]
-    got = tensor_of(value, (3,), "the list of shares (below 0.5, 0.5 to 2, over 2)")
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    names = "the share of 0 to 0.5", "the share of 0.5 to 2", "the share over 2"
+    got = torch.stack(tensors_of(value, (), names))
     want = torch.tensor(dirl.attention_bins(values))
     if close(got, want):
         return
@@ -394,8 +434,10 @@ def instance_attention(answer):
     torch.manual_seed(0)
     q = 0.15 * torch.randn(7, 128)  # small, so that no softmax saturates, however it is scaled
     scores = torch.randn(7, 2)
-    scores[0] = torch.tensor([9.0, -9])
-    scores[4] = torch.tensor([-9.0, 8])
+    scores[0] = torch.tensor([9.0, 0])
+    scores[4] = torch.tensor([0, 8.0])
+    scores[2] = torch.tensor([-9.0, 1])
+    scores[5] = torch.tensor([1, -9.0])
     value = values_of(answer, {"seven instances": (q.clone(), scores.clone())})["seven instances"]
     got = tensor_of(value, (7, 2), "the attention")
     products = q @ q[scores.argmax(0)].T
@@ -411,6 +453,7 @@ def instance_attention(answer):
             (products / math.sqrt(7)).softmax(0)],
         "the divisor is 128; it should be its square root": [(products / 128).softmax(0)],
         "the critical instance has the highest score of its class, not the lowest": [lowest.softmax(0)],
+        "the classes' columns are swapped": [logits.softmax(0).flip(1)],
         "one critical instance serves both classes; each class has its own, argmax over axis 0": [
             logits[:, :1].softmax(0).expand(7, 2)]})
     raise Wrong("not softmax over the instances of q . q_critical / sqrt(128)")

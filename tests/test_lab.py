@@ -95,6 +95,29 @@ def counted(cells, box, flip):
     return p_c
 
 
+def outside_kept(place):
+    """A wrong view_prior that does not skip cells outside the view: place(column, row) of all of them."""
+    def view_prior(cells, box, flip):
+        x, y = ((cells - torch.tensor(box[:2])) / torch.tensor(box[2:]) * 224).T
+        column, row = place((224 - x if flip else x) // 16, y // 16)
+        index = (row * 14 + column).long()
+        p_c = torch.zeros(196)
+        p_c[index[(index >= 0) & (index < 196)]] = 1
+        return p_c
+    return view_prior
+
+
+def flipped_by(flip_x):
+    """A wrong view_prior with another flip: flip_x(x in the view, x of the cells, left, width)."""
+    def view_prior(cells, box, flip):
+        left, top, width, height = box
+        if flip:
+            x = flip_x((cells[:, 0] - left) / width * 224, cells[:, 0], left, width)
+            cells = torch.stack([x / 224 * width + left, cells[:, 1]], 1)
+        return solutions.my_view_prior(cells, box, False)
+    return view_prior
+
+
 def without_lower_half(cells, box, flip):
     p_c = solutions.my_view_prior(cells, box, flip)
     p_c[90:] = 0
@@ -112,6 +135,10 @@ def pooled(divide):
         regions = p_c.unsqueeze(-1), (1 - p_c).unsqueeze(-1)
         return tuple((region * tokens).sum(1) / divide(region) for region in regions)
     return pool
+
+
+def zero_where_nan(tokens, p_c):
+    return tuple(f.nan_to_num() for f in pooled(lambda region: region.sum(1))(tokens, p_c))
 
 
 def no_diagonal(p_c):
@@ -148,6 +175,12 @@ def uniform_or_nothing(q):
         return "uniform"
 
 
+def by_mean_alone(q):
+    if checks.entropy(q).mean() > 0.9:
+        return "uniform"
+    return "same output" if checks.entropy(q.mean(0)) < 0.3 else "healthy"
+
+
 def without_present(student, teacher, center, present_s, present_t):
     head = dirl.DINOLoss(len(center))
     head.center.copy_(center)
@@ -166,6 +199,10 @@ def without_present(student, teacher, center, present_s, present_t):
     ("view_prior", upside_down_when_flipped, "a flipped view is upside down"),
     ("view_prior", turned_prior(lambda p_c: p_c.T), "rows and columns are swapped"),
     ("view_prior", counted, "counts"),
+    ("view_prior", outside_kept(lambda column, row: (column, row)), "end up in other patches"),
+    ("view_prior", outside_kept(lambda column, row: (column.clamp(0, 13), row.clamp(0, 13))), "its border"),
+    ("view_prior", flipped_by(lambda x, cells, left, width: (224 - cells - left) / width * 224), "the crop"),
+    ("view_prior", flipped_by(lambda x, cells, left, width: width - x), "224 px wide"),
     ("view_prior", without_lower_half, "patches differ"),
     ("view_prior", in_one_branch, "flip False; every branch needs a return"),
     ("view_prior", lambda cells, box, flip: torch.zeros(14, 14), "shape"),
@@ -180,6 +217,8 @@ def without_present(student, teacher, center, present_s, present_t):
     ("pool", lambda tokens, p_c: solutions.my_pool(tokens, p_c)[0], "returns 1 value; return f_c, f_b"),
     ("pool", lambda tokens, p_c: (solutions.my_pool(tokens, p_c)[0], None), "f_b is a NoneType"),
     ("pool", lambda tokens, p_c: tokens @ tokens, "your code raised RuntimeError"),
+    ("pool", lambda tokens, p_c: solutions.my_pool(tokens.detach(), p_c), "no gradient reaches"),
+    ("pool", zero_where_nan, "the gradient of the tokens is NaN"),
     ("masks", no_diagonal, "or i = j"),
     ("masks", finite, "-100"),
     ("masks", zero_times_inf, "0 x -inf is not a number"),
@@ -199,7 +238,8 @@ def without_present(student, teacher, center, present_s, present_t):
     ("uniform_loss", lambda *given: 11.92211, "use the arguments"),
     ("loss", without_present, "some regions missing"),
     ("diagnosis", lambda q: "healthy", "'uniform'"),
-    ("diagnosis", lambda q: "uniform" if checks.entropy(q.mean(0)) > 1 else "one prototype", "'healthy'"),
+    ("diagnosis", lambda q: "uniform" if checks.entropy(q.mean(0)) > 0.3 else "same output", "'healthy'"),
+    ("diagnosis", by_mean_alone, "same three prototypes"),
     ("diagnosis", compared_exactly, "up to noise"),
     ("diagnosis", uniform_or_nothing, "every branch needs a return"),
     ("aggregated", lambda attention: attention.sum(-1).mean(1), "row sums"),
@@ -212,14 +252,16 @@ def without_present(student, teacher, center, present_s, present_t):
     ("bins", lambda v: ((v < 0.5).sum(), ((v >= 0.5) & (v <= 2)).sum(), (v > 2).sum()), "counts"),
     ("bins", lambda v: tuple(100 * share for share in solutions.my_bins(v)), "percentages"),
     ("bins", lambda v: solutions.my_bins(v)[::-1], "another order"),
-    ("bins", lambda v: (0.2, 0.8), "shape (2,)"),
-    ("bins", lambda v: 0.8, "shape ()"),
+    ("bins", lambda v: (0.2, 0.8), "returns 2 values"),
+    ("bins", lambda v: 0.8, "returns 1 value"),
+    ("bins", lambda v: ((v < 0.5).float().mean(1), 0.6, 0.2), "the share of 0 to 0.5 has shape (2,)"),
     ("instance_attention", lambda q, scores: scores_of(q, scores, dim=1), "over the classes"),
     ("instance_attention", lambda q, scores: scores_of(q, scores, scale=1), "sqrt(128) is missing"),
     ("instance_attention", lambda q, scores: scores_of(q, scores, scale=math.sqrt(7)), "sqrt(N)"),
     ("instance_attention", lambda q, scores: scores_of(q, scores, scale=128), "its square root"),
     ("instance_attention", lambda q, scores: scores_of(q, -scores), "lowest"),
     ("instance_attention", one_critical, "both classes"),
+    ("instance_attention", lambda q, scores: solutions.my_attention(q, scores.flip(1)), "are swapped"),
     ("instance_attention", lambda q, scores: q @ q[scores.argmax(0)].T / math.sqrt(128), "logits"),
     ("instance_attention", lambda q, scores: scores.softmax(0), "not softmax"),
 ])
