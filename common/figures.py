@@ -163,7 +163,7 @@ def draw_distribution(axis, aggregated, colors=None):
         axis.axvline(border, color="grey", ls=":", lw=1)
     axis.set_xticks([2.0 ** k for k in range(-4, 5, 2)] + [0.5, 2],
                     ["1/16", "1/4", "1", "4", "16", "1/2", "2"])
-    axis.set(xlabel="aggregated attention of a token", ylabel="tokens, % (64 steps)")
+    axis.set(xlabel="aggregated attention of a token", ylabel="tokens in each of 64 bins, %")
     axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8, **BESIDE)
 
 
