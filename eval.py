@@ -23,6 +23,7 @@ the encoder's run; those on another data set go to on_<data>/ in it. --checkpoin
 weights in timm's or DINO's names, such as ImageNet's, in runs/<data>_<file's name>/.
 """
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,12 @@ from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
 from common.networks import describe, features_stamp, files_of, named, network_of, random_start
 from common.pool import add_shard, call
-from common.report import RESULTS, last_losses, print_results, row_of_one
+from common.report import RESULTS, last_losses, print_results, row_of
 from data import Crops, collate, spread
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_infos
+from wsi.cell_files import cell_files
 from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
@@ -57,10 +59,8 @@ from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
 def slides_arguments(argv):
     parser = Parser(
-        prog="python eval.py slides",
-        description="Features, DSMIL and attention of a pre-trained encoder.",
-        epilog="Slides without labels: python eval.py predict --help. Patch-level classification: python "
-               "eval.py patches --help")
+        prog="python eval.py slides", description="Features, DSMIL and attention of a pre-trained encoder.",
+        epilog="Other commands: python eval.py predict --help, python eval.py patches --help")
     data = parser.add_argument_group(
         "data", "as in train.py; without --mpp the crops of a folder have the um/px that the encoder saw")
     add_data_flags(data.add_argument)
@@ -120,8 +120,7 @@ def patches_arguments(argv):
     add("--folds", type=whole(2, 1000), default=5, help="folds of the training set; fewer for a rare class")
     add("--epochs", type=whole(1, 10 ** 6), help="epochs of fine-tuning; more for few images")
     add("--lr", type=between(0, 10), help="learning rate of fine-tuning; lower it if the loss blows up")
-    add("--weight-decay", type=between(0, 10),
-        help="AdamW's weight decay (the paper names no optimizer); raise it if the encoder overfits")
+    add("--weight-decay", type=between(0, 10), help="AdamW's weight decay; raise it if the encoder overfits")
     add("--milestones", type=whole(), nargs="*",
         help="epochs after which the learning rate is divided by 10; change them with --epochs")
     add("--seed", type=SEED, default=0, help="seed of folds, training, random encoder and bootstrap")
@@ -197,14 +196,14 @@ def count_attention(networks, title, found, run, args):
     over = f"{len(counted)} {found.crops_of_part(split)}"
     shared = []  # rows that do not depend on the network
     if len(crops_with_cells):
-        shared = [row_of_one("patches with a cell", crops_with_cells.priors().mean().item(),
-                             f"{len(crops_with_cells)} crops")]
+        shared = [row_of("patches with a cell", [crops_with_cells.priors().mean().item()],
+                         f"{len(crops_with_cells)} crops")]
     aggregated = {}
     tables = {}
     for name, network in networks.items():
         values = embed(lambda x: attention_of(network.encoder, x), counted, args, "attention")  # (N, n)
         aggregated[name] = values
-        bins = [row_of_one(f"tokens with attention {interval}", share, over)
+        bins = [row_of(f"tokens with attention {interval}", [share], over)
                 for interval, share in zip(BINS, dirl.attention_bins(values))]
         tables[name] = bins + shared + last_losses(network.folder)
     plot_distribution(aggregated, title, run / "attention_distribution.png")
@@ -299,7 +298,8 @@ def evaluate_slides(args):
     if args.folds:
         for name, network in named(networks).items():
             extract(network, found, infos, args)
-            score_folds(folds, network.features, infos, settings, args.device, args.workers, name, run)
+            score_folds(folds, dict.fromkeys(folds, network.features), infos, settings, args.device,
+                        args.workers, name, run / "folds.csv")
     else:
         measure(named(networks), found, infos, settings, run, args)
     if found.labels and infos and not args.folds:
@@ -313,8 +313,8 @@ def measure(networks, found, infos, settings, run, args):
     infos: {slide: tile_info}. Pictures of all networks and their common table go to run.
     """
     # Attention, of every network.
-    archs = ", ".join({network.about["arch"]: None for network in networks.values()})
-    tables = count_attention(networks, f"{run_name(args.data)}, {archs}", found, run, args)
+    title = ", ".join([run_name(args.data), *{network.about["arch"]: None for network in networks.values()}])
+    tables = count_attention(networks, title, found, run, args)
     pictures = ["attention_distribution.png", "attention_overlay.png"]
 
     # Features and DSMIL, of every network.
@@ -323,7 +323,7 @@ def measure(networks, found, infos, settings, run, args):
     if infos:
         first = next(network for network in networks.values() if network.folder == run)
         export_slides(args.export, found, first.features / "features", infos,
-                      lambda name: ready_cells(found, name), run)
+                      partial(ready_cells, found, files=cell_files(found)), run)
         print(f"Wrote {first.features}/features/")
         pictures += [f"{kind}/" for kind in args.export]
     classified = {}

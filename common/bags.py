@@ -18,7 +18,7 @@ from common.errors import InputError, one_line
 from common.files import atomic_write, file_stamp, load_tensors, read_npz, save_tensors, write_csv
 from common.metrics import measures_of
 from common.pool import in_processes
-from common.report import row_of, row_of_one
+from common.report import row_of
 
 SPLITS = ("train", "val", "test")
 MEASURES = ("accuracy", "AUC", "macro F1")
@@ -130,11 +130,8 @@ def train_and_score(run, slides, classes, settings, device, seed):
     model = train_dsmil(bags, classes, seed, settings, weights)
     truth = np.array([label for _, label in bags["test"]])
     scores = torch.stack([mil.dsmil_predict(model, features) for features, _ in bags["test"]]).cpu().numpy()
-    attention = []
-    for features, label in bags["test"]:
-        with torch.no_grad():
-            _, _, of_classes = model(features)  # (N, C)
-        attention.append(of_classes[:, label].cpu().numpy())
+    with torch.no_grad():  # model(features)[2] is the attention (N, C)
+        attention = [model(features)[2][:, label].cpu().numpy() for features, label in bags["test"]]
     arrays = {name: weight.cpu().numpy() for name, weight in model.state_dict().items()}
     return Trained(arrays, measures_of(truth, scores), scores, attention)
 
@@ -201,13 +198,10 @@ class DSMILs:
         if self.statistics:
             mean, sd = self.statistics
             features = (features - mean) / sd
-        scores = 0
-        attention = 0
-        for model in self.models:
-            scores = scores + mil.dsmil_predict(model, features).cpu().numpy() / len(self.models)
-            with torch.no_grad():
-                attention = attention + model(features)[2].cpu().numpy() / len(self.models)
-        return scores, attention
+        scores = torch.stack([mil.dsmil_predict(model, features) for model in self.models])
+        with torch.no_grad():
+            attention = torch.stack([model(features)[2] for model in self.models])
+        return scores.mean(0).cpu().numpy(), attention.mean(0).cpu().numpy()
 
 
 def load_dsmil(path, device):
@@ -295,7 +289,7 @@ def classify_slides(found, networks, infos, settings, device, workers):
         rows = [row_of(f"slide {measure}, DSMIL", values, f"{over}, {len(measured)} seeds")
                 for measure, values in zip(MEASURES, columns)]
         for measure, value in zip(MEASURES, score_mean_features(bags)):
-            rows.append(row_of_one(f"slide {measure}, mean feature, logistic regression", value, over))
+            rows.append(row_of(f"slide {measure}, mean feature, logistic regression", [value], over))
         of_slides = zip(*[one.attention for one in by_seed.values()])
         classified[name] = rows, dict(zip(test_names, map(np.stack, of_slides)))
     return classified

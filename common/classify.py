@@ -114,21 +114,6 @@ def fit_logistic(features, labels, c=1.0, max_iter=2000):
         return model.fit(features, labels)
 
 
-def fit_linear(features, labels, train, val):
-    """Fits a logistic regression with the C of CS that has the lowest loss on val.
-
-    features (N, d), labels (N,); train, val: indices. Returns a function from features (.., d) to
-    probabilities (.., C), the loss on val, and the C in words.
-    """
-    best, best_loss, kept = None, math.inf, ""
-    for c in CS:
-        model = fit_logistic(features[train], labels[train], c, 5000)
-        loss = log_loss(labels[val], model.predict_proba(features[val]), labels=model.classes_)
-        if best is None or loss < best_loss:
-            best, best_loss, kept = model, loss, f"C {c:g}"
-    return best.predict_proba, best_loss, kept
-
-
 # ---------------------------------------------------------------- fine-tuning
 
 @dataclass(frozen=True)
@@ -201,13 +186,19 @@ def fine_tune(encoder, images, labels, train, val, classes, settings, seed, titl
 # ---------------------------------------------------------------- all folds (Table 2)
 
 def linear_folds(features, patches):
-    """Fits a logistic regression to features (N, d) on each fold.
+    """Fits a logistic regression to features (N, d) on each fold, with the C of CS that is best on its val.
 
     Yields for each fold (scores (T, C) of the test images, val loss, what was kept in words).
     """
+    labels = patches.labels
     for train, val in patches.folds:
-        predict, loss, kept = fit_linear(features, patches.labels, train, val)
-        yield predict(features[patches.test]), loss, kept
+        fitted = []
+        for c in CS:
+            model = fit_logistic(features[train], labels[train], c, 5000)
+            loss = log_loss(labels[val], model.predict_proba(features[val]), labels=model.classes_)
+            fitted.append((loss, c, model))
+        loss, c, model = min(fitted)  # of equal losses the smallest C
+        yield model.predict_proba(features[patches.test]), loss, f"C {c:g}"
 
 
 def fine_tuned_folds(encoder, patches, settings, seed, name):

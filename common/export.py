@@ -24,16 +24,10 @@ def is_newer(path, features):
 def coords_attributes(name, info):
     """The attributes of "coords" in an h5 file with which CLAM and TRIDENT cut the same tile again.
 
-    Both read patch_size, but mean different things by it:
-
-    CLAM: px at patch_level. It reads patch_size px of that level, from coords in level-0 px.
-    TRIDENT: px at target_magnification. It reads patch_size x level0_magnification / target_magnification px
-    of level 0; its heat maps and slide encoders take patch_size_level0, which is that product. Magnifications
-    are whole numbers, 40 for 0.2525 um/px.
-
-    A tile's side in level-0 px is right for both if the level is 0 and the two magnifications are equal:
-    TRIDENT's encoders then scale the tile to their own input. Neither reads mpp, the um/px that our encoder
-    saw, or level0_mpp.
+    CLAM reads patch_size px of patch_level; TRIDENT patch_size x level0_magnification / target_magnification
+    px of level 0, which is patch_size_level0, with whole magnifications (40 for 0.2525 um/px). A tile's side
+    in level-0 px is right for both if the level is 0 and the magnifications are equal; TRIDENT's encoders
+    then scale the tile to their input. Neither reads mpp, the um/px that our encoder saw, or level0_mpp.
     """
     side = round(info["side"])
     size = (info["width"], info["height"])

@@ -209,12 +209,9 @@ def plot_slide(picture, corners, side, attention, truth, title, path):
         axis.imshow(picture)
     panels[0].set_title(title, fontsize=9)
 
-    column, row = (corners / side).round().astype(int).T
     for axis, (network, values) in zip(panels[1:], attention.items()):
-        grid = np.full((row.max() + 1, column.max() + 1), np.nan)
-        grid[row, column] = values / values.max()
-        extent = (0, grid.shape[1] * side, grid.shape[0] * side, 0)
-        shown = axis.imshow(grid, HEAT, extent=extent, interpolation="nearest", alpha=0.7, vmin=0, vmax=1)
+        heat = stitch(values[:, None] / values.max(), corners, side, 1, picture.shape[:2])
+        shown = axis.imshow(heat, HEAT, interpolation="nearest", alpha=0.7, vmin=0, vmax=1)
         axis.set_title(f"DSMIL's attention, {network}", fontsize=9)
     below[1].set_axis_on()
     add_scale(figure, shown, "attention of a tile / the slide's largest", cax=below[1],

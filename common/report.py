@@ -13,11 +13,6 @@ def row_of(measure, values, over):
     return measure, f"{np.mean(values):.4f}", sd, over
 
 
-def row_of_one(measure, value, over):
-    """A row of the table for a measure that has no seeds, and so no sd."""
-    return measure, f"{value:.4f}", "", over
-
-
 def last_losses(run):
     """Rows of the table: the last epoch's mean loss of f, or of f_c and f_b, next to its ln K if it has one.
 
@@ -34,7 +29,7 @@ def last_losses(run):
         over = ""
         if last[0].get(f"entropy_{head}"):
             over = f"uniform outputs: ln K = {float(last[0]['ln_out_dim']):.4f}"
-        rows.append(row_of_one(f"loss of {symbol_of(head)}, last epoch", np.mean(losses), over))
+        rows.append(row_of(f"loss of {symbol_of(head)}, last epoch", [np.mean(losses)], over))
     return rows
 
 

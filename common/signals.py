@@ -5,13 +5,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals():
-    """Yields a list that gets an entry when a signal asks the program to stop; the block decides when to.
-
-    The signals are SIGINT, SIGTERM and SIGHUP, which Windows does not have.
-    """
+    """Yields a list that gets an entry when a signal asks the program to stop; the block decides when to."""
     received = []
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is missing on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     old = [signal.signal(number, lambda *_: received.append(1)) for number in numbers]
     try:
         yield received

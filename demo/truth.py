@@ -8,7 +8,7 @@ from common.figures import plot_slide
 from common.files import read_csv, read_npz
 from common.metrics import area_under
 from common.neighbors import nearest
-from common.report import row_of, row_of_one
+from common.report import row_of
 from demo.slides import KINDS
 from wsi.crops import picture_of
 
@@ -61,11 +61,11 @@ def check_with_truth(found, run, names, attention):
     queries, truth, _ = map(np.concatenate, zip(*test))
     over = f"{len(truth)} test tiles"
     predicted = nearest(features, shares.argmax(1), queries, len(KINDS)).argmax(1)
-    rows = [row_of_one("kind of a tile, 20-NN", (predicted == truth.argmax(1)).mean(), over)]
+    rows = [row_of("kind of a tile, 20-NN", [(predicted == truth.argmax(1)).mean()], over)]
     r2 = r2_score(truth, predict_shares(features, shares, queries), multioutput="raw_values")
-    rows.append(row_of_one("shares of kinds in a tile, R2, mean", r2.mean(), over))
+    rows.append(row_of("shares of kinds in a tile, R2, mean", [r2.mean()], over))
     for kind, value in zip(KINDS, r2):
-        rows.append(row_of_one(f"share of {kind}, R2", value, over))
+        rows.append(row_of(f"share of {kind}, R2", [value], over))
     areas = []  # slides x repeats
     for name, (_, _, telling) in zip(attention, test):
         if telling.any() and not telling.all():

@@ -30,10 +30,8 @@ def read_run(folder):
 
 def smoothed(values, width):
     """Returns the moving average over up to width values, fewer at the start."""
-    total = np.concatenate([[0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (total[ends] - total[starts]) / (ends - starts)
+    sums = np.convolve(values, np.ones(width))[: len(values)]
+    return sums / np.minimum(np.arange(len(values)) + 1, width)
 
 
 def plot_runs(folders):

@@ -6,7 +6,6 @@ them by name, next to the entries of ABOUT.
 """
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 import dirl
 import mil
-from common.classify import SETTINGS, Patches, fine_tune, linear_folds, make_patches
+from common.classify import SETTINGS, FineTuning, Patches, fine_tune, linear_folds, make_patches
 from common.encoders import attention_of, in_batches, inputs_of, load_encoder, represent, use_bf16
 from common.errors import InputError, print_skipped
 from common.files import atomic_write, file_stamp, read_npz
@@ -214,8 +213,8 @@ def fine_tuned(encoder, features, patches, epochs, folds, settings):
     """Returns scores (folds, T, C) of the encoder fine-tuned (A.1.2) as for MHIST, with scaled milestones."""
     mhist = SETTINGS["mhist"]
     scaled = [round(milestone * epochs / mhist["epochs"]) for milestone in mhist["milestones"]]
-    tuning = SimpleNamespace(**mhist | {"epochs": epochs, "milestones": [m for m in scaled if m > 0]},
-                             device=settings.device, bf16=use_bf16(settings.precision, settings.device))
+    tuning = FineTuning(**mhist | {"epochs": epochs, "milestones": [m for m in scaled if m > 0]},
+                        device=settings.device, bf16=use_bf16(settings.precision, settings.device))
     out = []
     for k, fold in enumerate(patches.folds[:folds], 1):
         predict, _, _ = fine_tune(encoder, patches.images, patches.labels, *fold, len(patches.classes),

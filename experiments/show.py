@@ -58,8 +58,8 @@ def read_claim(found, pair):
         if not str(file["stamp"]).startswith(file_stamp(folder / "encoder.pt")):
             print(f"skipped: {path}: belongs to an earlier encoder; run the study to measure it again")
             continue
-        if pair and not set(pair) <= set(file["classes"]):
-            raise InputError(f"--pair {' '.join(pair)}: the classes are {', '.join(file['classes'])}")
+        if pair and (pair[0] == pair[1] or not set(pair) <= set(file["classes"])):
+            raise InputError(f"--pair {' '.join(pair)}: name two of the classes {', '.join(file['classes'])}")
         groups = tuple(file["groups"])
         if groups not in draws:
             draws[groups] = draws_of(file["groups"])

@@ -107,7 +107,8 @@ def argument_parser():
 
     for name, (values, help) in SWEEPS.items():
         add = command(name, help)
-        add("--values", nargs="+", default=values, help=f"values of --{name}")
+        add("--values", nargs="+", default=values, choices=PRIORS if name == "prior" else None,
+            help=f"values of --{name}")
         add("--methods", nargs="+", default=list(table.METHODS), choices=list(dirl.METHODS),
             help="methods to compare; fewer save time")
         add("--repeats", type=whole(1, 1000), default=5, help="trainings of DSMIL for each run")
@@ -135,8 +136,6 @@ def arguments(argv):
             raise InputError(f"{flag}: the study sets it; use --arms, --methods, --values, --seeds or --out")
     if args.command == "fraction" and train.arguments(args.rest).data != "demo":
         args.rest = ["--epochs", "50", *args.rest]  # A.1.2, on lung; --epochs on the command line comes last
-    if args.command == "prior" and not set(args.values) <= set(PRIORS):
-        raise InputError(f"--values {' '.join(args.values)}: priors are {', '.join(PRIORS)}")
     return args
 
 
@@ -256,9 +255,6 @@ def keep_settings(path, settings, labels_stamp):
 
 
 def show_runs(args):
-    """Prints and draws what the runs of claim hold; returns 0."""
-    if args.pair and args.pair[0] == args.pair[1]:
-        raise InputError("--pair: two different classes are needed")
     return show.show_claim(args.out, list(ARMS), BASELINE_OF, args.pair)
 
 

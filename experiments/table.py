@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.errors import InputError, run_script
+from common.figures import NETWORK_COLORS
 from common.files import atomic_write, read_json, write_csv
 from common.flags import RUNNING
 from common.log import MIDDLE, is_finished, read_log
@@ -229,12 +230,12 @@ def draw_sweep(found, flag, values):
     place = {value: float(value) if is_number else k for k, value in enumerate(values)}
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     for axis, measure in zip(figure.subplots(1, 2), ("accuracy", "auc")):
-        for k, (method, color) in enumerate(zip(METHODS, shared.COLORS)):
-            repeats = {value: measures[measure] for (name, value), measures in found.items()
-                       if name == method and measure in measures}
+        for k, (method, name) in enumerate(METHODS.items()):
+            color = NETWORK_COLORS[method]
+            repeats = {value: measures[measure] for (arm, value), measures in found.items()
+                       if arm == method and measure in measures}
             if "" in repeats:
-                axis.axhline(np.mean(repeats[""]), color=color, ls="--",
-                             label=f"{METHODS[method]} (no prior)")
+                axis.axhline(np.mean(repeats[""]), color=color, ls="--", label=f"{name} (no prior)")
             elif repeats:
                 shift = (0.004 if is_number else 0.08) * (k - 1)  # side by side, so that bars can be told
                 measured = [value for value in values if value in repeats]
@@ -242,7 +243,7 @@ def draw_sweep(found, flag, values):
                               [np.mean(repeats[value]) for value in measured],
                               [float(sd_of(repeats[value]) or 0) for value in measured],
                               fmt="o-" if is_number else "o", color=color, capsize=3, lw=1.4, ms=4,
-                              label=METHODS[method])
+                              label=name)
         if is_number:
             axis.set_xlabel("share of the training crops")
         else:

@@ -6,7 +6,6 @@ takes the runs that `python -m experiments.study claim --probe-epochs N --out FO
 folder, and writes lab/recorded.npz: each run's aggregated attention of the test crops in 16-bit floats, its
 20-NN accuracy on all of them, and the curve of its probe.
 """
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +70,9 @@ def read_studies(studies):
     for setting, folder in studies.items():
         for arm, network in NETWORKS.items():
             for path in sorted(Path(folder).glob(f"{arm}_seed*/claim.npz")):
-                seed = re.fullmatch(rf"{arm}_seed(\d+)", path.parent.name)
-                if seed:
-                    runs[setting, network, int(seed[1])] = read_run(path.parent)
+                seed = path.parent.name.removeprefix(f"{arm}_seed")
+                if seed.isdigit():
+                    runs[setting, network, int(seed)] = read_run(path.parent)
         if not any(of == setting for of, *_ in runs):
             raise InputError(f"{folder}: has no measured run; python -m experiments.study claim makes them")
     return runs

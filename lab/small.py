@@ -140,14 +140,6 @@ def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
     return recipe.teacher.encoder
 
 
-def print_attention(name, step, encoder, images, loss, seconds):
-    """Prints a step's loss and the bins of the teacher's attention on images."""
-    values = in_batches(lambda x: attention_of(encoder, x), images, 32)
-    low, middle, high = dirl.attention_bins(values)
-    print(f"{name}, step {step}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, 0.5 to 2 {middle:.1%}, "
-          f"over 2 {high:.1%}; {seconds:.0f} s", flush=True)
-
-
 def train_all(names):
     """Trains networks of METHODS and writes them to ENCODERS, in 16-bit floats; returns 0."""
     torch.set_flush_denormal(True)
@@ -157,8 +149,12 @@ def train_all(names):
         start = time.time()
 
         def report(step, teacher, loss):
-            if (step + 1) % 50 == 0:
-                print_attention(name, step + 1, teacher.encoder, watched, loss, time.time() - start)
+            if (step + 1) % 50:
+                return
+            values = in_batches(lambda x: attention_of(teacher.encoder, x), watched, 32)
+            low, middle, high = dirl.attention_bins(values)
+            print(f"{name}, step {step + 1}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, 0.5 to 2 "
+                  f"{middle:.1%}, over 2 {high:.1%}; {time.time() - start:.0f} s", flush=True)
         encoder = train(name, crops, STEPS, report=report)
         trained = load_tensors(ENCODERS) if ENCODERS.is_file() else {}
         trained[name] = {key: value.half() for key, value in encoder.state_dict().items()}

@@ -11,7 +11,7 @@ import train
 from common.errors import InputError
 from data import Crops
 from wsi import cache
-from wsi.cell_files import cell_file, cell_files, image_names, unmatched_files, unused_cell_files
+from wsi.cell_files import cell_files, image_names, unmatched_files, unused_cell_files
 from wsi.datasets import DATASETS
 from wsi.splits import find_data
 
@@ -53,8 +53,6 @@ def test_a_file_belongs_to_the_slide_that_it_is_most_exactly_named_after(place):
              "b.ome": "b.ome.csv", "c.ome": "c.csv"}
     found = found_in(Path("x"), slides, files.values())
     assert {name: path and path.name for name, path in cell_files(found).items()} == {**files, "d": None}
-    for name, path in cell_files(found).items():
-        assert cell_file(found, name) == path
     assert unused_cell_files(found) == []
 
 

@@ -98,5 +98,7 @@ def test_the_readme_names_what_is_there():
     for file, names in cells:
         for name in re.findall(r"`([\w.]+)`", names):
             kinds = ast.FunctionDef, ast.ClassDef
-            defined = [node.name for node in ast.walk(CODE[file]) if isinstance(node, kinds)]
-            assert set(name.split(".")) <= set(defined), (file, name)
+            defined = {node.name for node in ast.walk(CODE[file]) if isinstance(node, kinds)}
+            defined |= {node.id for node in ast.walk(CODE[file])
+                        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            assert set(name.split(".")) <= defined, (file, name)

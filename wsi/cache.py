@@ -4,20 +4,20 @@ Tiles at 2 um/px are crops/2um/<slide>/<x>_<y>.jpg, with crops/2um/<slide>.json 
 level-0 px. What was computed from another file or with other settings is recomputed or refused, never used.
 """
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from common.errors import InputError, check_mpp, printable
 from common.files import atomic_write, read_json, read_npz
 from common.flags import MAX_GIGAPIXELS
 from common.pool import call, in_processes, shard_of
 from prior import segment_nuclei
-from wsi.cell_files import cell_file, cell_files, is_builtin, unused_cell_files, whose_cells
+from wsi.cell_files import cell_files, is_builtin, unused_cell_files, whose_cells
 from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
@@ -194,26 +194,23 @@ def copy_level0(file, copy, path, slide_mpp, source):
     return odd
 
 
-def ready_cells(data, name):
-    """Returns a slide's cells (K, 2) in level-0 px, sorted by y; None if prepare has to run first."""
-    if data.prior == NO_CELLS:
-        return np.zeros((0, 2))
-    file = cell_file(data, name)
+def kept_cells(data, name, file):
+    """Returns what save_cells wrote of a slide's cell file; None if prepare has to run first."""
     if file is None or tile_info(data, name) is None:
         return None
-    copy = file if is_builtin(data, file) else level0_copy(data, name)
-    kept = read_npz(copy, "source", "x", "y")
-    if not kept or str(kept["source"]) != made_from(data, name, file):
-        return None
-    return np.stack([kept["x"], kept["y"]], 1).astype(np.float64)
+    kept = read_npz(file if is_builtin(data, file) else level0_copy(data, name))
+    return kept if kept and str(kept.get("source")) == made_from(data, name, file) else None
 
 
-def kept_warning(data, name, file):
-    """Returns the warning of read_slide_cells on a slide's cells; None if their file has to be read first."""
-    kept = read_npz(level0_copy(data, name), "source", "odd")
-    if not kept or tile_info(data, name) is None or str(kept["source"]) != made_from(data, name, file):
-        return None
-    return str(kept["odd"])
+def ready_cells(data, name, files=None):
+    """Returns a slide's cells (K, 2) in level-0 px, sorted by y; None if prepare has to run first.
+
+    files: the data set's cell_files, if they are known.
+    """
+    if data.prior == NO_CELLS:
+        return np.zeros((0, 2))
+    kept = kept_cells(data, name, (files or cell_files(data))[name])
+    return np.stack([kept["x"], kept["y"]], 1).astype(np.float64) if kept else None
 
 
 def prepare_cells(data, workers=2):
@@ -224,7 +221,7 @@ def prepare_cells(data, workers=2):
     to_detect = []
     without_cells = []
     for name, info in tiled.items():
-        if ready_cells(data, name) is not None:
+        if ready_cells(data, name, files) is not None:
             continue
         path, file = data.images[name], files[name]
         if file and not is_builtin(data, file):
@@ -364,14 +361,6 @@ def crop_cells_file(data, prior):
     return data.work / "cells" / f"crops_{prior}.npz"
 
 
-def cell_files_of_crops(data):
-    """Returns {crop: its file of cells, or None}."""
-    has_files = (data.source / "cells").is_dir()
-    if data.prior == NO_CELLS or data.prior in ("auto", "builtin") and not has_files:
-        return dict.fromkeys(data.images)
-    return cell_files(data)
-
-
 def prepare_crop_cells(data, workers):
     """Finds or reads the cells of the crops that have none yet, or whose cells came from another file.
 
@@ -382,7 +371,7 @@ def prepare_crop_cells(data, workers):
     need_mpp(data)
     tell_source(data)
     done = kept_crops(data)
-    files = cell_files_of_crops(data)
+    files = cell_files(data)
     tasks = {}
     failed = []
     mpp = None if data.prior == NO_CELLS else data.mpp
@@ -439,7 +428,7 @@ def kept_crops(data):
     xy = np.stack([kept["x"], kept["y"]], 1)
     names, source, side, grey = (kept[key].tolist() for key in ("names", "source", "side", "grey"))
     ends = np.searchsorted(kept["crop"], range(len(names) + 1))
-    files = cell_files_of_crops(data)
+    files = cell_files(data)
     out = {}
     for i, name in enumerate(names):
         if name in files and source[i] == made_from(data, name, files[name]):
@@ -461,34 +450,23 @@ def load_crops(paths, workers):
     Prints a warning if their sides in the files differ, or if most of them have no colour.
     """
     images = torch.empty(len(paths), 3, CROP, CROP, dtype=torch.uint8)
-    read = []
-    sides = []
-    grey = []
-    failed = []
 
-    def load(i):
-        result, error = call(read_crop, (paths[i],))
-        if error:
-            return None, None, error
-        image, side = result
+    def load(path, i):
+        image, side = read_crop(path)
         pixels = np.array(image)
         images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
-        return side, is_grey(pixels), None
+        return i, side, is_grey(pixels)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        loading = tqdm(pool.map(load, range(len(paths))), "images", len(paths), leave=False)
-        for i, (side, has_no_color, error) in enumerate(loading):
-            if error:
-                failed.append(error)
-                continue
-            read.append(i)
-            sides.append(side)
-            grey.append(has_no_color)
-    counts = sorted(Counter(sides).items())
+    results = thread_map(lambda i: call(load, (paths[i], i)), range(len(paths)), desc="images", leave=False,
+                         max_workers=max(1, workers))
+    failed = [error for _, error in results if error]
+    loaded = [result for result, _ in results if result]
+    counts = sorted(Counter(side for _, side, _ in loaded).items())
     if len(counts) > 1:
         listed = ", ".join(f"{side:,} px ({count:,})" for side, count in counts)
         print(f"warning: images of {listed} a side all become {CROP} px, so their um/px differ")
-    warning = without_color(grey)
+    warning = without_color([grey for _, _, grey in loaded])
     if warning:
         print(f"warning: {warning}")
+    read = [i for i, _, _ in loaded]
     return (images[read] if failed else images), read, failed

@@ -46,17 +46,15 @@ def image_names(base):
     return names + [f"{name}.ome" for name in names]
 
 
-def files_by_name(folder, names, start=""):
+def files_by_name(folder, names):
     """Returns {name: its cell files directly in folder, the preferred first}.
 
-    A file belongs to the one image among names that it is most exactly named after. start: only files whose
-    names begin with it.
+    A file belongs to the one image among names that it is most exactly named after.
     """
     ranked = {}
-    file_names = os.listdir(folder) if folder.is_dir() else []
-    for file_name in [name for name in file_names if name.startswith(start) and not name.startswith(".")]:
+    for file_name in os.listdir(folder) if folder.is_dir() else []:
         ending = ending_of(file_name)
-        if ending is None:
+        if ending is None or file_name.startswith("."):
             continue
         possible = image_names(file_name[: -len(ending)])
         rank = next((rank for rank, name in enumerate(possible) if name in names), None)
@@ -111,21 +109,13 @@ def places_of(data):
     return places
 
 
-def candidates(data, only=None):
-    """Returns {key_of an image: its cell files in the first of places_of that has any}.
-
-    only: a key; other images are not searched for.
-    """
+def candidates(data):
+    """Returns {key_of an image: its cell files in the first of places_of that has any}."""
     folders = names_by_folder(data)
-    start = ""
-    if only is not None:
-        parent = str(PurePosixPath(only).parent)
-        folders = {parent: folders[parent]}
-        start = PurePosixPath(only).name.removesuffix(".ome")
     found = {}
     for place, prior in places_of(data):
         for folder, names in folders.items():
-            for name, files in files_by_name(place / folder, names, start).items():
+            for name, files in files_by_name(place / folder, names).items():
                 if prior:
                     files = [path for path in files if is_of_prior(path, prior)]
                 if files:
@@ -133,14 +123,11 @@ def candidates(data, only=None):
     return found
 
 
-def cell_file(data, key):
-    """Returns the cell file of an image, given by its key_of, or None."""
-    files = candidates(data, key).get(key)
-    return files[0] if files else None
-
-
 def cell_files(data):
     """Returns {image: its cell file, or None}."""
+    has_folders = any(place.is_dir() for place, _ in places_of(data))
+    if data.prior == NO_CELLS or not has_folders:
+        return dict.fromkeys(data.images)
     found = candidates(data)
     return {name: found.get(key_of(data, name), [None])[0] for name in data.images}
 

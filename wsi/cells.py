@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections import Counter
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import ijson
@@ -74,19 +75,10 @@ def cell_format(path):
 def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0)):
     """Returns the cells of a slide from a segmentation result, (K, 2) float64 in level-0 px.
 
-    - HoVer-Net: centroids, converted by the slide's objective power (hovernet_scale; without it by slide_mpp,
-      the um/px of level 0).
-    - HistomicsTK: points, rectangles, ellipses and circles by their centre, polylines as polygons; other
-      elements (heat maps, arrows) are skipped.
-    - GeoJSON: each point and polygon is a cell, also within a MultiPoint or MultiPolygon. nucleusGeometry
-      takes precedence over geometry. QuPath's objects other than cells and detections are skipped, and their
-      number is printed. Coordinates start at the slide's bounds, the corner of QuPath's image.
-    - Cellpose: the centroid of each label; slide_size (width, height of level 0) scales the masks of a
-      smaller copy of the slide.
-    - tiatoolbox's annotation store: the centroid of each annotation, in level-0 px.
-    - Table: x and y in level-0 px.
-
-    InputError if the file cannot be read.
+    The formats, and how each one's coordinates are converted: docs/data.md, Cells. Of the slide: slide_mpp,
+    um/px of level 0; slide_size, its (width, height), to which Cellpose's masks are scaled; power, the
+    objective power that it records (HoVer-Net); bounds, where QuPath's picture begins (GeoJSON). InputError
+    if the file cannot be read.
     """
     path = Path(path)
     kind = cell_format(path)
@@ -243,19 +235,11 @@ def cell_outlines(members, kind, counts):
 
 def centroids_of(outlines):
     """Returns the centroids (K, 2) of an iterable of outlines, without keeping the outlines in memory."""
-    xy = []
-    batch = []
-    for outline in outlines:
-        batch.append(np.array(outline))  # thousands of lists kept alive would start garbage collection often
-        if len(batch) >= BATCH:
-            xy.append(ring_centroids(batch))
-            batch = []
-    return np.concatenate([*xy, ring_centroids(batch)])
-
-
-def nucleus_outlines(nucleus):
-    """Returns the centroid of one of HoVer-Net's nuclei, as an outline of one point."""
-    return [[nucleus["centroid"]]]
+    xy = [np.zeros((0, 2))]
+    outlines = map(np.array, outlines)  # thousands of lists kept alive would start garbage collection often
+    while batch := list(islice(outlines, BATCH)):
+        xy.append(ring_centroids(batch))
+    return np.concatenate(xy)
 
 
 def element_outlines(element):
@@ -337,7 +321,8 @@ def class_cells(path, place):
     return xy
 
 
-OUTLINES = {"hovernet": nucleus_outlines, "histomicstk": element_outlines, "geojson": feature_outlines}
+OUTLINES = {"hovernet": lambda nucleus: [[nucleus["centroid"]]],  # an outline of one point
+            "histomicstk": element_outlines, "geojson": feature_outlines}
 
 
 def ring_centroids(rings):
@@ -347,8 +332,6 @@ def ring_centroids(rings):
     so that its centroid is outside its bounding box. ValueError if a ring has no point or a coordinate is not
     a number.
     """
-    if not rings:
-        return np.zeros((0, 2))
     count = np.array([len(ring) for ring in rings])
     if not count.all():
         raise ValueError("an outline has no point")

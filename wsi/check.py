@@ -10,7 +10,7 @@ from common.pool import call, in_processes
 from wsi import gdc
 from wsi.cache import (
     describe_side,
-    kept_warning,
+    kept_cells,
     other_sides,
     read_slide_cells,
     read_square,
@@ -124,14 +124,13 @@ def check_images(found, workers, gigapixels):
         look = look_at_crop
         tasks = {(path,): name for name, path in found.images.items()}
     results = {}
-    broken = set()
     warnings = []
     for task, result, error in in_processes(look, list(tasks), workers, found.kind):
         if error:
             warnings.append(error)
-            broken.add(tasks[task])
         else:
             results[tasks[task]] = result
+    broken = found.images.keys() - results.keys()
     print(f"{found.kind} that cannot be used: {len(broken)}")
     if found.kind == "slides":
         broken |= {name for name, (source, _, _) in results.items() if source == NO_SCALE}
@@ -212,10 +211,10 @@ def check_places(found, files, workers):
     warnings = []
     for name, file in files.items():
         path = found.images[name]
-        odd = kept_warning(found, name, file)
-        if odd is None:
+        kept = kept_cells(found, name, file)
+        if kept is None:
             tasks.append((path, found.slide_mpp, found.said_mpp(name), file))
-        elif odd:
+        elif odd := str(kept.get("odd", "")):
             warnings.append(f"{path}: {file}: {odd}")
     for (path, *_, file), odd, error in in_processes(look_at_cells, tasks, workers, "cells, files"):
         if error:

@@ -6,14 +6,16 @@ from typing import NamedTuple
 import numpy as np
 
 from wsi.cache import read_crop_cells, ready_cells, tile_info, tiles_folder, usable_crops
+from wsi.cell_files import cell_files
 from wsi.slides import Slide
 
 
 def crops_of(data, names, with_cells):
     """Yields (name, file, (x, y) in level-0 px, cells (K, 2) in px of the crop) of the images' crops."""
     if data.kind == "slides":
+        cells_in = cell_files(data) if with_cells else {}
         for name in names:
-            yield from slide_crops(data, name, with_cells)
+            yield from slide_crops(data, name, with_cells, cells_in)
         return
     cells_of = read_crop_cells(data) if with_cells else dict.fromkeys(usable_crops(data), np.zeros((0, 2)))
     for name in names:
@@ -21,10 +23,13 @@ def crops_of(data, names, with_cells):
             yield name, data.images[name], (0, 0), cells_of[name]
 
 
-def slide_crops(data, name, with_cells):
-    """Yields what crops_of does, of one slide; nothing if its tiles or cells could not be prepared."""
+def slide_crops(data, name, with_cells, cells_in):
+    """Yields what crops_of does, of one slide; nothing if its tiles or cells could not be prepared.
+
+    cells_in: {slide: its cell file}.
+    """
     info = tile_info(data, name)
-    xy = ready_cells(data, name) if with_cells else np.zeros((0, 2))
+    xy = ready_cells(data, name, cells_in) if with_cells else np.zeros((0, 2))
     if info is None or xy is None:
         return
     files, corners = tiles_of(data, name)

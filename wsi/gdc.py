@@ -7,12 +7,11 @@ import json
 import re
 import shlex
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from common.errors import InputError, one_line, printable
 from common.files import atomic_write, files_under, read_csv, write_csv
@@ -157,8 +156,8 @@ def file_status(row, files):
     return "ok" if digest.hexdigest() == row["md5"].lower() else "md5 differs"
 
 
-def md5_check(folder, manifest_path, workers=4):
-    """Returns [(filename, file_status), ...] in the manifest's order; `workers` threads read the files.
+def md5_check(folder, manifest_path):
+    """Returns [(filename, file_status), ...] in the manifest's order.
 
     Files are found by name under the folder. InputError if the manifest cannot be read or has no rows.
     """
@@ -166,7 +165,5 @@ def md5_check(folder, manifest_path, workers=4):
     if not rows or any("filename" not in row or "md5" not in row for row in rows):
         raise InputError(f"{manifest_path}: no rows of filename, md5; python data.py manifest writes it")
     files = {path.name: path for path in files_under(folder)}
-    with ThreadPoolExecutor(workers) as pool:  # hashlib releases the interpreter's lock
-        statuses = pool.map(lambda row: file_status(row, files), rows)
-        bar = tqdm(statuses, "md5", len(rows), leave=False)
-        return [(row["filename"], status) for row, status in zip(rows, bar)]
+    statuses = thread_map(lambda row: file_status(row, files), rows, max_workers=4, desc="md5", leave=False)
+    return [(row["filename"], status) for row, status in zip(rows, statuses)]

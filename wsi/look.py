@@ -39,7 +39,7 @@ class Cutting:
     gigapixels: float  # more px are refused
 
 
-def cells_of(slide, file, workers):
+def cells_of_slide(slide, file, workers):
     """Returns the cells (K, 2) of a slide in level-0 px: those of a file, or the built-in detector's."""
     if file:
         xy, odd = read_slide_cells(file, slide)
@@ -107,7 +107,7 @@ def look_at_slide(path, cutting, cells, points, out):
         files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
         corners = np.array([file.stem.split("_") for file in files]).astype(np.int64)
         side = CROP * mpp / slide.mpp  # of a tile, in level-0 px
-        xy = cells_of(slide, cells, cutting.workers)
+        xy = cells_of_slide(slide, cells, cutting.workers)
         cells_of_tiles = [xy[inside_box(xy, corner, side)] for corner in corners]
         priors = torch.stack([bin_centroids((inside - corner) * (CROP / side), CROP)
                               for inside, corner in zip(cells_of_tiles, corners)])

@@ -4,7 +4,7 @@ import os
 from threading import Lock
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from common.errors import InputError, one_line
 
@@ -34,9 +34,6 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
             return to_rgb(path, image)
     except (InputError, MemoryError):
         raise
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: cannot be read as an image of any known format; is the file complete? "
-                         "Plain images are PNG, JPEG or TIFF") from None
     except Exception as error:  # Pillow raises many types for a broken file
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file complete? "
                          "Plain images are PNG, JPEG or TIFF, preferably 8-bit RGB") from None

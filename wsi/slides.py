@@ -90,7 +90,6 @@ def why_not_read(path):
 MPP_LIMITS = (0.05, 20)  # um/px; "unknown", 0 and 10^6 count as missing
 POWER_LIMITS = (0.5, 200)
 POWER_NAMES = ("openslide.objective-power", "aperio.AppMag")
-BOUNDS_NAMES = ("openslide.bounds-x", "openslide.bounds-y")
 
 
 class NoScale(InputError):
@@ -160,7 +159,7 @@ def recorded_mpp(properties):
 
 def recorded_bounds(properties):
     """Returns where QuPath's image of a slide begins, (x, y) in level-0 px; (0, 0) if none is recorded."""
-    x, y = (number(properties.get(name), -1e9, 1e9) for name in BOUNDS_NAMES)
+    x, y = (number(properties.get(f"openslide.bounds-{axis}"), -1e9, 1e9) for axis in "xy")
     return int(x or 0), int(y or 0)
 
 

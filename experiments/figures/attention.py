@@ -53,34 +53,32 @@ def arguments(argv):
              "picture": "Fig. 1: two augmented views of any picture; of encoders with a class token also its "
                         "row, which DINO shows"}
     for command, help in about.items():
-        sub = commands.add_parser(command, help=help, description=help)
-        sub.add_argument("--out", type=shared.png, default=f"runs/attention_{command}.png",
-                         help="the picture")
+        add = commands.add_parser(command, help=help, description=help).add_argument
+        add("--out", type=shared.png, default=f"runs/attention_{command}.png", help="the picture")
         if command == "picture":
-            shared.add_checkpoints(sub.add_argument)
-            sub.add_argument("image", type=Path, metavar="FILE",
-                             help="a PNG or JPEG, whose middle square is taken")
-            sub.add_argument("--arch", choices=list(dirl.ARCHS),
-                             help="architecture of checkpoints of other programs (DINO's or timm's names)")
-            sub.add_argument("--seed", type=SEED, default=0, help="seed of the two views")
+            shared.add_checkpoints(add)
+            add("image", type=Path, metavar="FILE", help="a PNG or JPEG, whose middle square is taken")
+            add("--arch", choices=list(dirl.ARCHS),
+                help="architecture of checkpoints of other programs (DINO's or timm's names)")
+            add("--seed", type=SEED, default=0, help="seed of the two views")
             continue
-        shared.add_networks(sub.add_argument)
+        shared.add_networks(add)
         if command == "distribution":
-            sub.add_argument("--crops", type=whole(), default=1000, help="most crops; more is steadier")
+            add("--crops", type=whole(), default=1000, help="most crops; more is steadier")
             continue
-        sub.add_argument("--show", nargs="+", metavar="CROP",
-                         help="crops to show: <slide>/<x>_<y> as in datasets/<data>/crops, or the end of a "
-                              "file's name; default: some with cells, background and little glass")
-        sub.add_argument("--crops", type=whole(), default=4 if command == "overlay" else 1,
-                         help="how many crops without --show")
+        add("--crops", type=whole(), default=4 if command == "overlay" else 1,
+            help="how many crops without --show")
+        add("--show", nargs="+", metavar="CROP",
+            help="crops to show: <slide>/<x>_<y> as in datasets/<data>/crops, or the end of a file's name; "
+                 "default: some with cells, background and little glass")
         if command == "overlay":
-            sub.add_argument("--outlines", type=Path, metavar="FOLDER",
-                             help="with QuPath's annotations as <slide>.geojson; draws tumour in white, "
-                                  "lymphocytes in green, necrosis in yellow")
-        if command == "query":
-            sub.add_argument("--query", nargs="+", default=["3"], metavar="X,Y",
-                             help="query tokens, by a point of each in px of the crop (0 to 224); one "
-                                  "number k: a grid of k x k points")
+            add("--outlines", type=Path, metavar="FOLDER",
+                help="with QuPath's annotations as <slide>.geojson; draws tumour in white, lymphocytes in "
+                     "green, necrosis in yellow")
+        else:
+            add("--query", nargs="+", default=["3"], metavar="X,Y",
+                help="query tokens, by a point of each in px of the crop (0 to 224); one number k: a grid of "
+                     "k x k points")
     return parser.parse_args(argv)
 
 
@@ -128,9 +126,8 @@ def name_of(crops, i):
 
 # ---------------------------------------------------------------- pictures
 
-def distribution(encoders, found, names, args):
+def distribution(encoders, found, crops, args):
     """Fig. 4: the distribution of aggregated attention of each network; shares of the bins as CSV."""
-    crops = shared.crops_of(found, names, args, with_cells=False)
     images = shared.images_of(crops, spread(len(crops), args.crops))
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64, name)
                   for name, encoder in encoders.items()}
@@ -148,9 +145,8 @@ def distribution(encoders, found, names, args):
     shared.save_both(figure, rows, args.out)
 
 
-def overlay(encoders, found, names, args):
+def overlay(encoders, found, crops, args):
     """Fig. 5 and 12: each crop, P_c, the aggregated attention of each network, bars of its bins."""
-    crops = shared.crops_of(found, names, args)
     chosen = choose(crops, args)
     images = shared.images_of(crops, chosen)
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64)
@@ -202,9 +198,8 @@ def picture(args):
     shared.save_both(figure, bins_of("view", ["1", "2"], attention), args.out, dpi=110)
 
 
-def query(encoders, found, names, args):
+def query(encoders, found, crops, args):
     """Fig. 13: the crop, then the rows of query tokens (framed) in the last block, a line per network."""
-    crops = shared.crops_of(found, names, args)
     chosen = choose(crops, args)
     grid = CROP // 16
     tokens = tokens_at(args.query, grid)
@@ -239,9 +234,11 @@ def run(args):
     if args.command == "picture":
         picture(args)
         return 0
-    encoders, _, found, names = shared.open_all(args, with_cells=args.command != "distribution")
+    with_cells = args.command != "distribution"
+    encoders, _, found, names = shared.open_all(args, with_cells)
+    crops = shared.crops_of(found, names, args, with_cells)
     {"distribution": distribution, "overlay": overlay, "query": query}[args.command](
-        encoders, found, names, args)
+        encoders, found, crops, args)
     return 0
 
 

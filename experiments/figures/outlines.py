@@ -67,11 +67,11 @@ def outlines_of(folder, found, crops, chosen):
         raise InputError(f"--outlines {folder}: a folder with <slide>.geojson is expected")
     if found.kind != "slides":
         raise InputError(f"--outlines {folder}: {found.source} holds ready-cut crops; slides are needed")
+    files = files_by_name(folder, found.images)
     of_slide = {}
     for name in dict.fromkeys(crops.owner[i] for i in chosen):
-        files = files_by_name(folder, found.images, name).get(name)
-        if files:
-            of_slide[name] = read_outlines(files[0], tile_info(found, name)["bounds"])
+        if name in files:
+            of_slide[name] = read_outlines(files[name][0], tile_info(found, name)["bounds"])
         else:
             print(printable(f"warning: --outlines {folder}: no GeoJSON is named after {name}"))
     of_crops = []

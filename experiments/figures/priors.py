@@ -28,10 +28,8 @@ from experiments.figures import shared
 from prior import bin_centroids
 from wsi.cache import describe_cells, tile_info
 from wsi.cell_files import files_by_name
-from wsi.cells import read_cells
 from wsi.datasets import DATASETS, PRIORS
-from wsi.look import Shown, close_up, draw_inset, draw_tile
-from wsi.sanity import assumed_power
+from wsi.look import Shown, cells_of_slide, close_up, draw_inset, draw_tile, inside_box
 from wsi.slides import CROP, Slide
 from wsi.splits import find_data
 
@@ -83,15 +81,11 @@ def agreement(a, b, mpp):
 
 def cells_from_folder(folder, found, name):
     """Returns the cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None without a file."""
-    files = files_by_name(folder, found.images, name).get(name)
+    files = files_by_name(folder, found.images).get(name)
     info = tile_info(found, name)
     if not files or info is None:
         return None
-    size = info["width"], info["height"]
-    warning = assumed_power(files[0], info["power"], info["slide_mpp"])
-    if warning:
-        print(f"warning: {files[0]}: {warning}")
-    return read_cells(files[0], info["slide_mpp"], size, info["power"], info["bounds"])
+    return cells_of_slide(Slide(found.images[name], said_mpp=info["slide_mpp"]), files[0], workers=1)
 
 
 def cells_of(value, crops, found, args):
@@ -110,8 +104,7 @@ def cells_of(value, crops, found, args):
         side = tile_info(found, name)["side"]
         for key in keys_of(crops):
             if key[0] == name:
-                inside = ((xy >= key[1:]) & (xy < np.add(key[1:], side))).all(1)
-                cells[key] = (xy[inside] - key[1:]) * (CROP / side)
+                cells[key] = (xy[inside_box(xy, key[1:], side)] - key[1:]) * (CROP / side)
     return cells
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import dirl
 from common.encoders import check_device, find_encoder, open_encoder
 from common.errors import InputError, Parser, print_skipped
-from common.figures import NETWORK_COLORS, OTHER_COLORS, save_figure
+from common.figures import save_figure
 from common.files import read_json, write_csv
 from common.flags import add_max_gigapixels, whole
 from data import Crops, images_of, spread
@@ -16,7 +15,6 @@ from wsi.cache import file_mpp, prepare, prepare_tiles
 from wsi.datasets import PRIORS, add_data_flags, evaluated_mpp
 from wsi.splits import check_unseen, find_data
 
-COLORS = (*(NETWORK_COLORS[method] for method in dirl.METHODS), *OTHER_COLORS[:4])
 CANDIDATES = 100  # crops whose glass is measured, to choose those with little of it
 GLASS = 210  # of 255: a pixel is glass if all its channels are brighter
 
@@ -76,8 +74,6 @@ def named(texts, flag):
         if not name or name in out:
             raise InputError(f"{flag} {text}: the name {name!r} is empty or taken; write NAME={value}")
         out[name] = value
-    if len(out) > len(COLORS):
-        raise InputError(f"{flag}: a figure shows at most {len(COLORS)}, or their colours look alike")
     return out
 
 

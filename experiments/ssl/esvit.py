@@ -14,7 +14,6 @@ the paper's 256 crops (theirs: 512). All other settings are DINO's in both.
 """
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dirl
@@ -84,17 +83,14 @@ class RegionLoss(dirl.DINOLoss):
         return loss / pairs
 
 
-class EsViT(nn.Module):
-    """The encoder with a head on f and one on every token."""
+class EsViT(dirl.DiRL):
+    """DINO on f, and a head on every token."""
 
-    def __init__(self, encoder, out_dim=65536, norm_last_layer=True):
-        super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleDict({
-            name: dirl.DINOHead(encoder.embed_dim, out_dim, norm_last_layer=norm_last_layer)
-            for name in ("f", "region")})
+    def __init__(self, encoder, out_dim, norm_last_layer):
+        super().__init__(encoder, "baseline", out_dim, norm_last_layer=norm_last_layer)
+        self.heads["region"] = dirl.DINOHead(encoder.embed_dim, out_dim, norm_last_layer=norm_last_layer)
 
-    def forward(self, views, priors=None):
+    def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per size, the global ones first.
 
         Returns the logits of f (V, B, K), the factors of the tokens' logits, z (V_i, B, n_i, 256) per size

@@ -56,18 +56,14 @@ class Imix(dirl.DiRL):
 
     def forward(self, views, priors):
         share, partner = draw_mix(views[0].shape[1], views[0].device)
-        mixed = [mix(x, share, partner) for x in views]
-        return self.unmixed(mixed, priors), share, partner
-
-    def unmixed(self, views, priors):
-        """Returns the logits (V, B, K) of the views as given."""
-        logits, _ = super().forward(views, priors)["f"]
-        return logits
+        logits, _ = super().forward([mix(x, share, partner) for x in views], priors)["f"]
+        return logits, share, partner
 
 
 def teach_unmixed(teacher, views, priors):
-    """Returns the teacher's logits on the unmixed global views."""
-    return teacher.unmixed(views[:1], priors[:1])
+    """Returns the teacher's logits (2, B, K) on the unmixed global views."""
+    logits, _ = dirl.DiRL.forward(teacher, views[:1], priors[:1])["f"]
+    return logits
 
 
 class ImixLoss(WeightedSum):

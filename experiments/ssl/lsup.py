@@ -21,14 +21,11 @@ def count_loss(predicted, counts):
     return F.mse_loss(predicted, counts)
 
 
-class CellCounter(nn.Module):
-    """The encoder with DINO's head on f and a linear layer on every token."""
+class CellCounter(dirl.DiRL):
+    """DINO on f, and a linear layer on every token."""
 
-    def __init__(self, encoder, out_dim=65536, norm_last_layer=True):
-        super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleDict({
-            "f": dirl.DINOHead(encoder.embed_dim, out_dim, norm_last_layer=norm_last_layer)})
+    def __init__(self, encoder, out_dim, norm_last_layer):
+        super().__init__(encoder, "baseline", out_dim, norm_last_layer=norm_last_layer)
         self.counter = nn.Linear(encoder.embed_dim, 1)
 
     def forward(self, views, counts):
