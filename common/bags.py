@@ -205,10 +205,7 @@ class DSMILs:
 
 
 def load_dsmil(path, device):
-    """Returns the DSMIL of a dsmil_<seed>.pt on the device, and the file's other values.
-
-    InputError if the file is damaged, or of another program.
-    """
+    """Returns the DSMIL of a dsmil_<seed>.pt on the device, and its other values; InputError if damaged."""
     about = load_tensors(path)
     try:
         model = mil.DSMIL(about["in_dim"], len(about["classes"]))

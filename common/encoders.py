@@ -46,10 +46,7 @@ def use_bf16(precision, device):
 # ---------------------------------------------------------------- encoders before training
 
 def make_encoder(arch, mean, std, depth=None, drop_path=0.0):
-    """Returns the encoder of an --arch for pixels that are normalised with mean and std.
-
-    depth: the number of blocks, if it is not the architecture's own.
-    """
+    """Returns an --arch's encoder for pixels normalised with mean and std; depth: blocks, if not its own."""
     blocks = {} if depth is None else {"depth": depth}
     return dirl.ARCHS[arch](drop_path=drop_path, mean=mean, std=std, **blocks)
 
@@ -132,10 +129,7 @@ def find_encoder(checkpoint, name="", flag="--checkpoint"):
 
 
 def load_encoder(path):
-    """Returns the encoder of an encoder.pt, in eval mode, and the file's other values.
-
-    InputError if the file is damaged, or of another program.
-    """
+    """Returns the encoder of an encoder.pt, in eval mode, and its other values; InputError if damaged."""
     about = load_tensors(path)
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
@@ -380,9 +374,6 @@ def attention_of(encoder, images):
 
 @torch.no_grad()
 def in_batches(function, images, batch, title=""):
-    """Applies a function to images (N, ...) batch by batch; returns (N, ...) on the CPU.
-
-    title: of a progress bar, "" for none.
-    """
+    """Applies a function to images (N, ...) in batches; returns (N, ...) on the CPU. title: of its bar."""
     starts = tqdm(range(0, len(images), batch), title, leave=False, disable=not title)
     return torch.cat([function(images[i: i + batch]).cpu() for i in starts])

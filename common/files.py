@@ -40,10 +40,7 @@ def temp_path(path):
 
 
 def is_alive(process):
-    """Returns whether this machine runs a process with this number.
-
-    Always True on Windows, where os.kill with signal 0 would end the process.
-    """
+    """Whether this machine runs this process; True on Windows, where os.kill(process, 0) would end it."""
     if sys.platform == "win32":
         return True
     try:
@@ -83,10 +80,7 @@ def atomic_write(path):
 
 
 def files_under(folder):
-    """Yields the files under a folder, except hidden ones (macOS writes ._*).
-
-    Linked folders are followed, and each folder is visited once.
-    """
+    """Yields the files under a folder and in linked folders, each once; no hidden ones (macOS writes ._*)."""
     visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)

@@ -72,10 +72,7 @@ class Log:
         return open(path, "a", newline="")
 
     def write(self, step, values, schedule, effective_rank, probed):
-        """Adds the row of a step.
-
-        values, schedule: of train.training_step; effective_rank, probed: of common.watch, or None.
-        """
+        """Adds the row of a step: values, schedule of train.training_step, and what common.watch measured."""
         self.unread.append((step, values, schedule, effective_rank, probed))
         if len(self.unread) == self.read_every or (step + 1) % self.per_epoch == 0:
             self.read()

@@ -41,10 +41,7 @@ def note_on_middle(shares):
 
 
 def side_by_side(tables):
-    """Joins {network: rows} to one table, as a program reads it.
-
-    Its columns are measure, each network's mean and "<network> sd", and over.
-    """
+    """Joins {network: rows} to one table for programs: measure, each network's mean and sd, over."""
     header = ["measure"]
     over_of = {}  # {measure: over}
     values = {}  # {(network, measure): (mean, sd)}
@@ -76,10 +73,7 @@ def for_reading(lines):
 
 
 def print_results(tables, path):
-    """Prints {network: rows}: the rows of one network, or several networks next to each other.
-
-    The table of several is also written to path, as CSV.
-    """
+    """Prints {network: rows}: one network's rows, or several side by side, which are also written to path."""
     table = [RESULTS, *next(iter(tables.values()))]
     if len(tables) > 1:
         lines = side_by_side(tables)

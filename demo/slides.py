@@ -68,10 +68,7 @@ class Tile(NamedTuple):
 # ---------------------------------------------------------------- fields and shapes
 
 def smooth_noise(rng, shape, sigma):
-    """Returns Gaussian noise smoothed by sigma px, of mean 0 and standard deviation 1.
-
-    It is drawn small and enlarged, for speed.
-    """
+    """Returns Gaussian noise smoothed by sigma px, of mean 0 and sd 1; it is drawn small, for speed."""
     step = max(1, int(sigma / 1.5))
     small = ndimage.gaussian_filter(
         rng.standard_normal([s // step + 2 for s in shape], np.float32), sigma / step)

@@ -35,10 +35,7 @@ VIEWS = Augmentation(local_crops=2, global_size=112, local_size=48, global_scale
 # ---------------------------------------------------------------- crops
 
 def crops_of(slide):
-    """Returns the crops of synthetic slide number `slide`, positive if it is odd.
-
-    They are [(image uint8 (224, 224, 3), cells (K, 2), shares of KINDS), ...], see demo/slides.py.
-    """
+    """Returns demo.slides.cut_crops of synthetic slide number `slide`, which is positive if it is odd."""
     return cut_crops(*render(CLASSES[slide % 2], [7, slide], SIZE))  # 7: not the demo's slides
 
 

@@ -62,10 +62,7 @@ USUAL_DENSITY = (100, 20_000)  # nuclei per mm2 of tissue
 
 
 def describe_cells(count, crops, share, mpp):
-    """Returns a line on cells in crops of CROP px at mpp um/px, and a warning below it if they are unusual.
-
-    share: of the patches that hold a cell.
-    """
+    """Returns a line on cells in crops at mpp um/px, or two with a warning; share: of patches with a cell."""
     density = count / (crops * (CROP * mpp / 1000) ** 2)  # per mm2
     line = f"{count} cells in {crops} crops, {density:.0f} per mm2; a cell in {share:.1%} of the patches"
     if not USUAL_DENSITY[0] <= density <= USUAL_DENSITY[1]:
@@ -185,10 +182,7 @@ def read_slide_cells(file, slide):
 
 
 def copy_level0(file, copy, path, slide_mpp, source):
-    """Reads a segmentation result of any format once, and writes its cells in level-0 px.
-
-    Returns the warning of read_slide_cells, which is kept with them.
-    """
+    """Reads a cell file once and writes its cells in level-0 px, with the warning that it returns."""
     xy, odd = read_slide_cells(file, Slide(path, said_mpp=slide_mpp))
     save_cells(copy, xy, source, odd=odd)
     return odd
@@ -203,10 +197,7 @@ def kept_cells(data, name, file):
 
 
 def ready_cells(data, name, files=None):
-    """Returns a slide's cells (K, 2) in level-0 px, sorted by y; None if prepare has to run first.
-
-    files: the data set's cell_files, if they are known.
-    """
+    """Returns a slide's cells (K, 2) in level-0 px, by y; None before prepare. files: cell_files if known."""
     if data.prior == NO_CELLS:
         return np.zeros((0, 2))
     kept = kept_cells(data, name, (files or cell_files(data))[name])

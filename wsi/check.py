@@ -141,10 +141,7 @@ def check_images(found, workers, gigapixels):
 
 
 def check_slides(found, results):
-    """Prints the um/px of slides; returns a warning for each odd slide.
-
-    results: {slide: what look_at_slide returned}.
-    """
+    """Prints the um/px of slides; returns a warning for each odd one. results: {slide: its look_at_slide}."""
     sources = Counter(source for source, _, _ in results.values())
     values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values() if mpp)
     print("slides without um/px:", sources[NO_SCALE])

@@ -138,10 +138,7 @@ DATA_FLAGS = {
 
 
 def add_data_flags(add, *names, required=False):
-    """Adds the flags that name a data set and say how its slides become crops: all, or the named ones.
-
-    required: --data has no default.
-    """
+    """Adds the flags of DATA_FLAGS, all or the named ones; required: --data has no default."""
     for name in names or DATA_FLAGS:
         flag = DATA_FLAGS[name]
         if required and name == "--data":

@@ -46,10 +46,7 @@ class Data:
     split_file: Path = None
 
     def split(self, *splits):
-        """Returns the names of images in "train", "val" or "test", split after split, each sorted.
-
-        Without labels all images are in "train".
-        """
+        """Returns the images of splits, split after split, each sorted; without labels all are "train"."""
         split_of = {name: row["split"] for name, row in self.labels.items()}
         split_of = split_of or dict.fromkeys(self.images, "train")
         return [name for split in splits for name in sorted(split_of) if split_of[name] == split]

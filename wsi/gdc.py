@@ -139,10 +139,7 @@ def write(folder, slides, force):
 
 
 def file_status(row, files):
-    """Returns ok, missing, unfinished, md5 differs or cannot be read (why) for a manifest's row.
-
-    files: {name: path}.
-    """
+    """Returns ok, missing, unfinished, md5 differs or cannot be read (why) of a row; files: {name: path}."""
     name = row["filename"]
     if name not in files:
         return "unfinished" if f"{name}.partial" in files else "missing"

@@ -84,10 +84,7 @@ def has_wrapped(labels):
 
 
 def label_centroids(labels):
-    """Returns the centroids (K, 2) of an image's labels (H, W), in the order of the labels.
-
-    Labels of 0 and below are background; labels may have gaps.
-    """
+    """Returns the centroids (K, 2) of an image's labels (H, W) above 0, in their order; gaps are allowed."""
     found = [labels[:0].ravel()]
     sums = [np.zeros((3, 0))]
     for top in range(0, len(labels), BAND):

@@ -165,10 +165,7 @@ class Shown:
 
 
 def close_up(slide, corner, side, cells, point=None):
-    """Returns the Inset of a tile about a point of it, or about the median of its cells, or its centre.
-
-    corner, side, cells (K, 2), point: level-0 px.
-    """
+    """Returns the Inset of a tile about a point, the median of its cells, or its centre, in level-0 px."""
     length = min(side, INSET / slide.mpp)
     if point is None:
         point = np.median(cells, axis=0) if len(cells) else corner + side / 2

@@ -73,10 +73,7 @@ def odd_colors(picture, mask):
 
 
 def tissue_regions(slide, mask, unit):
-    """Returns the REGIONS images of the slide with most tissue in the mask, and their um/px.
-
-    unit: level-0 px in a px of the mask.
-    """
+    """Returns the REGIONS images with most tissue, and their um/px; unit: level-0 px in a px of the mask."""
     level, factor, px, down = working_grid(slide, WORK_MPP)
     side = max(1, round(REGION * down / unit))  # px of the mask
     rows, columns = (max(1, n // side) for n in mask.shape)

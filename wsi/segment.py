@@ -167,10 +167,7 @@ def segment_region(path, slide_mpp, segmenter, mpp, stain, box):
 
 
 def merge_seams(regions, near):
-    """Returns the cells (K, 2) of a slide from those of its regions, each (K_i, 2).
-
-    Two cells from different regions that are at most near px apart become one.
-    """
+    """Joins the cells (K_i, 2) of regions; two of different regions, at most near px apart, become one."""
     xy = np.concatenate(regions)
     owner = np.repeat(np.arange(len(regions)), [len(cells) for cells in regions])
     pairs = cKDTree(xy).query_pairs(near, output_type="ndarray")
@@ -185,10 +182,7 @@ def source_of(path, slide_mpp, segmenter="builtin", mpp=WORK_MPP):
 
 
 def save_cells(path, xy, source, **more):
-    """Writes x and y (K,) float32 in level-0 px, sorted by y and then x, and source, the stamp of source_of.
-
-    more: further values to store.
-    """
+    """Writes x and y (K,) float32 in level-0 px, sorted by y and then x, source (of source_of), and more."""
     xy = np.clip(xy, -1e9, 1e9)  # far beyond any slide, but within float32
     xy = xy[np.lexsort((xy[:, 0], xy[:, 1]))].astype(np.float32)
     with atomic_write(path) as temp, open(temp, "wb") as file:

@@ -250,10 +250,7 @@ class Slide:
         return level, downs[level]
 
     def read_level(self, level, x, y, width, height):
-        """Returns a box, in px of a level, as an RGB image that is white outside the slide.
-
-        InputError if this region of the file is broken.
-        """
+        """Returns a box, in px of a level, as RGB, white outside the slide; InputError if it is broken."""
         down = self.handle.level_downsamples[level]
         try:
             rgba = self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
@@ -371,10 +368,7 @@ def read_block(slide, level, x, y):
 
 
 def write_tiles(block, slide_mpp, down, tissue, folder):
-    """Resamples and writes the tiles of a block with at least that share of tissue; returns their number.
-
-    down: the side of the block's px in level-0 px.
-    """
+    """Writes the tiles of a block with enough tissue; returns their number. down: level-0 px of its px."""
     image = block.image
     x = block.x / down - block.left  # the tiles' borders in px of the image
     y = block.y / down - block.top

@@ -43,10 +43,7 @@ def similar_neighbours(tokens, count=NEIGHBOURS):
 
 
 class ClassAttention(dirl.Block):
-    """A block whose only query is one token x (CaiT): it attends to itself and to the others.
-
-    tokens (N, m, d), x (N, 1, d) -> the new x (N, 1, d).
-    """
+    """A block whose only query is one token (CaiT): tokens (N, m, d), x (N, 1, d) -> the new x (N, 1, d)."""
 
     def forward(self, tokens, x):
         q, k, v = self.attn.project(self.norm1(torch.cat([x, tokens], 1)))
