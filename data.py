@@ -10,6 +10,7 @@ crop and flip as the pixels. Two details differ from DINO, for speed: crops are 
 antialiasing (DINO: bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`), in which
 hue turns about the grey axis and only the result is clipped.
 """
+import hashlib
 import math
 import sys
 from array import array
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.encoders import MEAN, STD, normalize
+from common.files import stamp
 from prior import view_prior
-from wsi.cache import read_crop
+from wsi.cache import describe_cells, read_crop
 from wsi.cli import main
 from wsi.crops import crops_of
 from wsi.slides import CROP
@@ -64,10 +66,25 @@ class Crops(torch.utils.data.Dataset):
     def cells(self, i):
         return self.xy[self.start[i]: self.start[i + 1]]
 
+    def inside(self):
+        """Returns which of the cells xy lie in their crop, bool (K,)."""
+        return ((self.xy >= 0) & (self.xy < CROP)).all(1)
+
+    def describe(self, mpp):
+        """Returns a text on the number of cells, at mpp um/px, with a warning if it is unusual."""
+        inside = int(self.inside().sum())
+        share = self.priors().mean().item()
+        return describe_cells(inside, len(self), share, mpp, outside=len(self.xy) - inside)
+
+    def stamp(self):
+        """Returns a stamp of where the crops and their cells are: the same if these are."""
+        arrays = self.corners, self.start, self.xy
+        return stamp(arrays=[hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
+
     def priors(self):
         """Returns P_c of every whole crop, (N, n)."""
         grid = CROP // PATCH
-        inside = ((self.xy >= 0) & (self.xy < CROP)).all(1)
+        inside = self.inside()
         column, row = (self.xy[inside] // PATCH).astype(np.int64).T
         crop = np.repeat(np.arange(len(self)), np.diff(self.start))[inside]  # of each cell
         out = torch.zeros(len(self), grid * grid)

@@ -40,14 +40,14 @@ from common.export import check_export, export_attention, export_slides
 from common.figures import BINS, draw_maps, draw_overlays, plot_distribution, save_figure, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
-from common.networks import describe, features_stamp, files_of, named, network_of, random_start
+from common.networks import describe, features_stamp, files_of, named, network_of, next_command, random_start
 from common.pool import add_shard, call
 from common.report import RESULTS, last_losses, print_results, row_of
 from data import Crops, collate, spread
 from demo.truth import check_with_truth, draw_slide
 from prior import bin_centroids
 from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cells, tile_infos
-from wsi.cell_files import cell_files
+from wsi.cell_files import cell_files, whose_cells
 from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
@@ -187,6 +187,7 @@ def count_attention(networks, title, found, run, args):
     crops_with_cells = Crops(found, found.split(split))
     has_cells = len(crops_with_cells) == len(crops)
     if has_cells:
+        print(whose_cells(found))
         crops = crops_with_cells
     else:
         print(f"warning: {len(crops_with_cells)} of {len(crops)} crops have cells: the overlay is drawn "
@@ -230,8 +231,9 @@ def open_networks(args):
     if args.arch not in (None, about["arch"]):
         raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
     mpp = evaluated_mpp(args.data, args.mpp, about["mpp"])
-    found = find_data(args.data, mpp, args.prior, args.split_seed, slide_mpp=args.slide_mpp,
-                      split=args.split, drop_shared=args.drop_shared)
+    prior = encoders.prior_of(path, data) if args.prior == "auto" else args.prior
+    found = find_data(args.data, mpp, prior, args.split_seed, slide_mpp=args.slide_mpp, split=args.split,
+                      drop_shared=args.drop_shared)
     if found.kind == "crops" and not args.mpp:
         found.mpp = file_mpp(found, about["mpp"])
     if args.export and (args.folds or args.shard):
@@ -242,17 +244,10 @@ def open_networks(args):
         network = network_of(path, encoder, about, data, found.name, args.device)
         encoders.describe_results(network.folder, path, about, data)
         networks.append(network)
-        if found.kind == "slides" and about["mpp"] not in (None, found.mpp, opened[0][2]["mpp"]):
+        warned = None if args.mpp else opened[0][2]["mpp"]  # by evaluated_mpp
+        if found.kind == "slides" and about["mpp"] not in (None, found.mpp, warned):
             print(f"warning: {path}: was trained at {about['mpp']:g} um/px and is measured at {found.mpp:g}")
     return found, networks
-
-
-def predict_command(network, args):
-    """Returns the command that applies the DSMILs of a network, wherever they are kept."""
-    arch = f" --arch {args.arch}" if args.arch else ""
-    default = encoders.results_folder(network.path, network.about, network.about["data"])
-    kept = "" if network.folder == default else f" --dsmil {network.folder}"
-    return f"python eval.py predict --data FOLDER --checkpoint {network.path}{arch}{kept}"
 
 
 def refuse_worthless(found, networks, args):
@@ -303,7 +298,7 @@ def evaluate_slides(args):
     else:
         measure(named(networks), found, infos, settings, run, args)
     if found.labels and infos and not args.folds:
-        print(f"Next, for slides without labels: {predict_command(networks[0], args)}")
+        print(f"Next, for slides without labels: {next_command(networks[0], args.arch)}")
     return exit_code_of(skipped)
 
 

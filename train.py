@@ -6,6 +6,7 @@ log.csv, config.json. The same command resumes a run: each step draws its random
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
 """
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,18 +24,18 @@ from common.checkpoint import Run
 from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
 from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
-from common.files import stamp
+from common.files import check_writable, stamp
 from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole, words_of
 from common.log import Log
 from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, images_of, make_views, share_of, spread
 from demo.slides import make_demo
-from wsi.cache import crop_mpp, describe_cells, prepare, warn_of_cell_files
+from wsi.cache import crop_mpp, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
 from wsi.folders import Data
 from wsi.probe import read_probe
-from wsi.splits import find_data, training_record
+from wsi.splits import find_data, training_record, warn_of_untestable
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 
@@ -82,10 +83,8 @@ def argument_parser(prog="python train.py"):
         help="factor on the strengths of colour jitter and, below 1, on its probability: 0 is none, 1 "
              "DINO's, 2 near SimCLR's; lower it if a head's outputs stay uniform")
     add("--greyscale", type=SHARE, default=1.0, help="factor on the probability of grey (DINO: 1 view in 5)")
-    add("--solarize", type=SHARE, default=1.0,
-        help="factor on the probability of solarising the second global view (DINO: 1 in 5)")
-    add("--blur", type=SHARE, default=1.0,
-        help="factor on the probability of blur (DINO: 1 and 0.1 for the global views, 0.5 for local ones)")
+    add("--solarize", type=SHARE, default=1.0, help="the same for solarising the second global view (1 in 5)")
+    add("--blur", type=SHARE, default=1.0, help="the same for blur (global views: 1 and 0.1, local: 0.5)")
 
     add = parser.add_argument_group("loss").add_argument
     add("--lambda-1", type=between(0, 100), default=0.5, help="weight of L_c and L_b in eq. 9")
@@ -110,8 +109,7 @@ def argument_parser(prog="python train.py"):
     add("--accumulate", type=whole(), default=1,
         help="shards in which a batch goes through the network; more if memory runs out. Exact for the "
              "baseline; a region's loss is the mean over shards, however many of a shard's views have it")
-    add("--lr", type=between(0, 10), default=5e-4,
-        help="peak learning rate for a batch of 256; it is scaled by --batch / 256")
+    add("--lr", type=between(0, 10), default=5e-4, help="peak learning rate, times --batch / 256")
     add("--min-lr", type=between(0, 10), default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=whole(0, 10 ** 6),
         help="epochs of linear warm-up of --lr (10, the demo 1, at most a third); more if the loss blows up")
@@ -318,6 +316,7 @@ class TrainingData:
 
     found: Data
     crops: torch.utils.data.Dataset
+    places: str  # Crops.stamp
     skipped: list  # a line for each file that could not be used
     trained_on: dict  # images and patients, for encoder.pt
     mean: tuple  # of the pixels (--stats)
@@ -340,6 +339,7 @@ def training_crops(args):
                           split=args.split, drop_shared=args.drop_shared)
         if with_cells:
             warn_of_cell_files(found)
+        warn_of_untestable(found)
         skipped = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(skipped)
     names = found.split("train", "val") + found.unlabelled()
@@ -348,14 +348,15 @@ def training_crops(args):
         raise InputError(skipped[0] if skipped else
                          f"{found.source}: holds no crop to train on; see python data.py check")
     if with_cells:
-        print(describe_cells(len(crops.xy), len(crops), crops.priors().mean().item(), crop_mpp(found)))
+        print(crops.describe(crop_mpp(found)))
+    places = crops.stamp()
     crops, owners = share_of(crops, args.fraction, args.seed)
     if len(crops) < args.batch:
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
     mean, std = MEAN, STD
     if args.stats == "data":
         mean, std = encoders.stats_of_crops(images_of(crops, spread(len(crops), 128)))
-    return TrainingData(found, crops, skipped, training_record(found, sorted(set(owners))), mean, std)
+    return TrainingData(found, crops, places, skipped, training_record(found, sorted(set(owners))), mean, std)
 
 
 def loader_of(crops, args, start, steps):
@@ -401,7 +402,8 @@ def set_up(args, build):
 
 def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
-    # A bad --init or --probe is refused first, because preparing slides may take hours.
+    # A bad --run, --init or --probe is refused first, because preparing slides may take hours.
+    check_writable(args.run)
     if args.init:
         encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
@@ -445,12 +447,12 @@ def train(args, build=build_dirl):
 
 
 def config_of(args, data, settings):
-    """Returns the content of config.json: the settings that must stay the same when a run is resumed."""
+    """Returns the content of config.json: the settings and inputs that resuming does not change."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
     images = f"{len(data.trained_on['images'])} (stamp {stamp(**data.trained_on)})"
     return flags | {
         "data": run_name(args.data, args.split, args.drop_shared), "mpp": crop_mpp(data.found),
-        "crops": len(data.crops), "images": images, "pixels": [data.mean, data.std],
+        "crops": len(data.crops), "places": data.places, "images": images, "pixels": [data.mean, data.std],
         "precision": "bf16" if settings.bf16 else "fp32"}
 
 
@@ -472,12 +474,12 @@ def finish(args, run, log, step, steps, skipped, stop):
         print(f"Stopped at step {step} of {steps}{speed}; "
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
-        data = " ".join([args.data, *split_flags(args.split, args.drop_shared)])
-        where = "" if args.run == default_run(args) else f" --checkpoint {run.folder}/encoder.pt"
+        flags = ["--data", args.data, *split_flags(args.split, args.drop_shared)]
+        flags += [] if args.run == default_run(args) else ["--checkpoint", f"{run.folder}/encoder.pt"]
         done = f"{run.folder} had finished its {steps} steps; nothing was trained"
         if step > log.start:
             done = f"Wrote {run.folder}/encoder.pt, checkpoint.pt and log.csv ({steps} steps{speed})"
-        print(f"{done}. Next: python eval.py --data {data}{where}")
+        print(f"{done}. Next: python eval.py {shlex.join(flags)}")
     return 130 if stop else exit_code_of(skipped)
 
 

@@ -128,6 +128,12 @@ def find_encoder(checkpoint, name="", flag="--checkpoint"):
     return runs[-1]
 
 
+def prior_of(path, data):
+    """Returns the --prior of the run of an encoder.pt, if it was trained on this data set, else "auto"."""
+    config = read_json(path.parent / "config.json")
+    return config.get("prior", "auto") if config.get("data") == data else "auto"
+
+
 def load_encoder(path):
     """Returns the encoder of an encoder.pt, in eval mode, and its other values; InputError if damaged."""
     about = load_tensors(path)

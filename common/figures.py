@@ -207,7 +207,7 @@ def plot_slide(picture, corners, side, attention, truth, title, path):
     below = axes[-1]
     for axis in panels:
         axis.imshow(picture)
-    panels[0].set_title(title, fontsize=9)
+    panels[0].set_title(title, fontsize=9, parse_math=False)
 
     for axis, (network, values) in zip(panels[1:], attention.items()):
         heat = stitch(values[:, None] / values.max(), corners, side, 1, picture.shape[:2])
@@ -254,7 +254,7 @@ def draw_maps(picture, maps, title):
         for axis in line:
             axis.imshow(picture)
             axis.set_axis_off()
-        line[0].set_title(title, fontsize=9)
+        line[0].set_title(title, fontsize=9, parse_math=False)
         for axis, (map_title, values) in zip(line[1:], of_network.items()):
             shown = axis.imshow(values, HEAT, alpha=0.65, vmin=0, vmax=BRIGHTEST, interpolation="nearest")
             axis.set_title(f"{network}: {map_title}", fontsize=9)

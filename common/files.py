@@ -79,10 +79,20 @@ def atomic_write(path):
             temp.unlink()
 
 
+def check_writable(folder):
+    """InputError if a folder, or the first of its parents that exists, cannot be written."""
+    path = Path(folder).resolve()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"{folder}: cannot be written; change {existing}'s permissions, or name another")
+
+
 def files_under(folder):
     """Yields the files under a folder and in linked folders, each once; no hidden ones (macOS writes ._*)."""
+    def refuse(error):
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions")
     visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()
@@ -191,17 +201,23 @@ def read_csv(path, only=None):
     try:
         with io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as file:
             head = file.readline()
+            skipped = int(head.lower().startswith("sep="))  # Excel's line before the columns
+            if skipped:
+                head = file.readline()
             file.seek(0)
+            if skipped:
+                file.readline()
             reader = csv.reader(file, delimiter=max(",;\t", key=head.count))
             names = [name.strip().lower() for name in next(reader, [])]
             kept = [(i, name) for i, name in enumerate(names) if only is None or name in only]
             for row in reader:
                 if any(row[len(names):]):
-                    raise InputError(f"{path}: line {reader.line_num} has {len(row)} fields, the first line "
-                                     f"{len(names)}; put quotes around a field that holds the delimiter")
+                    raise InputError(f"{path}: line {reader.line_num + skipped} has {len(row)} fields, the "
+                                     f"first line {len(names)}; put quotes around a field that holds the "
+                                     "delimiter")
                 if any(row):
                     values = {name: row[i].strip() for i, name in kept if i < len(row)}
-                    rows.append((reader.line_num, values))
+                    rows.append((reader.line_num + skipped, values))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:

@@ -1,4 +1,5 @@
 """The networks that eval.py measures side by side: which files, where their results go, their names."""
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def files_of(checkpoint, compare, data):
     for path in paths:
         unique.setdefault(path.resolve(), path)
     return list(unique.values())
+
+
+def next_command(network, arch):
+    """Returns the command that applies the DSMILs of a network, wherever they are kept; arch: --arch."""
+    words = ["--checkpoint", str(network.path)]
+    words += ["--arch", arch] if arch else []
+    default = results_folder(network.path, network.about, network.about["data"])
+    words += [] if network.folder == default else ["--dsmil", str(network.folder)]
+    return f"python eval.py predict --data FOLDER {shlex.join(words)}"
 
 
 def describe(networks):

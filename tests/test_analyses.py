@@ -443,7 +443,7 @@ def test_figures_draw_the_cells_that_their_runs_learned_from(here, capsys):
     first = [i for i, (x, y) in enumerate(crops.corners.tolist()) if x < 100]
     want = torch.zeros(196)
     want[int(100 / 2 // 16) * 14 + int(100 / 2 // 16)] = 1  # 1 um/px: a crop's px are 2 of the slide's
-    assert found.prior == "cellpose" and first and "warning" not in capsys.readouterr().out
+    assert found.prior == "cellpose" and first and "learned from" not in capsys.readouterr().out
     assert all(torch.equal(crops.priors()[i], want) for i in first)
     assert opened("overlay", "--checkpoint", plain, elsewhere)[0].prior == "auto"
     assert opened("overlay", "--checkpoint", own, "--prior", "builtin")[0].prior == "builtin"

@@ -250,7 +250,7 @@ def test_the_study_runs_stops_resumes_and_shows(here, capfd):
     capfd.readouterr()
     assert study.main([*three, "--epochs", "3"]) == 2 and "epochs 2 (now 3)" in capfd.readouterr().err
     a, b = (read_json(out / f"{arm}_seed0" / "config.json") for arm in ("baseline", "cellback"))
-    assert {name for name in a if a[name] != b[name]} == {"method"}
+    assert {name for name in a if a[name] != b[name]} == {"method", "places"}  # places: of the cells
 
     right = check_measures(out)
     pair = ["--pair", "class0", "class2"]

@@ -153,7 +153,7 @@ def write_xy(path, xy):
     return write(path, "x,y\n" + "".join(f"{x:.2f},{y:.2f}\n" for x, y in xy))
 
 
-def test_misplaced_is_brute_force(tmp_path):
+def test_places_of_cells_are_brute_force(tmp_path):
     image = np.full((160, 320, 3), 243, np.uint8)
     image[:, :160] = tissue(160)
     saved(tmp_path / "a.png", array=image)
@@ -168,11 +168,18 @@ def test_misplaced_is_brute_force(tmp_path):
         elif not mask[int(y), int(x)]:
             on_glass += 1
     assert outside > 100 and on_glass > 20
-    np.testing.assert_allclose(sanity.misplaced(xy, slide), (outside / 504, on_glass / 504))
-    assert sanity.misplaced(np.zeros((0, 2)), slide) == (0, 0)
-    assert sanity.where_cells_are_odd(0.03, 0.03) == ""
-    assert "9% of the cells lie outside" in sanity.where_cells_are_odd(0.09, 0)
-    assert "9% on its glass" in sanity.where_cells_are_odd(0, 0.09)
+    side = round(sanity.SQUARE / 8)
+    squares = [(x, y) for y in range(0, 160, side) for x in range(0, 320, side)
+               if mask[y: y + side, x: x + side].sum() >= side ** 2 / 2]
+    for cells in (xy, xy[xy[:, 0] < 70], np.zeros((0, 2))):
+        empty = [not ((cells >= (x, y)) & (cells < (x + side, y + side))).all(1).any() for x, y in squares]
+        assert sanity.places_of_cells(cells, slide)[2] == pytest.approx(np.mean(empty))
+    np.testing.assert_allclose(sanity.places_of_cells(xy, slide)[:2], (outside / 504, on_glass / 504))
+    assert sanity.places_of_cells(np.zeros((0, 2)), slide) == (0, 0, 1)
+    assert sanity.where_cells_are_odd(0.03, 0.03, 0.2) == ""
+    assert "9% of the cells lie outside" in sanity.where_cells_are_odd(0.09, 0, 0)
+    assert "9% on its glass" in sanity.where_cells_are_odd(0, 0.09, 0)
+    assert "40% of the tissue has no cell" in sanity.where_cells_are_odd(0, 0, 0.4)
 
 
 WRONG = {"exchanged": lambda xy: xy[:, ::-1], "twice": lambda xy: 2 * xy, "um": lambda xy: 0.25 * xy}
@@ -239,7 +246,7 @@ def test_true_cells_of_real_images_are_not_reported():
     for file in files:
         truth = json.loads(file.read_text())
         slide = Slide(file.with_suffix(".png"), truth["mpp"])
-        shares = sanity.misplaced(np.array(truth["centroids"], float), slide)
+        shares = sanity.places_of_cells(np.array(truth["centroids"], float), slide)
         assert sanity.where_cells_are_odd(*shares) == "", shares
 
 
@@ -250,7 +257,9 @@ def test_wrong_cells_of_a_real_slide_are_reported(tmp_path):
     other = Slide(SHARED / "slides" / "gallery-06.tiff", 0.5)
     assert cache.segment_slides([(path, slide.mpp)], "builtin", tmp_path, 1) == {}
     xy = read_cells(tmp_path / "builtin" / "cmu-1-small-region.npz")
-    assert sanity.where_cells_are_odd(*sanity.misplaced(xy, slide)) == ""
+    assert sanity.where_cells_are_odd(*sanity.places_of_cells(xy, slide)) == ""
+    part = xy[xy[:, 0] < slide.width * 0.3]
+    assert "of the tissue has no cell" in sanity.where_cells_are_odd(*sanity.places_of_cells(part, slide))
     wrong = [(xy[:, ::-1], slide), (xy * 2, slide), (xy / 2, slide), (xy * slide.mpp, slide), (xy, other)]
     for places, on in wrong:
-        assert sanity.where_cells_are_odd(*sanity.misplaced(places, on))
+        assert sanity.where_cells_are_odd(*sanity.places_of_cells(places, on))

@@ -49,7 +49,7 @@ def test_labels_as_spreadsheets_write_them(place, raw):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("slide,label\nd,A\ne,B\n", "fewer than two classes among the 0 rows"), ("slide,label\n", "no row"),
+    ("slide,label\nd,A\ne,B\n", "none of its slides has a file; it names d, e,"), ("slide,label\n", "no row"),
     ("slide,label\n\na,A\nb,B\nc,\n", "line 5 has no label"),
     ("slide,label\na,A\nb,B\nc,A\nc,A\n", "line 5 names 'c' a second time"),
     ("slide,label\n../a,A\nb,B\n", "no file of '../a'"),
@@ -394,7 +394,8 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
     out = capsys.readouterr().out
     for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut at 1 um/px: 0 of 3", "A 1 of 1 patients",
                  "hovernet 1", "cannot be used: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
-                 "no usable train image of B", "no usable test image of A", "warnings: 5"):
+                 "no usable train image of B", "no usable test image of A", "no cell, so that it",
+                 "warnings: 6"):
         assert says in out, says
 
 

@@ -14,6 +14,7 @@ from test_encoders import class_token_file
 
 import eval as eval_py
 import mil
+from common import networks
 from common.bags import DSMILSettings, train_each, warn_of_few_slides, write_bag
 from common.encoders import MEAN, STD, random_encoder, results_folder, save_encoder
 from common.files import file_stamp, save_tensors
@@ -160,10 +161,10 @@ def test_the_command_to_predict_names_where_the_dsmils_are():
     path, about = Path("r/encoder.pt"), {"data": "bright3"}
     for data, arch, more in ("bright3", None, ""), ("bright6", "vit_s", " --arch vit_s --dsmil r/on_bright6"):
         network = SimpleNamespace(about=about, path=path, folder=results_folder(path, about, data))
-        assert eval_py.predict_command(network, SimpleNamespace(arch=arch)) == start + more
+        assert networks.next_command(network, arch) == start + more
     about = {"data": None, "method": "w"}
     network = SimpleNamespace(about=about, path=Path("w.pth"), folder=Path("runs/lung_w"))
-    assert eval_py.predict_command(network, SimpleNamespace(arch="vit_s")).endswith(
+    assert networks.next_command(network, "vit_s").endswith(
         "w.pth --arch vit_s --dsmil runs/lung_w")
 
 

@@ -192,7 +192,9 @@ def test_a_broken_slide_is_listed_and_nothing_else_is_lost_or_done_twice(slide, 
     written = times(Path("in/cells"))
     assert [path.name for path in written] == ["good.npz"]
     assert segment.main([*argv, "--workers", "1"]) == 1 and times(Path("in/cells")) == written
-    assert segment.main(["in/good.png", "--out", "in/cells"]) == 0  # nothing is left to do
+    again = ["in/good.png", "--out", "in/cells", "--slide-mpp"]
+    assert segment.main([*again, "0.5"]) == 0 and times(Path("in/cells")) == written  # nothing is left to do
+    assert segment.main([*again, "0.4"]) == 0 and times(Path("in/cells")) != written  # at other um/px
 
 
 def test_a_region_that_fails_costs_its_slide_alone(slide, cellpose, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 Tiles at 2 um/px are crops/2um/<slide>/<x>_<y>.jpg, with crops/2um/<slide>.json next to them; cells/ are in
 level-0 px. What was computed from another file or with other settings is recomputed or refused, never used.
 """
+import os
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -22,7 +24,14 @@ from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.sanity import assumed_power, misplaced, scale_suggested, what_is_odd, where_cells_are_odd
+from wsi.sanity import (
+    MISPLACED,
+    assumed_power,
+    places_of_cells,
+    scale_suggested,
+    what_is_odd,
+    where_cells_are_odd,
+)
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
@@ -61,10 +70,16 @@ USUAL_SHARE = (0.05, 0.8)  # of patches with a cell
 USUAL_DENSITY = (100, 20_000)  # nuclei per mm2 of tissue
 
 
-def describe_cells(count, crops, share, mpp):
-    """Returns a line on cells in crops at mpp um/px, or two with a warning; share: of patches with a cell."""
+def describe_cells(count, crops, share, mpp, outside=0):
+    """Returns a line on cells in crops at mpp um/px, or two with a warning.
+
+    share: of the patches that hold a cell; outside: the number of further cells that are outside their crop.
+    """
     density = count / (crops * (CROP * mpp / 1000) ** 2)  # per mm2
     line = f"{count} cells in {crops} crops, {density:.0f} per mm2; a cell in {share:.1%} of the patches"
+    if outside > MISPLACED * (count + outside):
+        return (f"{line}\nwarning: {outside} more cells lie outside of their crop; are they in px of the "
+                "slide?")
     if not USUAL_DENSITY[0] <= density <= USUAL_DENSITY[1]:
         return (f"{line}\nwarning: tissue has {USUAL_DENSITY[0]:,} to {USUAL_DENSITY[1]:,} nuclei per mm2; "
                 "are the um/px right, and is the stain H&E? python data.py look SLIDE shows it")
@@ -85,10 +100,13 @@ def tile_info(data, name):
     """Returns what a slide's tiles were cut from and with; None without tiles, or if their input has changed.
 
     "side" is a tile's side in level-0 px. The input has changed if the slide's file has another name, size or
-    hash, or if --slide-mpp or labels.csv give other um/px than it was cut with.
+    hash, or if --slide-mpp or labels.csv give other um/px than it was cut with. Without some of its tiles, as
+    after a partial copy, a slide is cut again.
     """
     info = read_json(tiles_folder(data) / f"{name}.json") if data.mpp else {}
     if "bounds" not in info or not file_identity(data.images[name]).items() <= info.items():
+        return None
+    if len(tiles_in(tiles_folder(data) / name)) != info["tiles"]:
         return None
     used, source = info["slide_mpp"], info["mpp_source"]
     if data.said_mpp(name) != (used if source == "labels.csv" else None):
@@ -96,6 +114,12 @@ def tile_info(data, name):
     if source == "--slide-mpp" and data.slide_mpp not in (None, used):
         return None
     return info | {"side": CROP * info["mpp"] / used}
+
+
+def tiles_in(folder):
+    """Returns the names of the tiles in a slide's folder, <x>_<y>.jpg and no stray files, sorted."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if re.fullmatch(r"\d+_\d+\.jpg", name))
 
 
 def tile_infos(data):
@@ -172,11 +196,11 @@ def level0_copy(data, name):
 def read_slide_cells(file, slide):
     """Returns the cells (K, 2) of an open Slide in level-0 px, whatever the format of the file.
 
-    Also returns a warning if their scale is assumed or if many lie outside of the slide or on its glass,
-    else "".
+    Also returns a warning if their scale is assumed, if many lie outside of the slide or on its glass, or if
+    much of the tissue has none, else "".
     """
     xy = read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
-    odd = [assumed_power(file, slide.power, slide.mpp), where_cells_are_odd(*misplaced(xy, slide))]
+    odd = [assumed_power(file, slide.power, slide.mpp), where_cells_are_odd(*places_of_cells(xy, slide))]
     warning = "; ".join(filter(None, odd))
     return xy, f"{warning} (python data.py look SLIDE --cells FILE shows them)" if warning else ""
 
@@ -274,7 +298,7 @@ def cells_of_crop(path, mpp, cells):
     elif cells is None:
         xy = segment_nuclei(pixels, mpp)
     else:
-        xy = read_cells(cells, slide_size=image.size)
+        xy = read_cells(cells, slide_mpp=mpp, slide_size=image.size)
     return CropCells(image.width, is_grey(pixels), xy * (CROP / image.width))
 
 

@@ -6,6 +6,7 @@ series: "CMU 1.svs - Series 0.geojson".
 """
 import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -52,15 +53,16 @@ def files_by_name(folder, names):
     A file belongs to the one image among names that it is most exactly named after.
     """
     ranked = {}
+    names = {unicodedata.normalize("NFC", name): name for name in names}
     for file_name in os.listdir(folder) if folder.is_dir() else []:
         ending = ending_of(file_name)
         if ending is None or file_name.startswith("."):
             continue
-        possible = image_names(file_name[: -len(ending)])
+        possible = image_names(unicodedata.normalize("NFC", file_name[: -len(ending)]))
         rank = next((rank for rank, name in enumerate(possible) if name in names), None)
         if rank is not None and os.path.isfile(folder / file_name):
             order = (rank, CELL_ENDINGS.index(ending), folder / file_name)
-            ranked.setdefault(possible[rank], []).append(order)
+            ranked.setdefault(names[possible[rank]], []).append(order)
     files = {}
     for name, ranks in ranked.items():
         files[name] = [path for _, _, path in sorted(ranks)]
@@ -133,7 +135,7 @@ def cell_files(data):
 
 
 def whose_cells(data):
-    """Returns a line for --prior auto: how many images have their cells in which folder."""
+    """Returns a line on how many images have their cells in which folder."""
     places = [place for place, _ in places_of(data)]
     counts = Counter()
     for file in cell_files(data).values():
@@ -142,7 +144,7 @@ def whose_cells(data):
         else:
             counts[f"in {next(place for place in places if place in file.parents)}/"] += 1
     numbers = ", ".join(f"{number} {place}" for place, number in counts.items())
-    return printable(f"cells of {len(data.images)} {data.kind} (--prior auto): {numbers}")
+    return printable(f"cells of {len(data.images)} {data.kind} (--prior {data.prior}): {numbers}")
 
 
 def builtin_folders(data):

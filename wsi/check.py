@@ -9,6 +9,7 @@ from common.flags import MAX_GIGAPIXELS
 from common.pool import call, in_processes
 from wsi import gdc
 from wsi.cache import (
+    cells_of_crop,
     describe_side,
     kept_cells,
     other_sides,
@@ -22,7 +23,7 @@ from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import files_in, first_of, not_read
 from wsi.pixels import is_grey
-from wsi.sanity import suggested_scale, what_is_odd
+from wsi.sanity import MISPLACED, suggested_scale, what_is_odd
 from wsi.slides import CROP, NoScale, Slide
 
 NO_SCALE = "not recorded"
@@ -199,21 +200,33 @@ def look_at_cells(path, slide_mpp, said_mpp, file):
     return odd
 
 
+def look_at_crop_cells(path, mpp, file):
+    """Returns a warning if many of a crop's cells lie outside of it, or ""."""
+    xy = cells_of_crop(path, mpp, file).xy
+    outside = ((xy < 0) | (xy >= CROP)).any(1).sum()
+    return f"{outside} of {len(xy)} cells lie outside of the crop" if outside > MISPLACED * len(xy) else ""
+
+
 def check_places(found, files, workers):
-    """Returns a warning for each slide whose cells may be misplaced; files: {slide: file of cells}.
+    """Returns a warning for each image whose cells may be misplaced; files: {image: file of cells}.
 
     Files that prepare() has read are not read again.
     """
     tasks = []
     warnings = []
+    look = look_at_cells
     for name, file in files.items():
         path = found.images[name]
+        if found.kind == "crops":
+            look = look_at_crop_cells
+            tasks.append((path, found.mpp or 1.0, file))
+            continue
         kept = kept_cells(found, name, file)
         if kept is None:
             tasks.append((path, found.slide_mpp, found.said_mpp(name), file))
         elif odd := str(kept.get("odd", "")):
             warnings.append(f"{path}: {file}: {odd}")
-    for (path, *_, file), odd, error in in_processes(look_at_cells, tasks, workers, "cells, files"):
+    for (path, *_, file), odd, error in in_processes(look, tasks, workers, "cells, files"):
         if error:
             warnings.append(error)
         elif odd:
@@ -242,7 +255,7 @@ def check_cells(found, broken, workers):
         except InputError as error:
             warnings.append(str(error))
             continue
-        if found.kind == "slides" and name not in broken and not is_builtin(found, file):
+        if name not in broken and not is_builtin(found, file):
             to_place[name] = file
     print("cells:", ", ".join(f"{kind} {n}" for kind, n in counts.most_common()))
     if missing and found.prior not in ("auto", "builtin"):

@@ -1,5 +1,6 @@
 """The commands of data.py: manifest, check, prepare, look."""
 import os
+import shlex
 from pathlib import Path
 
 from common.errors import Parser, exit_code_of, print_skipped, run_script
@@ -7,7 +8,7 @@ from common.flags import add_max_gigapixels, whole
 from common.pool import add_shard, call
 from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
-from wsi.datasets import add_data_flags, split_flags
+from wsi.datasets import add_data_flags, data_flags
 from wsi.gdc import PROJECTS, manifest
 from wsi.look import Cutting, look
 from wsi.splits import complete_split, find_data
@@ -77,10 +78,8 @@ def run(argv):
     if found.images:
         failed = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(failed)
-    mpp = f" --mpp {args.mpp:g}" if args.mpp else ""
-    data = " ".join([args.data, *split_flags(args.split, args.drop_shared)])
     print(f"Prepared {len(found.images) - len(failed)} {found.kind} in {found.work}/. "
-          f"Next: python train.py --data {data}{mpp}")
+          f"Next: python train.py {shlex.join(data_flags(args))}")
     return exit_code_of(failed)
 
 

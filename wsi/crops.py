@@ -1,11 +1,9 @@
 """From the cache to crops with their cells: which tiles a slide has, and which cells lie in each."""
-import os
-import re
 from typing import NamedTuple
 
 import numpy as np
 
-from wsi.cache import read_crop_cells, ready_cells, tile_info, tiles_folder, usable_crops
+from wsi.cache import read_crop_cells, ready_cells, tile_info, tiles_folder, tiles_in, usable_crops
 from wsi.cell_files import cell_files
 from wsi.slides import Slide
 
@@ -60,9 +58,8 @@ def cells_in_tiles(xy, corners, side):
 
 def tiles_of(data, name):
     """Returns the paths of a slide's tiles, sorted by name, and their corners (T, 2) in level-0 px."""
-    folder = str(tiles_folder(data) / name)
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    names = [file for file in names if re.fullmatch(r"\d+_\d+\.jpg", file)]  # <x>_<y>.jpg and no stray file
+    folder = tiles_folder(data) / name
+    names = tiles_in(folder)
     corners = np.array([file.removesuffix(".jpg").split("_") for file in names])
     return [f"{folder}/{file}" for file in names], corners.astype(np.int64).reshape(-1, 2)
 

@@ -93,7 +93,7 @@ def run_name(data, split=None, drop_shared=False):
 
 def split_flags(split, drop_shared):
     """Returns --split and --drop-shared as a command line has them, [] if they are not given."""
-    flags = ["--split", split] if split else []
+    flags = ["--split", str(split)] if split else []
     return flags + ["--drop-shared"] if drop_shared else flags
 
 
@@ -135,6 +135,18 @@ DATA_FLAGS = {
         help="with --split: slides of patients who are in two splits leave training, so that no test patient "
              "is seen; without the flag they are counted and the split is taken as published"),
 }
+
+
+def data_flags(args):
+    """Returns the DATA_FLAGS of a command line whose values are not the defaults, as words."""
+    words = []
+    for name, flag in DATA_FLAGS.items():
+        value = getattr(args, name[2:].replace("-", "_"))
+        if value is True:
+            words.append(name)
+        elif value != flag.get("default", None) and value is not False:
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
 
 
 def add_data_flags(add, *names, required=False):

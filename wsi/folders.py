@@ -4,16 +4,20 @@ The user's folder is only read: tiles, cells and the split are written to datase
 """
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import InputError, check_mpp, one_line, printable
 from common.files import files_under, read_csv, read_json, write_json
 from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
-from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, why_not_read
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, slide_name, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
+COLUMNS = {  # of labels.csv; slide_id and case_id are CLAM's
+    "slides": ("slide", "slide_id", "label", "patient", "case_id", "split", "mpp"),
+    "crops": ("image", "label", "patient", "case_id", "group", "source_tile", "split")}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test"}  # as labels.csv may have them
 
@@ -105,7 +109,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
         missing = f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}"
     if not source.is_dir():
         raise InputError(missing)
-    kind, images, rows = read_layout(data, source)
+    kind, images, rows, warnings = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
         others = not_read(source) + [f"put them into {source}/slides/"] if kind == "slides" else []
@@ -113,36 +117,57 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     paper_prior = DATASETS.get(data, OWN).prior
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
     if rows:
-        found.labels, found.pretrain_only, found.absent, found.warnings = check_rows(rows, images, kind)
-        for line in found.warnings:
-            print("warning:", line)
+        found.labels, found.pretrain_only, found.absent, more = check_rows(rows, images, kind)
+        warnings = warnings + more
         found.classes = sorted({row["label"] for row in found.labels.values()})
     if data in PATCH_SETS:
         found.classes = list(DATASETS[data].classes)
+    found.warnings = warnings
+    for line in warnings:
+        print("warning:", line)
     return found
 
 
 def read_layout(data, source):
-    """Returns a folder's kind, {name: file} and label rows (see labels_row), [] without labels."""
+    """Returns a folder's kind, {name: file}, label rows (see labels_row), [] without labels, and warnings."""
     if data in PATCH_SETS:
         rows = read_mhist(source) if data == "mhist" else read_chaoyang(source)
         folder = source / "images" if data == "mhist" else source
-        return "crops", image_files(rows, folder), rows
+        return "crops", image_files(rows, folder), rows, []
     table = find_table(source)
-    names, rows = read_table(table) if table else ([], [])
-    if "image" in names:
+    if table is None:
+        return *images_without_labels(source), [], unread_tables(source)
+    names, rows = read_table(table)
+    kind = "crops" if "image" in names else "slides"
+    unread = sorted(set(names) - {"", *COLUMNS[kind]})
+    warnings = named(unread, f"{table}: these columns are not read (those of {kind} are "
+                     f"{', '.join(COLUMNS[kind])})")
+    if kind == "crops":
         rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
-        return "crops", image_files(rows, source), rows
+        return kind, image_files(rows, source), rows, warnings
     if has_crops(source):
-        if table:
-            raise InputError(f"{table}: labels slides, but {source} holds crops; the columns for crops are "
-                             "image,label, where image is crops/...")
-        files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
-        return "crops", {str(path.relative_to(source / "crops")): path for path in files}, []
+        raise InputError(f"{table}: labels slides, but {source} holds crops; the columns for crops are "
+                         "image,label, where image is crops/...")
     images = find_slides(files_in(source))
     rows = [labels_row(table, line, row, slide_of(row.get("slide") or row.get("slide_id", ""), images))
             for line, row in rows]
-    return "slides", images, bright_rows(rows, data) if data in ("bright3", "bright6") else rows
+    return kind, images, bright_rows(rows, data) if data in ("bright3", "bright6") else rows, warnings
+
+
+def images_without_labels(source):
+    """Returns the kind and {name: file} of a folder without labels.csv."""
+    if not has_crops(source):
+        return "slides", find_slides(files_in(source))
+    files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
+    return "crops", {str(path.relative_to(source / "crops")): path for path in files}
+
+
+def unread_tables(source):
+    """Returns a warning if a folder without labels.csv has a file that is probably meant to be it."""
+    names = [path.name for path in source.iterdir()
+             if re.fullmatch(r"labels?[\w. ]*\.(csv|tsv|txt|xlsx?)", path.name.lower())]
+    return named(sorted(names), f"{source}: has no labels.csv, so all its images are for pre-training; "
+                 "is it this file?")
 
 
 def find_table(source):
@@ -233,9 +258,30 @@ def image_files(rows, folder):
 
 
 def slide_of(name, images):
-    """Returns the name of a slide that labels.csv lists with or without its file's extension."""
+    """Returns the name of a slide that labels.csv lists with or without its file's extension.
+
+    Umlauts of macOS (NFD, two characters) and of other systems (NFC, one) are the same.
+    """
     known_ending = Path(name).suffix.lower() in SLIDE_TYPES
-    return Path(name).stem if name not in images and known_ending else name
+    name = Path(name).stem if name not in images and known_ending else name
+    if name in images or name.isascii():
+        return name
+    same = [image for image in images if unicodedata.normalize("NFC", image)
+            == unicodedata.normalize("NFC", name)]
+    return same[0] if same else name
+
+
+def mpp_in_table(path):
+    """Returns the um/px of a slide file in the labels.csv of its data set's folder, or None."""
+    folder = next((parent.parent for parent in path.parents if parent.name == "slides"), path.parent)
+    table = find_table(folder)
+    names, rows = read_table(table) if table else ([], [])
+    images = {slide_name(path): path}
+    for line, row in rows:
+        name = slide_of(row.get("slide") or row.get("slide_id", ""), images)
+        if name in images:
+            return labels_row(table, line, row, name)["mpp"]
+    return None
 
 
 # ---------------------------------------------------------------- labels
@@ -289,7 +335,9 @@ def labels_row(path, line, row, name):
     except (ValueError, InputError):
         raise InputError(f"{path}: line {line}: mpp {row['mpp']!r} is not the um/px of a slide "
                          "(0.5 is 20x)") from None
-    columns = ("patient", "case_id", "group", "source_tile")  # case_id: CLAM's
+    columns = ["patient", "case_id"]
+    if "image" in row:
+        columns += ["group", "source_tile"]
     patient = next((row[name] for name in columns if row.get(name)), "")
     return {"where": f"{path}: line {line}", "name": name, "label": row.get("label", ""), "patient": patient,
             "split": row.get("split", "").lower(), "mpp": mpp}
@@ -384,8 +432,16 @@ def check_rows(rows, images, kind):
                "those of test patients; to classify them, add rows with their label"),
         *named(unknown, f"{table}: {len(unknown)} of {len(images)} slides have no row and are not used; to "
                "use them for pre-training, add rows with their patient and an empty label")]
-    if len({row["label"] for row in labels.values()}) < 2:
-        raise InputError(f"{table}: fewer than two classes among the {len(labels)} rows that have a file")
+    of_no_patient = [row["name"] for row in rows if not row["patient"] and not tcga_patient(row["name"])]
+    if len(of_no_patient) < len(rows):
+        warnings += named(of_no_patient, f"{table}: {len(of_no_patient)} of {len(rows)} rows have no patient "
+                          "and count as one each, who may be in two splits; fill in the column")
+    if absent and not labels and not pretrain_only:
+        raise InputError(f"{table}: none of its {kind} has a file; it names {first_of(list(absent))}, the "
+                         f"files are named {first_of(sorted(images))}")
+    if labels and len({row["label"] for row in labels.values()}) < 2:
+        raise InputError(f"{table}: fewer than two classes among the {len(labels)} rows that have a file; to "
+                         "pre-train only, leave all labels empty")
     has_split = [bool(row["split"]) for row in labels.values()]
     if any(has_split) and not all(has_split):
         raise InputError(f"{table}: some lines have a split and others have none; fill in all or none")

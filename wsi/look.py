@@ -17,7 +17,7 @@ from common.figures import draw_prior, save_figure, squares
 from prior import bin_centroids
 from wsi.cache import describe_cells, read_slide_cells
 from wsi.cells import read_cells
-from wsi.folders import find_folder
+from wsi.folders import find_folder, mpp_in_table
 from wsi.sanity import USUAL, scale_suggested, what_is_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
@@ -102,7 +102,7 @@ def look_at_slide(path, cutting, cells, points, out):
     mpp = cutting.mpp
     with tempfile.TemporaryDirectory() as folder:
         with scale_suggested(path, cutting.gigapixels):
-            slide = cut_tiles(path, Path(folder), mpp, cutting.slide_mpp, cutting.tissue, None,
+            slide = cut_tiles(path, Path(folder), mpp, cutting.slide_mpp, cutting.tissue, mpp_in_table(path),
                               cutting.gigapixels)
         files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
         corners = np.array([file.stem.split("_") for file in files]).astype(np.int64)
@@ -206,7 +206,7 @@ def draw(slide, scale, corners, side, shown, mpp, out):
     height_above = 4.5 * min(2, max(0.5, rows / width))  # inches
     height_below = 2 * 4.7
     figure = Figure(figsize=(13 * columns / 3, height_above + height_below), layout="constrained")
-    figure.suptitle(slide.path.name, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(slide.path.name, fontsize=11, x=0.01, ha="left", parse_math=False)
     above, below = figure.subfigures(2, 1, height_ratios=(height_above, height_below))
     images = (picture, tissue_mask(picture, unit * slide.mpp), picture)
     titles = (scale, "tissue (white)", f"{len(corners)} tiles of {CROP} px at {mpp:g} um/px")

@@ -18,6 +18,8 @@ USUAL = sum(NUCLEUS) / 2  # um: the nucleus that suggests a scale, and that is d
 WHITE = 190  # of 255: background is at least that bright
 CAST = 45  # of 255: and its channels differ by at most that much
 H_AND_E = 0.5  # least share of what is not white that has the colours of H&E
+SQUARE = 250  # um: the side of a square of tissue that is asked for a cell
+EMPTY = 0.3  # share of such squares without a cell: 0 for true cells of 38 images, 0.7 for a third of a slide
 MISPLACED = 0.08  # share of cells outside of the slide or on glass: up to 0.038 for true cells (docs/data.md)
 REGIONS = 4  # the regions with most tissue that are measured
 REGION = 1024  # their side in px at about WORK_MPP
@@ -102,16 +104,26 @@ def what_is_odd(slide):
     return odd
 
 
-def misplaced(xy, slide):
-    """Returns the shares of cells (K, 2), in level-0 px, that lie outside of a Slide and on its glass."""
-    if not len(xy):
-        return 0.0, 0.0
+def places_of_cells(xy, slide):
+    """Returns where cells (K, 2), in level-0 px, lie: the shares outside of a Slide, on its glass, and empty.
+
+    empty: the share of the tissue, in squares of SQUARE um, that has no cell.
+    """
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
     mask = tissue_mask(picture, unit * slide.mpp)
     inside = ((xy >= 0) & (xy < (slide.width, slide.height))).all(1)
     rows, columns = mask.shape
     x, y = np.minimum(xy[inside] / unit, (columns - 1, rows - 1)).astype(int).T
-    return float((~inside).mean()), float((~mask[y, x]).sum() / len(xy))
+    side = max(1, round(SQUARE / (unit * slide.mpp)))  # px of the mask
+    tissue = np.zeros((-(-rows // side), -(-columns // side)))
+    cells = tissue.copy()
+    np.add.at(tissue, tuple(index // side for index in np.nonzero(mask)), 1)
+    np.add.at(cells, (y // side, x // side), 1)
+    filled = tissue >= side ** 2 / 2
+    empty = float((cells[filled] == 0).mean()) if filled.any() else 0.0
+    if not len(xy):
+        return 0.0, 0.0, empty
+    return float((~inside).mean()), float((~mask[y, x]).sum() / len(xy)), empty
 
 
 def assumed_power(path, power, slide_mpp):
@@ -125,12 +137,15 @@ def assumed_power(path, power, slide_mpp):
             f"assumed, from {slide_mpp:g} um/px")
 
 
-def where_cells_are_odd(outside, on_glass):
-    """Returns a warning about cells with these misplaced shares, or ""."""
-    if outside + on_glass <= MISPLACED:
-        return ""
-    return (f"{outside:.0%} of the cells lie outside of the slide and {on_glass:.0%} on its glass: wrong "
-            "scale, um instead of px, x and y exchanged, or the file of another slide?")
+def where_cells_are_odd(outside, on_glass, empty):
+    """Returns a warning about cells with these shares (places_of_cells), or ""."""
+    if outside + on_glass > MISPLACED:
+        return (f"{outside:.0%} of the cells lie outside of the slide and {on_glass:.0%} on its glass: wrong "
+                "scale, um instead of px, x and y exchanged, or the file of another slide?")
+    if empty > EMPTY:
+        return (f"{empty:.0%} of the tissue has no cell, so that it counts as background: is the file empty, "
+                "or was only part of the slide segmented?")
+    return ""
 
 
 def suggested_scale(path, gigapixels):

@@ -16,11 +16,12 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from common.errors import InputError, Parser, one_line, run_script
-from common.files import atomic_write, files_under, stamp
+from common.files import atomic_write, check_writable, files_under, read_npz, stamp
 from common.flags import MPP, add_max_gigapixels, whole
 from common.pool import call, in_processes
 from prior import DETECTOR, WORK_MPP, density_and_slopes, downsample_factor, segment_nuclei, thresholds_of
 from wsi.datasets import add_data_flags
+from wsi.folders import mpp_in_table
 from wsi.label_images import label_centroids
 from wsi.slides import (
     MASK_MPP,
@@ -268,19 +269,20 @@ def slides_by_name(paths):
 
 
 def segment(slides, segmenter, out, slide_mpp, mpp, workers, max_gigapixels):
-    """Segments each slide that has no cells yet; returns 1 if a slide failed, else 0."""
+    """Segments each slide that has no cells yet, or those of other settings; returns 1 if a slide failed."""
     if workers is None:
         workers = 1 if segmenter == "cellpose" else os.cpu_count() or 1
     files = slides_by_name(slides)
+    check_writable(out / segmenter)
     tasks = []
     failed = {}
     for name, path in files.items():
-        if (out / segmenter / f"{name}.npz").is_file():
-            continue
-        slide, error = call(Slide, (path, slide_mpp, None, max_gigapixels))
+        slide, error = call(Slide, (path, slide_mpp, mpp_in_table(path), max_gigapixels))
         if error:
             failed[path] = error
-        else:
+            continue
+        kept = read_npz(out / segmenter / f"{name}.npz", "source")
+        if not kept or str(kept["source"]) != source_of(path, slide.mpp, segmenter, mpp):
             tasks.append((path, slide.mpp))
         slide = None  # a plain image would stay decoded in memory
     if tasks and segmenter != "builtin":

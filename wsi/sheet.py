@@ -88,7 +88,7 @@ def draw_page(title, entries, out):
     columns = min(COLUMNS, len(entries))
     rows = -(-len(entries) // columns)
     figure = Figure(figsize=(max(6, 2.6 * columns), 3.2 * rows + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -101,5 +101,6 @@ def draw_page(title, entries, out):
             label += "\n" + fill(entry.caption, 34)
         else:
             axis.text(0.5, 0.5, fill(entry, 40), ha="center", va="center", fontsize=7, color="#d00000")
-        axis.text(0.5, -0.02, label, transform=axis.transAxes, ha="center", va="top", fontsize=8)
+        axis.text(0.5, -0.02, label, transform=axis.transAxes, ha="center", va="top", fontsize=8,
+                  parse_math=False)
     save_figure(figure, out, dpi=100)

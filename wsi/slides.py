@@ -228,6 +228,10 @@ class Slide:
                 warning = f"{source} is {mpp:g} um/px, labels.csv's {said_mpp:g} is used"
             return said_mpp, "labels.csv", warning
         if mpp:
+            if slide_mpp and not 1 / 1.01 <= mpp / slide_mpp <= 1.01:
+                unused = (f"--slide-mpp {slide_mpp:g} is not used, since {source} is {mpp:g} um/px; a column "
+                          "mpp in labels.csv comes first")
+                warning = f"{warning}; {unused}" if warning else unused
             return mpp, source, warning
         if slide_mpp:
             return slide_mpp, "--slide-mpp", warning

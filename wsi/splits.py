@@ -5,6 +5,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.files import read_csv, write_csv
+from common.pool import call
 from wsi.folders import SPLIT_NAMES, find_folder, first_of, patient_of, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
 from wsi.slides import file_identity
@@ -33,7 +34,8 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
         if other != row["split"]:
             raise InputError(
                 f"{found.source}: patient {row['patient']!r} is in {other} and in {row['split']} ({name}); "
-                f"keep a patient in one split, in labels.csv or {found.work}/split.csv")
+                f"keep a patient in one split, in labels.csv or {found.work}/split.csv (delete it to draw a "
+                "new split)")
     return found
 
 
@@ -139,6 +141,16 @@ def check_classes(found, names):
                              "change the split")
 
 
+def warn_of_untestable(found):
+    """Prints a line if no encoder that is trained on these slides can be evaluated on them."""
+    if found.kind == "slides" and not found.labels:
+        print(f"{found.source}: no labels: all slides are trained on, none is left for testing")
+    elif found.kind == "slides":
+        _, error = call(check_classes, (found, found.images))
+        if error:
+            print(f"warning: {error}; eval.py will refuse the encoder")
+
+
 # ---------------------------------------------------------------- what an encoder was trained on
 
 def training_record(found, names):
@@ -159,7 +171,7 @@ def seen_images(found, names, trained_on):
     trained_on: the encoder's training_record. Seen are images that it was trained on, or on another image of
     their patient; those of patients whom a published split has in two splits are the second list. Images are
     the same if their names and file hashes are (in an older encoder.pt: sizes). A patient's name counts
-    within one data set, a TCGA patient's in all.
+    within one data set (check_unseen warns of it in others), a TCGA patient's in all.
     """
     same_data = trained_on["data"] == found.name
     names_of = found.names_of_patients()
@@ -198,6 +210,10 @@ def check_unseen(found, names, trained_on, path, advice=ADVICE):
     if shared:
         print(f"warning: {path}: was trained on other slides of the patients of {len(shared)} of these "
               f"{len(names)} test slides, as {found.split_file} has it")
+    patients = sorted({found.labels[name]["patient"] for name in names} & set(trained_on["patients"]))
+    if trained_on["data"] != found.name and patients:
+        print(f"warning: {path}: was trained on {trained_on['data']}, which has {len(patients)} of these "
+              f"patients' names, too ({first_of(patients)}): if they are the same, {advice}")
     images = trained_on["images"]
     rows = found.absent | found.pretrain_only | found.labels
     unknown = [name for name in images if name in trained_on["patients"] and name not in rows]

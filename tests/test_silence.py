@@ -1,0 +1,174 @@
+"""What users' folders get wrong is reported: columns, patients, parts of slides, changed inputs."""
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from synthetic import prepared, refused, saved, slides_named, times, tissue, write, write_table
+from test_train import CPU, FOLDER, SET
+
+import data
+import dirl
+import eval as eval_py
+import train
+from common.encoders import MEAN, STD, save_encoder
+from common.figures import draw_maps, save_figure
+from common.files import read_csv
+from wsi.cache import ready_cells, tile_info
+from wsi.cell_files import cell_files
+from wsi.folders import mpp_in_table
+from wsi.splits import check_unseen, find_data
+
+# ---------------------------------------------------------------- labels.csv
+
+@pytest.mark.parametrize("head, rows, says", [
+    ("slide,label,patient_id,age", ["a,A,p,1", "b,B,q,2"], "not read (those of slides are slide, slide_id,"),
+    ("slide,label,group", ["a,A,p", "b,B,p"], "not read"),
+    ("slide,label,patient", ["a,A,p", "b,B,"], "1 of 2 rows have no patient")])
+def test_columns_and_patients_that_are_not_read_are_named(place, capsys, head, rows, says):
+    slides_named(place / "s", "ab")
+    write_table(place / "s" / "labels.csv", head, rows)
+    found = find_data("s", 1.0)
+    assert says in capsys.readouterr().out and len(found.warnings) == 1
+    assert len({row["patient"] for row in found.labels.values()}) == 2
+
+
+def test_a_file_that_was_meant_to_be_labels_csv_is_named(place, capsys):
+    slides_named(place / "s", "ab")
+    write_table(place / "s" / "Label.csv", "slide,label", ["a,A", "b,B"])
+    assert find_data("s", 1.0).warnings and "s: has no labels.csv" in capsys.readouterr().out
+
+
+def test_labels_that_are_all_empty_are_for_pretraining(place):
+    slides_named(place / "s", "ab")
+    write_table(place / "s" / "labels.csv", "slide,label,patient", ["a,,p", "b,,q"])
+    found = find_data("s", 1.0)
+    assert found.labels == {} and found.split("train") == ["a", "b"]
+
+
+def test_excels_line_of_the_separator_is_skipped(tmp_path):
+    write(tmp_path / "a.csv", "sep=;\nslide;label\na;A\n")
+    assert read_csv(tmp_path / "a.csv")[1] == [(3, {"slide": "a", "label": "A"})]
+
+
+def test_umlauts_of_macos_are_those_of_other_systems(place):
+    decomposed, composed = (unicodedata.normalize(form, "Drüse") for form in ("NFD", "NFC"))
+    slides_named(place / "s", [decomposed, "b"])
+    write_table(place / "s" / "labels.csv", "slide,label", [f"{composed},A", "b,B"])
+    file = write(place / "s" / "cells" / f"{composed}.csv", "x,y\n1,1\n")
+    found = find_data("s", 1.0)
+    assert set(found.labels) == {decomposed, "b"} and cell_files(found)[decomposed].samefile(file)
+
+
+def test_patients_of_the_same_name_in_another_data_set_are_reported(place, capsys):
+    slides_named(place / "s", "ab")
+    write_table(place / "s" / "labels.csv", "slide,label,patient,split", ["a,A,p,test", "b,B,q,train"])
+    found = find_data("s", 1.0)
+    for patients, warns in ((["p", "x"], True), (["x"], False)):
+        capsys.readouterr()
+        check_unseen(found, ["a"], {"data": "other", "images": {}, "patients": patients}, "r/encoder.pt")
+        assert ("other, which has 1 of these patients' names, too (p)" in capsys.readouterr().out) == warns
+
+
+def test_training_says_that_its_encoder_cannot_be_evaluated(place, folder, capsys):
+    write_table(folder / "labels.csv", "slide,label,patient,split", [
+        f"{label}_{i},{label},p{label}{i},{split}" for label in ("glands", "nests")
+        for i, split in enumerate(("train", "train", "val", "val" if label == "nests" else "test"))])
+    assert train.main([*FOLDER, "--max-steps", "1", "--method", "baseline"]) == 0
+    assert "no usable test slide of nests; add slides or change the split; eval.py will" in (
+        capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------- um/px of one slide
+
+def test_labels_csv_gives_a_single_slide_its_um_per_px(place, capsys):
+    saved(place / "s" / "slides" / "more" / "a.png", array=tissue(448))
+    write_table(place / "s" / "labels.csv", "slide,label,patient,mpp", ["a.png,,p,0.5"])
+    path = Path("s/slides/more/a.png")
+    assert mpp_in_table(path) == 0.5 and mpp_in_table(Path("in/slides/good.png")) is None
+    assert data.main(["look", str(path), "--mpp", "1", "--workers", "1"]) == 0
+    assert "0.5 um/px by labels.csv" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- tiles and cells
+
+def test_a_slide_without_some_of_its_tiles_is_cut_again(place):
+    saved(place / "in" / "slides" / "good.png", array=tissue(448))
+    found, failed = prepared("in", 1.0, slide_mpp=1.0)
+    assert failed == [] and tile_info(found, "good")["tiles"] == 4
+    tiles = sorted((place / "datasets/in/crops/1um/good").iterdir())
+    tiles[1].unlink()
+    assert tile_info(found, "good") is None
+    prepared("in", 1.0, slide_mpp=1.0)
+    assert tiles[1].is_file() and tile_info(found, "good")
+
+
+def test_an_empty_file_of_cells_is_reported(place, capsys):
+    write(place / "in" / "cells" / "good.json", json.dumps({"mag": None, "nuc": {}}))
+    found, _ = prepared("in", 1.0, slide_mpp=1.0)
+    assert "100% of the tissue has no cell" in capsys.readouterr().out
+    assert len(ready_cells(found, "good")) == 0
+
+
+def test_cells_outside_of_ready_cut_crops_are_reported(place, capsys):
+    for name in "ab":
+        saved(place / "c" / "crops" / f"{name}.png", array=tissue(224))
+        write_table(place / "c" / "cells" / f"{name}.csv", "x,y", ["1000,1000", "2000,30", "5,5"])
+    assert data.main(["check", "--data", "c", "--mpp", "1", "--workers", "1"]) == 1
+    assert "2 of 3 cells lie outside of the crop" in capsys.readouterr().out
+    assert train.main(["--data", "c", "--mpp", "1", "--arch", "vit_t4", "--batch", "2", "--epochs", "1",
+                       "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0", "--global-size",
+                       "32", "--max-steps", "1", *CPU]) == 0
+    assert "2 cells in 2 crops" in (out := capsys.readouterr().out) and "4 more cells lie outside" in out
+
+
+def test_a_run_does_not_resume_with_other_cells(place, folder, capsys):
+    assert train.main([*FOLDER, "--max-steps", "1"]) == 0
+    write_table(folder / "cells" / "glands_0.csv", "x,y", ["100,100", "300,300"])
+    refused(capsys, train.main, FOLDER, "was started with", "places")
+    (folder / "cells" / "glands_0.csv").unlink()
+    assert train.main([*FOLDER, "--max-steps", "1"]) == 0
+
+
+def test_eval_draws_the_cells_that_the_run_learned_from(place, folder, capsys):
+    for image in (folder / "slides").iterdir():
+        write_table(folder / "cells" / "cellpose" / f"{image.stem}.csv", "x,y", ["100,100"])
+    assert train.main([*FOLDER, "--prior", "cellpose"]) == 0
+    capsys.readouterr()
+    assert eval_py.main([*SET, "--repeats", "1", "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "cells of 8 slides (--prior cellpose): 8 in tiny set/cells/cellpose/" in out
+    assert "patches with a cell                                0.0051" in out
+
+
+# ---------------------------------------------------------------- names, folders
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+    picture = torch.full((8, 8, 3), 200, dtype=torch.uint8).numpy()
+    heat = torch.rand(8, 8).numpy()
+    save_figure(draw_maps(picture, {"DSMIL": {"A": heat}}, "case$12_$3: A$_$"), tmp_path / "a.png")
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_slides_are_cut(place, folder, capsys):
+    write(place / "file", "")
+    refused(capsys, train.main, [*FOLDER, "--run", "file/run"], "file/run: cannot be written")
+    assert not (place / "datasets").exists() and times(place / "runs", "*") == {}
+
+
+def test_the_next_command_is_the_same_data_set(place, folder, capsys):
+    argv = ["prepare", *SET[:-2], "--prior", "builtin"]  # without --device
+    assert data.main(argv) == 0
+    assert ("Next: python train.py --data 'tiny set' --mpp 2 --slide-mpp 1 --tissue 0.3 --prior builtin"
+            in capsys.readouterr().out)
+
+
+def test_another_um_per_px_than_the_encoders_is_reported(place, folder, capsys):
+    encoder = dirl.ARCHS["vit_t4"](mean=MEAN, std=STD)
+    trained_on = {"data": "x", "images": {}, "patients": []}
+    save_encoder(place / "e.pt", encoder, arch="vit_t4", method="dirl", data="x", mpp=2.0, step=1,
+                 trained_on=trained_on)
+    argv = ["--checkpoint", "e.pt", "--repeats", "1", "--epochs", "1", *SET]
+    argv[argv.index("--mpp") + 1] = "1"
+    assert eval_py.main(argv) == 0
+    assert "e.pt: was trained at 2 um/px and is measured at 1" in capsys.readouterr().out
