@@ -18,7 +18,7 @@ from common.files import read_csv
 from wsi.cache import ready_cells, tile_info
 from wsi.cell_files import cell_files
 from wsi.folders import mpp_in_table
-from wsi.splits import check_unseen, find_data
+from wsi.splits import check_unseen, find_data, warn_of_untestable
 
 # ---------------------------------------------------------------- labels.csv
 
@@ -71,13 +71,15 @@ def test_patients_of_the_same_name_in_another_data_set_are_reported(place, capsy
         assert ("other, which has 1 of these patients' names, too (p)" in capsys.readouterr().out) == warns
 
 
-def test_training_says_that_its_encoder_cannot_be_evaluated(place, folder, capsys):
-    write_table(folder / "labels.csv", "slide,label,patient,split", [
-        f"{label}_{i},{label},p{label}{i},{split}" for label in ("glands", "nests")
-        for i, split in enumerate(("train", "train", "val", "val" if label == "nests" else "test"))])
-    assert train.main([*FOLDER, "--max-steps", "1", "--method", "baseline"]) == 0
-    assert "no usable test slide of nests; add slides or change the split; eval.py will" in (
-        capsys.readouterr().out)
+def test_training_says_that_its_encoder_cannot_be_evaluated(place, capsys):
+    slides_named(place / "s", "abcd")
+    rows = ["a,A,p,train", "b,B,q,train", "c,A,r,test", "d,A,s,val"]
+    write_table(place / "s" / "labels.csv", "slide,label,patient,split", rows)
+    warn_of_untestable(find_data("s", 1.0))
+    assert "no usable test slide of B; add slides or change the split; eval.py" in capsys.readouterr().out
+    (place / "s" / "labels.csv").unlink()
+    warn_of_untestable(find_data("s", 1.0))
+    assert "all slides are trained on" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- um/px of one slide
@@ -131,7 +133,7 @@ def test_a_run_does_not_resume_with_other_cells(place, folder, capsys):
     assert train.main([*FOLDER, "--max-steps", "1"]) == 0
 
 
-def test_eval_draws_the_cells_that_the_run_learned_from(place, folder, capsys):
+def test_eval_draws_the_cells_that_the_run_learned_from(place, folder, capsys, blank_figures):
     for image in (folder / "slides").iterdir():
         write_table(folder / "cells" / "cellpose" / f"{image.stem}.csv", "x,y", ["100,100"])
     assert train.main([*FOLDER, "--prior", "cellpose"]) == 0
@@ -163,12 +165,10 @@ def test_the_next_command_is_the_same_data_set(place, folder, capsys):
             in capsys.readouterr().out)
 
 
-def test_another_um_per_px_than_the_encoders_is_reported(place, folder, capsys):
+def test_another_um_per_px_than_the_encoders_is_reported(place, capsys):
     encoder = dirl.ARCHS["vit_t4"](mean=MEAN, std=STD)
     trained_on = {"data": "x", "images": {}, "patients": []}
     save_encoder(place / "e.pt", encoder, arch="vit_t4", method="dirl", data="x", mpp=2.0, step=1,
                  trained_on=trained_on)
-    argv = ["--checkpoint", "e.pt", "--repeats", "1", "--epochs", "1", *SET]
-    argv[argv.index("--mpp") + 1] = "1"
-    assert eval_py.main(argv) == 0
+    eval_py.open_networks(eval_py.slides_arguments(["--data", "in", "--checkpoint", "e.pt", "--mpp", "1"]))
     assert "e.pt: was trained at 2 um/px and is measured at 1" in capsys.readouterr().out
