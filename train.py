@@ -462,7 +462,7 @@ def announce(args, run, data, settings, start, encoder):
     print(f"{len(data.crops)} crops of {len(data.trained_on['images'])} {data.found.kind}, "
           f"{settings.schedules.steps} steps of {args.batch} ({args.epochs} epochs), {args.method} "
           f"{args.arch} on {args.device} in {run.config['precision']}{resumed}")
-    if not start:
+    if not start and len(data.crops) > 1:
         ratio = contrast_at_start(encoder, data.crops, settings)
         print(f"at the start f varies {ratio:.2f} times as much between crops as between two views of one")
 

@@ -19,7 +19,7 @@ from common.log import PROBED, read_log
 from data import spread
 
 RECORDED = Path(__file__).parent / "recorded.npz"
-BYTES = 4_000_000  # of attention; if the runs have more, all keep the same, evenly spread crops
+BYTES = 6_000_000  # of attention; if the runs have more, all keep the same, evenly spread crops
 NETWORKS = {  # arms of experiments.study, in the order of the lab's tables
     "random": "random start", "baseline": "DINO", "cellback": "Cellback", "dirl": "DiRL",
     "shuffled": "DiRL, shuffled prior", "two_heads": "DINO, two heads", "registers": "DINO, registers",
