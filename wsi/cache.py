@@ -6,13 +6,13 @@ level-0 px. What was computed from another file or with other settings is recomp
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 from common.errors import InputError, check_mpp, printable
 from common.files import atomic_write, read_json, read_npz
@@ -472,8 +472,9 @@ def load_crops(paths, workers):
         images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         return i, side, is_grey(pixels)
 
-    results = thread_map(lambda i: call(load, (paths[i], i)), range(len(paths)), desc="images", leave=False,
-                         max_workers=max(1, workers))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        loading = pool.map(lambda i: call(load, (paths[i], i)), range(len(paths)))
+        results = list(tqdm(loading, "images", len(paths), leave=False))
     failed = [error for _, error in results if error]
     loaded = [result for result, _ in results if result]
     counts = sorted(Counter(side for _, side, _ in loaded).items())

@@ -7,11 +7,12 @@ import json
 import re
 import shlex
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 from common.errors import InputError, one_line, printable
 from common.files import atomic_write, files_under, read_csv, write_csv
@@ -162,5 +163,7 @@ def md5_check(folder, manifest_path):
     if not rows or any("filename" not in row or "md5" not in row for row in rows):
         raise InputError(f"{manifest_path}: no rows of filename, md5; python data.py manifest writes it")
     files = {path.name: path for path in files_under(folder)}
-    statuses = thread_map(lambda row: file_status(row, files), rows, max_workers=4, desc="md5", leave=False)
-    return [(row["filename"], status) for row, status in zip(rows, statuses)]
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the interpreter's lock
+        statuses = pool.map(lambda row: file_status(row, files), rows)
+        bar = tqdm(statuses, "md5", len(rows), leave=False)
+        return [(row["filename"], status) for row, status in zip(rows, bar)]
