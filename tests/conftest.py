@@ -1,4 +1,4 @@
-"""Loads fixtures.py where tests run: the process that only hands them out with -n need not wait for torch."""
+"""Loads shared_fixtures.py where tests run: the process that hands them out (-n) need not wait for torch."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are loaded; also of the scripts that tests start
@@ -7,4 +7,4 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are loaded; also o
 def pytest_configure(config):
     hands_out = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
     if not hands_out:
-        config.pluginmanager.import_plugin("fixtures")
+        config.pluginmanager.import_plugin("shared_fixtures")
