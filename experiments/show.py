@@ -258,13 +258,14 @@ def draw_claim(runs, curves):
 
 
 def draw_map(axis, runs, curves, colors):
-    """Draws each run's probes as a line that ends in a large dot; the random start as measured at the end."""
+    """Draws each measured run's probes as a line that ends in a large dot; the random start as measured."""
     handles = {}
+    measured = {(arm, run.seed) for arm, of_arm in runs.items() for run in of_arm}
     for run in runs.get("random", []):
         place = (run.values["accuracy, 20-NN"][0], 100 * run.values[MIDDLE][0])
         handles["random (all test images)"], = axis.plot(*place, "x", color=colors["random"])
-    for (arm, _), curve in curves.items():
-        if curve:
+    for (arm, seed), curve in curves.items():
+        if curve and (arm, seed) in measured:
             middle = [100 * probe[1] for probe in curve.values()]
             accuracy = [probe[3] for probe in curve.values()]
             axis.plot(accuracy, middle, "o-", ms=3, lw=1, color=colors[arm])
