@@ -8,7 +8,7 @@ from common.flags import add_max_gigapixels, whole
 from common.pool import add_shard, call
 from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
-from wsi.datasets import add_data_flags, data_flags
+from wsi.datasets import DATA_FLAGS, add_data_flags
 from wsi.gdc import PROJECTS, manifest
 from wsi.look import Cutting, look
 from wsi.splits import complete_split, find_data
@@ -54,6 +54,18 @@ def arguments(argv):
                              help="processes that read files")
         add_max_gigapixels(command.add_argument)
     return parser.parse_args(argv)
+
+
+def data_flags(args):
+    """Returns the DATA_FLAGS of a command line whose values are not the defaults, as words."""
+    words = []
+    for name, flag in DATA_FLAGS.items():
+        value = vars(args)[name[2:].replace("-", "_")]
+        if value is True:
+            words.append(name)
+        elif value != flag.get("default") and value is not False:
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
 
 
 def run(argv):

@@ -137,18 +137,6 @@ DATA_FLAGS = {
 }
 
 
-def data_flags(args):
-    """Returns the DATA_FLAGS of a command line whose values are not the defaults, as words."""
-    words = []
-    for name, flag in DATA_FLAGS.items():
-        value = getattr(args, name[2:].replace("-", "_"))
-        if value is True:
-            words.append(name)
-        elif value != flag.get("default", None) and value is not False:
-            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
-    return words
-
-
 def add_data_flags(add, *names, required=False):
     """Adds the flags of DATA_FLAGS, all or the named ones; required: --data has no default."""
     for name in names or DATA_FLAGS:
