@@ -13,6 +13,7 @@ import shutil
 import sys
 import zlib
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -204,10 +205,7 @@ def read_csv(path, only=None):
             skipped = int(head.lower().startswith("sep="))  # Excel's line before the columns
             if skipped:
                 head = file.readline()
-            file.seek(0)
-            if skipped:
-                file.readline()
-            reader = csv.reader(file, delimiter=max(",;\t", key=head.count))
+            reader = csv.reader(chain([head], file), delimiter=max(",;\t", key=head.count))
             names = [name.strip().lower() for name in next(reader, [])]
             kept = [(i, name) for i, name in enumerate(names) if only is None or name in only]
             for row in reader:

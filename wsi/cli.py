@@ -56,11 +56,11 @@ def arguments(argv):
     return parser.parse_args(argv)
 
 
-def data_flags(args):
-    """Returns the DATA_FLAGS of a command line whose values are not the defaults, as words."""
+def data_flags(values):
+    """Returns the DATA_FLAGS whose values {flag's name in Python: value} are not the defaults, as words."""
     words = []
     for name, flag in DATA_FLAGS.items():
-        value = vars(args)[name[2:].replace("-", "_")]
+        value = values[name[2:].replace("-", "_")]
         if value is True:
             words.append(name)
         elif value != flag.get("default") and value is not False:
@@ -91,7 +91,7 @@ def run(argv):
         failed = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(failed)
     print(f"Prepared {len(found.images) - len(failed)} {found.kind} in {found.work}/. "
-          f"Next: python train.py {shlex.join(data_flags(args))}")
+          f"Next: python train.py {shlex.join(data_flags(vars(args)))}")
     return exit_code_of(failed)
 
 
