@@ -4,13 +4,13 @@ Segmenters and QuPath name their results after the image. A cell file is named a
 without the image file's ending, followed by one of CELL_ENDINGS in any case. QuPath may add the name of the
 series: "CMU 1.svs - Series 0.geojson".
 """
-import os
 import re
 import unicodedata
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from common.errors import InputError, printable
+from common.files import files_under
 from wsi.cells import cell_format
 from wsi.datasets import NO_CELLS, PRIORS
 from wsi.folders import first_of
@@ -20,18 +20,12 @@ CELL_ENDINGS = (  # most preferred first; cellpose always writes _seg.npy, a pic
     ".json", ".geojson", ".csv", ".tsv", ".json.gz", ".geojson.gz", ".csv.gz", ".tsv.gz", ".npz", ".db",
     "_cp_masks.png", "_cp_masks.tif", "_cp_masks.tiff", "_seg.npy")
 ANY_TYPE = "|".join(map(re.escape, SLIDE_TYPES))
-IMAGE_ENDING = re.compile(rf"(.+?)(?:{ANY_TYPE})(?: - .+)?", re.IGNORECASE)
-SERIES = re.compile(r"(.+) - Series \d+")
+IMAGE_ENDING = re.compile(rf"(.+?)(?:(?:{ANY_TYPE})(?: - [^/]+)?| - Series \d+)", re.IGNORECASE)
 
 
 def key_of(data, name):
     """Returns what an image's cell files are named after: a slide's name, or a crop's path without ending."""
     return name if data.kind == "slides" else str(PurePosixPath(name).with_suffix(""))
-
-
-def ending_of(file_name):
-    """Returns the one of CELL_ENDINGS that a file name ends in, in any case, or None."""
-    return next((ending for ending in CELL_ENDINGS if file_name.lower().endswith(ending)), None)
 
 
 def image_names(base):
@@ -40,44 +34,31 @@ def image_names(base):
     base: the file's name without its CELL_ENDINGS. a.ome.tif is "a" in QuPath and "a.ome" here.
     """
     names = [base]
-    for pattern in (IMAGE_ENDING, SERIES):
-        match = pattern.fullmatch(base)
-        if match:
-            names.append(match[1])
+    match = IMAGE_ENDING.fullmatch(base)
+    if match:
+        names.append(match[1])
     return names + [f"{name}.ome" for name in names]
 
 
-def files_by_name(folder, names):
-    """Returns {name: its cell files directly in folder, the preferred first}.
+def match_files(folder, keys):
+    """Returns {key: its cell files under a folder, the preferred first}, and the files that match no key.
 
-    A file belongs to the one image among names that it is most exactly named after.
+    keys: key_of images. A file belongs to the one image that it is most exactly named after.
     """
+    keys = {unicodedata.normalize("NFC", key): key for key in keys}
     ranked = {}
-    names = {unicodedata.normalize("NFC", name): name for name in names}
-    for file_name in os.listdir(folder) if folder.is_dir() else []:
-        ending = ending_of(file_name)
-        if ending is None or file_name.startswith("."):
-            continue
-        possible = image_names(unicodedata.normalize("NFC", file_name[: -len(ending)]))
-        rank = next((rank for rank, name in enumerate(possible) if name in names), None)
-        if rank is not None and os.path.isfile(folder / file_name):
-            order = (rank, CELL_ENDINGS.index(ending), folder / file_name)
-            ranked.setdefault(names[possible[rank]], []).append(order)
-    files = {}
-    for name, ranks in ranked.items():
-        files[name] = [path for _, _, path in sorted(ranks)]
-    return files
-
-
-def names_by_folder(data):
-    """Returns {folder inside cells/: names of the images whose cell files belong there}; "." for slides."""
-    if data.kind == "slides":
-        return {".": data.images}
-    names = {}
-    for name in data.images:
-        key = PurePosixPath(key_of(data, name))
-        names.setdefault(str(key.parent), set()).add(key.name)
-    return names
+    unmatched = []
+    files = files_under(folder) if folder.is_dir() else []
+    for path in files:
+        name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
+        ending = next((ending for ending in CELL_ENDINGS if name.lower().endswith(ending)), None)
+        possible = image_names(name[: -len(ending)]) if ending else []
+        rank = next((rank for rank, name in enumerate(possible) if name in keys), None)
+        if rank is None:
+            unmatched.append(path)
+        else:
+            ranked.setdefault(keys[possible[rank]], []).append((rank, CELL_ENDINGS.index(ending), path))
+    return {key: [path for _, _, path in sorted(ranks)] for key, ranks in ranked.items()}, unmatched
 
 
 def is_of_prior(path, prior):
@@ -113,24 +94,21 @@ def places_of(data):
 
 def candidates(data):
     """Returns {key_of an image: its cell files in the first of places_of that has any}."""
-    folders = names_by_folder(data)
+    keys = [key_of(data, name) for name in data.images]
     found = {}
     for place, prior in places_of(data):
-        for folder, names in folders.items():
-            for name, files in files_by_name(place / folder, names).items():
-                if prior:
-                    files = [path for path in files if is_of_prior(path, prior)]
-                if files:
-                    found.setdefault((PurePosixPath(folder) / name).as_posix(), files)
+        matched, _ = match_files(place, keys)
+        for key, files in matched.items():
+            if prior:
+                files = [path for path in files if is_of_prior(path, prior)]
+            if files:
+                found.setdefault(key, files)
     return found
 
 
 def cell_files(data):
     """Returns {image: its cell file, or None}."""
-    has_folders = any(place.is_dir() for place, _ in places_of(data))
-    if data.prior == NO_CELLS or not has_folders:
-        return dict.fromkeys(data.images)
-    found = candidates(data)
+    found = {} if data.prior == NO_CELLS else candidates(data)
     return {name: found.get(key_of(data, name), [None])[0] for name in data.images}
 
 
@@ -139,17 +117,12 @@ def whose_cells(data):
     places = [place for place, _ in places_of(data)]
     counts = Counter()
     for file in cell_files(data).values():
-        if file is None or not builtin_folders(data).isdisjoint(file.parents):
+        if file is None or file.parent.name == "builtin":
             counts["by the built-in detector"] += 1
         else:
             counts[f"in {next(place for place in places if place in file.parents)}/"] += 1
     numbers = ", ".join(f"{number} {place}" for place, number in counts.items())
     return printable(f"cells of {len(data.images)} {data.kind} (--prior {data.prior}): {numbers}")
-
-
-def builtin_folders(data):
-    """Returns the folders of the built-in detector's cells: of wsi.segment, and ours."""
-    return {folder / "cells" / "builtin" for folder in (data.source, data.work)}
 
 
 def is_builtin(data, file):
@@ -162,22 +135,13 @@ def is_builtin(data, file):
 def unmatched_files(data):
     """Returns the files in the user's cells/ and cells/<prior>/ that are not named after an image."""
     given = data.source / "cells"
-    places = [given]
+    keys = [key_of(data, name) for name in data.images]
+    # Other segmenters' files, and our own, which are found here if the user's folder is datasets/<name>.
+    known = {*PRIORS, "level0", *(f"crops_{prior}.npz" for prior in (*PRIORS, NO_CELLS))}
+    _, unmatched = match_files(given, keys)
+    unmatched = [path for path in unmatched if path.relative_to(given).parts[0] not in known]
     if first_prior(data) not in ("", "builtin"):
-        places.append(given / first_prior(data))
-    # Our own files are found here if the user's folder is datasets/<name>.
-    ours = {f"crops_{prior}.npz" for prior in (*PRIORS, NO_CELLS)}
-    folders = names_by_folder(data)
-    unmatched = []
-    for place in places:
-        for folder, subfolders, file_names in os.walk(place):
-            folder = Path(folder)
-            if folder == given:
-                subfolders[:] = [name for name in subfolders if name not in (*PRIORS, "level0")]
-            names = folders.get(folder.relative_to(place).as_posix(), ())
-            matched = set().union(*files_by_name(folder, names).values())
-            unmatched += [folder / name for name in file_names if not name.startswith(".")
-                          and name not in ours and folder / name not in matched]
+        unmatched += match_files(given / first_prior(data), keys)[1]
     return sorted(unmatched)
 
 
@@ -195,7 +159,7 @@ def unused_cell_files(data):
                         f"({first_of(unmatched)}); name each after its {image}, with one of the endings "
                         f"{' '.join(CELL_ENDINGS[:-1])}")
     found = candidates(data)
-    has_own = any(builtin_folders(data).isdisjoint(files[0].parents) for files in found.values())
+    has_own = any(files[0].parent.name != "builtin" for files in found.values())
     for prior in PRIORS:
         is_read = prior in ("builtin", data.paper_prior)
         if data.prior == "auto" and not has_own and not is_read and (given / prior).is_dir():

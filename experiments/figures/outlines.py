@@ -5,7 +5,7 @@ import numpy as np
 
 from common.errors import InputError, one_line, printable
 from wsi.cache import tile_info
-from wsi.cell_files import files_by_name
+from wsi.cell_files import match_files
 from wsi.cells import cell_format, find_place, json_members
 from wsi.slides import CROP
 
@@ -67,7 +67,7 @@ def outlines_of(folder, found, crops, chosen):
         raise InputError(f"--outlines {folder}: a folder with <slide>.geojson is expected")
     if found.kind != "slides":
         raise InputError(f"--outlines {folder}: {found.source} holds ready-cut crops; slides are needed")
-    files = files_by_name(folder, found.images)
+    files, _ = match_files(folder, found.images)
     of_slide = {}
     for name in dict.fromkeys(crops.owner[i] for i in chosen):
         if name in files:

@@ -27,7 +27,7 @@ from data import spread
 from experiments.figures import shared
 from prior import bin_centroids
 from wsi.cache import describe_cells, tile_info
-from wsi.cell_files import files_by_name
+from wsi.cell_files import match_files
 from wsi.datasets import DATASETS, PRIORS
 from wsi.look import Shown, cells_of_slide, close_up, draw_inset, draw_tile, inside_box
 from wsi.slides import CROP, Slide
@@ -81,7 +81,7 @@ def agreement(a, b, mpp):
 
 def cells_from_folder(folder, found, name):
     """Returns the cells (K, 2) of a slide in level-0 px from <slide>.* in a folder; None without a file."""
-    files = files_by_name(folder, found.images).get(name)
+    files = match_files(folder, found.images)[0].get(name)
     info = tile_info(found, name)
     if not files or info is None:
         return None
