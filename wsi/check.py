@@ -2,8 +2,6 @@
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from common.errors import InputError, printable
 from common.flags import MAX_GIGAPIXELS
 from common.pool import call, in_processes
@@ -14,7 +12,6 @@ from wsi.cache import (
     kept_cells,
     other_sides,
     read_slide_cells,
-    read_square,
     tile_infos,
     usual_side,
 )
@@ -22,7 +19,6 @@ from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import files_in, first_of, not_read
-from wsi.pixels import is_grey
 from wsi.sanity import MISPLACED, suggested_scale, what_is_odd
 from wsi.slides import CROP, NoScale, Slide
 
@@ -105,12 +101,6 @@ def look_at_slide(path, slide_mpp, said_mpp, mpp, gigapixels):
     return slide.source, slide.mpp, what_is_odd(slide)
 
 
-def look_at_crop(path):
-    """Returns a crop's side in px, and whether it has no colour."""
-    image = read_square(path)
-    return image.width, is_grey(np.asarray(image))
-
-
 def check_images(found, workers, gigapixels):
     """Opens every image and prints where the um/px of slides are from, or the sides of crops.
 
@@ -122,8 +112,8 @@ def check_images(found, workers, gigapixels):
         tasks = {(path, found.slide_mpp, found.said_mpp(name), found.mpp, gigapixels): name
                  for name, path in found.images.items()}
     else:
-        look = look_at_crop
-        tasks = {(path,): name for name, path in found.images.items()}
+        look = cells_of_crop
+        tasks = {(path, None, None): name for name, path in found.images.items()}
     results = {}
     warnings = []
     for task, result, error in in_processes(look, list(tasks), workers, found.kind):
@@ -154,14 +144,14 @@ def check_slides(found, results):
 
 
 def check_crops(found, results):
-    """Prints the sides of crops; returns a warning for each odd one. results: {crop: look_at_crop of it}."""
-    sides = [side for side, _ in results.values()]
+    """Prints the sides of crops; returns a warning for each odd one. results: {crop: its CropCells}."""
+    sides = [crop.side for crop in results.values()]
     usual = usual_side(sides)
     print("px a side:", ", ".join(f"{side:,} ({n})" for side, n in Counter(sides).most_common(8)))
     if found.mpp and usual != CROP:
         print(describe_side(usual, found.mpp))
     warnings = other_sides([found.images[name] for name in results], sides)
-    grey = sorted(name for name, (_, has_no_color) in results.items() if has_no_color)
+    grey = sorted(name for name, crop in results.items() if crop.grey)
     if grey:
         warnings.append(f"{found.source}: {len(grey):,} of {len(results):,} crops have no colour "
                         f"({first_of(grey)}); H&E is needed")
