@@ -200,7 +200,7 @@ FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp
     (broken, "broken", "cannot be read as an image", ""),
     (empty, "zerobytes", "is the file complete?", ""),
     (unfinished, "undone", "unfinished; run gdc-client download again", None),
-    (without_scale, "noscale", "no um/px; nuclei are", ""),
+    (without_scale, "noscale", "no um/px and no magnification is recorded", ""),
     (at_twice_the_scale, "twice", "its nuclei measure", 1.0),
     (too_coarse, "coarse", "too coarse for 1; give a larger --mpp", 2.0),
     (on_grey, "murky", "background is not white", 0.5),
@@ -254,7 +254,7 @@ def test_check_names_every_fault_once(place, capsys):
         out = capsys.readouterr().out
         named_once(out, [(name, words) for _, name, words, _ in FAULTS])
         assert f"warnings: {len(FAULTS)}\n" in out and "._" not in out, out
-        assert "cannot be used: 4" in out and "slides without um/px: 1" in out
+        assert "cannot be used: 5" in out
 
 
 def test_check_names_every_fault_of_crops_once(place, capsys):

@@ -19,10 +19,8 @@ from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import files_in, first_of, not_read
-from wsi.sanity import MISPLACED, suggested_scale, what_is_odd
-from wsi.slides import CROP, NoScale, Slide
-
-NO_SCALE = "not recorded"
+from wsi.sanity import MISPLACED, scale_suggested, what_is_odd
+from wsi.slides import CROP, Slide
 
 
 def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIXELS):
@@ -87,15 +85,12 @@ def check_md5(found):
 
 
 def look_at_slide(path, slide_mpp, said_mpp, mpp, gigapixels):
-    """Returns where a slide's um/px are from (NO_SCALE: it has none), its um/px, and what is odd about it.
+    """Returns where a slide's um/px are from, its um/px, and what is odd about it.
 
     mpp: um/px of the tiles, or None. InputError if the slide cannot be read, or is too coarse for them.
     """
-    try:
+    with scale_suggested(path, gigapixels):
         slide = Slide(path, slide_mpp, said_mpp, gigapixels)
-    except NoScale:
-        return NO_SCALE, None, [f"no um/px; {suggested_scale(path, gigapixels)}; "
-                                "give it with --slide-mpp or a column mpp in labels.csv"]
     if mpp:
         slide.check_target(mpp)
     return slide.source, slide.mpp, what_is_odd(slide)
@@ -124,7 +119,6 @@ def check_images(found, workers, gigapixels):
     broken = found.images.keys() - results.keys()
     print(f"{found.kind} that cannot be used: {len(broken)}")
     if found.kind == "slides":
-        broken |= {name for name, (source, _, _) in results.items() if source == NO_SCALE}
         warnings += check_slides(found, results)
     elif results:
         warnings += check_crops(found, results)
@@ -134,8 +128,7 @@ def check_images(found, workers, gigapixels):
 def check_slides(found, results):
     """Prints the um/px of slides; returns a warning for each odd one. results: {slide: its look_at_slide}."""
     sources = Counter(source for source, _, _ in results.values())
-    values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values() if mpp)
-    print("slides without um/px:", sources[NO_SCALE])
+    values = Counter(f"{mpp:.3g}" for _, mpp, _ in results.values())
     print("um/px by:", ", ".join(f"{source} {n}" for source, n in sources.most_common()) or "none")
     print("um/px:", ", ".join(f"{mpp} ({n})" for mpp, n in values.most_common(8)) or "none")
     if found.mpp:
