@@ -24,14 +24,7 @@ from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.sanity import (
-    MISPLACED,
-    assumed_power,
-    places_of_cells,
-    scale_suggested,
-    what_is_odd,
-    where_cells_are_odd,
-)
+from wsi.sanity import MISPLACED, read_slide_cells, scale_suggested, what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
@@ -191,18 +184,6 @@ def made_from(data, name, cells):
 def level0_copy(data, name):
     """Returns the file that keeps the cells of a user's file in level-0 px."""
     return data.work / "cells" / "level0" / data.prior / f"{name}.npz"
-
-
-def read_slide_cells(file, slide):
-    """Returns the cells (K, 2) of an open Slide in level-0 px, whatever the format of the file.
-
-    Also returns a warning if their scale is assumed, if many lie outside of the slide or on its glass, or if
-    much of the tissue has none, else "".
-    """
-    xy = read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
-    odd = [assumed_power(file, slide.power, slide.mpp), where_cells_are_odd(*places_of_cells(xy, slide))]
-    warning = "; ".join(filter(None, odd))
-    return xy, f"{warning} (python data.py look SLIDE --cells FILE shows them)" if warning else ""
 
 
 def copy_level0(file, copy, path, slide_mpp, source):

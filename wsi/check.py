@@ -6,20 +6,12 @@ from common.errors import InputError, printable
 from common.flags import MAX_GIGAPIXELS
 from common.pool import call, in_processes
 from wsi import gdc
-from wsi.cache import (
-    cells_of_crop,
-    describe_side,
-    kept_cells,
-    other_sides,
-    read_slide_cells,
-    tile_infos,
-    usual_side,
-)
+from wsi.cache import cells_of_crop, describe_side, kept_cells, other_sides, tile_infos, usual_side
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import files_in, first_of, not_read
-from wsi.sanity import MISPLACED, scale_suggested, what_is_odd
+from wsi.sanity import MISPLACED, read_slide_cells, scale_suggested, what_is_odd
 from wsi.slides import CROP, Slide
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 from common.errors import InputError, exit_code_of
 from common.figures import draw_prior, save_figure, squares
 from prior import bin_centroids
-from wsi.cache import describe_cells, read_slide_cells
+from wsi.cache import describe_cells
 from wsi.cells import read_cells
 from wsi.folders import find_folder, mpp_in_table
-from wsi.sanity import USUAL, scale_suggested, what_is_odd
+from wsi.sanity import USUAL, read_slide_cells, scale_suggested, what_is_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from prior import DENSITY, HAEMATOXYLIN, TISSUE, WORK_MPP, otsu
-from wsi.cells import cell_format, hovernet_mag
+from wsi.cells import cell_format, hovernet_mag, read_cells
 from wsi.pixels import is_grey
 from wsi.segment import read_box, working_grid
 from wsi.slides import MASK_MPP, NoScale, Slide, tissue_mask
@@ -146,6 +146,18 @@ def where_cells_are_odd(outside, on_glass, empty):
         return (f"{empty:.0%} of the tissue has no cell, so that it counts as background: is the file empty, "
                 "or was only part of the slide segmented?")
     return ""
+
+
+def read_slide_cells(file, slide):
+    """Returns the cells (K, 2) of an open Slide in level-0 px, whatever the format of the file.
+
+    Also returns a warning if their scale is assumed, if many lie outside of the slide or on its glass, or if
+    much of the tissue has none, else "".
+    """
+    xy = read_cells(file, slide.mpp, (slide.width, slide.height), slide.power, slide.bounds)
+    odd = [assumed_power(file, slide.power, slide.mpp), where_cells_are_odd(*places_of_cells(xy, slide))]
+    warning = "; ".join(filter(None, odd))
+    return xy, f"{warning} (python data.py look SLIDE --cells FILE shows them)" if warning else ""
 
 
 def suggested_scale(path, gigapixels):
