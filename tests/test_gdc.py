@@ -11,7 +11,8 @@ import pytest
 from common.errors import InputError
 from common.files import read_csv
 from wsi import gdc
-from wsi.check import check_md5, files_to_mend
+from wsi.check import check_md5
+from wsi.folders import not_read
 
 DUCT, LOBE = "Infiltrating duct carcinoma, NOS", "Lobular carcinoma, NOS"
 MIXED = "Infiltrating duct and lobular carcinoma"
@@ -180,7 +181,7 @@ def test_what_was_fetched_is_compared_with_the_manifest(server, tmp_path):
     expected = ["ok", "md5 differs", "unfinished", "ok", "missing", "missing"]
     manifest = tmp_path / "lung/manifest.tsv"
     assert gdc.md5_check(folder, manifest) == list(zip(names, expected))
-    assert files_to_mend(folder.parent) == [f"{names[2]}: unfinished; run gdc-client download again"]
+    assert not_read(folder.parent) == [f"{paths[2]}: unfinished; run gdc-client download again"]
     unreadable = gdc.file_status({"filename": "x.svs"}, {"x.svs": folder})
     assert unreadable == "cannot be read (Is a directory)"
     damaged, missing = gdc.md5_check(folder, manifest)[1][0], names[5]

@@ -10,7 +10,7 @@ from wsi.cache import cells_of_crop, describe_side, kept_cells, other_sides, til
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
-from wsi.folders import files_in, first_of, not_read
+from wsi.folders import first_of, not_read
 from wsi.sanity import MISPLACED, read_slide_cells, scale_suggested, what_is_odd
 from wsi.slides import CROP, Slide
 
@@ -27,7 +27,7 @@ def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIX
     if not folder.is_dir():
         return report([f"{folder}/ is missing; see the two lines above"])
     has_patches = data in PATCH_SETS or found and found.kind == "crops" and found.labels
-    warnings = [] if has_patches else files_to_mend(folder)
+    warnings = [] if has_patches else not_read(folder)
     if error:
         return report([error] + [line for line in warnings if line not in error])
     print(f"{found.kind}: {len(found.images)}")
@@ -47,12 +47,6 @@ def report(warnings, printed=0):
     count = len(warnings) + printed
     print(f"warnings: {count}" if count else "nothing is missing")
     return int(bool(count))
-
-
-def files_to_mend(folder):
-    """Returns a warning for each unfinished download, and not_read of the folder."""
-    names = sorted(path.stem for path in files_in(folder) if path.suffix == ".partial")  # gdc-client's
-    return [f"{name}: unfinished; run gdc-client download again" for name in names] + not_read(folder)
 
 
 def check_md5(found):

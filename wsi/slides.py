@@ -72,8 +72,10 @@ def find_slides(files):
 def why_not_read(path):
     """Returns why a file that looks like a slide is not read, and what to do; "" for any other file."""
     ending = path.suffix.lower()
-    if ending in SLIDE_TYPES or ending in (".dat", ".partial"):  # MIRAX's data; unfinished downloads
+    if ending in SLIDE_TYPES or ending == ".dat":  # MIRAX's data
         return ""
+    if ending == ".partial":  # gdc-client's
+        return "unfinished; run gdc-client download again"
     if ending in PACKED_TYPES:
         return "is not unpacked; unpack or remove it"
     if ending in OTHER_TYPES:
