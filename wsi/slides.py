@@ -10,7 +10,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import openslide
@@ -327,21 +326,12 @@ def tissue_shares(picture, mpp, x_edges, y_edges):
 BLOCK = 2560  # least side in px of what is read at once: large, so that few file tiles are decoded twice
 
 
-class Block(NamedTuple):
-    """Whole tiles, read at once; left and top in px of the level that was read."""
-
-    image: Image.Image
-    left: int
-    top: int
-    x: np.ndarray  # the tiles' borders in level-0 px
-    y: np.ndarray
-
-
 def read_blocks(slide, mpp, tissue):
-    """Yields Blocks of CROP px tiles at mpp um/px that cover the slide's tissue.
+    """Yields blocks of CROP px tiles at mpp um/px that cover the slide's tissue: (image, x, y).
 
-    Tile i, j has its level-0 corner at (i, j) * CROP * mpp / slide.mpp. Where a coarse level shows clearly
-    less tissue than required, nothing is read; a slide without such a level is decoded whole.
+    x, y: the tiles' borders in level-0 px; tile i, j has its corner at (i, j) * CROP * mpp / slide.mpp. Where
+    a coarse level shows clearly less tissue than required, nothing is read; a slide without such a level is
+    decoded whole.
     """
     level, down = slide.level_for(mpp)
     side = CROP * mpp / slide.mpp  # of a tile, in level-0 px
@@ -360,31 +350,24 @@ def read_blocks(slide, mpp, tissue):
             if len(i):
                 x = np.arange(i0 + i.min(), i0 + i.max() + 2) * side
                 y = np.arange(j0 + j.min(), j0 + j.max() + 2) * side
-                yield read_block(slide, level, x, y)
+                left = int(x[0] / down)
+                top = int(y[0] / down)
+                width = int(np.ceil(x[-1] / down)) - left
+                height = int(np.ceil(y[-1] / down)) - top
+                yield slide.read_level(level, left, top, width, height), x, y
 
 
-def read_block(slide, level, x, y):
-    """Reads the tiles between these borders, in level-0 px, as a Block."""
-    down = slide.handle.level_downsamples[level]
-    left = int(x[0] / down)
-    top = int(y[0] / down)
-    right = int(np.ceil(x[-1] / down))
-    bottom = int(np.ceil(y[-1] / down))
-    return Block(slide.read_level(level, left, top, right - left, bottom - top), left, top, x, y)
-
-
-def write_tiles(block, slide_mpp, down, tissue, folder):
+def write_tiles(image, level0_x, level0_y, slide_mpp, down, tissue, folder):
     """Writes the tiles of a block with enough tissue; returns their number. down: level-0 px of its px."""
-    image = block.image
-    x = block.x / down - block.left  # the tiles' borders in px of the image
-    y = block.y / down - block.top
+    x = level0_x / down - int(level0_x[0] / down)  # the tiles' borders in px of the image
+    y = level0_y / down - int(level0_y[0] / down)
     factor = max(1, int(MASK_MPP / (slide_mpp * down)))
     small = np.asarray(image.reduce(factor))
     kept = np.argwhere(tissue_shares(small, slide_mpp * down * factor, x / factor, y / factor) >= tissue)
     for j, i in kept:
         box = (x[i], y[j], min(x[i + 1], image.width), min(y[j + 1], image.height))
         tile = image.resize((CROP, CROP), Image.BICUBIC, box=box)
-        tile.save(folder / f"{round(block.x[i])}_{round(block.y[j])}.jpg", quality=90)
+        tile.save(folder / f"{round(level0_x[i])}_{round(level0_y[j])}.jpg", quality=90)
     return len(kept)
 
 
@@ -435,7 +418,7 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
         temp.mkdir(parents=True)
         with ThreadPoolExecutor(1) as writer:
             for block in read_blocks(slide, mpp, tissue):
-                jobs.append(writer.submit(write_tiles, block, slide.mpp, down, tissue, temp))
+                jobs.append(writer.submit(write_tiles, *block, slide.mpp, down, tissue, temp))
                 while len(jobs) > 2:
                     count += jobs.popleft().result()
             count += sum(job.result() for job in jobs)
