@@ -8,8 +8,6 @@ regions, the same stains and almost the same number of lymphocytes. Stains diffe
 follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E). The truth
 of each tile is written next to the slide.
 """
-from typing import NamedTuple
-
 import numpy as np
 import tifffile
 from PIL import Image
@@ -53,18 +51,6 @@ SPREAD = 0.01  # standard deviation of the stains' vectors between slides
 SCALE = 4  # slowly varying fields are drawn at a quarter of the size
 
 
-class Tile(NamedTuple):
-    """A tile of a slide: its corner in px of the slide, and the shares of KINDS in it."""
-
-    x: int
-    y: int
-    shares: np.ndarray
-
-    @property
-    def telling(self):
-        return bool(self.shares[KINDS.index(TELLING)] >= TELLING_SHARE)
-
-
 # ---------------------------------------------------------------- fields and shapes
 
 def smooth_noise(rng, shape, sigma):
@@ -94,12 +80,10 @@ def blob(rng, x, y, radius, flat, wobble):
     turn = rng.uniform(0, np.pi)
     across = (np.cos(turn) * v - np.sin(turn) * u) / flat
     along = np.cos(turn) * u + np.sin(turn) * v
-    distance = np.hypot(along, across)
-    if wobble:
-        angle = np.arctan2(across, along)
-        two, three, five = rng.uniform(0, 2 * np.pi, 3)
-        waves = np.cos(2 * angle + two) + np.cos(3 * angle + three) + 0.5 * np.cos(5 * angle + five)
-        distance /= 1 + wobble * waves
+    angle = np.arctan2(across, along)
+    two, three, five = rng.uniform(0, 2 * np.pi, 3)
+    waves = np.cos(2 * angle + two) + np.cos(3 * angle + three) + 0.5 * np.cos(5 * angle + five)
+    distance = np.hypot(along, across) / (1 + wobble * waves)
     return left, top, np.clip((radius - distance) * flat + 0.5, 0, 1).astype(np.float32)
 
 
@@ -157,12 +141,12 @@ def draw_regions(rng, label, shape):
 
 
 def tiles_of(regions):
-    """Returns the Tiles of a slide from the kind of each px (H, W), row by row."""
+    """Returns (x, y, shares of KINDS) of a slide's tiles from the kind of each px (H, W), row by row."""
     tiles = []
     for y in range(0, regions.shape[0] - TILE + 1, TILE):
         for x in range(0, regions.shape[1] - TILE + 1, TILE):
             area = np.bincount(regions[y: y + TILE, x: x + TILE].ravel(), minlength=len(KINDS))
-            tiles.append(Tile(x, y, area / area.sum()))
+            tiles.append((x, y, area / area.sum()))
     return tiles
 
 
@@ -360,8 +344,9 @@ def write_slide(folder, name, label, seed, size=SIZE):
     image, nuclei, regions = render(label, seed, size)
     np.savetxt(folder / "truth" / f"{name}.csv", nuclei, fmt="%.2f", delimiter=",", header="x,y", comments="")
     rows = [TILE_COLUMNS]
-    for tile in tiles_of(regions):
-        rows.append((tile.x, tile.y, int(tile.telling), *[f"{share:.6f}" for share in tile.shares]))
+    for x, y, shares in tiles_of(regions):
+        telling = int(shares[KINDS.index(TELLING)] >= TELLING_SHARE)
+        rows.append((x, y, telling, *[f"{share:.6f}" for share in shares]))
     write_csv(folder / "truth" / f"{name}_tiles.csv", rows)
     with atomic_write(folder / "slides" / f"{name}.svs") as temp:
         description = f"Aperio (synthetic slide, not tissue)|AppMag = {10 / MPP:g}|MPP = {MPP:g}"
