@@ -155,14 +155,8 @@ def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
         if odd:
             tqdm.write(printable(f"warning: {path}: {'; '.join(odd)}"))
     if len(failed) == len(data.images):
-        raise none_usable(failed, "slides")
+        raise InputError(f"none of the {len(failed)} slides could be used: {failed[0]}")
     return failed
-
-
-def none_usable(failed, kind):
-    """Returns the InputError for a data set whose images all failed, with the first line of failed."""
-    only = failed[0] if len(failed) == 1 else f"none of the {len(failed)} {kind} could be used: {failed[0]}"
-    return InputError(only)
 
 
 # ---------------------------------------------------------------- cells of slides
@@ -383,7 +377,7 @@ def prepare_crop_cells(data, workers):
         else:
             done[tasks[task]] = result
     if not done:
-        raise none_usable(failed, "crops")
+        raise InputError(f"none of the {len(failed)} crops could be used: {failed[0]}")
     if tasks:
         write_crop_cells(data, done, files)
     side = crop_side(data)
