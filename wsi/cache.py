@@ -278,9 +278,9 @@ def cells_of_crop(path, mpp, cells):
 
 
 def usual_side(sides):
-    """Returns the most common of crops' sides, the larger of two that tie."""
+    """Returns the most common of crops' sides, the larger of two that tie; None without crops."""
     counts = Counter(sides)
-    return max(counts, key=lambda side: (counts[side], side))
+    return max(counts, key=lambda side: (counts[side], side), default=None)
 
 
 def crop_sides(data):
@@ -301,17 +301,14 @@ def crop_side(data):
 
     Crops of another side would have other um/px at CROP px: they are skipped.
     """
-    sides = crop_sides(data)
-    return usual_side(sides.values()) if sides else None
+    return usual_side(crop_sides(data).values())
 
 
 def usable_crops(data):
     """Returns the names of the ready-cut crops of the usual side; before prepare those of all."""
     sides = crop_sides(data)
-    if not sides:
-        return list(data.images)
     usual = usual_side(sides.values())
-    return [name for name in sides if sides[name] == usual]
+    return [name for name in sides if sides[name] == usual] or list(data.images)
 
 
 def crop_mpp(data):
