@@ -336,11 +336,10 @@ def describe_side(side, mpp):
             "into tiles put them in slides/")
 
 
-def without_color(grey):
-    """Returns a warning if most crops have no colour, else ""; grey: whether each has none."""
-    if 2 * sum(grey) <= len(grey):
-        return ""
-    return f"{sum(grey):,} of {len(grey):,} crops have no colour; H&E is needed"
+def warn_of_grey(grey, source=""):
+    """Prints a warning if most crops have no colour; grey: whether each has none; source: where they are."""
+    if 2 * sum(grey) > len(grey):
+        print(f"warning: {source}{sum(grey):,} of {len(grey):,} crops have no colour; H&E is needed")
 
 
 def crop_cells_file(data, prior):
@@ -381,9 +380,7 @@ def prepare_crop_cells(data, workers):
     if side != CROP:
         print(describe_side(side, data.mpp))
         check_mpp(crop_mpp(data), f"{data.source}: its crops at {CROP} px have um/px")
-    grey = without_color([crop.grey for crop in done.values()])
-    if grey:
-        print(f"warning: {data.source}: {grey}")
+    warn_of_grey([crop.grey for crop in done.values()], f"{data.source}: ")
     return failed + other_sides([data.images[name] for name in done], [crop.side for crop in done.values()])
 
 
@@ -453,8 +450,6 @@ def load_crops(paths, workers):
     if len(counts) > 1:
         listed = ", ".join(f"{side:,} px ({count:,})" for side, count in counts)
         print(f"warning: images of {listed} a side all become {CROP} px, so their um/px differ")
-    warning = without_color([grey for _, _, grey in loaded])
-    if warning:
-        print(f"warning: {warning}")
+    warn_of_grey([grey for _, _, grey in loaded])
     read = [i for i, _, _ in loaded]
     return (images[read] if failed else images), read, failed
