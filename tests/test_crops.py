@@ -173,16 +173,14 @@ def test_patches_of_512_px_are_resized_without_a_word(place, capsys):
 
 # ---------------------------------------------------------------- cells of their own, older files
 
-def test_cells_of_crops_that_an_older_version_kept_are_recomputed(place, capsys):
+def test_cells_of_crops_that_an_older_version_kept_are_recomputed(place):
     nuclei_crops(place / "c", 0.5)
     found, _ = prepared("c", 0.5)
     kept = place / "datasets" / "c" / "cells" / "crops_auto.npz"
     with np.load(kept) as file:
         older = {name: file[name] for name in file.files if name not in ("side", "grey")}
     np.savez(kept, **older | {"x": older["x"] + 50})
-    capsys.readouterr()
     assert prepare(found, 0.5, workers=1) == []
-    assert "of an older version" in capsys.readouterr().out
     assert cells_of(found)["0.png"].min() < 20
 
 

@@ -403,11 +403,8 @@ def kept_crops(data):
     """
     if data.mpp is None:
         return {}
-    path = crop_cells_file(data, data.prior)
-    kept = read_npz(path, "x", "y", "crop", "names", "source", "side", "grey")
+    kept = read_npz(crop_cells_file(data, data.prior), "x", "y", "crop", "names", "source", "side", "grey")
     if kept is None:
-        if path.is_file():
-            print(f"warning: {path}: is corrupt or of an older version; its cells are recomputed")
         return {}
     xy = np.stack([kept["x"], kept["y"]], 1)
     names, source, side, grey = (kept[key].tolist() for key in ("names", "source", "side", "grey"))
