@@ -3,10 +3,9 @@
 Tiles at 2 um/px are crops/2um/<slide>/<x>_<y>.jpg, with crops/2um/<slide>.json next to them; cells/ are in
 level-0 px. What was computed from another file or with other settings is recomputed or refused, never used.
 """
-import os
-import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from typing import NamedTuple
 
 import numpy as np
@@ -111,8 +110,7 @@ def tile_info(data, name):
 
 def tiles_in(folder):
     """Returns the names of the tiles in a slide's folder, <x>_<y>.jpg and no stray files, sorted."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(name for name in names if re.fullmatch(r"\d+_\d+\.jpg", name))
+    return sorted(glob("[0-9]*_[0-9]*.jpg", root_dir=folder))
 
 
 def tile_infos(data):

@@ -30,10 +30,12 @@ def slide_crops(data, name, with_cells, cells_in):
     xy = ready_cells(data, name, cells_in) if with_cells else np.zeros((0, 2))
     if info is None or xy is None:
         return
-    files, corners = tiles_of(data, name)
+    folder = tiles_folder(data) / name
+    files = tiles_in(folder)
+    corners = np.array([file.removesuffix(".jpg").split("_") for file in files]).astype(np.int64)
     scale = info["slide_mpp"] / info["mpp"]  # px of the crop in a level-0 px
     for file, corner, inside in zip(files, corners, cells_in_tiles(xy, corners, info["side"])):
-        yield name, file, corner.tolist(), ((inside - corner) * scale).astype(np.float32)
+        yield name, f"{folder}/{file}", corner.tolist(), ((inside - corner) * scale).astype(np.float32)
 
 
 def cells_in_tiles(xy, corners, side):
@@ -54,14 +56,6 @@ def cells_in_tiles(xy, corners, side):
         for tile, first, last in zip(tiles, firsts, lasts):
             cells[tile] = row[first:last]
     return cells
-
-
-def tiles_of(data, name):
-    """Returns the paths of a slide's tiles, sorted by name, and their corners (T, 2) in level-0 px."""
-    folder = tiles_folder(data) / name
-    names = tiles_in(folder)
-    corners = np.array([file.removesuffix(".jpg").split("_") for file in names])
-    return [f"{folder}/{file}" for file in names], corners.astype(np.int64).reshape(-1, 2)
 
 
 class Picture(NamedTuple):
