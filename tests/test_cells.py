@@ -328,7 +328,7 @@ def test_labels_in_two_pieces_are_no_reason_to_refuse(tmp_path, kind, count):
     ("a.CSV", "\ufeff\"x\",\"name\",\"y\"\n\"2.5\",\"a,\nb\",\"3\"\n4,c,5\n")])
 def test_tables(tmp_path, name, text):
     path = write(tmp_path / name, text)
-    assert cells.cell_format(path) == "table"
+    assert cells.cell_format(path) == "csv"
     np.testing.assert_allclose(cells.read_cells(path, 0.25, (10, 10)), [[2.5, 3], [4, 5]])
 
 
@@ -337,7 +337,7 @@ def test_npz_and_a_table_without_rows(tmp_path):
     mark = tmp_path / "mark"
     np.savez(path, x=np.array([1, 2], np.int32), y=np.array([3, 4.5], np.float32), other=["x"])
     np.testing.assert_allclose(cells.read_cells(path), [[1, 3], [2, 4.5]])
-    assert cells.cell_format(path) == "table"
+    assert cells.cell_format(path) == "npz"
     assert cells.read_cells(write(tmp_path / "a.csv", "x,y\n")).shape == (0, 2)
     for bad in (dict(x=["1"], y=["2"]), dict(x=[1], y=[1, 2]), dict(x=[1]), dict(x=[[1]], y=[[2]]),
                 dict(x=np.array([Evil(mark)]), y=[1]), dict(x=[np.nan], y=[1])):

@@ -43,7 +43,7 @@ PLACES = {  # where the nuclei are, as an ijson prefix; "" is a bare list
 
 
 def cell_format(path):
-    """Returns "hovernet", "histomicstk", "geojson", "cellpose", "tiatoolbox" or "table" (csv, npz).
+    """Returns "hovernet", "histomicstk", "geojson", "cellpose", "tiatoolbox", "npz" or "csv".
 
     The format is recognised by the file's first megabyte, except that a CSV is recognised by its name (.csv,
     .tsv). JSON and CSV may be compressed by gzip. InputError for any other file.
@@ -64,8 +64,10 @@ def cell_format(path):
         found = JSON_KINDS.search(head)
         if found:
             return found.lastgroup
-    elif head.startswith(b"PK") or head and path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
-        return "table"
+    elif head.startswith(b"PK"):
+        return "npz"
+    elif head and path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        return "csv"
     problem = "not a known cell file" if head else "is empty"
     raise InputError(f"{path}: {problem}; use JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's "
                      "_cp_masks image, tiatoolbox's .db, or a .csv or .npz with x and y")
@@ -87,8 +89,10 @@ def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0))
             xy = mask_cells(path, slide_size)
         elif kind == "tiatoolbox":
             xy = store_cells(path)
-        elif kind == "table":
-            xy = table_cells(path)
+        elif kind == "npz":
+            xy = npz_cells(path)
+        elif kind == "csv":
+            xy = csv_cells(path)
         else:
             xy = json_cells(path, kind)
         if kind == "hovernet":
@@ -367,13 +371,6 @@ def store_cells(path):
     return np.stack([x, y], 1)
 
 
-def table_cells(path):
-    """Returns the cells (K, 2) of a CSV with columns x and y, or of an npz with arrays of these names."""
-    with open(path, "rb") as file:
-        is_npz = file.read(2) == b"PK"
-    return npz_cells(path) if is_npz else csv_cells(path)
-
-
 def npz_cells(path):
     """Returns the cells (K, 2) of an npz; InputError if it inflates to more than any slide's cells."""
     with zipfile.ZipFile(path) as archive:
@@ -390,14 +387,8 @@ def npz_cells(path):
 
 
 def csv_cells(path):
-    """Returns the cells (K, 2) of a CSV; InputError without columns x and y, or if one is not a number."""
+    """Returns the cells (K, 2) of a CSV; InputError without columns x and y."""
     names, rows = read_csv(path, only=("x", "y"))
     if "x" not in names or "y" not in names:
         raise InputError(f"{path}: its first line has to name columns x and y (level-0 px); rename them")
-    xy = np.zeros((len(rows), 2))
-    for i, (line, row) in enumerate(rows):
-        try:
-            xy[i] = float(row["x"]), float(row["y"])
-        except (KeyError, ValueError):
-            raise InputError(f"{path}: line {line}: x and y have to be numbers; correct them") from None
-    return xy
+    return np.array([(row["x"], row["y"]) for _, row in rows], np.float64).reshape(-1, 2)
