@@ -6,7 +6,6 @@ Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the centre o
 import gzip
 import re
 import sqlite3
-import zipfile
 import zlib
 from collections import Counter
 from contextlib import closing
@@ -17,11 +16,10 @@ import ijson
 import numpy as np
 
 from common.errors import InputError, one_line, printable
-from common.files import is_gzip, open_bytes, read_csv
+from common.files import open_bytes, read_csv
 from wsi.label_images import TIFF, mask_cells
 
 READERS = 2  # version of the readers; raise it when a file is read as other cells than before
-MOST_CELLS = 20_000_000  # of one slide, ten times what the largest slides hold
 BATCH = 1000  # outlines whose centroids are computed at once
 LARGEST_NUCLEUS = 200  # px: 20 um at 0.1 um/px
 QUPATH_OTHERS = (  # QuPath's object types other than cells, since 0.3 and in 0.2
@@ -84,7 +82,6 @@ def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0))
     path = Path(path)
     kind = cell_format(path)
     try:
-        check_inflated(path)
         if kind == "cellpose":
             xy = mask_cells(path, slide_size)
         elif kind == "tiatoolbox":
@@ -108,20 +105,6 @@ def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0))
     return xy
 
 
-def check_inflated(path):
-    """InputError if a gzip file inflates to more than 200 times its size and 320 MB, as no cell file does."""
-    if not is_gzip(path):
-        return
-    size = 0
-    limit = max(200 * path.stat().st_size, 16 * MOST_CELLS)
-    with open_bytes(path) as file:
-        while chunk := file.read(1 << 20):
-            size += len(chunk)
-            if size > limit:
-                raise InputError(f"{path}: inflates to more than {limit / 1e6:.0f} MB, which no file of "
-                                 "cells of its size does; export it again")
-
-
 # ---------------------------------------------------------------- JSON
 
 class JsonSource:
@@ -137,7 +120,7 @@ class JsonSource:
             file.seek(0)
 
     def read(self, size):
-        """Returns about size bytes, b"" at the end; ValueError if brackets are nested too deep."""
+        """Returns about size bytes, b"" at the end."""
         chunk = self.file.read(size)
         text = self.rest + chunk
         end = text.rfind(b",") + 1  # cutting after a comma splits no word
@@ -146,10 +129,6 @@ class JsonSource:
         text, self.rest = text[:end], text[end:]
         if b"NaN" in text or b"Infinity" in text:
             text = re.sub(rb"NaN|-?Infinity", b"null", text)  # also within quotes, where it does no harm
-        opened = text.count(b"[") + text.count(b"{")
-        closed = text.count(b"]") + text.count(b"}")
-        if opened - closed > 1000:  # ijson keeps the path to each: 2 GB for 30 000
-            raise ValueError("its brackets are nested too deep")
         return text
 
 
@@ -372,12 +351,7 @@ def store_cells(path):
 
 
 def npz_cells(path):
-    """Returns the cells (K, 2) of an npz; InputError if it inflates to more than any slide's cells."""
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > 16 * MOST_CELLS:
-        raise InputError(f"{path}: inflates to {size / 1e6:.0f} MB, which is more than the x and y of "
-                         f"{MOST_CELLS:,} cells; split the slide")
+    """Returns the cells (K, 2) of an npz with arrays x and y."""
     with np.load(path, allow_pickle=False) as arrays:
         x = arrays["x"]
         y = arrays["y"]
