@@ -1,9 +1,9 @@
 """The centroids of label images (3.2), such as Cellpose's masks: px of 1, 2, ... belong to cell 1, 2, ..."""
 import numpy as np
 import tifffile
-from PIL import Image
 
 from common.errors import InputError
+from wsi.pixels import open_image
 
 BAND = 256  # rows of a label image that are counted at once
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
@@ -48,15 +48,10 @@ def read_labels(path):
                 raise ValueError(f"an image {image.shape} of {image.dtype}, where a label image is needed")
             if page.compression != tifffile.COMPRESSION.LZW:  # tifffile needs another package for LZW
                 return image.asarray()
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # a whole slide is no decompression bomb
-    try:
-        with Image.open(path, formats=("PNG", "TIFF")) as image:
-            if image.mode not in ("L", "I", "I;16", "I;16B"):
-                raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
-            return np.asarray(image)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with open_image(path) as image:
+        if image.mode not in ("L", "I", "I;16", "I;16B"):
+            raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
+        return np.asarray(image)
 
 
 def has_wrapped(labels):
