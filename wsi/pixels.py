@@ -1,10 +1,10 @@
 """Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
-import math
 import os
 from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PLANAR_CONFIGURATION
 
 from common.errors import InputError, one_line
 
@@ -12,9 +12,6 @@ PIXELS = 2  # version of the decoding; raise it with every change, so that tiles
 FORMATS = ("PNG", "JPEG", "TIFF")  # Pillow may open no others, since some of them start system programs
 DEPTHS = (8, 10, 12, 14, 16)  # bits of a 16-bit number that cameras and scanners use
 INTEGERS = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes for grey of more than 8 bits
-TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-BITS_PER_SAMPLE = 258  # TIFF tags
-PLANES = 284
 COLOR = 4  # of 255: an image whose channels never differ by more counts as grey
 CROP_PIXELS = 2 ** 27  # about Pillow's own limit
 CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
@@ -60,16 +57,10 @@ def check_size(path, image, most, limit):
     count = image.width * image.height
     if count > most:
         raise InputError(f"{path}: {size} are more than {limit}")
-    if 4 * count > memory_bytes():
+    has_sysconf = hasattr(os, "sysconf")  # not on Windows
+    if has_sysconf and 4 * count > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise InputError(f"{path}: {size} take {4 * count / 2 ** 30:.0f} GiB, more than this machine has, "
                          "since a plain image is decoded whole; convert it to a tiled TIFF with levels")
-
-
-def memory_bytes():
-    """Returns the size of this machine's memory; infinity where the system does not report it (Windows)."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def to_rgb(path, image):
@@ -82,7 +73,7 @@ def to_rgb(path, image):
     if image.mode == "F":
         raise InputError(f"{path}: its px are floating-point numbers without a known range; {WAY_OUT}")
     color16 = has_color16(image)
-    if color16 and image.format == "TIFF" and image.tag_v2.get(PLANES) == 2:
+    if color16 and image.format == "TIFF" and image.tag_v2.get(PLANAR_CONFIGURATION) == 2:
         raise InputError(f"{path}: its 16-bit channels are separate planes, which Pillow cannot read; "
                          f"{WAY_OUT}")
     ImageOps.exif_transpose(image, in_place=True)  # also decodes the image
@@ -90,9 +81,7 @@ def to_rgb(path, image):
         return scaled(path, np.asarray(image))
     if color16 and max(high for _, high in image.getextrema()[:3]) < 64:
         raise InputError(f"{path}: uses at most 14 of its 16 bits; scale it to 16, or {WAY_OUT}")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.mode in TRANSPARENT or "transparency" in image.info:
+    if image.has_transparency_data:
         return on_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -102,7 +91,7 @@ def has_color16(image):
     if image.mode not in ("RGB", "RGBA"):
         return False
     if image.format == "TIFF":
-        return max(image.tag_v2.get(BITS_PER_SAMPLE, (8,))) > 8
+        return max(image.tag_v2.get(BITSPERSAMPLE, (8,))) > 8
     return ";16" in str(image.tile)  # the raw mode of a PNG, such as RGB;16B
 
 
