@@ -34,8 +34,7 @@ from demo.slides import make_demo
 from wsi.cache import crop_mpp, prepare, warn_of_cell_files
 from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
 from wsi.folders import Data
-from wsi.probe import read_probe
-from wsi.splits import find_data, training_record, warn_of_untestable
+from wsi.splits import find_data, read_probe, training_record, warn_of_untestable
 
 # ---------------------------------------------------------------- flags: the paper's and DINO's values
 

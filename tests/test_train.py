@@ -390,7 +390,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
     ("--init", None, "w.pth: is missing"), ("--init", "text", "w.pth: cannot be loaded"),
     ("--init", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull"),
     ("--init", {}, "w.pth: does not fit --arch"),
-    ("--probe", None, "--probe w.pth: is missing"), ("--probe", POINTER, "--probe w.pth: is missing"),
+    ("--probe", None, "w.pth: neither a folder"), ("--probe", POINTER, "w.pth: neither a folder"),
     ("--checkpoint", None, "--checkpoint w.pth: is missing"), ("--checkpoint", {}, "is not an encoder.pt"),
     ("--checkpoint", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull")])
 def test_a_bad_file_is_refused_before_slides_are_prepared(place, capsys, flag, content, says):
@@ -400,7 +400,7 @@ def test_a_bad_file_is_refused_before_slides_are_prepared(place, capsys, flag, c
         write(place / "w.pth", content)
     main, argv = (eval_py.main, SMALL[:6]) if flag == "--checkpoint" else (train.main, SMALL)
     refused(capsys, main, [*argv, flag, "w.pth"], says)
-    refused(capsys, train.main, [*SMALL, "--probe", "in"], "--probe in: a folder of images with labels.csv")
+    refused(capsys, train.main, [*SMALL, "--probe", "in"], "in/labels.csv: is missing")
     assert not (place / "datasets").exists() and not (place / "runs").exists()
 
 

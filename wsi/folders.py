@@ -106,7 +106,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     else:
         source = Path(data)
         name = safe_name(source)
-        missing = f"--data {data}: neither a folder nor one of {', '.join(DATASETS)}"
+        missing = f"{data}: neither a folder nor one of {', '.join(DATASETS)}"
     if not source.is_dir():
         raise InputError(missing)
     kind, images, rows, warnings = read_layout(data, source)

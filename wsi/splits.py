@@ -2,10 +2,12 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from common.errors import InputError
+from common.errors import InputError, print_skipped
 from common.files import read_csv, write_csv
 from common.pool import call
+from wsi.cache import load_crops
 from wsi.folders import SPLIT_NAMES, find_folder, first_of, patient_of, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
 from wsi.slides import file_identity
@@ -51,8 +53,30 @@ def find_patches(data, split_seed=0, mpp=None, prior="auto"):
     present = {found.labels[name]["label"] for name in found.split("test")}
     missing = [label for label in found.classes if label not in present]
     if missing:
-        raise InputError(f"--data {data}: no test image of {', '.join(missing)}; every class needs one")
+        raise InputError(f"{data}: no test image of {', '.join(missing)}; every class needs one")
     return found
+
+
+def read_probe(data, count, seed):
+    """Returns the training and the test images of --probe, each (images, labels), and the class count.
+
+    At most count of each are drawn, by seed. InputError if too few can be read.
+    """
+    found = find_patches(data)
+    generator = torch.Generator().manual_seed(seed)
+    sets = []
+    for splits in (("train", "val"), ("test",)):
+        names = [name for name, row in found.labels.items() if row["split"] in splits]
+        order = torch.randperm(len(names), generator=generator)[:count].tolist()
+        names = [names[i] for i in order]
+        images, read, failed = load_crops([found.images[name] for name in names], 4)
+        print_skipped(failed)
+        if len(read) < 20:
+            raise InputError(f"--probe {data}: {len(read)} {splits[0]} images can be read; 20 are needed")
+        labels = [found.classes.index(found.labels[names[i]]["label"]) for i in read]
+        sets.append((images, np.array(labels)))
+    train, test = sets
+    return train, test, len(found.classes)
 
 
 def complete_split(labels, kind, path, seed):
