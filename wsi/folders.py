@@ -306,11 +306,6 @@ def tcga_patient(name):
     return barcode[0] if barcode else ""
 
 
-def patient_of(name):
-    """Returns the patient of an image for which labels.csv names none: TCGA's, else the image itself."""
-    return tcga_patient(name) or name
-
-
 def same_patients(pairs):
     """Returns {name of a patient: all names of that patient} from pairs (slide, patient).
 
@@ -409,7 +404,7 @@ def check_rows(rows, images, kind):
             raise InputError(f"{where} names {name!r} a second time; remove one of the lines")
         if row["split"] and row["split"] not in SPLIT_NAMES:
             raise InputError(f"{where}: split {row['split']!r} is not one of train, val, test")
-        checked = {"label": row["label"], "patient": row["patient"] or patient_of(name),
+        checked = {"label": row["label"], "patient": row["patient"] or tcga_patient(name) or name,
                    "split": SPLIT_NAMES.get(row["split"], ""), "mpp": row.get("mpp")}
         if not row["label"]:
             check_no_label(row, kind)

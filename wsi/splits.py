@@ -8,7 +8,7 @@ from common.errors import InputError, print_skipped
 from common.files import read_csv, write_csv
 from common.pool import call
 from wsi.cache import load_crops
-from wsi.folders import SPLIT_NAMES, find_folder, first_of, patient_of, same_patients, tcga_patient
+from wsi.folders import SPLIT_NAMES, find_folder, first_of, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
 from wsi.slides import file_identity
 
@@ -124,7 +124,7 @@ def read_split(path):
         split = SPLIT_NAMES.get(row.get("split", "").lower())
         if not split or name in rows:
             raise InputError(f"{path}: line {line}: one of train, val, test is expected for {name!r}, once")
-        rows[name] = {"patient": row.get("patient") or patient_of(name), "split": split}
+        rows[name] = {"patient": row.get("patient") or tcga_patient(name) or name, "split": split}
     return rows
 
 
@@ -184,7 +184,7 @@ def training_record(found, names):
     rows = found.labels | found.pretrain_only
     patients = set()
     for name in names:
-        patient = rows[name]["patient"] if name in rows else patient_of(name)
+        patient = rows[name]["patient"] if name in rows else tcga_patient(name) or name
         patients |= names_of.get(patient, {patient})
     return {"data": found.name, "images": hashes, "patients": sorted(patients)}
 
