@@ -135,8 +135,13 @@ def read_layout(data, source):
         folder = source / "images" if data == "mhist" else source
         return "crops", image_files(rows, folder), rows, []
     table = find_table(source)
+    if table is None and has_crops(source):
+        crops = source / "crops"
+        images = {str(path.relative_to(crops)): path for path in files_under(crops)
+                  if path.suffix.lower() in CROP_TYPES}
+        return "crops", images, [], unread_tables(source)
     if table is None:
-        return *images_without_labels(source), [], unread_tables(source)
+        return "slides", find_slides(files_in(source)), [], unread_tables(source)
     names, rows = read_table(table)
     kind = "crops" if "image" in names else "slides"
     unread = sorted(set(names) - {"", *COLUMNS[kind]})
@@ -152,14 +157,6 @@ def read_layout(data, source):
     rows = [labels_row(table, line, row, slide_of(row.get("slide") or row.get("slide_id", ""), images))
             for line, row in rows]
     return kind, images, bright_rows(rows, data) if data in ("bright3", "bright6") else rows, warnings
-
-
-def images_without_labels(source):
-    """Returns the kind and {name: file} of a folder without labels.csv."""
-    if not has_crops(source):
-        return "slides", find_slides(files_in(source))
-    files = sorted(path for path in files_under(source / "crops") if path.suffix.lower() in CROP_TYPES)
-    return "crops", {str(path.relative_to(source / "crops")): path for path in files}
 
 
 def unread_tables(source):
