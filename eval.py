@@ -194,7 +194,7 @@ def count_attention(networks, title, found, run, args):
               f"without P_c. Cells come from python data.py prepare, or from {found.source}/cells/.")
 
     counted = Subset(crops, spread(len(crops), args.attention_crops))
-    over = f"{len(counted)} {found.crops_of_part(split)}"
+    over = f"{len(counted)} {split} crops"
     shared = []  # rows that do not depend on the network
     if len(crops_with_cells):
         shared = [row_of("patches with a cell", [crops_with_cells.priors().mean().item()],

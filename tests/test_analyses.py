@@ -408,13 +408,13 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
         assert attention.main(["distribution", *flags]) == 0
         assert heatmap.main([*flags, "--slide", "nests_3"]) == 0
     assert titles == ["tiny, 8 test crops", "nests_3, nests, test part",
-                      "plain, 4 training crops (no labels)", "nests_3, training slide (no labels)"]
+                      "plain, 4 train crops", "nests_3, training slide (no labels)"]
     refused(capsys, heatmap.main, [*flags, "--slide", "gone"], "not a slide in the train part")
     shutil.copytree(here / ONE, here / "runs/copy")
     assert eval_py.main(["--data", "plain", *ON[2:], "--checkpoint", "runs/copy"]) == 0
     rows = rows_of(here / "runs/copy/on_plain/results.csv")
     over = {row["over"] for row in rows if row["measure"].startswith("tokens")}
-    assert over == {"4 training crops (no labels)"}
+    assert over == {"4 train crops"}
 
 
 def run_with_prior(here, name, prior, method="dirl", data="tiny"):

@@ -55,10 +55,6 @@ class Data:
         split_of = split_of or dict.fromkeys(self.images, "train")
         return [name for split in splits for name in sorted(split_of) if split_of[name] == split]
 
-    def crops_of_part(self, split):
-        """Returns the name of a split's crops for captions; without labels.csv all crops are for training."""
-        return f"{split} crops" if self.labels else "training crops (no labels)"
-
     def said_mpp(self, name):
         """Returns a slide's um/px in the column mpp of labels.csv, or None."""
         row = self.labels.get(name) or self.pretrain_only.get(name, {})

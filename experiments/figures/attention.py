@@ -134,7 +134,7 @@ def distribution(encoders, found, crops, args):
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
     draw_distribution(axis, aggregated)
-    axis.set_title(f"{found.name}, {len(images)} {found.crops_of_part(args.part)}", fontsize=9)
+    axis.set_title(f"{found.name}, {len(images)} {args.part} crops", fontsize=9)
     rows = [("network", "crops", "tokens", *BINS, *(f"quantile {q:g}" for q in QUANTILES))]
     for name, values in aggregated.items():
         numbers = (*dirl.attention_bins(values), *np.quantile(values.numpy(), QUANTILES))
