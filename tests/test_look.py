@@ -398,6 +398,6 @@ def test_look_at_a_folder_shows_every_slide_or_why_not(place, capsys, monkeypatc
     refused(capsys, data.main, [*flags, "--tile", "1,2"], "--tile", "name the slide")
     write(place / "series" / "1.dcm", b"x")
     write(place / "series" / "2.dcm", b"x")
-    refused(capsys, data.main, ["look", "series"], "1.dcm: cannot be read")
+    refused(capsys, data.main, ["look", "series/1.dcm"], "1.dcm: cannot be read")
     (place / "none").mkdir()
     refused(capsys, data.main, ["look", "none"], "no slides in it")

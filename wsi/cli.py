@@ -40,7 +40,7 @@ def arguments(argv):
     looked = commands.add_parser("look", help="draws a slide: thumbnail, tissue, tile grid, cells; or all "
                                  "slides of a folder")
     add = looked.add_argument
-    add("slide", help="a slide or an image, a folder of DICOM files, or a folder of slides")
+    add("slide", help="a slide or an image (of a DICOM series any file), or a folder of slides")
     add_data_flags(add, "--mpp", "--slide-mpp", "--tissue")
     add("--cells", help="a segmentation result of this slide; default: the built-in detector")
     add("--tile", nargs="+", metavar="X,Y",

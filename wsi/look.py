@@ -21,7 +21,7 @@ from wsi.folders import find_folder, mpp_in_table
 from wsi.sanity import USUAL, read_slide_cells, scale_suggested, what_is_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
-from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, find_slides, slide_name, tissue_mask
+from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, slide_name, tissue_mask
 
 SHOWN = 3  # tiles that are drawn large
 CROSS = "#e00000"  # color of cells
@@ -81,20 +81,17 @@ def look(path, cutting, cells=None, points=None, out=None):
 
     cells: a segmentation result of the slide; points: texts "x,y" for chosen_tiles; out: the picture's name.
     """
-    slide_file = path
-    if path.is_dir():
-        slides = find_slides(path.iterdir())
-        slide_file = next(iter(slides.values()), path)
-        is_dicom_series = len(slides) == 1 and slide_file.suffix.lower() == ".dcm"
-        if not is_dicom_series:
-            for flag, value in (("--cells", cells), ("--tile", points)):
-                if value:
-                    raise InputError(f"{flag}: belongs to one slide, and {path} is a folder; name the slide")
-            return look_at_folder(path, cutting, out)
-    if slide_file.suffix.lower() not in SLIDE_TYPES:
-        raise InputError(f"{slide_file}: not a slide ({' '.join(sorted(SLIDE_TYPES))})")
-    look_at_slide(slide_file, cutting, cells, points, out)
-    return 0
+    if not path.is_dir() and path.suffix.lower() not in SLIDE_TYPES:
+        raise InputError(f"{path}: not a slide ({' '.join(sorted(SLIDE_TYPES))})")
+    if not path.is_dir():
+        look_at_slide(path, cutting, cells, points, out)
+        return 0
+    if cells or points:
+        raise InputError(f"--cells, --tile: belong to one slide, and {path} is a folder; name the slide")
+    found = find_folder(str(path.resolve()), slide_mpp=cutting.slide_mpp)
+    if found.kind != "slides":
+        raise InputError(f"{path}: holds crops, not slides; name one of them to see it")
+    return exit_code_of(draw_sheet(found, cutting, Path(out or f"runs/look_{found.name}.png")))
 
 
 def look_at_slide(path, cutting, cells, points, out):
@@ -127,15 +124,6 @@ def look_at_slide(path, cutting, cells, points, out):
     draw(slide, scale, corners, side, shown, mpp, out)
     print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, training learns from it: "
           "see --tissue, --mpp, --slide-mpp and --prior of train.py.")
-
-
-def look_at_folder(folder, cutting, out):
-    """Draws the contact sheet of a folder's slides; returns the exit code."""
-    found = find_folder(str(folder.resolve()), slide_mpp=cutting.slide_mpp)
-    if found.kind != "slides":
-        raise InputError(f"{folder}: holds crops, not slides; name one of them to see it")
-    out = Path(out or f"runs/look_{found.name}.png")
-    return exit_code_of(draw_sheet(found, cutting, out))
 
 
 # ---------------------------------------------------------------- close-ups
