@@ -1,9 +1,10 @@
 """The centroids of label images (3.2), such as Cellpose's masks: px of 1, 2, ... belong to cell 1, 2, ..."""
 import numpy as np
 import tifffile
+from PIL import Image
 
 from common.errors import InputError
-from wsi.pixels import open_image
+from wsi.pixels import FORMATS  # wsi.pixels also lifts Pillow's limit
 
 BAND = 256  # rows of a label image that are counted at once
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and big, both byte orders
@@ -48,7 +49,7 @@ def read_labels(path):
                 raise ValueError(f"an image {image.shape} of {image.dtype}, where a label image is needed")
             if page.compression != tifffile.COMPRESSION.LZW:  # tifffile needs another package for LZW
                 return image.asarray()
-    with open_image(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         if image.mode not in ("L", "I", "I;16", "I;16B"):
             raise ValueError(f"an image of mode {image.mode}, where a label image is needed")
         return np.asarray(image)

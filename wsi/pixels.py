@@ -1,6 +1,5 @@
 """Decodes plain images (PNG, JPEG, TIFF) into 8-bit RGB: slides without levels, crops, labelled patches."""
 import os
-from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -16,7 +15,7 @@ COLOR = 4  # of 255: an image whose channels never differ by more counts as grey
 CROP_PIXELS = 2 ** 27  # about Pillow's own limit
 CROP_LIMIT = "a crop may have; put it in slides/ to have it cut into tiles"
 WAY_OUT = "save it as 8-bit RGB"
-OPENING = Lock()
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit, of the whole process: check_size has ours
 
 
 def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
@@ -26,7 +25,7 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     is larger or cannot be read.
     """
     try:
-        with open_image(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             check_size(path, image, most, limit)
             return to_rgb(path, image)
     except (InputError, MemoryError):
@@ -34,21 +33,6 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     except Exception as error:  # Pillow raises many types for a broken file
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file complete? "
                          "Plain images are PNG, JPEG or TIFF, preferably 8-bit RGB") from None
-
-
-def open_image(path):
-    """Opens an image of any size without decoding it.
-
-    Pillow's size limit is a global variable, so it is lifted only while the header is read, by one thread at
-    a time.
-    """
-    with OPENING:
-        limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None
-        try:
-            return Image.open(path, formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
 
 
 def check_size(path, image, most, limit):
