@@ -158,13 +158,6 @@ def test_a_run_that_cannot_be_written_is_refused_before_slides_are_cut(place, fo
     assert not (place / "datasets").exists() and times(place / "runs", "*") == {}
 
 
-def test_the_next_command_is_the_same_data_set(place, folder, capsys):
-    argv = ["prepare", *SET[:-2], "--prior", "builtin"]  # without --device
-    assert data.main(argv) == 0
-    assert ("Next: python train.py --data 'tiny set' --mpp 2 --slide-mpp 1 --tissue 0.3 --prior builtin"
-            in capsys.readouterr().out)
-
-
 def test_another_um_per_px_than_the_encoders_is_reported(place, capsys):
     encoder = dirl.ARCHS["vit_t4"](mean=MEAN, std=STD)
     trained_on = {"data": "x", "images": {}, "patients": []}

@@ -8,7 +8,7 @@ from common.flags import add_max_gigapixels, whole
 from common.pool import add_shard, call
 from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
-from wsi.datasets import DATA_FLAGS, add_data_flags
+from wsi.datasets import add_data_flags
 from wsi.gdc import PROJECTS, manifest
 from wsi.look import Cutting, look
 from wsi.splits import complete_split, find_data
@@ -56,18 +56,6 @@ def arguments(argv):
     return parser.parse_args(argv)
 
 
-def data_flags(values):
-    """Returns the DATA_FLAGS whose values {flag's name in Python: value} are not the defaults, as words."""
-    words = []
-    for name, flag in DATA_FLAGS.items():
-        value = values[name[2:].replace("-", "_")]
-        if value is True:
-            words.append(name)
-        elif value != flag.get("default") and value is not False:
-            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
-    return words
-
-
 def run(argv):
     """Runs the command of a command line; returns the exit code."""
     args = arguments(argv)
@@ -91,7 +79,7 @@ def run(argv):
         failed = prepare(found, args.tissue, args.workers, args.max_gigapixels)
     print_skipped(failed)
     print(f"Prepared {len(found.images) - len(failed)} {found.kind} in {found.work}/. "
-          f"Next: python train.py {shlex.join(data_flags(vars(args)))}")
+          f"Next: python train.py --data {shlex.quote(args.data)} with the same flags")
     return exit_code_of(failed)
 
 
