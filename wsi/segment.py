@@ -23,16 +23,7 @@ from prior import DETECTOR, WORK_MPP, density_and_slopes, downsample_factor, seg
 from wsi.datasets import add_data_flags
 from wsi.folders import mpp_in_table
 from wsi.label_images import label_centroids
-from wsi.slides import (
-    MASK_MPP,
-    SLIDE_TYPES,
-    Slide,
-    file_identity,
-    find_slides,
-    slide_name,
-    tissue_mask,
-    tissue_shares,
-)
+from wsi.slides import MASK_MPP, Slide, file_identity, find_slides, slide_name, tissue_mask, tissue_shares
 
 REGION = 2048  # side of a region, in px that the segmenter sees
 MARGIN = 24.0  # um around a region: farther than the built-in detector sees, so that neighbours agree
@@ -264,7 +255,7 @@ def slides_by_name(paths):
             if other != path:
                 raise InputError(f"{path}: has the same name as {other}; rename one of them")
     if not files:
-        raise InputError(f"{', '.join(map(str, paths))}: no slides in it ({' '.join(sorted(SLIDE_TYPES))})")
+        raise InputError(f"{', '.join(map(str, paths))}: no slides in it")
     return files
 
 
