@@ -36,7 +36,12 @@ def published_split(found, path, drop_shared=False):
         counts = [f"{first} and {second} {len(patients)}" for (first, second), patients in shared.items()]
         done = "as published; --drop-shared takes their slides out of training"
         if drop_shared:
-            done = f"{leave_out(of_split, shared)} slides of theirs are left out of the first of the two"
+            slides = set()
+            for (first, _), patients in shared.items():
+                slides |= {name for name in of_split.split(first) if labels[name]["patient"] in patients}
+            for name in slides:
+                of_split.pretrain_only[name] = labels.pop(name)
+            done = f"{len(slides)} slides of theirs are left out of the first of the two"
         print(f"warning: {path}: {len(set().union(*shared.values()))} patients have slides in two splits "
               f"({', '.join(counts)}); {done}")
     return of_split
@@ -48,16 +53,6 @@ def shared_patients(found):
     for row in found.labels.values():
         patients[row["split"]].add(row["patient"])
     return {(first, second): patients[first] & patients[second] for first, second in combinations(SPLITS, 2)}
-
-
-def leave_out(found, shared):
-    """Takes slides of shared_patients out of the first of the two splits, in place; returns their number."""
-    slides = set()
-    for (first, _), patients in shared.items():
-        slides |= {name for name in found.split(first) if found.labels[name]["patient"] in patients}
-    for name in slides:
-        found.pretrain_only[name] = found.labels.pop(name)
-    return len(slides)
 
 
 def read_published(path, labels):
