@@ -55,11 +55,8 @@ def open_folds(found, count, seed, trained):
     if found.kind != "slides" or not found.labels or found.split_file:
         raise InputError("--folds: divides slides with a labels.csv, and --split FILE has been divided")
     folder = draw_folds(found, count, seed)
-    split = f"--data {found.source} --split {folder}/splits_0.csv"
-    advice = ("and --folds tests all slides; take an encoder of another data set, or one for each fold: "
-              f"train.py {split} --run runs/fold_0, eval.py {split} --checkpoint runs/fold_0 and so on, then "
-              f"python -m experiments.study folds --data {found.source} --splits {folder} "
-              "--checkpoint runs/fold_{fold}")
+    advice = ("and --folds tests all slides; take an encoder of another data set, or pre-train one for each "
+              f"of {folder}/splits_<k>.csv (docs/data.md, Folds)")
     for path, trained_on in trained.items():
         check_unseen(found, found.split("train", "val", "test"), trained_on, path, advice)
     return {number: published_split(found, file) for number, file in fold_files(folder).items()}
