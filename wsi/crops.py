@@ -9,33 +9,29 @@ from wsi.slides import Slide
 
 
 def crops_of(data, names, with_cells):
-    """Yields (name, file, (x, y) in level-0 px, cells (K, 2) in px of the crop) of the images' crops."""
-    if data.kind == "slides":
-        cells_in = cell_files(data) if with_cells else {}
-        for name in names:
-            yield from slide_crops(data, name, with_cells, cells_in)
-        return
-    cells_of = read_crop_cells(data) if with_cells else dict.fromkeys(usable_crops(data), np.zeros((0, 2)))
-    for name in names:
-        if name in cells_of:
-            yield name, data.images[name], (0, 0), cells_of[name]
+    """Yields (name, file, (x, y) in level-0 px, cells (K, 2) in px of the crop) of the images' crops.
 
-
-def slide_crops(data, name, with_cells, cells_in):
-    """Yields what crops_of does, of one slide; nothing if its tiles or cells could not be prepared.
-
-    cells_in: {slide: its cell file}.
+    Images whose tiles or cells could not be prepared have none.
     """
-    info = tile_info(data, name)
-    xy = ready_cells(data, name, cells_in) if with_cells else np.zeros((0, 2))
-    if info is None or xy is None:
+    no_cells = np.zeros((0, 2))
+    if data.kind == "crops":
+        cells_of = read_crop_cells(data) if with_cells else dict.fromkeys(usable_crops(data), no_cells)
+        for name in names:
+            if name in cells_of:
+                yield name, data.images[name], (0, 0), cells_of[name]
         return
-    folder = tiles_folder(data) / name
-    files = tiles_in(folder)
-    corners = np.array([file.removesuffix(".jpg").split("_") for file in files]).astype(np.int64)
-    scale = info["slide_mpp"] / info["mpp"]  # px of the crop in a level-0 px
-    for file, corner, inside in zip(files, corners, cells_in_tiles(xy, corners, info["side"])):
-        yield name, f"{folder}/{file}", corner.tolist(), ((inside - corner) * scale).astype(np.float32)
+    cells_in = cell_files(data) if with_cells else {}
+    for name in names:
+        info = tile_info(data, name)
+        xy = ready_cells(data, name, cells_in) if with_cells else no_cells
+        if info is None or xy is None:
+            continue
+        folder = tiles_folder(data) / name
+        files = tiles_in(folder)
+        corners = np.array([file.removesuffix(".jpg").split("_") for file in files]).astype(np.int64)
+        scale = info["slide_mpp"] / info["mpp"]  # px of the crop in a level-0 px
+        for file, corner, inside in zip(files, corners, cells_in_tiles(xy, corners, info["side"])):
+            yield name, f"{folder}/{file}", corner.tolist(), ((inside - corner) * scale).astype(np.float32)
 
 
 def cells_in_tiles(xy, corners, side):
