@@ -108,8 +108,8 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     kind, images, rows, warnings = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
-        others = not_read(source) + [f"put them into {source}/slides/"] if kind == "slides" else []
-        raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
+        others = not_read(source)[:1]
+        raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others]))
     paper_prior = DATASETS.get(data, OWN).prior
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
     if rows:

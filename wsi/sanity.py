@@ -31,7 +31,7 @@ def nucleus_size(images, mpp):
     Blobs are haematoxylin above Otsu's threshold. Clumps do not count: the largest circle in a blob has to
     have half of its area. mpp only scales the result. NaN for fewer than 20 blobs.
     """
-    sizes = []
+    sizes = [np.zeros(0)]
     for image in images:
         density = sum(weight * DENSITY[image[..., i]] for i, weight in enumerate(HAEMATOXYLIN))
         density = ndimage.gaussian_filter(density.clip(0, 2), 1.0)
@@ -39,8 +39,6 @@ def nucleus_size(images, mpp):
         if not len(tissue):
             continue
         blobs, count = ndimage.label(ndimage.binary_fill_holes(density > otsu(tissue)))
-        if not count:
-            continue
         inside = blobs > 0
         blob = blobs[inside] - 1  # of each px
         area = np.bincount(blob)
@@ -48,7 +46,7 @@ def nucleus_size(images, mpp):
         np.maximum.at(radius, blob, ndimage.distance_transform_edt(inside)[inside])  # ndimage.maximum sorts
         single = (np.pi * np.square(radius) > area / 2) & (area >= 20)
         sizes.append(2 * np.sqrt(area[single] / np.pi) * mpp)
-    sizes = np.sort(np.concatenate(sizes)) if sizes else np.zeros(0)
+    sizes = np.sort(np.concatenate(sizes))
     if len(sizes) < 20:
         return float("nan")
     area_so_far = np.cumsum(sizes ** 2)
