@@ -7,6 +7,7 @@ from synthetic import slides_named, tcga, write_table
 import data
 from common.errors import InputError
 from wsi import splits
+from wsi.slides import file_identity
 from wsi.splits import find_data
 
 
@@ -121,9 +122,10 @@ def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
         splits.check_unseen(found, test, elsewhere, "encoder.pt")
     rows = [f"s{i},{'AB'[i % 2]},p{i},{'test' if i < 2 else 'train'}" for i in range(6)]
     found = set_of(place, rows)
-    one = {"data": "another", "images": {"s0": 1}, "patients": ["p0", "p1"]}
+    content = file_identity(found.images["s0"])["file_hash"]
+    one = {"data": "another", "images": {"s0": content}, "patients": ["p0", "p1"]}
     with pytest.raises(InputError, match="1 of these 2"):
-        splits.check_unseen(found, ["s0", "s1"], one, "encoder.pt")  # the same name and size
+        splits.check_unseen(found, ["s0", "s1"], one, "encoder.pt")  # the same name and content
     other = one | {"images": {"s0": 2}}  # the same name, another file; a patient p1 of another data set
     splits.check_unseen(found, ["s0", "s1"], other, "encoder.pt")
 

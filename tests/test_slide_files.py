@@ -250,22 +250,6 @@ def test_a_byte_at_the_start_middle_or_end_makes_another_file(tmp_path, at):
     assert sample_hash(tmp_path / "gone", 1, 1) == ""
 
 
-def test_an_encoder_of_before_is_compared_by_size(place):
-    saved(place / "in" / "slides" / "other.png", array=tissue(300))
-    write(place / "in" / "labels.csv", "slide,label,split\ngood,A,test\nother,B,train\n")
-    found = find_folder("in")
-    size = file_identity(found.images["good"])["file_bytes"]
-    for images, leaks in (({"good": size}, True), ({"good": size + 1}, False),
-                          ({"good": file_identity(found.images["good"])["file_hash"]}, True),
-                          ({"good": "0" * 16}, False)):
-        trained_on = {"data": "another", "images": images, "patients": []}
-        if leaks:
-            with pytest.raises(InputError, match="1 of these 1"):
-                splits.check_unseen(found, ["good"], trained_on, "encoder.pt")
-        else:
-            splits.check_unseen(found, ["good"], trained_on, "encoder.pt")
-
-
 # ---------------------------------------------------------------- long names
 
 def test_the_longest_name_is_written_on_a_machine_of_a_long_name(place, monkeypatch):

@@ -194,8 +194,8 @@ def seen_images(found, names, trained_on):
 
     trained_on: the encoder's training_record. Seen are images that it was trained on, or on another image of
     their patient; those of patients whom a published split has in two splits are the second list. Images are
-    the same if their names and file hashes are (in an older encoder.pt: sizes). A patient's name counts
-    within one data set (check_unseen warns of it in others), a TCGA patient's in all.
+    the same if their names and file hashes are. A patient's name counts within one data set (check_unseen
+    warns of it in others), a TCGA patient's in all.
     """
     same_data = trained_on["data"] == found.name
     names_of = found.names_of_patients()
@@ -209,8 +209,7 @@ def seen_images(found, names, trained_on):
     accepted = set().union(*shared_patients(found).values())
     seen, shared = [], []
     for name in names:
-        identity = file_identity(found.images[name])
-        same_image = images.get(name) in (identity["file_hash"], identity["file_bytes"])
+        same_image = images.get(name) == file_identity(found.images[name])["file_hash"]
         same_name = same_data and name in images
         patient = found.labels[name]["patient"]
         same_patient = bool(patients & names_of[patient])
