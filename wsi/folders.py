@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import InputError, check_mpp, one_line, printable
+from common.errors import InputError, one_line, printable
 from common.files import files_under, read_csv, read_json, write_json
 from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
 from wsi.slides import MPP_LIMITS, PLAIN_TYPES, SLIDE_TYPES, find_slides, number, slide_name, why_not_read
@@ -91,8 +91,6 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
     InputError if the folder or its images are missing.
     """
-    check_mpp(mpp, "--mpp")
-    check_mpp(slide_mpp, "--slide-mpp")
     if data in DATASETS:
         source = folder_of(data, root)
         name = source.name
@@ -241,12 +239,9 @@ def tell_source(found):
 
 
 def image_files(rows, folder):
-    """Returns {name: file} of the images in rows that exist; InputError if one is outside the folder."""
+    """Returns {name: file} of the images in rows that exist."""
     for row in rows:
-        name = Path(row["name"])
-        if name.is_absolute() or ".." in name.parts:
-            raise InputError(f"{row['where']}: image {row['name']!r} is outside the folder")
-        row["name"] = name.as_posix()  # so that a/./b and a/b are one name
+        row["name"] = Path(row["name"]).as_posix()  # so that a/./b and a/b are one name
     return {row["name"]: folder / row["name"] for row in rows if (folder / row["name"]).is_file()}
 
 
@@ -259,9 +254,8 @@ def slide_of(name, images):
     name = Path(name).stem if name not in images and known_ending else name
     if name in images or name.isascii():
         return name
-    same = [image for image in images if unicodedata.normalize("NFC", image)
-            == unicodedata.normalize("NFC", name)]
-    return same[0] if same else name
+    same = {unicodedata.normalize("NFC", image): image for image in images}
+    return same.get(unicodedata.normalize("NFC", name), name)
 
 
 def mpp_in_table(path):
