@@ -62,6 +62,7 @@ def test_labels_as_spreadsheets_write_them(place, raw):
     ("slide,label,patient\na,A,p\nb,B,q\nc,,\n", "'c'; for pre-training only, give its patient"),
     ("slide,label,patient,split\na,A,p,train\nb,B,q,train\nc,,r,test\n", "line 4 has split test and no"),
     ("image,label,patient\nslides/a.svs,A,p\nslides/b.svs,,q\n", "line 3 has no label"),
+    ("image,label\n../../x.png,A\n", "outside"),
     (b"\xff\xfes\x00l\x00i\x00d\x00e\x00", "UTF-8"), ('slide,label\n"a,A\nb,B', "")])
 def test_bad_labels_are_reported_in_one_line(tmp_path, monkeypatch, capsys, text, says):
     monkeypatch.chdir(tmp_path)

@@ -3,9 +3,10 @@
 Tiles at 2 um/px are crops/2um/<slide>/<x>_<y>.jpg, with crops/2um/<slide>.json next to them; cells/ are in
 level-0 px. What was computed from another file or with other settings is recomputed or refused, never used.
 """
+import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +111,8 @@ def tile_info(data, name):
 
 def tiles_in(folder):
     """Returns the names of the tiles in a slide's folder, <x>_<y>.jpg and no stray files, sorted."""
-    return sorted(glob("[0-9]*_[0-9]*.jpg", root_dir=folder))
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(name for name in names if re.fullmatch(r"\d+_\d+\.jpg", name))
 
 
 def tile_infos(data):
@@ -153,7 +155,7 @@ def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
         if odd:
             tqdm.write(printable(f"warning: {path}: {'; '.join(odd)}"))
     if len(failed) == len(data.images):
-        raise InputError(f"none of the {len(failed)} slides could be used: {failed[0]}")
+        raise InputError(f"no slide could be used: {failed[0]}")
     return failed
 
 
@@ -371,7 +373,7 @@ def prepare_crop_cells(data, workers):
         else:
             done[tasks[task]] = result
     if not done:
-        raise InputError(f"none of the {len(failed)} crops could be used: {failed[0]}")
+        raise InputError(f"no crop could be used: {failed[0]}")
     if tasks:
         write_crop_cells(data, done, files)
     side = crop_side(data)

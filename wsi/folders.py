@@ -239,9 +239,12 @@ def tell_source(found):
 
 
 def image_files(rows, folder):
-    """Returns {name: file} of the images in rows that exist."""
+    """Returns {name: file} of the images in rows that exist; InputError if one is outside the folder."""
     for row in rows:
-        row["name"] = Path(row["name"]).as_posix()  # so that a/./b and a/b are one name
+        name = Path(row["name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise InputError(f"{row['where']}: image {row['name']!r} is outside the folder")
+        row["name"] = name.as_posix()  # so that a/./b and a/b are one name
     return {row["name"]: folder / row["name"] for row in rows if (folder / row["name"]).is_file()}
 
 
