@@ -137,7 +137,8 @@ def test_no_worker_process_is_taken_as_in_train(capsys):
 
 
 @pytest.mark.parametrize("data, spoil, says", [
-    ("mhist", lambda: make_mhist(["x.png,HP,1,maybe"]), "split 'maybe'"),
+    ("mhist", lambda: make_mhist(["x.png,TA,1,train"]), "label 'TA' of x.png"),
+    ("mhist", lambda: make_mhist(["x.png,HP,1,maybe"]), "Partition 'maybe'"),
     ("mhist", lambda: write(MHIST, "Image Name,Label\nMHIST_1.png,HP\n"), "Partition"),
     ("chaoyang", lambda: write(CHAOYANG, "[{"), "train.json: cannot be read (JSONDecodeError"),
     ("chaoyang", lambda: write(CHAOYANG, ["a"]), "train.json: cannot be read (TypeError"),

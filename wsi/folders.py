@@ -344,10 +344,19 @@ def read_mhist(source):
     """Returns the rows of MHIST as distributed: annotations.csv, with its official Partition."""
     table = source / "annotations.csv"
     names, lines = read_csv(table)
-    if not {"image name", "majority vote label", "partition"} <= set(names):
+    columns = ("image name", "majority vote label", "partition")
+    if not set(columns) <= set(names):
         raise InputError(f"{table}: its first line has to name Image Name, Majority Vote Label and Partition")
-    return [{"where": f"{table}: line {line}", "name": row["image name"], "label": row["majority vote label"],
-             "patient": row["image name"], "split": row["partition"].lower()} for line, row in lines]
+    rows = []
+    for line, values in lines:
+        name, label, split = (values.get(column, "") for column in columns)
+        where = f"{table}: line {line}"
+        if label not in DATASETS["mhist"].classes:
+            raise InputError(f"{where}: label {label!r} of {name} is neither HP nor SSA")
+        if split.lower() not in ("train", "test"):
+            raise InputError(f"{where}: Partition {split!r} of {name} is neither train nor test")
+        rows.append({"where": where, "name": name, "label": label, "patient": name, "split": split.lower()})
+    return rows
 
 
 def read_chaoyang(source):
