@@ -333,8 +333,10 @@ def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1
 
     Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on
     the device of the generator, which draws all random numbers. shard: (index, count) of these crops in their
-    batch. counts: returns cells per patch instead of P_c (view_prior).
+    batch. counts: returns cells per patch instead of P_c (view_prior). ValueError for crops of another dtype.
     """
+    if crops.dtype != torch.uint8:
+        raise ValueError(f"make_views takes crops of uint8, 0 to 255, not {crops.dtype}")
     draws = Draws(generator, shard)
     images = crops.to(draws.device).float() / 255
     cells = cells.to(draws.device)

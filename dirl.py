@@ -272,7 +272,7 @@ class DINOHead(nn.Module):
 
     def forward(self, f):
         z = self.mlp(f)  # (N, 256)
-        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
+        with torch.autocast(z.device.type, enabled=False):
             prototypes = F.normalize(self.last_layer.weight, dim=-1)  # (K, 256)
             logits = F.linear(F.normalize(z.to(prototypes.dtype), dim=-1), prototypes)
         return logits if self.last_norm is None else logits * self.last_norm.squeeze(1)
@@ -308,7 +308,7 @@ class DINOLoss(nn.Module):
     student (V, B, K): logits of all views, the U global ones first; teacher (U, B, K). Every student view is
     compared with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). Returns the mean over the pairs that count, 0 if
-    none does. Call update_center() once per step, after the loss.
+    none does. Call update_center() once per step, after the loss; each averages over all processes.
 
     `entropy` is the mean H(q) of the last call: ln K if the outputs are uniform, 0 if each is on a single
     prototype. The loss is H(q) + KL(q || p).
@@ -324,24 +324,25 @@ class DINOLoss(nn.Module):
         self.register_buffer("step_rows", torch.zeros(()), persistent=False)
 
     def forward(self, student, teacher, teacher_temp=0.04, present_s=None, present_t=None):
-        V, U = len(student), len(teacher)
-        mask_s = row_mask(present_s, student)  # (V, B)
-        mask_t = row_mask(present_t, teacher)  # (U, B)
-        different = 1 - torch.eye(U, V, device=teacher.device)  # 0 where both are the same view
-        pairs = different.unsqueeze(-1) * mask_t.unsqueeze(1) * mask_s  # (U, V, B): 1 for a pair that counts
-        # Under DDP the count is averaged over ranks, so the mean of the ranks' losses is the whole batch's.
-        count = process_mean(pairs.sum()).clamp(min=1e-6)
+        with torch.autocast(teacher.device.type, enabled=False):  # fp32, wherever it is called
+            V, U = len(student), len(teacher)
+            mask_s = row_mask(present_s, student)  # (V, B)
+            mask_t = row_mask(present_t, teacher)  # (U, B)
+            different = 1 - torch.eye(U, V, device=teacher.device)  # 0 where both are the same view
+            pairs = different.unsqueeze(-1) * mask_t.unsqueeze(1) * mask_s  # (U, V, B): 1 if the pair counts
+            # Averaged over DDP's ranks, so that the mean of their losses is the whole batch's.
+            count = process_mean(pairs.sum()).clamp(min=1e-6)
 
-        with torch.no_grad():
-            q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, K)
-            self.entropy = (pairs.sum(1) * torch.special.entr(q).sum(-1)).sum() / count
-            self.add_to_center(teacher, mask_t)
+            with torch.no_grad():
+                q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, K)
+                self.entropy = (pairs.sum(1) * torch.special.entr(q).sum(-1)).sum() / count
+                self.add_to_center(teacher, mask_t)
 
-        total = 0
-        for v in range(V):  # each view's log p is recomputed in the backward pass, to save memory
-            total = total + checkpoint(view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
-                                       use_reentrant=False, preserve_rng_state=False)
-        return total / count
+            total = 0
+            for v in range(V):  # each view's log p is recomputed in the backward pass, to save memory
+                total = total + checkpoint(view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
+                                           use_reentrant=False, preserve_rng_state=False)
+            return total / count
 
     def add_to_center(self, teacher, mask):
         """Adds the rows of teacher (U, B, K) where mask (U, B) is 1 to the sums of this step."""
@@ -398,6 +399,7 @@ class DiRL(nn.Module):
         f_cb is a mean over cell tokens, so it is present in any view with cells, even without background.
         """
         tokens = self.encoder(images)  # T_L (B, n, d)
+        prior = prior > 0  # so that counts of cells, or a mask of 0 and 255, are P_c too
         has_cell, has_background = regions_present(prior)
         if self.method == "baseline":
             return {"f": tokens.mean(1)}, {"f": torch.ones_like(has_cell)}
@@ -416,7 +418,8 @@ class DiRL(nn.Module):
         Returns {name: (logits (V, B, K), present (V, B))} over all V views.
         """
         B = views[0].shape[1]
-        by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1)) for x, p in zip(views, priors)]
+        by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1))
+                   for x, p in zip(views, priors, strict=True)]
         out = {}
         for name, head in self.heads.items():
             f_name = torch.cat([f[name] for f, _ in by_size])  # (V B, d)
@@ -461,7 +464,7 @@ class DiRLLoss(nn.Module):
 
 
 def make_teacher(student):
-    """Returns a frozen deep copy of the student in eval mode."""
+    """Returns a frozen deep copy of the student in eval mode; under DDP, call it after wrapping that."""
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 

@@ -229,7 +229,8 @@ def open_networks(args):
     opened = [(path, *encoders.open_encoder(path, args.arch)) for path in paths]
     path, _, about = opened[0]
     if args.arch not in (None, about["arch"]):
-        raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out")
+        raise InputError(f"--arch {args.arch}: {path} is a {about['arch']}; leave the flag out, or name the "
+                         "file that needs it by --checkpoint and this run by --compare")
     mpp = evaluated_mpp(args.data, args.mpp, about["mpp"])
     prior = encoders.prior_of(path, data) if args.prior == "auto" else args.prior
     found = find_data(args.data, mpp, prior, args.split_seed, slide_mpp=args.slide_mpp, split=args.split,

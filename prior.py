@@ -22,7 +22,7 @@ def centroid_map(centroids, size):
     centroids (K, 2) as x, y in px of the crop; those below 0, or at size and above, are outside.
     """
     c_map = torch.zeros(size, size, dtype=torch.uint8)
-    xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(-1, 2))
+    xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(len(centroids), 2))
     xy = xy[((xy >= 0) & (xy < size)).all(1)].floor().long()
     c_map[xy[:, 1], xy[:, 0]] = 1
     return c_map
@@ -38,7 +38,7 @@ def downsample_prior(c_map, patch_size=16):
 def bin_centroids(centroids, size, patch_size=16):
     """Returns the same P_c (n,) without drawing C: 1 for each p x p patch that holds a centroid (K, 2)."""
     grid = size // patch_size
-    xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(-1, 2))
+    xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(len(centroids), 2))
     xy = (xy[((xy >= 0) & (xy < grid * patch_size)).all(1)] // patch_size).long()
     prior = torch.zeros(grid * grid)
     prior[xy[:, 1] * grid + xy[:, 0]] = 1
@@ -49,10 +49,12 @@ def view_prior(cells, boxes, flip, size, patch_size=16, counts=False):
     """Returns P_c (B, n) of views of size x size px, whose cells are cropped and flipped as the pixels are.
 
     cells (B, K, 2) in px of the crop, padded with NaN; boxes (B, 4) as left, top, width, height in px of the
-    crop; flip (B,) bool, left to right; size: a multiple of patch_size. Cells are binned first and then the
-    patches are flipped: a px and its mirror image lie in mirrored patches. counts: returns the number of
-    cells per patch instead.
+    crop; flip (B,) bool, left to right. Cells are binned first and then the patches are flipped: a px and its
+    mirror image lie in mirrored patches. counts: returns the number of cells per patch instead. ValueError if
+    size is no multiple of patch_size.
     """
+    if size % patch_size:
+        raise ValueError(f"a view of {size} px does not divide into patches of {patch_size} px")
     grid = size // patch_size
     xy = (cells - boxes[:, None, :2]) / boxes[:, None, 2:] * size  # px of the view
     inside = ((xy >= 0) & (xy < size)).all(-1)  # false for NaN

@@ -269,6 +269,20 @@ def test_logits_keep_their_digits_whatever_the_autocast(autocast):
     assert near[:, 7].min() > 0.99
 
 
+def test_the_loss_is_in_fp32_whatever_the_autocast():
+    totals = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        loss_fn = dirl.DINOLoss(512)
+        student = torch.randn(4, 8, 512, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_fn(student, torch.randn(2, 8, 512))
+            loss_fn.update_center()
+        loss.backward()
+        totals.append((loss, student.grad, loss_fn.center))
+    assert all(torch.equal(one, other) for one, other in zip(*totals))
+
+
 def test_the_last_layer_is_weight_normalised_with_its_gradient():
     head = dirl.DINOHead(8, 32).double()
     linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, 32, bias=False).double())
@@ -343,6 +357,18 @@ def test_an_empty_region_has_no_gradient_and_no_nan(value, absent):
         assert each[name] == 0
         assert all(p.grad is None or (p.grad == 0).all() for p in model.heads[name].parameters())
     assert any((p.grad != 0).any() for p in model.heads["b" if value == 0 else "c"].parameters())
+
+
+def test_p_c_is_where_a_prior_is_above_0_and_every_view_size_needs_one():
+    model = dirl.DiRL(tiny(), "dirl", 16, 8)
+    views = [torch.randn(2, 3, 3, 64, 64), torch.randn(1, 3, 3, 32, 32)]
+    priors = [random_prior(6, 16).view(2, 3, 16), random_prior(3, 4).view(1, 3, 4)]
+    want = model(views, priors)
+    for scaled in ([255 * p for p in priors], [p.bool() for p in priors], [3 * p.int() for p in priors]):
+        for name, (logits, present) in model(views, scaled).items():
+            assert torch.equal(logits, want[name][0]) and torch.equal(present, want[name][1])
+    with pytest.raises(ValueError):
+        model(views, priors[:1])
 
 
 def test_teacher_shares_no_storage_and_moves_by_momentum():
@@ -450,7 +476,10 @@ def test_c_max_pooled_equals_direct_binning_and_loops():
         drawn = prior.downsample_prior(prior.centroid_map(xy, size))
         assert torch.equal(drawn, want.flatten())
         assert torch.equal(prior.bin_centroids(xy, size), want.flatten())
-    assert prior.bin_centroids(np.zeros((0, 2)), 224).sum() == 0
+    assert prior.bin_centroids(np.zeros((0, 2)), 224).sum() == 0 == prior.bin_centroids([], 224).sum()
+    for function in (prior.centroid_map, prior.bin_centroids):
+        with pytest.raises(ValueError):  # x, y and a type, which would be read as other points
+            function(np.ones((50, 3)), 224)
 
 
 # ---------------------------------------------------------------- views
@@ -584,6 +613,13 @@ def test_views_have_dinos_shapes_and_repeat_with_their_seed():
 
 
 # ---------------------------------------------------------------- schedules, clipping, order of the crops
+
+def test_views_of_other_sizes_and_pixels_are_refused():
+    with pytest.raises(ValueError, match="uint8"):  # 0 to 1, as torchvision's ToTensor gives: would be black
+        data.make_views(torch.rand(2, 3, 224, 224), torch.zeros(2, 1, 2), torch.Generator())
+    with pytest.raises(ValueError, match="100 px"):
+        prior.view_prior(torch.zeros(1, 1, 2), torch.tensor([[0, 0, 50, 50]]), torch.tensor([False]), 100)
+
 
 def test_schedules_by_hand():
     assert optimization.cosine(1.0, 0.0, 5, 20, 10) == 0.5

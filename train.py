@@ -412,7 +412,7 @@ def train(args, build=build_dirl):
     rank_images = images_of(data.crops, spread(len(data.crops), RANK_CROPS))
 
     # Files: a stopped run is resumed if its settings are the same.
-    config = config_of(args, data, settings)
+    config = config_of(args, data, settings) | {"recipe": build.__qualname__}
     run = Run(args.run, config, data.trained_on, args.save_minutes, args.save_every,
               student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, optimizer=optimizer)
     step = start = run.resume()
@@ -485,7 +485,7 @@ def finish(args, run, log, step, steps, skipped, stop):
 # ---------------------------------------------------------------- script
 
 def main(argv=None, name="train.py", arguments=arguments, build=build_dirl):
-    """Runs a script that trains; experiments.compare has its own name, flags and recipes."""
+    """Runs a script that trains; one with recipes of its own, as experiments.compare, passes its build."""
     torch.set_flush_denormal(True)  # denormal numbers are slow on a CPU
     join()
     try:

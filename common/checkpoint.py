@@ -10,7 +10,7 @@ from common.encoders import save_encoder
 from common.errors import InputError, one_line
 from common.files import load_tensors, not_written, read_json, save_tensors, write_json
 
-NOT_FLAGS = ("crops", "images", "labels", "pixels")  # entries of config.json that no flag sets
+NOT_FLAGS = ("crops", "images", "places", "pixels", "recipe")  # entries of config.json that no flag sets
 
 
 def check_config(path, config):

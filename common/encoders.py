@@ -140,7 +140,7 @@ def load_encoder(path):
     needed = {"encoder", "arch", "method", "data", "mpp", "step", "trained_on", "mean", "std"}
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again (weights of other "
-                         "programs: eval.py with --arch, or train.py --init)")
+                         "programs, or of a loop of your own: eval.py with --arch, or train.py --init)")
     depth = about.get("depth")  # None: the architecture's own
     if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
         raise InputError(f"{path}: its depth is damaged; pre-train again")
@@ -183,8 +183,8 @@ class ClassTokenViT(dirl.VisionTransformer):
     last_attention is that among the n patches.
     """
 
-    def __init__(self, embed_dim, depth, num_heads):
-        super().__init__(embed_dim, depth, num_heads)
+    def __init__(self, embed_dim, depth, num_heads, **kw):
+        super().__init__(embed_dim, depth, num_heads, **kw)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))  # its position embedding is added to it
 
     def embed(self, images):
@@ -209,17 +209,25 @@ class ClassTokenViT(dirl.VisionTransformer):
 def open_encoder(path, arch=None):
     """Returns what load_encoder does; of another program's weights, if their arch is given.
 
-    Nothing is known of their training: data, mpp and step are None, and the record of it is empty.
+    Nothing is known of their training: data, mpp and step are None, and the record of it is empty. Pixels are
+    normalised by the file's "mean" and "std" (lists), if it has them, else by ImageNet's. InputError if the
+    file has weights that would change the features, such as LayerScale's.
     """
     if arch is None:
         return load_encoder(path)
     state = read_state(path)
     if isinstance(state, dict) and "trained_on" in state:  # an encoder.pt: its own arch and record count
         return load_encoder(path)
-    encoder = make_encoder(arch, MEAN, STD)
-    if "cls_token" in weights_of(state, path):
-        encoder = ClassTokenViT(encoder.embed_dim, len(encoder.blocks), encoder.num_heads)
-    init_encoder(encoder, path, state)
+    weights = weights_of(state, path)
+    encoder = make_encoder(arch, state.get("mean", MEAN), state.get("std", STD))
+    if "cls_token" in weights:
+        encoder = ClassTokenViT(encoder.embed_dim, len(encoder.blocks), encoder.num_heads,
+                                mean=encoder.mean, std=encoder.std)
+    ignored = init_encoder(encoder, path, state)
+    foreign = [name for name in ignored if name.startswith(("blocks.", "reg_token", "dist_token"))]
+    if foreign:
+        raise InputError(f"{path}: has {', '.join(foreign[:3])}, which --arch {arch} has not: its features "
+                         "would be others; only plain ViTs can be measured")
     check_finite(encoder, path)
     print(f"warning: {path}: does not record what it was trained on; make sure it has seen no test image")
     about = {"arch": arch, "method": re.sub(r"[^\w.-]+", "_", path.stem), "data": None, "mpp": None,
@@ -291,11 +299,12 @@ def fit_weights(encoder, path, state=None):
 
 
 def init_encoder(encoder, path, state=None):
-    """Loads the weights of another file into an encoder; prints what was taken and what was ignored."""
+    """Loads the weights of another file into an encoder; prints and returns the names that were ignored."""
     weights, ignored = fit_weights(encoder, path, state)
     encoder.load_state_dict(weights)
     rest = f", ignored {', '.join(ignored)}" if ignored else ""
     print(f"{path}: took {len(weights)} tensors{rest}")
+    return ignored
 
 
 # ---------------------------------------------------------------- where results go
@@ -360,7 +369,12 @@ def normalize(images, mean, std):
 
 
 def inputs_of(encoder, images):
-    """Returns uint8 images (B, 3, H, W) as the encoder takes them: float, normalised, on its device."""
+    """Returns uint8 images (B, 3, H, W) as the encoder takes them: float, normalised, on its device.
+
+    ValueError for images of another dtype.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images of uint8, 0 to 255, are needed, not {images.dtype}")
     device = next(encoder.parameters()).device
     return normalize(images.to(device).float() / 255, encoder.mean, encoder.std)
 

@@ -100,6 +100,23 @@ def test_a_file_that_is_no_encoder_is_refused(tmp_path, content, says):
         open_encoder(tmp_path / "w.pth", "vit_t4")
 
 
+@pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "blocks.3.attn.q_norm.weight", "blocks.4.norm1.bias",
+                                  "reg_token", "dist_token"])
+def test_weights_that_make_other_features_are_refused(tmp_path, name):
+    class_token_file(tmp_path / "w.pth", **{name: torch.ones(D)})
+    with pytest.raises(InputError, match=f"w.pth: has {name}"):
+        open_encoder(tmp_path / "w.pth", "vit_t4")
+
+
+def test_the_mean_and_std_of_a_file_are_taken(tmp_path):
+    own = random_encoder("vit_t4", 0, MEAN, STD).state_dict()
+    scale = {"mean": [0.5, 0.6, 0.7], "std": [0.1, 0.2, 0.3]}
+    for weights in (own, class_token_file(tmp_path / "w.pth")):
+        save_tensors(tmp_path / "w.pth", {"encoder": weights, **scale})
+        encoder, _ = open_encoder(tmp_path / "w.pth", "vit_t4")
+        assert encoder.mean == (0.5, 0.6, 0.7) and encoder.std == (0.1, 0.2, 0.3)
+
+
 def test_imagenets_features_are_next_to_ours(folder, capsys):
     argv = ["slides", *SET, "--repeats", "2", "--epochs", "2", "--overlays", "1", "--checkpoint"]
     run = run_folder("runs/tiny_set_vit_t4_dirl")

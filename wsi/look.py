@@ -200,7 +200,7 @@ def draw(slide, scale, corners, side, shown, mpp, out):
     titles = (scale, "tissue (white)", f"{len(corners)} tiles of {CROP} px at {mpp:g} um/px")
     axes = above.subplots(1, 3)
     for axis, image, title in zip(axes, images, titles):
-        axis.imshow(image, cmap="gray")
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=10)
         axis.set_axis_off()
     scale_bar(axes[0], round_length(width * unit * slide.mpp / 4), unit * slide.mpp, width, rows)
