@@ -20,7 +20,7 @@ from common.watch import effective_rank
 from data import Augmentation, make_views
 from experiments import benchmark, compare
 from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
-from experiments.ssl.losses import PenalizedDINO
+from experiments.ssl.losses import WeightedSum
 from prior import bin_centroids, view_prior
 
 
@@ -49,7 +49,7 @@ def test_byol_is_the_mean_over_pairs_that_count(present):
     p, z = leaf(3, 4, 5), torch.randn(2, 4, 5)
     pairs = [2 - 2 * cos(p[v, b], z[u, b]) for u in range(2) for v in range(3) for b in range(4)
              if u != v and present[u, b] and present[v, b]]
-    same(byol_simclr.byol_loss(p, z, present, present[:2]), sum(pairs) / len(pairs), p)
+    same(byol_simclr.byol_loss((p, present), (z, present[:2])), sum(pairs) / len(pairs), p)
 
 
 @pytest.mark.parametrize("present", [PRESENT, torch.ones(3, 4).bool(), torch.ones(2, 4).bool()])
@@ -62,22 +62,23 @@ def test_nt_xent_takes_absent_views_neither_as_positives_nor_as_negatives(presen
             against = [(cos(z[v, b], z[place]) / 0.5).exp() for place in places if place[1] != b]
             positive = (cos(z[v, b], z[u, b]) / 0.5).exp()
             terms.append(-(positive / (positive + sum(against))).log())
-    same(byol_simclr.nt_xent_loss(z, present), sum(terms) / len(terms), z)
+    same(byol_simclr.nt_xent_loss((z, present)), sum(terms) / len(terms), z)
 
 
 def test_nt_xent_of_two_views_by_hand():
     """Two crops whose views are alike and at right angles: -log(e^2 / (e^2 + 2 e^0)), at temperature 1/2."""
     z = torch.eye(2).expand(2, 2, 2)
-    loss = byol_simclr.nt_xent_loss(z, torch.ones(2, 2).bool())
+    loss = byol_simclr.nt_xent_loss((z, torch.ones(2, 2).bool()))
     torch.testing.assert_close(loss, -(torch.e ** torch.tensor(2.) / (torch.e ** torch.tensor(2.) + 2)).log())
 
 
 @pytest.mark.parametrize("present", [torch.zeros(2, 3).bool(), torch.tensor([[1, 0, 0], [1, 0, 0]]).bool()])
 def test_without_pairs_or_negatives_nothing_breaks(present):
     z = leaf(2, 3, 5)
-    for loss in (byol_simclr.nt_xent_loss(z, present), byol_simclr.byol_loss(z, z, present, present)):
+    views = z, present
+    for loss in (byol_simclr.nt_xent_loss(views), byol_simclr.byol_loss(views, views)):
         assert torch.autograd.grad(loss, z)[0].isfinite().all() and loss.isfinite()
-    assert byol_simclr.nt_xent_loss(z, present) == 0
+    assert byol_simclr.nt_xent_loss(views) == 0
 
 
 def tiny(**kw):
@@ -126,7 +127,8 @@ def test_simclrs_jitter_is_stronger_and_not_more_frequent():
 def test_eq_9_weighs_the_regions():
     names = dirl.METHODS["dirl"]
     student, teacher = ({name: (leaf(2, 3, 4), torch.ones(2, 3).bool()) for name in names} for _ in range(2))
-    total, each = byol_simclr.Eq9Loss(dirl.eq9_weights(names, 0.5, 0.025), {})(student, teacher)
+    weight = dirl.eq9_weights(names, 0.5, 0.025)
+    total, each = WeightedSum(weight, dict.fromkeys(names, byol_simclr.byol_loss))(student, teacher)
     torch.testing.assert_close(total, 0.5 * (each["c"] + each["b"]) + 0.025 * sum(
         each[name] for name in dirl.DISENTANGLED))
 
@@ -156,7 +158,7 @@ def test_esvit_matches_each_token_to_the_most_similar(monkeypatch, rows):
                 terms.append(cross_entropy(x, best, center) / len(f[b]))
                 q = ((best - center) / 0.04).softmax(-1)
                 entropies.append(-(q * q.log()).sum() / len(f[b]))
-    loss = module((z, prototypes), (z_t, prototypes_t), tokens, of_teacher)
+    loss = module((z, prototypes, tokens), ([z_t], prototypes_t, [of_teacher]))
     same(loss, sum(terms) / (4 * 3), *z, prototypes)  # 4 pairs, 3 crops
     torch.testing.assert_close(module.entropy, sum(entropies) / (4 * 3))
     module.update_center()
@@ -203,24 +205,23 @@ def test_selfpatch_teacher_aggregates_neighbours_and_sees_all_views():
     torch.nn.init.uniform_(model.encoder.norm.weight, 0.1, 2)
     torch.nn.init.normal_(model.encoder.norm.bias)
     views = [torch.randn(2, 2, 3, 48, 48), torch.randn(1, 2, 3, 48, 48)]
-    torch.testing.assert_close(model(views)[1][0][1], model.encoder(views[0][1]))  # what evaluation averages
+    patches = model(views)["patch"]
+    torch.testing.assert_close(patches[0][1], model.encoder(views[0][1]))  # what evaluation averages
     tokens = model.encoder.blocks(model.encoder.embed(views[0][1]))  # not yet normalised
     expected = model.aggregation(selfpatch.similar_neighbours(tokens)[0])  # (n, 4, d) of the first crop
-    taught = selfpatch.teach_neighbours(model, views, None)[1]
+    taught = selfpatch.teach_neighbours(model, views, None)["patch"]
     torch.testing.assert_close(taught[0][1, 0], model.encoder.norm(expected))
     assert len(taught) == 2
 
 
 def test_selfpatch_centres_on_all_views_of_the_teacher():
-    shapes = (2, 3, 4, 6), (1, 3, 2, 6)
-    f_s, f_t, module = torch.randn(3, 3, 8), torch.randn(3, 3, 8), selfpatch.SelfPatchLoss(8, 6)
-    patches_s, patches_t = ([torch.randn(shape) for shape in shapes] for _ in range(2))
-    _, each = module((f_s, patches_s), (f_t, patches_t))
+    f_s, f_t, module = torch.randn(3, 3, 8), torch.randn(3, 3, 8), selfpatch.AggregateLoss(8)
+    loss = module(f_s, (f_t[:2], f_t[2:]))
     pairs = [cross_entropy(f_s[v, b], f_t[u, b], 0) for u in range(2) for v in range(3) for b in range(3)
              if u != v]  # the targets are the two global views only
-    torch.testing.assert_close(each["f"], sum(pairs) / len(pairs))
-    module.update_centers()
-    torch.testing.assert_close(module.losses["f"].center, 0.1 * f_t.mean((0, 1)))
+    torch.testing.assert_close(loss, sum(pairs) / len(pairs))
+    module.update_center()
+    torch.testing.assert_close(module.center, 0.1 * f_t.mean((0, 1)))
 
 
 def test_imix_weighs_the_losses_against_both_crops():
@@ -230,7 +231,7 @@ def test_imix_weighs_the_losses_against_both_crops():
     terms = [share[b] * cross_entropy(student[v, b], teacher[u, b], 0)
              + (1 - share[b]) * cross_entropy(student[v, b], teacher[u, partner[b]], 0)
              for u in range(2) for v in range(3) for b in range(4) if u != v]
-    same(module(student, teacher, share, partner), sum(terms) / len(terms), student)
+    same(module((student, share, partner), teacher), sum(terms) / len(terms), student)
     x = torch.randn(2, 4, 3, 5, 5)
     for b in range(4):
         torch.testing.assert_close(imix.mix(x, share, partner)[1, b],
@@ -247,9 +248,9 @@ def test_counts_go_through_the_views_geometry():
     assert counts[1].sum() == 1 and torch.equal(prior, (counts > 0).float())
     whole = view_prior(cells[:1], boxes[:1], torch.tensor([False]), 48, counts=True)
     assert torch.equal((whole[0] > 0).float(), bin_centroids(cells[0], 48))
-    torch.testing.assert_close(lsup.count_loss([torch.tensor([[[1., 2]]]), torch.tensor([[[0.]]])],
-                                                    [torch.tensor([[[1, 0]]]), torch.tensor([[[1]]])]),
-                               torch.tensor((0 + 4 + 1) / 3))
+    predicted = [torch.tensor([[[1., 2]]]), torch.tensor([[[0.]]])]
+    loss = lsup.count_loss((predicted, [torch.tensor([[[1, 0]]]), torch.tensor([[[1]]])]))
+    torch.testing.assert_close(loss, torch.tensor((0 + 4 + 1) / 3))
 
 
 def test_heads_sit_after_their_blocks():
@@ -328,13 +329,15 @@ def test_the_penalty_takes_the_attention_that_is_measured_and_is_added_to_dinos_
         torch.nn.init.normal_(p, std=0.3)
     views = [torch.randn(2, 3, 3, 48, 48), torch.randn(1, 3, 3, 32, 32)]
     priors = [torch.ones(2, 3, 9), torch.ones(1, 3, 4)]
-    logits, aggregated = model(views, priors)
+    student = model(views, priors)
+    logits, aggregated = student.values()
     for x, a in zip(views, aggregated):
         want = dirl.aggregated_attention(model.encoder.last_attention(x.flatten(0, 1)))
         torch.testing.assert_close(a, want)
     plain, _ = dirl.DiRL.forward(model, views, priors)["f"]
     torch.testing.assert_close(logits, plain)
-    loss, each = PenalizedDINO("even", evenness.unevenness, 3.0, 8)((logits, aggregated), (logits[:2], None))
+    penalized = WeightedSum({"f": 1, "even": 3}, {"f": dirl.DINOLoss(8), "even": evenness.unevenness})
+    loss, each = penalized(student, {"f": logits[:2], "even": None})
     torch.testing.assert_close(each["f"], dirl.DINOLoss(8)(logits, logits[:2]))
     torch.testing.assert_close(loss, each["f"] + 3 * each["even"])
     assert each["even"] == evenness.unevenness(aggregated) > 0

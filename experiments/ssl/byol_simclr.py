@@ -31,13 +31,15 @@ TEMPERATURE = 0.5  # SimCLR's
 
 # ---------------------------------------------------------------- losses
 
-def byol_loss(prediction, target, present_s, present_t):
+def byol_loss(student, teacher, *_):
     """BYOL, eq. 2: the mean of 2 - 2 cos(prediction, target) over pairs of views; the target has no gradient.
 
-    prediction (V, B, K) of all views, the U global ones first; target (U, B, K), projections of the global
-    views. Pairs are DINO's: every view with every other global one, where the region is present in both
-    (present_s (V, B), present_t (U, B)); 0 if there are none. BYOL adds up its two pairs; this is their mean.
+    student: predictions (V, B, K) of all views, the U global ones first, and present (V, B); teacher:
+    projections (U, B, K) of the global views, and present. Pairs are DINO's: every view with every other
+    global one, where the region is present in both; 0 if there are none. BYOL adds up its two pairs.
     """
+    prediction, present_s = student
+    target, present_t = teacher
     p = F.normalize(prediction.float(), dim=-1)
     z = F.normalize(target.detach().float(), dim=-1)
     other = ~torch.eye(len(z), len(p), dtype=torch.bool, device=p.device)  # no view with itself
@@ -46,39 +48,23 @@ def byol_loss(prediction, target, present_s, present_t):
     return (distance * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-def nt_xent_loss(z, present, temperature=TEMPERATURE):
+def nt_xent_loss(student, *_):
     """SimCLR, eq. 1 (NT-Xent): the mean of -log(e^(s+/t) / (e^(s+/t) + sum of e^(s-/t))) over pairs of views.
 
-    z (V, B, K), present (V, B). s is the cosine; a pair (+) is two different views of one crop, in both
-    orders; its negatives (-) are all views of all other crops. Views without the region are in neither; the
-    loss is 0 without any pair. With two views this is SimCLR's sum over all k but the anchor.
+    student: z (V, B, K), present (V, B). s is the cosine; a pair (+) is two different views of one crop, in
+    both orders; its negatives (-) are all views of all other crops. Views without the region are in neither;
+    the loss is 0 without any pair. With two views this is SimCLR's sum over all k but the anchor.
     """
+    z, present = student
     V, B = present.shape
     z = F.normalize(z.float(), dim=-1).flatten(0, 1)  # (V B, K)
-    s = z @ z.t() / temperature
+    s = z @ z.t() / TEMPERATURE
     crop = torch.arange(B, device=z.device).repeat(V)
     negative = (crop.unsqueeze(1) != crop) & present.flatten()
     against = s.masked_fill(~negative, -1e9).logsumexp(-1).view(V, 1, B)  # no infinity: its gradient is NaN
     positive = s.view(V, B, V, B).diagonal(dim1=1, dim2=3)  # (V, V, B)
     pairs = present.unsqueeze(1) & present & ~torch.eye(V, dtype=torch.bool, device=z.device).unsqueeze(-1)
     return (F.softplus(against - positive) * pairs).sum() / pairs.sum().clamp(min=1)
-
-
-class Eq9Loss(WeightedSum):
-    """Eq. 9 over losses of BYOL or SimCLR, which have no centre.
-
-    student, teacher: {name: (z (V, B, K), present (V, B))}; the teacher's is None for SimCLR.
-    """
-
-    def each(self, student, teacher, teacher_temp):
-        each = {}
-        for name, (z, present) in student.items():
-            if teacher is None:
-                each[name] = nt_xent_loss(z, present)
-            else:
-                target, present_t = teacher[name]
-                each[name] = byol_loss(z, target, present, present_t)
-        return each
 
 
 # ---------------------------------------------------------------- models
@@ -142,7 +128,7 @@ def teach_projections(teacher, views, priors):
 
 def teach_nothing(teacher, views, priors):
     """SimCLR has no teacher."""
-    return None
+    return dict.fromkeys(teacher.heads)
 
 
 def twin_of(student):
@@ -156,7 +142,8 @@ def twin_of(student):
 def build(encoder, args):
     """Returns the Recipe of --ssl byol or simclr."""
     student = RegionProjections(encoder, args.method, args.ssl).to(args.device)
-    loss = Eq9Loss(dirl.eq9_weights(student.heads, args.lambda_1, args.lambda_2), {})
+    weight = dirl.eq9_weights(student.heads, args.lambda_1, args.lambda_2)
+    loss = WeightedSum(weight, dict.fromkeys(weight, byol_loss if args.ssl == "byol" else nt_xent_loss))
     if args.ssl == "byol":
         return Recipe(student, dirl.make_teacher(student), loss, teach_projections)
     return Recipe(student, twin_of(student), loss, teach_nothing)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dirl
-from experiments.ssl.dense import through, tokens_of
-from experiments.ssl.losses import WeightedSum
+from experiments.ssl.losses import WeightedSum, through, tokens_of
 from train import Recipe
 
 ROWS = 4096  # tokens whose logits exist at once: 1 GiB with 65536 outputs, five times that at the peak
@@ -50,14 +49,14 @@ class RegionLoss(dirl.DINOLoss):
     """EsViT's region-level loss: the mean of -<q_match, log p> over tokens, crops and pairs of views.
 
     student: factors of the logits, z (V_i, B, n_i, 256) per size of views, the U global views first, and the
-    prototypes (K, 256); teacher: z (U, B, m, 256) and prototypes. tokens_s and tokens_t, to match by, have d
-    in the place of 256. Pairs are DINO's: every view of the student with every other of the teacher. After a
+    prototypes (K, 256), and the tokens to match by, which have d in the place of 256; teacher: the same of
+    the global views. Pairs are DINO's: every view of the student with every other of the teacher. After a
     call, entropy is the mean H(q) of the matched tokens.
     """
 
-    def forward(self, student, teacher, tokens_s, tokens_t, teacher_temp=0.04):
-        z_s, prototypes_s = student
-        z_t, prototypes_t = teacher
+    def forward(self, student, teacher, teacher_temp=0.04):
+        z_s, prototypes_s, tokens_s = student
+        (z_t,), prototypes_t, (tokens_t,) = teacher
         U = len(z_t)
         views = [z for size in z_s for z in size]  # V of (B, n, 256)
         tokens = [x for size in tokens_s for x in size.detach()]  # V of (B, n, d)
@@ -93,31 +92,18 @@ class EsViT(dirl.DiRL):
     def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per size, the global ones first.
 
-        Returns the logits of f (V, B, K), the factors of the tokens' logits, z (V_i, B, n_i, 256) per size
-        and prototypes (K, 256), and the tokens.
+        Returns the logits of f (V, B, K), and for the regions what RegionLoss takes.
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
-        return through(self.heads["f"], f), logit_factors(self.heads["region"], tokens), tokens
-
-
-class EsViTLoss(WeightedSum):
-    """(L_f + L_region) / 2; settings: those of dirl.DINOLoss."""
-
-    def __init__(self, *settings):
-        super().__init__({"f": 0.5, "region": 0.5},
-                         {"f": dirl.DINOLoss(*settings), "region": RegionLoss(*settings)})
-
-    def each(self, student, teacher, teacher_temp):
-        f_s, region_s, tokens_s = student
-        f_t, ((z_t,), prototypes_t), (tokens_t,) = teacher
-        region_t = z_t, prototypes_t
-        return {"f": self.losses["f"](f_s, f_t, teacher_temp),
-                "region": self.losses["region"](region_s, region_t, tokens_s, tokens_t, teacher_temp)}
+        return {"f": through(self.heads["f"], f),
+                "region": (*logit_factors(self.heads["region"], tokens), tokens)}
 
 
 def build(encoder, args):
-    """Returns the Recipe of --ssl esvit."""
+    """Returns the Recipe of --ssl esvit: (L_f + L_region) / 2."""
     student = EsViT(encoder, args.out_dim, args.norm_last_layer).to(args.device)
-    loss = EsViTLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
+    settings = args.out_dim, args.student_temp, args.center_momentum
+    terms = {"f": dirl.DINOLoss(*settings), "region": RegionLoss(*settings)}
+    loss = WeightedSum(dict.fromkeys(terms, 0.5), terms).to(args.device)
     return Recipe(student, dirl.make_teacher(student), loss)

@@ -7,11 +7,11 @@ last block.
 import torch
 
 import dirl
-from experiments.ssl.losses import PenalizedDINO
+from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 
-def unevenness(aggregated):
+def unevenness(aggregated, *_):
     """The mean of (a_j - 1)^2 over all tokens, 0 for even attention. aggregated: one (N_i, n_i) per size."""
     return torch.cat([a.flatten() for a in aggregated]).sub(1).square().mean()
 
@@ -32,13 +32,13 @@ class AttentiveDINO(dirl.DiRL):
         encoded = [self.encode(x.flatten(0, 1)) for x in views]
         f = torch.cat([tokens.mean(1) for tokens, _ in encoded])  # (V B, d)
         logits = self.heads["f"](f).unflatten(0, (-1, views[0].shape[1]))
-        return logits, [aggregated for _, aggregated in encoded]
+        return {"f": logits, "even": [aggregated for _, aggregated in encoded]}
 
 
 def build(encoder, args):
     """Returns the Recipe of --ssl evenness."""
     student = AttentiveDINO(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer)
     student = student.to(args.device)
-    loss = PenalizedDINO("even", unevenness, args.even_weight, args.out_dim, args.student_temp,
-                         args.center_momentum)
-    return Recipe(student, dirl.make_teacher(student), loss.to(args.device))
+    dino = dirl.DINOLoss(args.out_dim, args.student_temp, args.center_momentum)
+    loss = WeightedSum({"f": 1, "even": args.even_weight}, {"f": dino, "even": unevenness}).to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss)

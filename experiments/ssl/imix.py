@@ -31,12 +31,13 @@ def mix(x, share, partner):
 class MixLoss(dirl.DINOLoss):
     """DINO's loss against mixed targets: the mean over pairs of views of -<l q_i + (1 - l) q_j, log p_i>.
 
-    student (V, B, K) of mixed views, the U global ones first; teacher (U, B, K) of unmixed ones. Pairs and
-    centre are DINO's; entropy is that of the mixed q.
+    student: logits (V, B, K) of mixed views, the U global ones first, l (B,) and j (B,); teacher (U, B, K) of
+    unmixed views. Pairs and centre are DINO's; entropy is that of the mixed q.
     """
 
-    def forward(self, student, teacher, share, partner, teacher_temp=0.04):
-        V, B, _ = student.shape
+    def forward(self, student, teacher, teacher_temp=0.04):
+        logits, share, partner = student
+        V, B, _ = logits.shape
         U = len(teacher)
         different = 1 - torch.eye(U, V, device=teacher.device)
         pairs = different.unsqueeze(-1).expand(-1, -1, B)  # (U, V, B)
@@ -46,39 +47,29 @@ class MixLoss(dirl.DINOLoss):
             self.add_to_center(teacher, torch.ones(U, B, device=q.device))
         total = 0
         for v in range(V):
-            total = total + checkpoint(dirl.view_cross_entropy, student[v], q, pairs[:, v], self.student_temp,
+            total = total + checkpoint(dirl.view_cross_entropy, logits[v], q, pairs[:, v], self.student_temp,
                                        use_reentrant=False, preserve_rng_state=False)  # as in dirl.py
         return total / pairs.sum()
 
 
 class Imix(dirl.DiRL):
-    """DINO on f with mixed views; returns logits (V, B, K), l (B,), j (B,)."""
+    """DINO on f with mixed views; returns what MixLoss takes."""
 
     def forward(self, views, priors):
         share, partner = draw_mix(views[0].shape[1], views[0].device)
         logits, _ = super().forward([mix(x, share, partner) for x in views], priors)["f"]
-        return logits, share, partner
+        return {"f": (logits, share, partner)}
 
 
 def teach_unmixed(teacher, views, priors):
     """Returns the teacher's logits (2, B, K) on the unmixed global views."""
     logits, _ = dirl.DiRL.forward(teacher, views[:1], priors[:1])["f"]
-    return logits
-
-
-class ImixLoss(WeightedSum):
-    """MixLoss of an Imix model's output and its teacher's logits; settings: those of MixLoss."""
-
-    def __init__(self, *settings):
-        super().__init__({"f": 1}, {"f": MixLoss(*settings)})
-
-    def each(self, student, teacher, teacher_temp):
-        logits, share, partner = student
-        return {"f": self.losses["f"](logits, teacher, share, partner, teacher_temp)}
+    return {"f": logits}
 
 
 def build(encoder, args):
     """Returns the Recipe of --ssl imix."""
     student = Imix(encoder, "baseline", args.out_dim, norm_last_layer=args.norm_last_layer).to(args.device)
-    loss = ImixLoss(args.out_dim, args.student_temp, args.center_momentum).to(args.device)
+    loss = MixLoss(args.out_dim, args.student_temp, args.center_momentum)
+    loss = WeightedSum({"f": 1}, {"f": loss}).to(args.device)
     return Recipe(student, dirl.make_teacher(student), loss, teach_unmixed)

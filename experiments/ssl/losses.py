@@ -1,42 +1,38 @@
-"""What the comparisons' losses share: the weighted sum, and the centres of those that have prototypes."""
+"""What the comparisons share: encoder and head on every token, and the weighted sum of their losses."""
 from torch import nn
 
 import dirl
 
 
+def tokens_of(encoder, views):
+    """views, one (V_i, B, 3, H, W) per size -> T_L of each size, (V_i, B, n_i, d)."""
+    return [encoder(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in views]
+
+
+def through(head, x):
+    """x (.., d) -> (.., K) through a head that takes rows (N, d)."""
+    return head(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
 class WeightedSum(nn.Module):
     """A weighted sum of losses; returns (sum, {name: L_name without gradient}), as dirl.DiRLLoss does.
 
-    weight: {name: weight of L_name}. losses: {name: the dirl.DINOLoss of a head with prototypes}. A subclass
-    has each(student, teacher, teacher_temp), which returns {name: L_name}.
+    weight: {name: weight of L_name}. terms: {name: function of (student[name], teacher[name], the teacher's
+    temperature)}; a dirl.DINOLoss among them has prototypes, and with them a centre and an entropy.
     """
 
-    def __init__(self, weight, losses):
+    def __init__(self, weight, terms):
         super().__init__()
         self.weight = weight
-        self.losses = nn.ModuleDict(losses)
+        self.terms = terms
+        self.losses = nn.ModuleDict({name: term for name, term in terms.items()
+                                     if isinstance(term, dirl.DINOLoss)})
 
     def forward(self, student, teacher, teacher_temp=0.04):
-        each = self.each(student, teacher, teacher_temp)
+        each = {name: term(student[name], teacher[name], teacher_temp) for name, term in self.terms.items()}
         total = sum(self.weight[name] * loss for name, loss in each.items())
         return total, {name: loss.detach() for name, loss in each.items()}
 
     def update_centers(self):
         for cross_entropy in self.losses.values():
             cross_entropy.update_center()
-
-
-class PenalizedDINO(WeightedSum):
-    """L_f + weight L_name, with L_name = penalty(*others) of a student that returns (logits of f, *others).
-
-    The teacher returns the same; settings: those of dirl.DINOLoss.
-    """
-
-    def __init__(self, name, penalty, weight, *settings):
-        super().__init__({"f": 1, name: weight}, {"f": dirl.DINOLoss(*settings)})
-        self.name = name
-        self.penalty = penalty
-
-    def each(self, student, teacher, teacher_temp):
-        logits, *others = student
-        return {"f": self.losses["f"](logits, teacher[0], teacher_temp), self.name: self.penalty(*others)}

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.ssl.dense import through, tokens_of
-from experiments.ssl.losses import PenalizedDINO
+from experiments.ssl.losses import WeightedSum, through, tokens_of
 from train import Recipe
 
 
-def count_loss(predicted, counts):
+def count_loss(student, *_):
     """L_sup: the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i) per size."""
+    predicted, counts = student
     predicted = torch.cat([x.float().flatten() for x in predicted])
     counts = torch.cat([x.float().flatten() for x in counts])
     return F.mse_loss(predicted, counts)
@@ -29,18 +29,16 @@ class CellCounter(dirl.DiRL):
         self.counter = nn.Linear(encoder.embed_dim, 1)
 
     def forward(self, views, counts):
-        """views: one (V_i, B, 3, H, W) per size; counts: the cells of their patches (V_i, B, n_i).
-
-        Returns the logits of f (V, B, K), and per size the predicted and the true counts.
-        """
+        """views: one (V_i, B, 3, H, W) per size; counts: the cells of their patches (V_i, B, n_i)."""
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
-        return through(self.heads["f"], f), [self.counter(t).squeeze(-1) for t in tokens], counts
+        predicted = [self.counter(t).squeeze(-1) for t in tokens]
+        return {"f": through(self.heads["f"], f), "sup": (predicted, counts)}
 
 
 def build(encoder, args):
     """Returns the Recipe of --ssl lsup."""
     student = CellCounter(encoder, args.out_dim, args.norm_last_layer).to(args.device)
-    loss = PenalizedDINO("sup", count_loss, args.sup_weight, args.out_dim, args.student_temp,
-                         args.center_momentum)
-    return Recipe(student, dirl.make_teacher(student), loss.to(args.device), counts=True)
+    dino = dirl.DINOLoss(args.out_dim, args.student_temp, args.center_momentum)
+    loss = WeightedSum({"f": 1, "sup": args.sup_weight}, {"f": dino, "sup": count_loss}).to(args.device)
+    return Recipe(student, dirl.make_teacher(student), loss, counts=True)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.ssl.dense import through
-from experiments.ssl.losses import WeightedSum
+from experiments.ssl.losses import WeightedSum, through
 from train import Recipe
 
 NEIGHBOURS = 4  # of 8
@@ -91,6 +90,16 @@ class PatchLoss(dirl.DINOLoss):
         return loss
 
 
+class AggregateLoss(dirl.DINOLoss):
+    """DINO's loss of f with a centre of all the teacher's views: teacher is (U, B, K), (V - U, B, K)."""
+
+    def forward(self, student, teacher, teacher_temp=0.04):
+        of_global, of_local = teacher
+        with torch.no_grad():
+            self.add_to_center(of_local, torch.ones(of_local.shape[:2], device=of_local.device))
+        return super().forward(student, of_global, teacher_temp)
+
+
 class SelfPatch(nn.Module):
     """The encoder, the aggregation, a head on its f and one on the patches."""
 
@@ -116,7 +125,8 @@ class SelfPatch(nn.Module):
         """Returns the logits of f, aggregated from tokens, and of patches; both (V_i, B, n_i, d) per size."""
         f = torch.cat([self.aggregation(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in tokens])
         norm = self.encoder.norm
-        return through(self.heads["f"], norm(f)), [through(self.heads["patch"], norm(x)) for x in patches]
+        return {"f": through(self.heads["f"], norm(f)),
+                "patch": [through(self.heads["patch"], norm(x)) for x in patches]}
 
     def of_neighbours(self, tokens):
         """Returns the aggregation of each patch's neighbours in the patch's place, (V_i, B, n_i, d)."""
@@ -127,30 +137,16 @@ class SelfPatch(nn.Module):
 def teach_neighbours(teacher, views, priors):
     """Returns the teacher's outputs on all views, with each patch's neighbours in the patch's place."""
     tokens = teacher.tokens_of(views)
-    return teacher.logits(tokens, [teacher.of_neighbours(x) for x in tokens])
-
-
-class SelfPatchLoss(WeightedSum):
-    """L_f + 0.1 L_patch; settings: those of dirl.DINOLoss without out_dim."""
-
-    def __init__(self, out_dim, patch_dim, *settings):
-        super().__init__({"f": 1, "patch": WEIGHT}, {"f": dirl.DINOLoss(out_dim, *settings),
-                                                     "patch": PatchLoss(patch_dim, *settings)})
-
-    def each(self, student, teacher, teacher_temp):
-        f_s, patches_s = student
-        f_t, patches_t = teacher
-        U = len(patches_t[0])  # global views
-        each = {"f": self.losses["f"](f_s, f_t[:U], teacher_temp),
-                "patch": self.losses["patch"](patches_s, patches_t, teacher_temp)}
-        with torch.no_grad():  # f's centre is of the local views, too
-            self.losses["f"].add_to_center(f_t[U:], torch.ones(f_t[U:].shape[:2], device=f_t.device))
-        return each
+    out = teacher.logits(tokens, [teacher.of_neighbours(x) for x in tokens])
+    U = len(views[0])  # global views
+    return out | {"f": (out["f"][:U], out["f"][U:])}
 
 
 def build(encoder, args):
     """Returns the Recipe of --ssl selfpatch."""
     student = SelfPatch(encoder, args.out_dim, args.disentangled_dim, args.norm_last_layer).to(args.device)
-    loss = SelfPatchLoss(args.out_dim, args.disentangled_dim, args.student_temp, args.center_momentum)
-    loss = loss.to(args.device)
+    settings = args.student_temp, args.center_momentum
+    terms = {"f": AggregateLoss(args.out_dim, *settings),
+             "patch": PatchLoss(args.disentangled_dim, *settings)}
+    loss = WeightedSum({"f": 1, "patch": WEIGHT}, terms).to(args.device)
     return Recipe(student, dirl.make_teacher(student), loss, teach_neighbours)
