@@ -36,7 +36,7 @@ from common import bags, classify, encoders
 from common.crossval import score_folds
 from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
-from common.export import check_export, export_attention, export_slides
+from common.export import check_export, export_slides, tiles_of, write_features
 from common.figures import BINS, draw_maps, draw_overlays, plot_distribution, save_figure, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
@@ -359,7 +359,7 @@ def draw_prediction(name, found, corners, scores, attention, classes, out, pixel
     save_figure(draw_maps(picture.pixels, {"DSMIL": {f"attention for {label}": heat}}, title),
                 out / f"{name}.png")
     measured = {f"DSMIL's attention for {label}, even share 1": values for label, values in shares.items()}
-    export_attention(out / f"{name}.geojson", corners, picture.side, picture.bounds, measured)
+    write_features(out / f"{name}.geojson", tiles_of(corners, picture.side, picture.bounds, "tile", measured))
 
 
 def predict_slides(args):

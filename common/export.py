@@ -38,13 +38,6 @@ def coords_attributes(name, info):
             "target_magnification": magnification, "mpp": info["mpp"], "level0_mpp": info["slide_mpp"]}
 
 
-def has_attributes(path, attributes):
-    """Whether "coords" of an h5 file has these attributes; earlier versions wrote others."""
-    with h5py.File(path) as file:
-        kept = file["coords"].attrs
-        return all(name in kept and np.array_equal(kept[name], value) for name, value in attributes.items())
-
-
 def warn_of_numbers(names):
     """Warns if CLAM would read the slides' names as numbers: pandas does if all names in a column look so."""
     if names and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in names):
@@ -66,13 +59,12 @@ def export_clam(found, folder, infos, out):
         if not is_newer(pt, source):
             save_tensors(pt, torch.from_numpy(read_npz(source, "features")["features"]))
         h5 = out / "h5_files" / f"{name}.h5"
-        attributes = coords_attributes(name, info)
-        if not (is_newer(h5, source) and has_attributes(h5, attributes)):
+        if not is_newer(h5, source):
             bag = read_npz(source, "features", "coords")
             with atomic_write(h5) as temp, h5py.File(temp, "w") as file:
                 file["features"] = bag["features"]
                 file["coords"] = bag["coords"]
-                file["coords"].attrs.update(attributes)
+                file["coords"].attrs.update(coords_attributes(name, info))
     rows = {name: found.labels[name] for name in sorted(infos) if name in found.labels}
     if rows:
         warn_of_numbers(list(rows))
@@ -134,57 +126,42 @@ def feature(kind, shape, coordinates, **properties):
 
 
 def write_features(path, features):
-    """Writes objects (feature) as a GeoJSON file."""
+    """Writes objects (feature) as a GeoJSON file, to be dragged onto the open slide."""
     with atomic_write(path) as temp:
         temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
 
 
-def export_geojson(path, corners, info, cells):
-    """Writes tiles and cells of a slide for QuPath (drag the file onto the open slide).
+def tiles_of(corners, side, bounds, kind="annotation", of_tile={}):
+    """Returns a slide's tiles as objects; corners (N, 2), side and bounds in level-0 px, as in their names.
 
-    corners (N, 2): the tiles' upper left corners, which become annotations; cells (K, 2) or None: detections.
-    Both are in level-0 px, and so are the tiles' names.
+    kind: annotation, or tile, a detection without a class: measurement maps colour only detections. of_tile:
+    {measurement: (N,)}, which QuPath reads as an object since 0.4.
     """
     features = []
-    for x, y in np.asarray(corners):
-        outline = square(np.subtract((x, y), info["bounds"]), info["side"])
-        features.append(feature("annotation", "Polygon", outline, name=f"tile {x},{y}"))
-    if cells is not None:
-        for place in np.round(cells - info["bounds"], 2).tolist():
-            features.append(feature("detection", "Point", place, name="cell"))
-    write_features(path, features)
-
-
-def export_attention(path, corners, side, bounds, of_tile, tokens=None):
-    """Writes attention over a slide for QuPath (0.4 and later read measurements as an object).
-
-    corners (N, 2), side and bounds: the tiles and the corner of QuPath's picture in level-0 px; of_tile:
-    {measurement: (N,)}; tokens (N, n): their aggregated attention, or None. With it tiles are annotations and
-    tokens of a sparse bin detections; without it tiles are what QuPath calls tiles, detections without a
-    class, because its measurement maps colour only detections.
-    """
-    features = []
-    kind = "tile" if tokens is None else "annotation"
-    for k, corner in enumerate(corners):
+    for k, (x, y) in enumerate(corners):
         measured = {name: float(f"{values[k]:.6g}") for name, values in of_tile.items()}
-        features.append(feature(kind, "Polygon", square(corner - bounds, side),
-                                name=f"tile {corner[0]},{corner[1]}", measurements=measured))
-        if tokens is not None:
-            features += sparse_tokens(tokens[k], corner - bounds, side)
-    write_features(path, features)
+        outline = square(np.subtract((x, y), bounds), side)
+        features.append(feature(kind, "Polygon", outline, name=f"tile {x},{y}", measurements=measured))
+    return features
 
 
-def sparse_tokens(attention, corner, side):
-    """Returns the tokens of a tile whose attention (n,) is in a sparse bin; corner, side: in QuPath's px."""
-    grid = int(len(attention) ** 0.5)
+def cells_of(cells, bounds):
+    """Returns cells (K, 2) in level-0 px, or None, as objects."""
+    places = [] if cells is None else np.round(cells - bounds, 2).tolist()
+    return [feature("detection", "Point", place, name="cell") for place in places]
+
+
+def sparse_tokens(attention, corners, side, bounds):
+    """Returns the tokens whose aggregated attention (N, n) is in a sparse bin as objects; see tiles_of."""
+    grid = int(attention.shape[1] ** 0.5)
     features = []
     for name, sparse in zip(SPARSE, (attention < 0.5, attention > 2)):
-        for token in np.flatnonzero(sparse):
-            at = corner + np.array([token % grid, token // grid]) * side / grid
+        for tile, token in np.argwhere(sparse):
+            at = corners[tile] - bounds + np.array([token % grid, token // grid]) * side / grid
             features.append(feature(
                 "detection", "Polygon", square(at, side / grid),
                 classification={"name": name, "color": SPARSE[name]},
-                measurements={"aggregated attention": round(float(attention[token]), 4)}))
+                measurements={"aggregated attention": round(float(attention[tile, token]), 4)}))
     return features
 
 
@@ -199,10 +176,10 @@ def check_export(kinds, found):
                          "(slide,label) or use --export clam")
 
 
-def export_slides(kinds, found, features, infos, cells_of, run):
+def export_slides(kinds, found, features, infos, read, run):
     """Writes what --export asks for, of slides that have features in a folder, to a run.
 
-    infos: {slide: tile_info}; cells_of(slide): its cells (K, 2) in level-0 px, or None.
+    infos: {slide: tile_info}; read(slide): its cells (K, 2) in level-0 px, or None.
     """
     if "clam" in kinds:
         export_clam(found, features, infos, run / "clam")
@@ -211,4 +188,5 @@ def export_slides(kinds, found, features, infos, cells_of, run):
     if "geojson" in kinds:
         for name, info in tqdm(infos.items(), "geojson, slides", leave=False):
             corners = read_npz(features / f"{name}.npz", "coords")["coords"]
-            export_geojson(run / "geojson" / f"{name}.geojson", corners, info, cells_of(name))
+            tiles = tiles_of(corners, info["side"], info["bounds"])
+            write_features(run / "geojson" / f"{name}.geojson", tiles + cells_of(read(name), info["bounds"]))

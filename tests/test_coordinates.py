@@ -7,7 +7,7 @@ import pytest
 from synthetic import prepared, saved, scn, svs, tissue, write, write_table
 
 import data
-from common.export import export_attention, export_geojson
+from common.export import cells_of, sparse_tokens, tiles_of, write_features
 from data import Crops
 from experiments.figures import priors
 from wsi import cache, check, sanity, slides
@@ -132,18 +132,15 @@ def test_a_slide_with_bounds_from_qupath_and_back(leica, tmp_path):
     np.testing.assert_allclose(folder_cells, TRUE + CORNER)
 
     out = tmp_path / "good.geojson"
-    export_geojson(out, crops.corners, info, xy)
+    where = crops.corners, info["side"], slide.bounds
+    write_features(out, tiles_of(*where) + cells_of(xy, slide.bounds))
     np.testing.assert_allclose(read_cells(out), xy - CORNER, atol=0.006)
     objects = json.loads(out.read_text())["features"]
     for corner, shape in zip(crops.corners, objects):
         first = shape["geometry"]["coordinates"][0][0]
         assert first == (corner - CORNER).tolist()
         assert shape["properties"]["name"] == "tile {},{}".format(*corner)
-    export_attention(out, crops.corners, info["side"], slide.bounds, {}, np.full((4, 196), 3.0))
-    objects = json.loads(out.read_text())["features"]
-    tiles = [shape for shape in objects if shape["properties"]["objectType"] == "annotation"]
-    assert [shape["geometry"]["coordinates"][0][0] for shape in tiles] == (crops.corners - CORNER).tolist()
-    token = objects[1 + 15]["geometry"]["coordinates"][0]  # the 16th of the first tile: row 1, column 1
+    token = sparse_tokens(np.full((4, 196), 3.0), *where)[15]["geometry"]["coordinates"][0]  # row 1, column 1
     assert token[0] == (crops.corners[0] - CORNER + 16).tolist()
 
 

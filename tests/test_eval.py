@@ -380,23 +380,6 @@ def test_clam_and_trident_cut_our_tiles(slide_mpp, mpp):
     assert at["overlap"] == 0 and (at["level0_mpp"], at["mpp"]) == (slide_mpp, mpp)
 
 
-def test_h5_files_of_an_earlier_version_are_written_again(tmp_path, capsys):
-    info = {"side": 448.0, "width": 900, "height": 700, "slide_mpp": 1.0, "mpp": 2.0}
-    np.savez(tmp_path / "s.npz", features=np.ones((2, 3), np.float32), coords=np.array([[0, 0], [448, 0]]))
-    found = SimpleNamespace(name="d", labels={})
-    path = tmp_path / "clam/h5_files/s.h5"
-    export.export_clam(found, tmp_path, {"s": info}, tmp_path / "clam")
-    first = path.stat().st_mtime_ns
-    export.export_clam(found, tmp_path, {"s": info}, tmp_path / "clam")
-    assert path.stat().st_mtime_ns == first
-    with h5py.File(path, "a") as file:
-        file["coords"].attrs["target_magnification"] = 5.0
-    export.export_clam(found, tmp_path, {"s": info}, tmp_path / "clam")
-    with h5py.File(path) as file:
-        assert file["coords"].attrs["target_magnification"] == 10
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize("names, warned", [(["007", "12"], True), (["1.5"], True), (["007", "a12"], False)])
 def test_slides_named_by_digits_are_named_at_clams_export(tmp_path, capsys, names, warned):
     info = {"side": 448.0, "width": 900, "height": 700, "slide_mpp": 1.0, "mpp": 2.0}

@@ -15,7 +15,7 @@ import numpy as np
 from common.bags import read_bags, read_dsmils
 from common.encoders import attention_of, features_folder, in_batches, results_folder
 from common.errors import InputError, run_script
-from common.export import export_attention
+from common.export import sparse_tokens, tiles_of, write_features
 from common.figures import BINS, draw_maps, stitch
 from common.flags import whole
 from experiments.figures import shared
@@ -89,8 +89,9 @@ def run(args):
     if found.labels:
         label = f"{found.labels[name]['label']}, {args.part} part"
     shared.save_both(draw_maps(picture.pixels, maps, f"{name}, {label}"), rows, out)
+    where = crops.corners, picture.side, picture.bounds
     for path, (attention, of_tile) in for_qupath.items():
-        export_attention(path, crops.corners, picture.side, picture.bounds, of_tile, attention)
+        write_features(path, tiles_of(*where, of_tile=of_tile) + sparse_tokens(attention, *where))
     print(f"For QuPath, next to it: {', '.join(path.name for path in for_qupath)}.")
     return 0
 
