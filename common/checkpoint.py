@@ -29,21 +29,6 @@ def check_config(path, config):
                          "resume it, or another folder for a new run (--run)")
 
 
-def lock_folder(folder, lock):
-    """Makes a run's folder and locks it while this process lives.
-
-    InputError if another process has the lock, or if the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder}: another train.py is writing to it; wait for it, or use another "
-                         "--run") from None
-    except OSError as error:
-        raise not_written(folder, error) from None
-
-
 class Run:
     """The files of a run: config.json, checkpoint.pt, encoder.pt. Its folder is locked from resume to exit.
 
@@ -69,7 +54,7 @@ class Run:
         Under torchrun every process loads it; only rank 0 locks and writes.
         """
         if not rank():
-            lock_folder(self.folder, self.lock)
+            self.acquire()
         try:
             step = self.load() if (self.folder / "checkpoint.pt").is_file() else 0
         except BaseException:
@@ -78,6 +63,17 @@ class Run:
         if not rank():
             write_json(self.folder / "config.json", self.config)
         return step
+
+    def acquire(self):
+        """Makes the folder and locks it; InputError if another process has locked it, or on a write error."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
+        except Timeout:
+            raise InputError(f"{self.folder}: another train.py is writing to it; wait for it, or use another "
+                             "--run") from None
+        except OSError as error:
+            raise not_written(self.folder, error) from None
 
     def load(self):
         """Loads checkpoint.pt and returns its step; InputError if it is corrupt or of other settings."""
