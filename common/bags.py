@@ -98,17 +98,6 @@ class DSMILSettings:
     class_weights: bool
 
 
-def train_dsmil(bags, classes, seed, settings, weights=None):
-    """mil.train_dsmil on bags["train"] and bags["val"], under a progress bar; returns the model."""
-    with tqdm(total=settings.epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5,
-              disable=parent_process() is not None) as bar:
-        def progress(epoch, loss, val_loss):
-            bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
-            bar.update()
-        return mil.train_dsmil(bags["train"], bags["val"], classes, settings.epochs, settings.lr,
-                               settings.weight_decay, seed, progress, weights)
-
-
 class Trained(NamedTuple):
     """A DSMIL and what it says of the test slides."""
 
@@ -127,7 +116,13 @@ def train_and_score(run, slides, classes, settings, device, seed):
     weights = None
     if settings.class_weights:
         weights = mil.class_weights([label for _, label in bags["train"]], classes)
-    model = train_dsmil(bags, classes, seed, settings, weights)
+    with tqdm(total=settings.epochs, desc=f"DSMIL, seed {seed}", leave=False, mininterval=0.5,
+              disable=parent_process() is not None) as bar:
+        def progress(epoch, loss, val_loss):
+            bar.set_postfix(loss=f"{loss:.3f}", val=f"{val_loss:.3f}", refresh=False)
+            bar.update()
+        model = mil.train_dsmil(bags["train"], bags["val"], classes, settings.epochs, settings.lr,
+                                settings.weight_decay, seed, progress, weights)
     truth = np.array([label for _, label in bags["test"]])
     scores = torch.stack([mil.dsmil_predict(model, features) for features, _ in bags["test"]]).cpu().numpy()
     with torch.no_grad():  # model(features)[2] is the attention (N, C)
