@@ -37,7 +37,7 @@ from common.crossval import score_folds
 from common.encoders import attention_of, represent
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
 from common.export import check_export, export_slides, tiles_of, write_features
-from common.figures import BINS, draw_maps, draw_overlays, plot_distribution, save_figure, stitch
+from common.figures import BINS, draw_fig_4, draw_maps, draw_overlays, save_figure, stitch
 from common.files import print_table, write_csv
 from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
 from common.networks import describe, features_stamp, files_of, named, network_of, next_command, random_start
@@ -207,7 +207,7 @@ def count_attention(networks, title, found, run, args):
         bins = [row_of(f"tokens with attention {interval}", [share], over)
                 for interval, share in zip(BINS, dirl.attention_bins(values))]
         tables[name] = bins + shared + last_losses(network.folder)
-    plot_distribution(aggregated, title, run / "attention_distribution.png")
+    save_figure(draw_fig_4(aggregated, title), run / "attention_distribution.png")
 
     chosen = spread(len(counted), args.overlays)
     images, cells = zip(*[counted[i] for i in chosen])

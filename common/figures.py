@@ -167,13 +167,13 @@ def draw_distribution(axis, aggregated, colors=None):
     axis.legend(title="between 0.5 and 2", fontsize=8, title_fontsize=8, **BESIDE)
 
 
-def plot_distribution(aggregated, title, path):
-    """Writes Fig. 4 of one or more encoders, {network: values of aggregated attention}, as a .png."""
+def draw_fig_4(aggregated, title):
+    """Returns Fig. 4 of one or more encoders, {network: values of aggregated attention}."""
     figure = Figure(figsize=(6.2, 3.2), layout="constrained")
     axis = figure.subplots()
     draw_distribution(axis, aggregated)
     axis.set_title(title, fontsize=9)
-    save_figure(figure, path)
+    return figure
 
 
 # ---------------------------------------------------------------- a slide

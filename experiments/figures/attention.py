@@ -20,15 +20,7 @@ from PIL import Image
 import dirl
 from common.encoders import ClassTokenViT, attention_of, in_batches, inputs_of
 from common.errors import InputError, run_script
-from common.figures import (
-    BINS,
-    add_scale,
-    draw_crop,
-    draw_distribution,
-    draw_heat,
-    draw_overlays,
-    draw_prior,
-)
+from common.figures import BINS, add_scale, draw_crop, draw_fig_4, draw_heat, draw_overlays, draw_prior
 from common.flags import SEED, whole
 from common.report import note_on_middle
 from data import Augmentation, spread
@@ -131,10 +123,7 @@ def distribution(encoders, found, crops, args):
     images = shared.images_of(crops, spread(len(crops), args.crops))
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64, name)
                   for name, encoder in encoders.items()}
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.subplots()
-    draw_distribution(axis, aggregated)
-    axis.set_title(f"{found.name}, {len(images)} {args.part} crops", fontsize=9)
+    figure = draw_fig_4(aggregated, f"{found.name}, {len(images)} {args.part} crops")
     rows = [("network", "crops", "tokens", *BINS, *(f"quantile {q:g}" for q in QUANTILES))]
     for name, values in aggregated.items():
         numbers = (*dirl.attention_bins(values), *np.quantile(values.numpy(), QUANTILES))
