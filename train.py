@@ -438,7 +438,7 @@ def train(args, build=build_dirl):
 
             log.write(step - 1, values, schedule, rank_of_f, probed)
             run.save_if_due(step, per_epoch, log)
-            if any_of(stop, settings.device):
+            if any_of(stop):
                 break
         if step > start:
             run.save(step, log)

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+import dirl
+
 
 def join():
     """Joins the other processes if torchrun started this one."""
@@ -54,10 +56,6 @@ def first_before_others():
         dist.barrier()
 
 
-def any_of(flag, device):
-    """Whether the flag is true in any process; device: where the processes exchange it."""
-    if not dist.is_initialized():
-        return bool(flag)
-    total = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(total)
-    return total.item() > 0
+def any_of(flag):
+    """Whether the flag is true in any process; exchanged on the CPU, so that no GPU is waited for."""
+    return dirl.process_mean(torch.tensor(float(bool(flag)))).item() > 0
