@@ -1,7 +1,6 @@
 """Encoders: devices, encoder.pt, weights of other programs, where results go, features f, attention."""
 import math
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -67,13 +66,14 @@ class RegisterViT(dirl.VisionTransformer):
 
     def __init__(self, encoder, count):
         p = encoder.patch_size
-        super().__init__(encoder.embed_dim, 0, encoder.num_heads, p, encoder.grid * p, mean=encoder.mean,
-                         std=encoder.std)
+        with torch.random.fork_rng(devices=[]):  # later random numbers are those without registers
+            super().__init__(encoder.embed_dim, 0, encoder.num_heads, p, encoder.grid * p, mean=encoder.mean,
+                             std=encoder.std)
+            self.reg_token = nn.Parameter(1e-6 * torch.randn(1, count, encoder.pos_embed.shape[-1]))
         self.patch_embed = encoder.patch_embed
         self.pos_embed = encoder.pos_embed
         self.blocks = encoder.blocks
         self.norm = encoder.norm
-        self.reg_token = nn.Parameter(1e-6 * torch.randn(1, count, self.pos_embed.shape[-1]))
 
     def embed(self, images):
         patches = super().embed(images)  # (B, n, d)
@@ -84,12 +84,6 @@ class RegisterViT(dirl.VisionTransformer):
 
     def last_attention(self, images):
         return among_patches(super().last_attention(images), self.reg_token.shape[1])
-
-
-def with_registers(encoder, count):
-    """Returns an encoder's RegisterViT; draws none of the random numbers that come after it."""
-    with torch.random.fork_rng(devices=[]):
-        return RegisterViT(encoder, count)
 
 
 def among_patches(attention, others):
@@ -141,24 +135,18 @@ def load_encoder(path):
     if not isinstance(about, dict) or not needed <= about.keys() or about["arch"] not in dirl.ARCHS:
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again (weights of other "
                          "programs, or of a loop of your own: eval.py with --arch, or train.py --init)")
-    depth = about.get("depth")  # None: the architecture's own
-    if depth is not None and not (type(depth) is int and 1 <= depth <= MAX_DEPTH):
-        raise InputError(f"{path}: its depth is damaged; pre-train again")
     try:
         mean, std = torch.tensor([about["mean"], about["std"]], dtype=torch.float64).view(2, 3).tolist()
         if not min(std) > 0:
             raise ValueError(f"std {std}")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: mean and std of its pixels are damaged ({one_line(error)}); pre-train "
-                         "again") from None
-    encoder = make_encoder(about["arch"], mean, std, depth)
-    try:
+        encoder = make_encoder(about["arch"], mean, std, about.get("depth"))
         weights = about.pop("encoder")
         if "reg_token" in weights:
-            encoder = with_registers(encoder, weights["reg_token"].shape[1])
+            encoder = RegisterViT(encoder, weights["reg_token"].shape[1])
         encoder.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: its weights are not {about['arch']}'s ({one_line(error)})") from None
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: its weights are not {about['arch']}'s, or its mean and std are damaged "
+                         f"({one_line(error)}); pre-train again") from None
     check_finite(encoder, path)
     return encoder.eval(), about
 
@@ -215,7 +203,7 @@ def open_encoder(path, arch=None):
     """
     if arch is None:
         return load_encoder(path)
-    state = read_state(path)
+    state = load_tensors(path)
     if isinstance(state, dict) and "trained_on" in state:  # an encoder.pt: its own arch and record count
         return load_encoder(path)
     weights = weights_of(state, path)
@@ -233,11 +221,6 @@ def open_encoder(path, arch=None):
     about = {"arch": arch, "method": re.sub(r"[^\w.-]+", "_", path.stem), "data": None, "mpp": None,
              "step": None, "trained_on": {"data": None, "images": {}, "patients": []}}
     return encoder.eval(), about
-
-
-def read_state(path):
-    """Returns the content of a file of weights; DINO's have their flags, a Namespace, which is allowed."""
-    return load_tensors(path, allowed=[Namespace])
 
 
 def weights_of(state, path):
@@ -279,7 +262,7 @@ def fit_weights(encoder, path, state=None):
     it or has another size.
     """
     own = encoder.state_dict()
-    given = weights_of(read_state(path) if state is None else state, path)
+    given = weights_of(load_tensors(path) if state is None else state, path)
     try:
         positions, like = given.get("pos_embed"), own.get("pos_embed")
         if None not in (positions, like) and positions.ndim == 3 and positions.shape[-1] == like.shape[-1]:

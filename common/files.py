@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import zlib
+from argparse import Namespace
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -115,14 +116,10 @@ def save_tensors(path, state):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load_tensors(path, allowed=()):
-    """Returns the contents of a file of tensors and plain values, on the CPU, without running its code.
-
-    allowed: further classes that the file may hold; constructing them must be harmless. InputError for any
-    other file.
-    """
+def load_tensors(path):
+    """Returns a file's tensors and plain values, on the CPU; InputError for others: no code of it runs."""
     try:
-        with torch.serialization.safe_globals(list(allowed)):
+        with torch.serialization.safe_globals([Namespace]):  # DINO's flags, harmless to construct
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
         raise InputError(f"{path}: {why_not_loaded(path, error)}") from None

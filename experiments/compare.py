@@ -16,7 +16,7 @@ import sys
 
 import train
 from common.distributed import processes
-from common.encoders import with_registers
+from common.encoders import RegisterViT
 from common.errors import InputError
 from common.flags import between, whole, words_of
 from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
@@ -26,7 +26,7 @@ REGISTERS = 4  # those of Darcet et al. (2024)
 
 def build_registers(encoder, args):
     """Returns the Recipe of --ssl registers; a seed's encoder and head start as the baseline's."""
-    return train.build_dirl(with_registers(encoder, REGISTERS), args)
+    return train.build_dirl(RegisterViT(encoder, REGISTERS), args)
 
 
 BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import dirl
-from common.encoders import attention_of, in_batches, normalize, with_registers
+from common.encoders import RegisterViT, attention_of, in_batches, normalize
 from common.errors import InputError, Parser, run_script
 from common.files import load_tensors, save_tensors
 from common.optimization import Schedules, batches, build_optimizer
@@ -68,7 +68,7 @@ def small_vit(registers=0):
     encoder = dirl.VisionTransformer(48, 12, 3)
     for block in encoder.blocks:
         block.attn.qkv.weight.data *= 2  # 0.04 instead of 0.02: q, k and v then start as large as ViT-T's
-    return with_registers(encoder, registers) if registers else encoder
+    return RegisterViT(encoder, registers) if registers else encoder
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from synthetic import SmallHead, arrays_of, refused, rows_of, saved, times, tiss
 import dirl
 import train
 from common import metrics
-from common.encoders import MEAN, STD, inputs_of, load_encoder, normalize, random_encoder, with_registers
+from common.encoders import MEAN, STD, RegisterViT, inputs_of, load_encoder, normalize, random_encoder
 from common.figures import draw_distribution
 from common.files import file_stamp, load_tensors, read_json
 from common.log import is_finished
@@ -131,7 +131,7 @@ def test_norms_are_of_the_patches_tokens_before_the_closing_layer_norm():
     plain = random_encoder("vit_t4", 0, MEAN, STD)
     patches = SimpleNamespace(images=torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8),
                               test=[2, 0], kinds=np.zeros((2, 12)))
-    for encoder in (plain, with_registers(plain, 4)):
+    for encoder in (plain, RegisterViT(plain, 4)):
         found = measures.norms(encoder, None, patches)
         for norms, i in zip(found, patches.test):
             tokens = encoder.embed(inputs_of(encoder, patches.images[i: i + 1]))
@@ -142,7 +142,7 @@ def test_norms_are_of_the_patches_tokens_before_the_closing_layer_norm():
 
 
 def test_what_registers_draw():
-    encoder = with_registers(random_encoder("vit_t4", 0, MEAN, STD), 3)
+    encoder = RegisterViT(random_encoder("vit_t4", 0, MEAN, STD), 3)
     torch.nn.init.normal_(encoder.reg_token)
     patches = SimpleNamespace(images=torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8), test=[0, 1])
     last, (share, _) = encoder.blocks[-1], measures.on_registers(encoder, None, patches)

@@ -13,7 +13,7 @@ from test_train import FOLDER
 import data
 import dirl
 import train
-from common.encoders import attention_of, load_encoder, random_encoder, save_encoder, with_registers
+from common.encoders import RegisterViT, attention_of, load_encoder, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import load_tensors, read_json
 from common.watch import effective_rank
@@ -267,7 +267,7 @@ def test_registers_go_through_the_blocks_with_the_patches():
     plain, x = tiny(), torch.randn(2, 3, 48, 48)
     for p in plain.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    encoder = with_registers(plain, 4)
+    encoder = RegisterViT(plain, 4)
     torch.nn.init.normal_(encoder.reg_token)
     for image, tokens, attention in zip(x, encoder(x), encoder.last_attention(x)):
         t = torch.cat([encoder.reg_token[0], plain.embed(image[None])[0]])  # four registers, nine patches
@@ -285,7 +285,7 @@ def test_registers_go_through_the_blocks_with_the_patches():
 
 
 def test_an_untrained_networks_attention_is_even_with_registers_too():
-    encoder = with_registers(random_encoder("vit_t4", 0, (0.5,) * 3, (0.2,) * 3), 4)
+    encoder = RegisterViT(random_encoder("vit_t4", 0, (0.5,) * 3, (0.2,) * 3), 4)
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     aggregated = attention_of(encoder, images)
     torch.testing.assert_close(aggregated, torch.ones(2, 196), atol=0.1, rtol=0)
@@ -294,7 +294,7 @@ def test_an_untrained_networks_attention_is_even_with_registers_too():
 
 @pytest.mark.parametrize("arch", ["vit_t4", "vit_h"])
 def test_an_encoder_with_registers_is_kept_and_opened(tmp_path, arch):
-    encoder = with_registers(random_encoder(arch, 0, (0.5,) * 3, (0.2,) * 3), 4).eval()
+    encoder = RegisterViT(random_encoder(arch, 0, (0.5,) * 3, (0.2,) * 3), 4).eval()
     torch.nn.init.normal_(encoder.reg_token)
     path, x = tmp_path / "encoder.pt", torch.randn(1, 3, 32, 48)
     about = {"arch": arch, "method": "baseline", "data": "x", "mpp": 1.0, "step": 1, "trained_on": {}}
