@@ -3,7 +3,6 @@
 The map is the middle bin against 20-NN accuracy on the probe, along training, a line per run: so sparsity is
 compared at equal quality. Runs that are still in training are on it, and it is listed what is not measured.
 """
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -24,15 +23,6 @@ ON_THE_PROBE = {MIDDLE: 1, "20-NN accuracy": 3}  # places in PROBED
 
 # ---------------------------------------------------------------- the runs of a study
 
-@dataclass
-class Measured:
-    """An arm pre-trained with a seed and measured."""
-
-    seed: int
-    folder: Path
-    values: dict  # measures.statistics
-
-
 def find_runs(folder, arms):
     """Returns {(arm, seed): folder} of a study's runs, measured or not, in the order of arms."""
     found = {}
@@ -45,10 +35,10 @@ def find_runs(folder, arms):
 
 
 def read_claim(found, pair):
-    """Returns {arm: [Measured, ...]} of the runs that are measured."""
+    """Returns {(arm, seed): measures.statistics} of the runs that are measured."""
     runs = {}
     draws = {}  # of the same test groups, drawn once
-    for (arm, seed), folder in found.items():
+    for run, folder in found.items():
         path = folder / "claim.npz"
         if not path.is_file():
             continue
@@ -63,18 +53,17 @@ def read_claim(found, pair):
         groups = tuple(file["groups"])
         if groups not in draws:
             draws[groups] = draws_of(file["groups"])
-        runs.setdefault(arm, []).append(Measured(seed, folder, statistics(file, draws[groups], pair)))
+        runs[run] = statistics(file, draws[groups], pair)
     return runs
 
 
 def unmeasured(found, runs):
     """Returns a text for each arm and seed that is not measured, of those of which a run exists."""
-    measured = {(arm, run.seed) for arm in runs for run in runs[arm]}
     arms = dict.fromkeys(arm for arm, _ in found)
     seeds = sorted({seed for _, seed in found})
     out = []
     for arm, seed in product(arms, seeds):
-        if (arm, seed) not in measured:
+        if (arm, seed) not in runs:
             steps = len(read_log(found[arm, seed] / "log.csv")) if (arm, seed) in found else 0
             out.append(f"{arm}, seed {seed} ({steps} steps trained)")
     return out
@@ -108,28 +97,16 @@ def loss_shares(folder):
 
 # ---------------------------------------------------------------- minus the baseline
 
-def minus_baseline(arm, baseline):
-    """Returns {statistic: difference to the baseline's of the same seed} of each run; {} without one."""
-    of_seed = {run.seed: run.values for run in baseline}
-    out = []
-    for run in arm:
-        base = of_seed.get(run.seed, {})
-        out.append({name: run.values[name] - base[name] for name in run.values if name in base})
-    return out
-
-
-def curves_minus_baseline(curves, baseline_of):
-    """Returns the curves of the arms that have a baseline, minus its of the same seed and number of steps."""
+def minus_baseline(runs, baseline_of):
+    """Returns {(arm, seed): {name: value}} of the arms that have a baseline, minus its of the same seed."""
     out = {}
-    for (arm, seed), curve in curves.items():
-        base = curves.get((baseline_of.get(arm, "baseline"), seed), {})
-        if has_baseline(arm, baseline_of):
-            out[arm, seed] = {step: np.subtract(curve[step], base[step]) for step in curve if step in base}
+    for (arm, seed), values in runs.items():
+        base = runs.get((baseline_of.get(arm, "baseline"), seed), {})
+        title = f"{arm} minus {baseline_of[arm]}" if arm in baseline_of else arm
+        if arm not in ("random", "baseline", *baseline_of.values()):
+            names = [name for name in values if name in base]
+            out[title, seed] = {name: np.subtract(values[name], base[name]) for name in names}
     return out
-
-
-def has_baseline(arm, baseline_of):
-    return arm not in ("random", "baseline", *baseline_of.values())
 
 
 # ---------------------------------------------------------------- tables
@@ -169,6 +146,18 @@ def print_columns(title, columns):
         print()
 
 
+def by_arm(runs):
+    """Returns {"arm, seeds 0 1": [values of each seed]}, the columns of a table, of {(arm, seed): values}."""
+    arms = {}
+    for (arm, seed), values in runs.items():
+        arms.setdefault(arm, {})[seed] = values
+    columns = {}
+    for arm, of_seed in arms.items():
+        title = f"{arm}, seed{'s' * (len(of_seed) > 1)} {' '.join(map(str, of_seed))}"
+        columns[title] = list(of_seed.values())
+    return columns
+
+
 def by_steps(curves, place):
     """Returns {"N steps": [{arm: (value,)} of each seed]}, the columns of a table of arms by probes."""
     seeds = sorted({seed for _, seed in curves})
@@ -192,29 +181,17 @@ def show_claim(folder, arms, baseline_of, pair=None):
     if not runs:
         raise InputError(f"{folder}: has no measured run; first: python -m experiments.study claim --data "
                          f"FOLDER --out {folder}")
-    values = {}
-    differences = {}
-    losses = {}
-    for arm, measured in runs.items():
-        seeds = " ".join(str(run.seed) for run in measured)
-        title = f"{arm}, seed{'s' * (len(measured) > 1)} {seeds}"
-        values[title] = [run.values for run in measured]
-        losses[title] = [loss_shares(run.folder) for run in measured]
-        if has_baseline(arm, baseline_of):
-            heading = f"{arm} minus {baseline_of[arm]}" if arm in baseline_of else arm
-            baseline = runs.get(baseline_of.get(arm, "baseline"), [])
-            differences[heading] = minus_baseline(measured, baseline)
-    print_columns("measure", values)
-    print_columns("arm minus baseline, same seeds", differences)
-    print_columns("last epoch's loss / ln K", losses)
+    print_columns("measure", by_arm(runs))
+    print_columns("arm minus baseline, same seeds", by_arm(minus_baseline(runs, baseline_of)))
+    print_columns("last epoch's loss / ln K", by_arm({run: loss_shares(found[run]) for run in runs}))
     print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
           "±: sd over seeds")
-    if note := note_on_middle([run.values[MIDDLE][0] for measured in runs.values() for run in measured]):
+    if note := note_on_middle([values[MIDDLE][0] for values in runs.values()]):
         print(note)
     print()
 
     curves = {run: probe_curve(path) for run, path in found.items()}
-    minus = curves_minus_baseline(curves, baseline_of)
+    minus = minus_baseline(curves, baseline_of)
     for name, place in ON_THE_PROBE.items():
         print_columns(f"probe: {name}", by_steps(curves, place))
         print_columns("minus baseline, same seeds", by_steps(minus, place))
@@ -222,7 +199,7 @@ def show_claim(folder, arms, baseline_of, pair=None):
         print(f"not measured yet: {'; '.join(missing)}")
 
     write_csv(Path(folder) / "claim.csv", rows_of(runs, curves))
-    save_figure(draw_claim(runs, curves), Path(folder) / "claim.png")
+    save_figure(draw_claim(found, runs, curves), Path(folder) / "claim.png")
     print(f"Wrote {folder}/claim.csv, claim.png")
     return 0
 
@@ -230,28 +207,26 @@ def show_claim(folder, arms, baseline_of, pair=None):
 def rows_of(runs, curves):
     """Returns the rows of claim.csv: the statistics of each run with their intervals, then the probes."""
     rows = [("arm", "seed", "measure", "value", "low", "high")]
-    for arm, measured in runs.items():
-        for run in measured:
-            for name, values in run.values.items():
-                numbers = (values[0], *interval(values))
-                rows.append((arm, run.seed, name, *(f"{number:.4f}" for number in numbers)))
-    for (arm, seed), curve in curves.items():
+    for run, measured in runs.items():
+        for name, values in measured.items():
+            numbers = (values[0], *interval(values))
+            rows.append((*run, name, *(f"{number:.4f}" for number in numbers)))
+    for run, curve in curves.items():
         for step, (name, place) in product(curve, ON_THE_PROBE.items()):
-            rows.append((arm, seed, f"probe at {step} steps: {name}", curve[step][place], "", ""))
+            rows.append((*run, f"probe at {step} steps: {name}", curve[step][place], "", ""))
     return rows
 
 
 # ---------------------------------------------------------------- the figure
 
-def draw_claim(runs, curves):
+def draw_claim(found, runs, curves):
     """Draws Fig. 4 of each measured arm, all seeds together, next to the map."""
     figure = Figure(figsize=(13.5, 4), layout="constrained")
     fig_4, on_map = figure.subplots(1, 2)
     colors = network_colors(dict.fromkeys(arm for arm, _ in curves))
     pooled = {}
-    for arm, measured in runs.items():
-        of_seed = [read_npz(run.folder / "claim.npz", "attention")["attention"] for run in measured]
-        pooled[arm] = np.concatenate(of_seed)
+    for arm, seed in runs:
+        pooled.setdefault(arm, []).extend(read_npz(found[arm, seed] / "claim.npz")["attention"])
     draw_distribution(fig_4, pooled, colors)
     draw_map(on_map, runs, curves, colors)
     return figure
@@ -260,12 +235,12 @@ def draw_claim(runs, curves):
 def draw_map(axis, runs, curves, colors):
     """Draws each measured run's probes as a line that ends in a large dot; the random start as measured."""
     handles = {}
-    measured = {(arm, run.seed) for arm, of_arm in runs.items() for run in of_arm}
-    for run in runs.get("random", []):
-        place = (run.values["accuracy, 20-NN"][0], 100 * run.values[MIDDLE][0])
-        handles["random (all test images)"], = axis.plot(*place, "x", color=colors["random"])
-    for (arm, seed), curve in curves.items():
-        if curve and (arm, seed) in measured:
+    for (arm, seed), values in runs.items():
+        curve = curves[arm, seed]
+        if arm == "random":
+            place = (values["accuracy, 20-NN"][0], 100 * values[MIDDLE][0])
+            handles["random (all test images)"], = axis.plot(*place, "x", color=colors[arm])
+        elif curve:
             middle = [100 * probe[1] for probe in curve.values()]
             accuracy = [probe[3] for probe in curve.values()]
             axis.plot(accuracy, middle, "o-", ms=3, lw=1, color=colors[arm])

@@ -171,17 +171,17 @@ def test_probes_are_compared_at_equal_steps_and_seeds():
     assert show.by_steps(curves, 1) == {
         "4 steps": [{"baseline": (0.5,), "dirl": (0.9,)}, {"dirl": (0.7,)}],
         "6 steps": [{"dirl": (1,)}, {}], "8 steps": [{"baseline": (0.4,)}, {}]}
-    minus = show.curves_minus_baseline(curves, {})
+    minus = show.minus_baseline(curves, {})
     assert minus.keys() == {("dirl", 0), ("dirl", 1)} and not minus["dirl", 1]
     assert minus["dirl", 0].keys() == {4} and minus["dirl", 0][4][1::2] == pytest.approx([0.4, 0.05])
 
 
 def test_the_map_has_a_line_per_measured_run():
     axis, curve = Figure().subplots(), {4: (0, 0.5, 0, 0.7), 8: (0, 0.4, 0, 0.8)}
-    start = show.Measured(0, None, {"accuracy, 20-NN": [0.6], show.MIDDLE: [1]})
+    start = {"accuracy, 20-NN": [0.6], show.MIDDLE: [1]}
     curves = {("random", 0): {}, ("dirl", 0): curve, ("dirl", 1): {4: (0, 0.9, 0, 0.75)}, ("dirl", 2): curve}
-    measured = [show.Measured(seed, None, {}) for seed in (0, 1)]  # the run of seed 2 is still training
-    show.draw_map(axis, {"random": [start], "dirl": measured}, curves, {"random": "grey", "dirl": "red"})
+    runs = {("random", 0): start, ("dirl", 0): {}, ("dirl", 1): {}}  # the run of seed 2 is still training
+    show.draw_map(axis, runs, curves, {"random": "grey", "dirl": "red"})
     drawn = [line.get_xydata().tolist() for line in axis.get_lines()]
     assert drawn == [[[0.6, 100]], [[0.7, 50], [0.8, 40]], [[0.8, 40]], [[0.75, 90]], [[0.75, 90]]]
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
