@@ -44,14 +44,14 @@ def checked(compare):
 # ---------------------------------------------------------------- the reader's values
 
 def values_of(answer, cases):
-    """Calls the answer on every case, {description: arguments}; returns {description: value}.
+    """Calls the answer on a copy of every case, {description: arguments}; returns {description: value}.
 
     Blank if it never returns anything; Wrong if it raises, or returns nothing in some cases only.
     """
     values = {}
     for case, arguments in cases.items():
         try:
-            values[case] = answer(*arguments)
+            values[case] = answer(*[x.clone() if torch.is_tensor(x) else x for x in arguments])
         except Exception as error:  # the reader's code may raise anything
             raise Wrong(f"your code raised {type(error).__name__}: {error} ({case})") from None
     empty = [case for case, value in values.items() if is_empty(value)]
@@ -144,15 +144,9 @@ def wrong_priors(cells, box, flip):
         "cells outside the view are moved to its border; skip them":
             marked(row.clamp(0, 13) * 14 + column.clamp(0, 13)),
         "the flip mirrors the crop; it should mirror the view: 224 - x, after x was scaled to the view":
-            binned(mirrored_crop, y),
+            prior.bin_centroids(torch.stack([mirrored_crop, y], 1), 224),
         "the flip of a scaled x is width - x; the view is 224 px wide: 224 - x":
-            binned(w - x if flip else x, y)}
-
-
-def binned(x, y):
-    """Returns P_c (196,) of cells at x and y (K,) in px of the view."""
-    inside = (x >= 0) & (x < 224) & (y >= 0) & (y < 224)
-    return marked((y // 16 * 14 + x // 16)[inside].long())
+            prior.bin_centroids(torch.stack([w - x if flip else x, y], 1), 224)}
 
 
 def marked(patches):
@@ -174,9 +168,7 @@ def view_prior(answer):
         top = (224 - h) * torch.rand(1).item() // 1
         views[f"view {trial}: box {(left, top, w, h)}, flip {flip}"] = (
             torch.rand(40, 2) * 224, (left, top, w, h), flip)
-    given = {case: (cells.clone(), box, flip) for case, (cells, box, flip) in views.items()}
-    values = values_of(answer, given)
-    got = [tensor_of(value, (196,), "P_c") for value in values.values()]
+    got = [tensor_of(value, (196,), "P_c") for value in values_of(answer, views).values()]
     want = [true_prior(*view) for view in views.values()]
     patches = [int((a != b).sum()) for a, b in zip(got, want)]  # that differ
     if not any(patches):
@@ -206,7 +198,7 @@ def pool(answer):
     torch.manual_seed(0)
     tokens = torch.randn(2, 6, 5)
     p_c = torch.tensor([[1.0, 0, 0, 1, 0, 0], [0, 1, 1, 0, 1, 0]])  # 2 and 3 cells: no two divisors agree
-    value = values_of(answer, {"a batch of two views": (tokens.clone(), p_c.clone())})["a batch of two views"]
+    value = values_of(answer, {"a batch of two views": (tokens, p_c)})["a batch of two views"]
     got = tensors_of(value, (2, 5), ("f_c", "f_b"))
     want = list(dirl.cell_back_pool(tokens, p_c))
     counts = [region.sum(1, keepdim=True) for region in (p_c, 1 - p_c)]
@@ -223,8 +215,7 @@ def pool(answer):
     for name, a, b in zip(("f_c", "f_b"), got, want):
         if not close(a, b):
             raise Wrong(f"{name} is not the mean of its tokens")
-    cases = {"no cell": (tokens.clone(), torch.zeros(2, 6)),
-             "nothing but cells": (tokens.clone(), torch.ones(2, 6))}
+    cases = {"no cell": (tokens, torch.zeros(2, 6)), "nothing but cells": (tokens, torch.ones(2, 6))}
     for (case, value), empty in zip(values_of(answer, cases).items(), (0, 1)):
         f = torch.stack(tensors_of(value, (2, 5), ("f_c", "f_b")))
         if not f.isfinite().all():
@@ -235,7 +226,7 @@ def pool(answer):
         if not close(f[1 - empty], tokens.mean(1)):
             raise Wrong(f"a view with {case}: the other region is not the mean of all its tokens")
     leaf = tokens.clone().requires_grad_()
-    empty = {"one empty region each": (leaf * 1, torch.stack([torch.zeros(6), torch.ones(6)]))}
+    empty = {"one empty region each": (leaf, torch.stack([torch.zeros(6), torch.ones(6)]))}
     total = sum(f.sum() for f in values_of(answer, empty)["one empty region each"])
     if not total.requires_grad:
         raise Wrong("no gradient reaches the tokens, so an encoder would learn nothing: do not detach them")
@@ -252,7 +243,7 @@ def masks(answer):
     """eq. 4; no row of either mask is all -inf, so softmax is defined everywhere."""
     priors = {"a view with both regions": torch.tensor([1.0, 0, 0, 1, 1, 0]),
               "a view of background only": torch.zeros(4)}
-    values = values_of(answer, {case: (p_c.clone(),) for case, p_c in priors.items()})
+    values = values_of(answer, {case: (p_c,) for case, p_c in priors.items()})
     for (case, value), p_c in zip(values.items(), priors.values()):
         got = tensors_of(value, (len(p_c), len(p_c)), ("M_self", "M_cross"))
         compare_masks(case, got, [mask[0] for mask in dirl.disentangle_masks(p_c[None])])
@@ -368,7 +359,7 @@ def diagnosis(answer):
         three = teacher_outputs(k, 0.95, 3).mean(0).expand(16, k)
         outputs[f"{k} outputs, the same three prototypes in all rows"] = ("same output", three)
     outputs["24 outputs, exactly uniform"] = ("uniform", torch.full((16, 24), 1 / 24))
-    values = values_of(answer, {case: (q.clone(),) for case, (_, q) in outputs.items()})
+    values = values_of(answer, {case: (q,) for case, (_, q) in outputs.items()})
     for case, (name, q) in outputs.items():
         if values[case] == name:
             continue
@@ -391,7 +382,7 @@ def aggregated(answer):
     """column sums, averaged over the heads: the n values of a crop sum to n."""
     torch.manual_seed(0)
     attention = (3 * torch.randn(2, 3, 5, 5)).softmax(-1)
-    value = values_of(answer, {"two crops": (attention.clone(),)})["two crops"]
+    value = values_of(answer, {"two crops": (attention,)})["two crops"]
     got = tensor_of(value, (2, 5), "the map")
     want = dirl.aggregated_attention(attention)
     if close(got, want):
@@ -408,7 +399,7 @@ def aggregated(answer):
 def bins(answer):
     """the three shares sum to 1, and 0.5 and 2 themselves are in the middle bin."""
     values = torch.tensor([[0.1, 0.5, 1.0, 2.0, 2.1], [0.2, 0.3, 0.9, 0.9, 2.5]], dtype=torch.float64)
-    value = values_of(answer, {"ten tokens": (values.clone(),)})["ten tokens"]
+    value = values_of(answer, {"ten tokens": (values,)})["ten tokens"]
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     names = "the share of 0 to 0.5", "the share of 0.5 to 2", "the share over 2"
@@ -438,7 +429,7 @@ def instance_attention(answer):
     scores[4] = torch.tensor([0, 8.0])
     scores[2] = torch.tensor([-9.0, 1])
     scores[5] = torch.tensor([1, -9.0])
-    value = values_of(answer, {"seven instances": (q.clone(), scores.clone())})["seven instances"]
+    value = values_of(answer, {"seven instances": (q, scores)})["seven instances"]
     got = tensor_of(value, (7, 2), "the attention")
     products = q @ q[scores.argmax(0)].T
     logits = products / math.sqrt(128)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import dirl
-from common.encoders import RegisterViT, attention_of, in_batches, normalize
+from common.encoders import RegisterViT, normalize
 from common.errors import InputError, Parser, run_script
 from common.files import load_tensors, save_tensors
 from common.optimization import Schedules, batches, build_optimizer
@@ -113,7 +113,7 @@ def load(name):
 def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
     """Pre-trains the network of METHODS on crops [(image, cells), ...]; returns the teacher's encoder.
 
-    report(step, teacher, loss) is called after each step.
+    report(step, loss) is called after each step.
     """
     torch.manual_seed(seed)
     images, _ = collate(crops[:200])
@@ -133,7 +133,7 @@ def train(name, crops, steps, batch=16, outputs=64, seed=0, report=None):
         images, cells = collate([crops[i] for i in chosen])
         _, values = training_step(recipe, student, optimizer, images, cells, step, settings)
         if report:
-            report(step, recipe.teacher, values[0].item())
+            report(step, values[0].item())
     return recipe.teacher.encoder
 
 
@@ -141,17 +141,12 @@ def train_all(names):
     """Trains networks of METHODS and writes them to ENCODERS, in 16-bit floats; returns 0."""
     torch.set_flush_denormal(True)
     crops = training_crops(TRAINING_SLIDES)
-    watched, _ = collate(crops[::12])
     for name in names:
         start = time.time()
 
-        def report(step, teacher, loss):
-            if (step + 1) % 50:
-                return
-            values = in_batches(lambda x: attention_of(teacher.encoder, x), watched, 32)
-            low, middle, high = dirl.attention_bins(values)
-            print(f"{name}, step {step + 1}: loss {loss:.3f}; attention 0 to 0.5 {low:.1%}, 0.5 to 2 "
-                  f"{middle:.1%}, over 2 {high:.1%}; {time.time() - start:.0f} s", flush=True)
+        def report(step, loss):
+            if (step + 1) % 50 == 0:
+                print(f"{name}, step {step + 1}: loss {loss:.3f}; {time.time() - start:.0f} s", flush=True)
         encoder = train(name, crops, STEPS, report=report)
         trained = load_tensors(ENCODERS) if ENCODERS.is_file() else {}
         trained[name] = {key: value.half() for key, value in encoder.state_dict().items()}

@@ -357,7 +357,7 @@ def test_small_encoders_load_and_their_command_trains():
     for name in small.METHODS:
         losses = []
         encoder = small.train(name, crops, 2, batch=2,
-                              report=lambda step, teacher, loss: losses.append(loss))
+                              report=lambda step, loss: losses.append(loss))
         assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
         assert encoder.state_dict().keys() == small.load(name).state_dict().keys()
 
