@@ -229,16 +229,20 @@ def write_csv(path, rows):
         csv.writer(file).writerows(rows)
 
 
+def read_rows(path):
+    """Returns the rows of a CSV of ours as dicts; [] without it. Of columns with one name the last counts."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def merge_csv(path, keys, rows):
     """Writes rows (dicts) to a CSV file; a row of the file with the same values of keys is replaced."""
     def key_of(row):
         return tuple(row.get(key) for key in keys)
     replaced = set(map(key_of, rows))
-    merged = []
-    if path.is_file():
-        with open(path, encoding="utf-8", newline="") as file:
-            merged = [row for row in csv.DictReader(file) if key_of(row) not in replaced]
-    merged += rows
+    merged = [row for row in read_rows(path) if key_of(row) not in replaced] + rows
     columns = list(dict.fromkeys(name for row in merged for name in row))
     lines = [columns]
     for row in merged:

@@ -10,7 +10,6 @@ accuracies, AUC or F1.
 
 Below: the curves of experiments.study fraction and prior, from the files of their runs.
 """
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 
 from common.errors import InputError, run_script
 from common.figures import NETWORK_COLORS
-from common.files import atomic_write, read_json, write_csv
+from common.files import atomic_write, read_json, read_rows, write_csv
 from common.flags import RUNNING
 from common.log import MIDDLE, is_finished, read_log
 from common.report import note_on_middle
@@ -44,14 +43,6 @@ def arguments(argv):
         help="macro_f1 is BRIGHT's (Table 5); middle is the share of tokens with attention 0.5 to 2")
     add("--out", help="default: table.md in the folder; the numbers go next to it, as .csv")
     return parser.parse_args(argv)
-
-
-def read_rows(path):
-    """Returns the rows of a CSV as dicts; [] if it is missing. Of columns with one name the last counts."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read_values(folder):
