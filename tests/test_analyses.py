@@ -107,8 +107,6 @@ def test_distances_by_hand():
     assert tokens.bhattacharyya(one, gaussian([2, 0], np.eye(2))) == pytest.approx(4 / 8)
     wide = gaussian([0, 0], 4 * np.eye(2))  # mean of the covariances: 2.5 I
     assert tokens.bhattacharyya(one, wide) == pytest.approx(np.log(2.5 ** 2 / (1 * 16) ** 0.5) / 2)
-    with pytest.raises(ValueError, match="line"):
-        tokens.fit_gaussian(np.outer(np.arange(9.), [1, 2]))
 
 
 def test_drawn_tokens_have_their_kind_and_are_the_encoders(monkeypatch):

@@ -28,7 +28,7 @@ from experiments.figures import shared
 from prior import bin_centroids
 from wsi.cache import describe_cells, tile_info
 from wsi.cell_files import match_files
-from wsi.datasets import DATASETS, PRIORS
+from wsi.datasets import PRIORS
 from wsi.look import Shown, cells_of_slide, close_up, draw_inset, draw_tile, inside_box
 from wsi.slides import CROP, Slide
 from wsi.splits import find_data
@@ -44,12 +44,7 @@ def arguments(argv):
     add("--crops", type=whole(), default=500, help="most crops to compare cells on")
     add("--show", type=whole(1, 20), default=3, help="how many crops to draw")
     add("--out", type=shared.png, default="runs/priors.png", help="the picture")
-    args = parser.parse_args(argv)
-    if len(args.prior) < 2:
-        raise InputError("--prior: two segmenters are needed to compare them")
-    if args.mpp is None and args.data not in DATASETS:
-        raise InputError("--mpp: a folder needs it (2.0 is 5x, 1.0 10x, 0.5 20x)")
-    return args
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- agreement
