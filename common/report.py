@@ -1,4 +1,6 @@
 """The tables that eval.py prints and writes: rows (measure, mean, sd, over) of texts."""
+from itertools import chain
+
 import numpy as np
 
 from common.files import print_table, write_csv
@@ -40,8 +42,14 @@ def note_on_middle(shares):
     return f"{MIDDLE}: a network that has learned nothing has 1.000, so 1.000 alone is no success"
 
 
+def cell(mean, sd):
+    """Returns a mean and its sd, texts, for reading: "0.932 ± 0.012"."""
+    text = f"{float(mean):.3f}" if mean else ""
+    return f"{text} ± {float(sd):.3f}" if sd else text
+
+
 def side_by_side(tables):
-    """Joins {network: rows} to one table for programs: measure, each network's mean and sd, over."""
+    """Joins {network: rows} to a table for programs (measure, each mean and sd, over) and one for reading."""
     header = ["measure"]
     over_of = {}  # {measure: over}
     values = {}  # {(network, measure): (mean, sd)}
@@ -51,34 +59,20 @@ def side_by_side(tables):
             over_of.setdefault(measure, over)
             values[network, measure] = mean, sd
     lines = [[*header, "over"]]
+    shown = [["measure", *tables, "over"]]
     for measure, over in over_of.items():
-        line = [measure]
-        for network in tables:
-            line += values.get((network, measure), ("", ""))
-        lines.append([*line, over])
-    return lines
-
-
-def for_reading(lines):
-    """Returns the table of side_by_side with a mean and its sd in one cell: "0.932 ± 0.012"."""
-    names, *rows = lines
-    out = [[names[0], *names[1:-1:2], names[-1]]]
-    for measure, *values, over in rows:
-        cells = []
-        for mean, sd in zip(values[::2], values[1::2]):
-            cell = f"{float(mean):.3f}" if mean else ""
-            cells.append(f"{cell} ± {float(sd):.3f}" if sd else cell)
-        out.append([measure, *cells, over])
-    return out
+        pairs = [values.get((network, measure), ("", "")) for network in tables]
+        lines.append([measure, *chain(*pairs), over])
+        shown.append([measure, *(cell(*pair) for pair in pairs), over])
+    return lines, shown
 
 
 def print_results(tables, path):
     """Prints {network: rows}: one network's rows, or several side by side, which are also written to path."""
     table = [RESULTS, *next(iter(tables.values()))]
     if len(tables) > 1:
-        lines = side_by_side(tables)
+        lines, table = side_by_side(tables)
         write_csv(path, lines)
-        table = for_reading(lines)
     print_table(table)
     shares = []
     for rows in tables.values():
