@@ -421,8 +421,7 @@ def train(args, build=build_dirl):
     model = torch.compile(model) if args.compile else model
 
     log = Log(run.folder, tuple(recipe.loss.weight), recipe.loss.losses, start, steps, per_epoch, args.batch,
-              args.out_dim, reads_late=settings.device.type == "cuda", diverged=run.diverged,
-              has_cells=uses_cells(args))
+              args.out_dim, reads_late=settings.device.type == "cuda", has_cells=uses_cells(args))
     with run, log, stop_signals() as stop:
         for images, cells in loader_of(data.crops, args, start, steps):
             schedule, values = training_step(recipe, model, optimizer, images, cells, step, settings)

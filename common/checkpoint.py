@@ -110,13 +110,6 @@ class Run:
         save_encoder(self.folder / name, self.modules["teacher"].encoder, **about, step=step,
                      trained_on=self.trained_on)
 
-    def diverged(self, step, loss):
-        """Returns the message for a loss that is not finite."""
-        checkpoint = self.folder / "checkpoint.pt"
-        kept = f"{checkpoint} is the last good state" if checkpoint.is_file() else "nothing is saved yet"
-        return (f"the loss or a gradient is not finite at step {step} (loss {loss}); {kept}. Try a lower "
-                "--lr, a longer --warmup-epochs or --precision fp32, with a new --run")
-
     def save_if_due(self, step, per_epoch, log):
         """Saves if the last checkpoint is too old: `minutes`, at an epoch's end one; also for save_every."""
         if self.save_every and step % (self.save_every * per_epoch) == 0 and not rank():

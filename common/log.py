@@ -34,20 +34,18 @@ class Log:
 
     names: of the losses. dino: {name: dirl.DINOLoss} of the heads with prototypes; the teacher's entropy H(q)
     and the divergence KL(q || p), which add up to a head's loss, are logged as shares of ln K. reads_late:
-    reads the values of READ_EVERY steps at once, because every read makes a GPU wait. diverged(step, loss)
-    returns the message for a loss that is not finite. has_cells: without them both_regions and cell_share
-    stay empty.
+    reads the values of READ_EVERY steps at once, because every read makes a GPU wait. has_cells: without them
+    both_regions and cell_share stay empty.
     """
 
-    def __init__(self, folder, names, dino, start, steps, per_epoch, batch, out_dim, diverged,
-                 reads_late=False, has_cells=True):
+    def __init__(self, folder, names, dino, start, steps, per_epoch, batch, out_dim, reads_late=False,
+                 has_cells=True):
         self.names = names
         self.ln_k = {name: math.log(len(cross_entropy.center)) for name, cross_entropy in dino.items()}
         self.start = start
         self.per_epoch = per_epoch
         self.batch = batch
         self.ln_out_dim = math.log(out_dim)
-        self.diverged = diverged
         self.has_cells = has_cells
         self.started_at = time.monotonic()
         self.read_every = READ_EVERY if reads_late else 1
@@ -86,7 +84,10 @@ class Log:
             for (step, _, *others), values in zip(self.unread, all_values):
                 *values, finite = values
                 if not (math.isfinite(values[0]) and finite > 0.999):  # finite: a rounded mean
-                    raise FloatingPointError(self.diverged(step, values[0]))
+                    raise FloatingPointError(
+                        f"the loss or a gradient is not finite at step {step} (loss {values[0]}); the run's "
+                        "checkpoint.pt, if it exists, is the last good state. Try a lower --lr, a longer "
+                        "--warmup-epochs or --precision fp32, with a new --run")
                 self.write_row(step, values, *others)
             self.file.flush()
         except OSError as error:
