@@ -67,9 +67,9 @@ def run(args):
     images = shared.images_of(crops, range(len(crops)))
     picture = picture_of(found, name, args.pixels)
     places = crops.corners, picture.side, picture.unit, picture.pixels.shape[:2]
+    where = crops.corners, picture.side, picture.bounds
     out = Path(args.out or f"runs/heatmap_{name}.png")
     maps = {}  # {network: {title: (h, w)}}
-    for_qupath = {}  # {path: (attention, {measurement: (N,)})}
     rows = [("network", "x", "y", *TOKENS, "DSMIL")]
     for network, encoder in encoders.items():
         attention = in_batches(lambda x: attention_of(encoder, x), images, 64, network).numpy()
@@ -82,17 +82,14 @@ def run(args):
             of_tile["DSMIL"] = instances
             maps[network]["DSMIL's attention"] = stitch(instances[:, None] * len(instances), *places)
         path = out.with_name(f"{out.stem}_{re.sub(r'[^A-Za-z0-9.-]+', '_', network)}.geojson")
-        for_qupath[path] = attention, of_tile
+        write_features(path, tiles_of(*where, of_tile=of_tile) + sparse_tokens(attention, *where))
+        print(f"Wrote {path} for QuPath.")
         rows += [(network, *corner, *values)
                  for corner, values in zip(crops.corners.tolist(), zip(*of_tile.values()))]
     label = "training slide (no labels)"
     if found.labels:
         label = f"{found.labels[name]['label']}, {args.part} part"
     shared.save_both(draw_maps(picture.pixels, maps, f"{name}, {label}"), rows, out)
-    where = crops.corners, picture.side, picture.bounds
-    for path, (attention, of_tile) in for_qupath.items():
-        write_features(path, tiles_of(*where, of_tile=of_tile) + sparse_tokens(attention, *where))
-    print(f"For QuPath, next to it: {', '.join(path.name for path in for_qupath)}.")
     return 0
 
 
