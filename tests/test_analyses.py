@@ -435,7 +435,7 @@ def test_figures_draw_the_cells_that_their_runs_learned_from(here, capsys):
 
     def opened(command, *flags):
         args = attention.arguments([command, *ON, *flags])
-        _, _, found, names = shared.open_all(args, command != "distribution")
+        _, found, names = shared.open_all(args, command != "distribution")
         return found, shared.crops_of(found, names, args)
     found, crops = opened("overlay", "--checkpoint", plain, elsewhere, own)
     first = [i for i, (x, y) in enumerate(crops.corners.tolist()) if x < 100]

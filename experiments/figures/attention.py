@@ -118,11 +118,11 @@ def name_of(crops, i):
 
 # ---------------------------------------------------------------- pictures
 
-def distribution(encoders, found, crops, args):
+def distribution(networks, found, crops, args):
     """Fig. 4: the distribution of aggregated attention of each network; shares of the bins as CSV."""
     images = shared.images_of(crops, spread(len(crops), args.crops))
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64, name)
-                  for name, encoder in encoders.items()}
+                  for name, (encoder, _, _) in networks.items()}
     figure = draw_fig_4(aggregated, f"{found.name}, {len(images)} {args.part} crops")
     rows = [("network", "crops", "tokens", *BINS, *(f"quantile {q:g}" for q in QUANTILES))]
     for name, values in aggregated.items():
@@ -134,12 +134,12 @@ def distribution(encoders, found, crops, args):
     shared.save_both(figure, rows, args.out)
 
 
-def overlay(encoders, found, crops, args):
+def overlay(networks, found, crops, args):
     """Fig. 5 and 12: each crop, P_c, the aggregated attention of each network, bars of its bins."""
     chosen = choose(crops, args)
     images = shared.images_of(crops, chosen)
     aggregated = {name: in_batches(lambda x: attention_of(encoder, x), images, 64)
-                  for name, encoder in encoders.items()}
+                  for name, (encoder, _, _) in networks.items()}
     outlines = outlines_of(args.outlines, found, crops, chosen) if args.outlines else None
     figure = draw_overlays(images, aggregated, crops.priors()[chosen], outlines)
     rows = bins_of("crop", [name_of(crops, i) for i in chosen], aggregated)
@@ -187,21 +187,22 @@ def picture(args):
     shared.save_both(figure, bins_of("view", ["1", "2"], attention), args.out, dpi=110)
 
 
-def query(encoders, found, crops, args):
+def query(networks, found, crops, args):
     """Fig. 13: the crop, then the rows of query tokens (framed) in the last block, a line per network."""
     chosen = choose(crops, args)
     grid = CROP // 16
     tokens = tokens_at(args.query, grid)
     corners = [(t % grid * 16, t // grid * 16) for t in range(grid * grid)]  # of each token, px
     columns = 1 + len(tokens)
-    lines = [(i, name) for i in chosen for name in encoders]
+    lines = [(i, name) for i in chosen for name in networks]
     figure = Figure(figsize=(1.6 * columns + 1.4, 1.8 * len(lines) + 0.2), layout="constrained")
     axes = figure.subplots(len(lines), columns, squeeze=False)
     rows = [("crop", "network", "query x", "query y", "token x", "token y", "attention times n")]
     for (i, name), line in zip(lines, axes):
         images = shared.images_of(crops, [i])
+        encoder, _, _ = networks[name]
         with torch.no_grad():
-            attention = encoders[name].last_attention(inputs_of(encoders[name], images))[0].cpu()
+            attention = encoder.last_attention(inputs_of(encoder, images))[0].cpu()
         drawn = attention[:, tokens].mean(0) * attention.shape[-1]  # (Q, n), mean over heads; even share: 1
         for axis in line:
             draw_crop(axis, images[0])
@@ -224,10 +225,10 @@ def run(args):
         picture(args)
         return 0
     with_cells = args.command != "distribution"
-    encoders, _, found, names = shared.open_all(args, with_cells)
+    networks, found, names = shared.open_all(args, with_cells)
     crops = shared.crops_of(found, names, args, with_cells)
     {"distribution": distribution, "overlay": overlay, "query": query}[args.command](
-        encoders, found, crops, args)
+        networks, found, crops, args)
     return 0
 
 

@@ -59,7 +59,7 @@ def dsmil_attention(found, data, path, about, name, corners):
 
 
 def run(args):
-    encoders, files, found, names = shared.open_all(args, with_cells=False)
+    networks, found, names = shared.open_all(args, with_cells=False)
     name = args.slide or names[0]
     if found.kind != "slides" or name not in names:
         raise InputError(f"--slide {name}: not a slide in the {args.part} part of {found.source}; see --part")
@@ -71,13 +71,13 @@ def run(args):
     out = Path(args.out or f"runs/heatmap_{name}.png")
     maps = {}  # {network: {title: (h, w)}}
     rows = [("network", "x", "y", *TOKENS, "DSMIL")]
-    for network, encoder in encoders.items():
+    for network, (encoder, *file) in networks.items():
         attention = in_batches(lambda x: attention_of(encoder, x), images, 64, network).numpy()
         low = (attention < 0.5).mean(1)
         high = (attention > 2).mean(1)
         of_tile = dict(zip(TOKENS, (low, 1 - low - high, high)))
         maps[network] = {"aggregated attention": stitch(attention, *places)}
-        instances = dsmil_attention(found, run_name(args.data), *files[network], name, crops.corners)
+        instances = dsmil_attention(found, run_name(args.data), *file, name, crops.corners)
         if instances is not None:
             of_tile["DSMIL"] = instances
             maps[network]["DSMIL's attention"] = stitch(instances[:, None] * len(instances), *places)

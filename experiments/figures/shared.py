@@ -67,10 +67,9 @@ def named(texts, flag):
     out = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        value = value if equals else text
-        name = name if equals else Path(value).resolve().name
-        if name == "encoder.pt" and not equals:
-            name = Path(value).resolve().parent.name
+        if not equals:
+            value, path = text, Path(text).resolve()
+            name = path.parent.name if path.name == "encoder.pt" else path.name
         if not name or name in out:
             raise InputError(f"{flag} {text}: the name {name!r} is empty or taken; write NAME={value}")
         out[name] = value
@@ -111,7 +110,7 @@ def prior_of(networks, found):
 
 
 def open_all(args, with_cells=True):
-    """Returns {name: encoder}, {name: (its encoder.pt, the file's other values)}, data set, names of --part.
+    """Returns load_networks, the data set, and the names of its --part.
 
     with_cells: P_c is drawn, so without --prior the data set has the one of prior_of. Without labels
     args.part becomes "train", which is all. InputError if an encoder was trained on one of the test part.
@@ -132,9 +131,7 @@ def open_all(args, with_cells=True):
     if args.part == "test":
         for _, path, about in networks.values():
             check_unseen(found, names, about["trained_on"], path)
-    encoders = {name: encoder for name, (encoder, _, _) in networks.items()}
-    files = {name: (path, about) for name, (_, path, about) in networks.items()}
-    return encoders, files, found, names
+    return networks, found, names
 
 
 def crops_of(found, names, args, with_cells=True):

@@ -117,16 +117,16 @@ def draw(axis, points, fitted, title, color):
 
 
 def run(args):
-    encoders, _, found, names = shared.open_all(args)
+    networks, found, names = shared.open_all(args)
     crops = shared.crops_of(found, names, args)
-    colors = network_colors(encoders)
+    colors = network_colors(networks)
     order = np.random.default_rng(args.seed).permutation(len(crops))[: args.crops]
     places = draw_places(crops.priors()[order], args.tokens, args.seed)
     images = shared.images_of(crops, order)
-    figure = Figure(figsize=(3.6 * len(encoders), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(encoders), squeeze=False)[0]
+    figure = Figure(figsize=(3.6 * len(networks), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(networks), squeeze=False)[0]
     rows = [("network", "tokens of each kind", "Jensen-Shannon", "Bhattacharyya")]
-    for axis, (name, encoder) in zip(axes, encoders.items()):
+    for axis, (name, (encoder, _, _)) in zip(axes, networks.items()):
         print(f"{name}: t-SNE of {2 * args.tokens} tokens", flush=True)
         points = embed(encoder, images, places, args)
         fitted = {kind: (xy.mean(0), np.cov(xy.T)) for kind, xy in points.items()}
@@ -136,7 +136,7 @@ def run(args):
         draw(axis, points, fitted, f"{name}\nJS {js:.3f}, BD {bd:.3f}", colors[name])
         print(f"{name}: Jensen-Shannon {js:.4f}, Bhattacharyya {bd:.4f}")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(2, len(encoders)), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * min(2, len(networks)), fontsize=8)
     shared.save_both(figure, rows, args.out)
     return 0
 
