@@ -161,12 +161,7 @@ def score_mean_features(bags):
 # ---------------------------------------------------------------- DSMILs that are kept
 
 def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, trained_on):
-    """Writes dsmil_<seed>.pt of {seed: Trained}, in place of those of an earlier evaluation.
-
-    classes: their names; statistics: (mean, sd) that features were standardised with, or None; encoder: the
-    stamp of what made the features; mpp: um/px of the tiles; trained_on: hashes of the training and
-    validation slides' files.
-    """
+    """Writes dsmil_<seed>.pt of {seed: Trained}, in place of an earlier evaluation's; for load_dsmil."""
     for earlier in Path(folder).glob("dsmil_*.pt"):
         earlier.unlink()
     mean, sd = (values.cpu() for values in statistics) if statistics else (None, None)
@@ -181,7 +176,7 @@ def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, trained_on):
 class DSMILs:
     """DSMILs that eval.py kept: of one encoder and one data set, with several seeds."""
 
-    models: list
+    models: tuple
     classes: list  # names
     statistics: tuple | None  # (mean, sd) that standardise features
     mpp: float  # um/px of the tiles
@@ -224,19 +219,16 @@ def read_dsmils(folder, encoder_path, device):
     again = f"python eval.py --data DATA --checkpoint {encoder_path}, with DATA the labelled slides"
     if not paths:
         raise InputError(f"{folder}: has no dsmil_<seed>.pt; first: {again}")
-    models = []
-    classes = []
+    models, abouts = zip(*(load_dsmil(path, device) for path in paths))
+    first = abouts[0]
     stamp = file_stamp(encoder_path)
-    for path in paths:
-        model, about = load_dsmil(path, device)
+    for path, about in zip(paths, abouts):
         if about["encoder"] != stamp:
             raise InputError(f"{path}: was trained on features of another encoder than {encoder_path}; give "
                              f"that encoder, or {again}")
-        if models and about["classes"] != classes:
+        if about["classes"] != first["classes"]:
             raise InputError(f"{path}: has other classes than {paths[0]}; {again}")
-        classes = about["classes"]
-        models.append(model)
-    return DSMILs(models, classes, about["statistics"], about["mpp"], set(about["trained_on"]))
+    return DSMILs(models, first["classes"], first["statistics"], first["mpp"], set(first["trained_on"]))
 
 
 # ---------------------------------------------------------------- slides (Tables 1 and 5)

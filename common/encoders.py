@@ -109,16 +109,11 @@ def find_encoder(checkpoint, name="", flag="--checkpoint"):
         if not path.is_file():
             raise InputError(f"{flag} {path}: is missing; give an encoder.pt, or the folder of its run")
         return path
-    if name:
-        pattern = f"{name}_vit_*/encoder.pt"
-        advice = (f"no run of {name} in runs/; first: python train.py with the same --data, or give another "
-                  "run by --checkpoint")
-    else:
-        pattern = "*/encoder.pt"
-        advice = "no run in runs/; first: python train.py"
+    pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
     runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError(advice)
+        raise InputError(f"no run{name and ' of '}{name} in runs/; first: python train.py with the same "
+                         "--data, or give another run by --checkpoint")
     return runs[-1]
 
 

@@ -60,8 +60,7 @@ def read_outlines(path, bounds):
 def outlines_of(folder, found, crops, chosen):
     """Returns for each of the chosen crops [(region, its outline (K, 2) in px of the crop), ...].
 
-    folder: with a GeoJSON for each slide, named after it. Prints a warning for a slide without one, and if no
-    outline is in any of these crops.
+    folder: with a GeoJSON for each slide, named after it.
     """
     if not folder.is_dir():
         raise InputError(f"--outlines {folder}: a folder with <slide>.geojson is expected")
