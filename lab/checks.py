@@ -93,11 +93,17 @@ def close(a, b):
     return torch.allclose(a, b, atol=1e-5, rtol=1e-4)
 
 
-def name_mistake(got, mistakes):
-    """Raises Wrong with the first mistake, {what is wrong: list of tensors}, that gives what was got."""
+def judge(got, want, mistakes, otherwise):
+    """Raises Wrong if got differs from want, lists of tensors.
+
+    It says the first of mistakes, {what is wrong: the tensors that it gives}, that gives got, else otherwise.
+    """
+    if all(map(close, got, want)):
+        return
     for wrong, values in mistakes.items():
-        if all(close(a, b) for a, b in zip(got, values)):
+        if all(map(close, got, values)):
             raise Wrong(wrong)
+    raise Wrong(otherwise)
 
 
 # ---------------------------------------------------------------- 1. C and P_c
@@ -171,14 +177,12 @@ def view_prior(answer):
     got = [tensor_of(value, (196,), "P_c") for value in values_of(answer, views).values()]
     want = [true_prior(*view) for view in views.values()]
     patches = [int((a != b).sum()) for a, b in zip(got, want)]  # that differ
-    if not any(patches):
-        return
     k = patches.index(max(patches))
-    draw_both(got[k], want[k], list(views)[k])
+    if patches[k]:
+        draw_both(got[k], want[k], list(views)[k])
     mistakes = [wrong_priors(*view) for view in views.values()]
-    name_mistake(got, {wrong: [each[wrong] for each in mistakes] for wrong in mistakes[0]})
-    right = patches.count(0)
-    raise Wrong(f"{20 - right} of 20 views are wrong; in the one drawn {patches[k]} of 196 patches differ")
+    judge(got, want, {wrong: [each[wrong] for each in mistakes] for wrong in mistakes[0]},
+          f"{20 - patches.count(0)} of 20 views are wrong; in that drawn {patches[k]} of 196 patches differ")
 
 
 def draw_both(got, want, title):
@@ -203,7 +207,7 @@ def pool(answer):
     want = list(dirl.cell_back_pool(tokens, p_c))
     counts = [region.sum(1, keepdim=True) for region in (p_c, 1 - p_c)]
     sums = [mean * count for mean, count in zip(want, counts)]
-    name_mistake(got, {
+    judge(got, want, {
         "f_c and f_b are swapped: P_c is 1 for the patches with a cell": want[::-1],
         "the sums are divided by n; eq. 3 divides by |P_c|, the number of cell tokens of that view":
             [x / 6 for x in sums],
@@ -211,10 +215,8 @@ def pool(answer):
             [x / count.sum() for x, count in zip(sums, counts)],
         "these are the sums over the regions; eq. 3 divides them by |P_c| and |1 - P_c|": sums,
         "|P_c| + 1 divides the sums; to avoid 0 / 0 take max(|P_c|, 1), as clamp(min=1) does":
-            [x / (count + 1) for x, count in zip(sums, counts)]})
-    for name, a, b in zip(("f_c", "f_b"), got, want):
-        if not close(a, b):
-            raise Wrong(f"{name} is not the mean of its tokens")
+            [x / (count + 1) for x, count in zip(sums, counts)]},
+        "f_c and f_b are not the means of their tokens")
     cases = {"no cell": (tokens, torch.zeros(2, 6)), "nothing but cells": (tokens, torch.ones(2, 6))}
     for (case, value), empty in zip(values_of(answer, cases).items(), (0, 1)):
         f = torch.stack(tensors_of(value, (2, 5), ("f_c", "f_b")))
@@ -258,8 +260,8 @@ def compare_masks(case, got, want):
         other = mask[(mask != 0) & (mask != -math.inf)]
         if len(other):
             raise Wrong(f"{name} has the value {other[0]:g}; only 0 and -inf are added to the logits")
-    name_mistake(got, {} if all(map(torch.equal, got, want)) else {
-        "M_self and M_cross are swapped": want[::-1]})
+    if all(map(torch.equal, got, want[::-1])):
+        raise Wrong("M_self and M_cross are swapped")
     m_self, m_cross = got
     if torch.equal(m_self == 0, want[0] != 0):
         raise Wrong("M_self is inverted: 0 lets i attend to j, -inf does not")
@@ -304,17 +306,15 @@ def uniform_loss(answer):
         return [torch.tensor(terms_1 * one * log(k) + terms_2 * two * log(small))
                 for k, small, one, two in (paper, other)]
     want = losses(2, 4)
-    if all(map(close, got, want)):
-        return
-    name_mistake(got, {
+    judge(got, want, {
         "use the natural logarithm, not base 2": losses(2, 4, math.log2),
         "use the natural logarithm, not base 10": losses(2, 4, math.log10),
         "eq. 9 has two terms under lambda_1 and four under lambda_2": losses(1, 1),
-        "the sign: cross-entropy is -sum q log p, which is not negative": losses(-2, -4)})
-    if close(got[0], want[0]):
-        raise Wrong(f"right for the paper's numbers, but not for the arguments {other}: use the arguments")
-    raise Wrong(f"{got[0]:.4g} for the paper's numbers; each head adds lambda * ln K, two heads of K outputs "
-                "and four of the smaller K")
+        "the sign: cross-entropy is -sum q log p, which is not negative": losses(-2, -4),
+        f"right for the paper's numbers, but not for the arguments {other}: use the arguments":
+            [want[0], got[1]]},
+        f"{got[0]:.4g} for the paper's numbers; each head adds lambda * ln K, two heads of K outputs and "
+        "four of the smaller K")
 
 
 @checked
@@ -385,14 +385,12 @@ def aggregated(answer):
     value = values_of(answer, {"two crops": (attention,)})["two crops"]
     got = tensor_of(value, (2, 5), "the map")
     want = dirl.aggregated_attention(attention)
-    if close(got, want):
-        return
-    name_mistake([got], {
+    judge([got], [want], {
         "these are row sums, all 1 after softmax; section 4.2 sums a token's column": [torch.ones(2, 5)],
         "the heads are summed; take their mean, so that the n values sum to n": [3 * want],
         "this is the column's mean; section 4.2 takes its sum": [want / 5],
-        "this is one head's; take the mean over the heads": [attention[:, 0].sum(-2)]})
-    raise Wrong("not the column sums; attention is (B, heads, n, n) and its rows sum to 1")
+        "this is one head's; take the mean over the heads": [attention[:, 0].sum(-2)]},
+        "not the column sums; attention is (B, heads, n, n) and its rows sum to 1")
 
 
 @checked
@@ -405,16 +403,13 @@ def bins(answer):
     names = "the share of 0 to 0.5", "the share of 0.5 to 2", "the share over 2"
     got = torch.stack(tensors_of(value, (), names))
     want = torch.tensor(dirl.attention_bins(values))
-    if close(got, want):
-        return
-    name_mistake([got], {
+    shares = ", ".join(f"{share:.2f}" for share in got)
+    judge([got], [want], {
         "these are counts; return shares of all tokens": [want * values.numel()],
         "these are percentages; return shares, which sum to 1": [want * 100],
-        "the shares are in another order; return 0 to 0.5, 0.5 to 2, over 2": [want.flip(0)]})
-    if not math.isclose(got.sum(), 1, rel_tol=1e-4):
-        raise Wrong(f"the shares sum to {got.sum():.2f}, not to 1: each token belongs to one bin")
-    shares = ", ".join(f"{share:.2f}" for share in got)
-    raise Wrong(f"{shares} for {values.tolist()}; 0.5 and 2 themselves are in the middle bin")
+        "the shares are in another order; return 0 to 0.5, 0.5 to 2, over 2": [want.flip(0)]},
+        f"{shares} for {values.tolist()}; each token belongs to one bin, and 0.5 and 2 themselves are in the "
+        "middle one")
 
 
 # ---------------------------------------------------------------- 6. DSMIL
@@ -434,9 +429,7 @@ def instance_attention(answer):
     products = q @ q[scores.argmax(0)].T
     logits = products / math.sqrt(128)
     lowest = q @ q[scores.argmin(0)].T / math.sqrt(128)
-    if close(got, logits.softmax(0)):
-        return
-    name_mistake([got], {
+    judge([got], [logits.softmax(0)], {
         "these are the logits; apply softmax over the N instances": [logits],
         "softmax is over the classes; it should be over the N instances": [logits.softmax(1)],
         "the division by sqrt(128) is missing": [products.softmax(0)],
@@ -446,5 +439,5 @@ def instance_attention(answer):
         "the critical instance has the highest score of its class, not the lowest": [lowest.softmax(0)],
         "the classes' columns are swapped": [logits.softmax(0).flip(1)],
         "one critical instance serves both classes; each class has its own, argmax over axis 0": [
-            logits[:, :1].softmax(0).expand(7, 2)]})
-    raise Wrong("not softmax over the instances of q . q_critical / sqrt(128)")
+            logits[:, :1].softmax(0).expand(7, 2)]},
+        "not softmax over the instances of q . q_critical / sqrt(128)")

@@ -213,7 +213,7 @@ def without_present(student, teacher, center, present_s, present_t):
     ("pool", pooled(lambda region: 1), "sums over the regions"),
     ("pool", pooled(lambda region: region.sum(1)), "no cell pools to nan"),
     ("pool", pooled(lambda region: region.sum(1) + 1), "|P_c| + 1"),
-    ("pool", pooled(lambda region: region.sum(1) + 0.5), "f_c is not the mean"),
+    ("pool", pooled(lambda region: region.sum(1) + 0.5), "are not the means"),
     ("pool", lambda tokens, p_c: solutions.my_pool(tokens, p_c)[0], "returns 1 value; return f_c, f_b"),
     ("pool", lambda tokens, p_c: (solutions.my_pool(tokens, p_c)[0], None), "f_b is a NoneType"),
     ("pool", lambda tokens, p_c: tokens @ tokens, "your code raised RuntimeError"),
