@@ -57,14 +57,13 @@ def views_of(crops, augmentation, seed):
     crops: [(image uint8 (3, H, H), its cells (K, 2)), ...]; augmentation: an Augmentation.
     """
     images, cells = collate(crops)
-    views, priors = make_views(images, cells, torch.Generator().manual_seed(seed), augmentation)
-    mean = torch.tensor(augmentation.mean).view(3, 1, 1)
-    std = torch.tensor(augmentation.std).view(3, 1, 1)
+    views, priors = make_views(images, cells, torch.Generator().manual_seed(seed),
+                               replace(augmentation, mean=(0, 0, 0), std=(1, 1, 1)))
     of_crop = [[] for _ in images]
     for views_of_size, priors_of_size in zip(views, priors):
         for view, prior in zip(views_of_size, priors_of_size):  # (B, 3, h, h), (B, n)
             for pairs, x, p in zip(of_crop, view, prior):
-                pairs.append(((x * std + mean).clamp(0, 1), p))
+                pairs.append((x, p))
     return list(zip(images, of_crop))
 
 
