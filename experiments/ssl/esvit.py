@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import dirl
-from experiments.ssl.losses import WeightedSum, through, tokens_of
+from experiments.ssl.losses import WeightedSum, tokens_of
 from train import Recipe
 
 ROWS = 4096  # tokens whose logits exist at once: 1 GiB with 65536 outputs, five times that at the peak
@@ -96,7 +96,7 @@ class EsViT(dirl.DiRL):
         """
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
-        return {"f": through(self.heads["f"], f),
+        return {"f": self.heads["f"](f),
                 "region": (*logit_factors(self.heads["region"], tokens), tokens)}
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.ssl.losses import WeightedSum, through, tokens_of
+from experiments.ssl.losses import WeightedSum, tokens_of
 from train import Recipe
 
 
@@ -33,7 +33,7 @@ class CellCounter(dirl.DiRL):
         tokens = tokens_of(self.encoder, views)
         f = torch.cat([t.mean(2) for t in tokens])  # (V, B, d)
         predicted = [self.counter(t).squeeze(-1) for t in tokens]
-        return {"f": through(self.heads["f"], f), "sup": (predicted, counts)}
+        return {"f": self.heads["f"](f), "sup": (predicted, counts)}
 
 
 def build(encoder, args):

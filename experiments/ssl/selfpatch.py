@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dirl
-from experiments.ssl.losses import WeightedSum, through
+from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 NEIGHBOURS = 4  # of 8
@@ -125,8 +125,7 @@ class SelfPatch(nn.Module):
         """Returns the logits of f, aggregated from tokens, and of patches; both (V_i, B, n_i, d) per size."""
         f = torch.cat([self.aggregation(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in tokens])
         norm = self.encoder.norm
-        return {"f": through(self.heads["f"], norm(f)),
-                "patch": [through(self.heads["patch"], norm(x)) for x in patches]}
+        return {"f": self.heads["f"](norm(f)), "patch": [self.heads["patch"](norm(x)) for x in patches]}
 
     def of_neighbours(self, tokens):
         """Returns the aggregation of each patch's neighbours in the patch's place, (V_i, B, n_i, d)."""
