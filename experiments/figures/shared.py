@@ -95,18 +95,16 @@ def prior_of(networks, found):
 
     Prints a warning if it differs between them.
     """
-    priors = {}
-    for name, (_, path, about) in networks.items():
+    priors = []
+    for _, path, about in networks.values():
         learned_from_cells = about["method"] in ("cellback", "dirl") or about.get("ssl") == "lsup"
         prior = read_json(path.parent / "config.json").get("prior")
         if learned_from_cells and about["trained_on"]["data"] == found.name and prior in PRIORS:
-            priors[name] = prior
-    first = next(iter(priors.values()), "auto")
-    if len(set(priors.values())) > 1:
-        texts = [f"{name} from {prior}" for name, prior in priors.items()]
-        print(f"warning: the networks learned from different cells ({', '.join(texts)}); P_c is drawn from "
-              f"those of {first}; --prior takes others")
-    return first
+            priors.append(prior)
+    if len(set(priors)) > 1:
+        print(f"warning: the networks learned from different cells ({', '.join(priors)}); P_c is drawn from "
+              f"those of {priors[0]}; --prior takes others")
+    return priors[0] if priors else "auto"
 
 
 def open_all(args, with_cells=True):
