@@ -7,8 +7,8 @@
 
 Views are DINO's (Caron et al. 2021), computed on the device for a whole batch; the cells go through the same
 crop and flip as the pixels. Two details differ from DINO, for speed: crops are resampled bilinearly without
-antialiasing (DINO: bicubic, with), and colour jitter is one affine map of RGB (`jitter_matrix`), in which
-hue turns about the grey axis and only the result is clipped.
+antialiasing (DINO: bicubic, antialiased), and colour jitter is one affine map of RGB (`jitter_matrix`), in
+which hue turns about the grey axis and only the result is clipped.
 """
 import hashlib
 import math
@@ -37,7 +37,7 @@ class Crops(torch.utils.data.Dataset):
     """The crops of some slides, or ready-cut crops: item i is (uint8 (3, 224, 224), its cells (K, 2) in px).
 
     files[i], owner[i] (its slide), corners[i] (level-0 px) and cells(i) describe crop i. Images that could
-    not be prepared are skipped. with_cells=False: crops without cells, which need none to be prepared.
+    not be prepared are skipped. with_cells=False: crops without cells, so none have to be prepared.
     shuffle_seed: moves each crop's cells by shuffle_places, as a control.
     """
 
@@ -77,7 +77,7 @@ class Crops(torch.utils.data.Dataset):
         return describe_cells(inside, len(self), share, mpp, outside=len(self.xy) - inside)
 
     def stamp(self):
-        """Returns a stamp of where the crops and their cells are: the same if these are."""
+        """Returns a stamp of the places of the crops and their cells; it changes if one of them does."""
         arrays = self.corners, self.start, self.xy
         return stamp(arrays=[hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
 
@@ -133,7 +133,7 @@ def collate(items):
 
 # ---------------------------------------------------------------- views with their priors
 
-TRIES = 10  # boxes drawn per view; torchvision's, as is the next
+TRIES = 10  # boxes drawn per view; this and the next are torchvision's
 ASPECT = (3 / 4, 4 / 3)  # width over height of a box
 JITTER, GREYSCALE, FLIP = 0.8, 0.2, 0.5  # probabilities
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1  # strengths

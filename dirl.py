@@ -112,7 +112,7 @@ class VisionTransformer(nn.Module):
     T_L is the last block's output after a LayerNorm, as in ViT and DINO; eq. 2 has none. H and W are
     multiples of patch_size (ValueError if not); for sizes other than img_size the position embedding is
     interpolated. Images are RGB that the caller has normalised with mean and std (default: ImageNet's, as in
-    DINO); the encoder only keeps these two. The state dict has timm's names (timm has no vit_h).
+    DINO); the encoder only stores the two. The state dict has timm's names (timm has no vit_h).
     """
 
     def __init__(self, embed_dim, depth, num_heads, patch_size=16, img_size=224, drop_path=0.0,
@@ -189,7 +189,7 @@ ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": vit_t4}
 # ---------------------------------------------------------------- 3.3 cell-back pooling
 
 def regions_present(prior):
-    """P_c (B, n) -> two bools (B,): |P_c| > 0 and |1 - P_c| > 0, which eq. 3 and 8 divide by."""
+    """P_c (B, n) -> bools (B,), (B,): are |P_c| and |1 - P_c|, the divisors of eq. 3 and 8, above 0?"""
     has_cell = (prior > 0).any(-1)
     has_background = (prior < 1).any(-1)
     return has_cell, has_background

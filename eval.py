@@ -8,11 +8,12 @@ slides takes the newest run of the data set (or --checkpoint). It counts the tes
 in the bins of Fig. 4 and draws it (4.2), writes features/<slide>.npz, trains DSMIL on the features with
 --repeats seeds and scores it on the test slides (3.6, Table 1). --compare measures other runs, too: each
 network's results go to its own run, pictures of all and their common table (compared.csv) to the first one's.
-On the demo all its finished runs and the random start are compared. --folds K tests DSMIL by K folds of all
-labelled slides instead (folds.csv).
+On the demo, all finished runs and the random start are compared by default. --folds K cross-validates DSMIL
+on K folds of all labelled slides instead (folds.csv).
 
-predict scores slides without labels by the DSMILs that slides kept (dsmil_<seed>.pt), and writes predicted/:
-a CSV with each class's score, and for each slide the attention of its tiles as a picture and for QuPath.
+predict scores slides without labels with the DSMILs that the slides command kept (dsmil_<seed>.pt), and
+writes predicted/: a CSV with each class's score, and for each slide the attention of its tiles as a picture
+and for QuPath.
 
 patches classifies images (4.1, Table 2). The training set is split into --folds stratified folds. Each fold
 validates once while the others train; the epoch that is best on it scores the test set. Writes patches.csv (a
@@ -20,7 +21,7 @@ row per fold) and patches_predictions.csv (the folds' mean score of each test im
 
 Nothing is chosen on the test set, and an encoder that was trained on a test image is refused. Results go to
 the encoder's run; those on another data set go to on_<data>/ in it. --checkpoint FILE --arch vit_s measures
-weights in timm's or DINO's names, such as ImageNet's, in runs/<data>_<file's name>/.
+weights with timm's or DINO's names, such as ImageNet's; their results go to runs/<data>_<file's name>/.
 """
 import sys
 from functools import partial
@@ -59,7 +60,7 @@ from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
 def slides_arguments(argv):
     parser = Parser(
-        prog="python eval.py slides", description="Features, DSMIL and attention of a pre-trained encoder.",
+        prog="python eval.py slides", description="Measures an encoder: features, DSMIL and attention.",
         epilog="Other commands: python eval.py predict --help, python eval.py patches --help")
     data = parser.add_argument_group(
         "data", "as in train.py; without --mpp the crops of a folder have the um/px that the encoder saw")
@@ -67,12 +68,12 @@ def slides_arguments(argv):
     add = parser.add_argument
     add("--compare", nargs="+", default=["none"], metavar="RUN",
         help="also measures other runs, next to the first: folders or encoder.pt; all: the data set's "
-             "finished runs in their default folders; random: the first at its random start, which shows "
+             "finished runs in their default folders; random: the first one's random start, which shows "
              "what the training is worth; none. With --data demo the default is random all")
     add_dsmil(add)
     add("--folds", type=whole(3, 1000), metavar="K",
-        help="only tests DSMIL, by K folds of all labelled slides, by patient and stratified by class")
-    add("--attention-crops", type=whole(), default=1000, help="test crops of Fig. 4; more is steadier")
+        help="only cross-validates DSMIL on K folds of all labelled slides, by patient, stratified by class")
+    add("--attention-crops", type=whole(), default=1000, help="test crops for Fig. 4; more is steadier")
     add("--overlays", type=whole(1, 100), default=4, help="crops in the attention picture")
     add("--export", nargs="+", default=(), choices=["clam", "csv", "geojson"],
         help="writes clam/ (features, dataset CSV and splits in CLAM's layout), csv/ (bags for the datasets/ "
@@ -89,8 +90,9 @@ def slides_arguments(argv):
 def predict_arguments(argv):
     parser = Parser(
         prog="python eval.py predict",
-        description="Class scores and attention of slides without labels, by an encoder and the DSMILs that "
-                    "python eval.py kept (dsmil_<seed>.pt), as means over them. The highest score wins.",
+        description="Scores slides without labels with the DSMILs that python eval.py kept for an encoder "
+                    "(dsmil_<seed>.pt), and draws their attention; both are means over the DSMILs. The class "
+                    "with the highest score is predicted.",
         epilog="First, with labelled slides: python eval.py --data LABELLED --checkpoint RUN. Tiles are cut "
                "at the um/px of those slides.")
     add = parser.add_argument
@@ -107,14 +109,14 @@ def patches_arguments(argv):
     parser = Parser(
         prog="python eval.py patches",
         description="Fine-tunes an encoder on labelled images, or fits a linear classifier to its features.",
-        epilog="The defaults of fine-tuning are the paper's for MHIST, with --data chaoyang for Chaoyang.")
+        epilog="Fine-tuning defaults to the paper's settings for MHIST; with --data chaoyang, for Chaoyang.")
     add = parser.add_argument
     add("--data", default="mhist",
         help="mhist, chaoyang, or a folder with labels.csv: image,label[,split][,patient]")
-    add("--split-seed", type=SEED, default=0, help="seed of the split when it is first made, as in train.py")
+    add("--split-seed", type=SEED, default=0, help="seed of the split when it is first drawn, as in train.py")
     add("--encoder", nargs="+", default=["checkpoint"], choices=["checkpoint", "random", "pixels"],
-        help="what is classified; random and pixels are baselines: an untrained encoder, and the image's "
-             "colour statistics (always linear)")
+        help="whose features are classified; random and pixels are baselines: an untrained encoder, and the "
+             "image's colour statistics (always linear)")
     add("--linear", action="store_true",
         help="fits a logistic regression to frozen features: seconds where fine-tuning takes hours")
     add("--folds", type=whole(2, 1000), default=5, help="folds of the training set; fewer for a rare class")
@@ -124,7 +126,7 @@ def patches_arguments(argv):
     add("--milestones", type=whole(), nargs="*",
         help="epochs after which the learning rate is divided by 10; change them with --epochs")
     add("--seed", type=SEED, default=0, help="seed of folds, training, random encoder and bootstrap")
-    add_encoder(add, 128, "images per step of fine-tuning; with --linear only images at a time")
+    add_encoder(add, 128, "images per step of fine-tuning; with --linear, images at a time")
     parser.set_defaults(**classify.SETTINGS["mhist"])
     parser.set_defaults(**classify.SETTINGS.get(parser.parse_known_args(argv)[0].data, {}))
     return with_device(parser.parse_args(argv))
@@ -222,7 +224,7 @@ def count_attention(networks, title, found, run, args):
 def open_networks(args):
     """Returns the data set, and the Networks of --checkpoint and --compare; InputError if a file is bad.
 
-    The data set's um/px is --mpp, else a known data set's, else the one that the first was trained at.
+    The data set's um/px is --mpp, else a known data set's, else that of the first encoder's training.
     """
     data = run_name(args.data, args.split, args.drop_shared)
     paths = files_of(args.checkpoint, args.compare, data)
@@ -308,12 +310,12 @@ def measure(networks, found, infos, settings, run, args):
 
     infos: {slide: tile_info}. Pictures of all networks and their common table go to run.
     """
-    # Attention, of every network.
+    # Attention of every network.
     title = ", ".join([run_name(args.data), *{network.about["arch"]: None for network in networks.values()}])
     tables = count_attention(networks, title, found, run, args)
     pictures = ["attention_distribution.png", "attention_overlay.png"]
 
-    # Features and DSMIL, of every network.
+    # Features and DSMIL of every network.
     for network in networks.values():
         extract(network, found, infos, args)
     if infos:
@@ -363,7 +365,7 @@ def draw_prediction(name, found, corners, scores, attention, classes, out, pixel
 
 
 def predict_slides(args):
-    """Scores slides, with or without labels, by the DSMILs kept of an encoder; returns the exit code."""
+    """Scores slides, with or without labels, by the DSMILs kept for an encoder; returns the exit code."""
     path = encoders.find_encoder(args.checkpoint)
     encoder, about = encoders.open_encoder(path, args.arch)
     if not (args.dsmil or about["data"]):
@@ -444,8 +446,7 @@ def evaluate_patches(args):
                                     args.folds, args.seed)
     training_groups = np.delete(patches.groups, patches.test)
     print(f"{args.data}: {len(training_groups)} training and {len(patches.test)} test images of "
-          f"{', '.join(found.classes)}; {args.folds} folds, stratified, of whole "
-          f"{classify.unit(training_groups)}")
+          f"{', '.join(found.classes)}; {args.folds} stratified folds of {classify.unit(training_groups)}")
     if not args.linear and any(chosen.values()):
         print(f"fine-tuning on {args.device}: AdamW, lr {args.lr:g}, weight decay {args.weight_decay:g}, "
               f"batch {args.batch}, {args.epochs} epochs, "

@@ -76,7 +76,7 @@ WORK_MPP = 0.5  # um/px: finer images are averaged down to about this; nuclei of
 SMOOTH = 1.9  # um: sigma of the density before its gradient is taken
 GATHER = 0.9  # um: sigma of the convergence
 MIN_DISTANCE = 1.5  # um between two seeds
-TISSUE = 0.05  # least density of tissue: glass does not count in the estimates
+TISSUE = 0.05  # minimum density of tissue: glass does not count in the estimates
 EDGE_FLOOR = 0.03  # lower limits of edge and threshold: without them noise in glass becomes nuclei
 THRESHOLD_FLOOR = 0.1
 

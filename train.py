@@ -1,6 +1,6 @@
 """Pre-training (3.5, A.1.2): python train.py [--data demo] [--arch vit_t] [--method dirl].
 
-Prepares missing tiles, and cells unless it is the baseline; pre-trains with DINO on the method's
+Prepares missing tiles, and cells unless the method is the baseline; pre-trains with DINO on the method's
 representations, and writes runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder),
 log.csv, config.json. The same command resumes a run: each step draws its random numbers from (seed, step).
 torchrun --nproc_per_node=N -- train.py ... shares each batch among N processes, one per GPU.
@@ -58,8 +58,8 @@ def argument_parser(prog="python train.py"):
     add("--arch", default="vit_t", choices=list(dirl.ARCHS), help="encoder; vit_s for 10^5 crops or more")
     add("--depth", type=whole(1, encoders.MAX_DEPTH), help="blocks of the encoder; default: those of --arch")
     add("--init", metavar="FILE",
-        help="weights that the encoder starts from: an encoder.pt, a state dict in timm's or DINO's names, "
-             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); for data sets of some thousand crops")
+        help="weights that the encoder starts from: an encoder.pt, a state dict with timm's or DINO's names, "
+             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); for a few thousand crops")
     add("--out-dim", type=whole(2, 10 ** 7), default=65536,
         help="outputs K of the heads of f, f_c and f_b; fewer for small data sets")
     add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096, help="outputs of the other four heads")
@@ -70,7 +70,8 @@ def argument_parser(prog="python train.py"):
     add = parser.add_argument_group("views").add_argument
     add("--local-crops", type=whole(0, 100), default=8, help="local views per crop; 0: the two-view setting")
     add("--global-scale", type=SHARE, nargs=2, default=(0.4, 1.0),
-        help="least and largest area of a global view, as shares of the crop; 0.14 1 with --local-crops 0")
+        help="smallest and largest area of a global view, as shares of the crop; DINO recommends 0.14 1 with "
+             "--local-crops 0")
     add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="the same for the local views")
     add("--global-size", type=side, default=224,
         help="side of the global views in px, a multiple of 16; 112 is 4 times faster but coarser")
@@ -106,12 +107,14 @@ def argument_parser(prog="python train.py"):
         help="epochs; default: the paper's for the data set, 100 for a folder; more for few crops")
     add("--batch", type=whole(1, 10 ** 6), default=256, help="crops per step; lower it if memory runs out")
     add("--accumulate", type=whole(), default=1,
-        help="shards in which a batch goes through the network; more if memory runs out. Exact for the "
+        help="number of shards into which a batch is divided; more if memory runs out. Exact for the "
              "baseline; a region's loss is the mean over shards, however many of a shard's views have it")
-    add("--lr", type=between(0, 10), default=5e-4, help="peak learning rate, times --batch / 256")
+    add("--lr", type=between(0, 10), default=5e-4,
+        help="peak learning rate for a batch of 256; it is scaled by --batch / 256")
     add("--min-lr", type=between(0, 10), default=1e-6, help="learning rate at the end")
     add("--warmup-epochs", type=whole(0, 10 ** 6),
-        help="epochs of linear warm-up of --lr (10, the demo 1, at most a third); more if the loss blows up")
+        help="epochs of linear warm-up of --lr; default: 10 (demo: 1), at most a third of --epochs; more if "
+             "the loss blows up")
     add("--weight-decay", type=between(0, 10), default=0.04,
         help="weight decay at the start; biases and LayerNorms have none")
     add("--weight-decay-end", type=between(0, 10), default=0.4, help="weight decay at the end")
@@ -182,7 +185,7 @@ class Recipe:
 
 
 def start_encoder(args, mean, std):
-    """Returns the encoder as training starts: random weights of --seed, or those of --init."""
+    """Returns the encoder that training starts from: random weights of --seed, or those of --init."""
     torch.manual_seed(args.seed)
     encoder = encoders.make_encoder(args.arch, mean, std, args.depth, args.drop_path)
     if args.init:
@@ -251,7 +254,7 @@ def views_of_step(images, cells, step, settings, shard, counts):
 
 
 def log_values(recipe, loss, each, priors):
-    """Returns the log's values of a shard: loss, each L_name, entropies, shares of views and of patches."""
+    """Returns the log's values of a shard: loss, each L_name, entropies, both_regions, cell_share."""
     both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
     views_with_both = torch.cat(both).float().mean()
     patches_with_cell = (priors[0] > 0).float().mean()
@@ -264,7 +267,7 @@ def training_step(recipe, model, optimizer, images, cells, step, settings, secti
 
     model: recipe.student or its wrapper (DistributedDataParallel, torch.compile). section(name): a context
     around each section of the step, which experiments.benchmark times. Returns the step's Schedule and a
-    tensor: log_values averaged over shards and processes, and last 1 if all gradients are finite, else less.
+    tensor: log_values averaged over shards and processes, then 1 if all gradients are finite, else less.
     """
     # The step's learning rate and weight decay, and the teacher's momentum and temperature.
     schedule = settings.schedules.at(step)
@@ -388,7 +391,7 @@ def contrast_at_start(encoder, crops, settings):
 
 def set_up(args, build):
     """Returns what the first step needs: TrainingData, StepSettings, Recipe and optimiser."""
-    # Data: crops with their cells, of training and validation slides only.
+    # Data: crops with their cells, never of test slides.
     data = training_crops(args)
     settings = settings_of(args, len(data.crops) // args.batch, data.mean, data.std)
     # Process-wide: on CUDA, fp32 products (the heads' logits) are TF32, whose mantissa has fp16's 10 bits.
@@ -445,7 +448,7 @@ def train(args, build=build_dirl):
 
 
 def config_of(args, data, settings):
-    """Returns the content of config.json: the settings and inputs that resuming does not change."""
+    """Returns the content of config.json: what must stay the same when the run is resumed."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
     images = f"{len(data.trained_on['images'])} (stamp {stamp(**data.trained_on)})"
     return flags | {
@@ -462,7 +465,7 @@ def announce(args, run, data, settings, start, encoder):
           f"{args.arch} on {args.device} in {run.config['precision']}{resumed}")
     if not start and len(data.crops) > 1:
         ratio = contrast_at_start(encoder, data.crops, settings)
-        print(f"at the start f varies {ratio:.2f} times as much between crops as between two views of one")
+        print(f"at the start f varies {ratio:.2f} times as much between crops as between two views of a crop")
 
 
 def finish(args, run, log, step, steps, skipped, stop):

@@ -39,7 +39,7 @@ def score_folds(folds, runs, names, settings, device, workers, network, path, no
     table.append(("mean", *texts(np.mean(measured, 0)), *[""] * len(counts)))
     if len(folds) > 1:
         table.append(("sd", *texts(np.std(measured, 0, ddof=1)), *[""] * len(counts)))
-    print(f"{network}: DSMIL by {name}, {len(settings.seeds)} trainings a fold")
+    print(f"{network}: DSMIL on the folds of {name}, trainings per fold: {len(settings.seeds)}")
     print_table(table)
     print(f"Wrote {path}, {path.stem}_predictions.csv")
 

@@ -219,7 +219,7 @@ def open_encoder(path, arch=None):
 
 
 def weights_of(state, path):
-    """Returns {timm's name: tensor} of a loaded encoder.pt, or of a state dict of timm's or DINO's.
+    """Returns {timm's name: tensor} of a loaded encoder.pt, or of a state dict with timm's or DINO's names.
 
     DINO keeps student and teacher (the teacher is taken) and puts "module." and "backbone." before the names.
     InputError if the file at path has no state dict.
@@ -227,7 +227,7 @@ def weights_of(state, path):
     for key in ("encoder", "teacher", "state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
-        raise InputError(f"{path}: holds no state dict; save the encoder's, in timm's or DINO's names")
+        raise InputError(f"{path}: holds no state dict; save the encoder's, with timm's or DINO's names")
     weights = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -291,7 +291,7 @@ def results_folder(path, about, data):
     """Returns the folder of the results that an encoder has on a data set, so that none overwrites another's.
 
     path, about: of open_encoder. It is the run of an encoder.pt, encoder_<epoch>/ in it of an
-    encoder_<epoch>.pt, on_<data>/ in these on another data set than the training's, and
+    encoder_<epoch>.pt, on_<data>/ in these for a data set other than the training's, and
     runs/<data>_<file's stem>/ of another program's weights.
     """
     if about["data"] is None:

@@ -50,7 +50,7 @@ def words_of(flags):
 def add_max_gigapixels(add):
     """Adds the flag of a script that reads slides."""
     add("--max-gigapixels", type=between(1e-6, 1e6), default=MAX_GIGAPIXELS,
-        help="a slide that claims more px is skipped, as broken files do")
+        help="skips a slide that claims more gigapixels, as a broken file may")
 
 
 def add_machine(add):
@@ -64,9 +64,9 @@ def add_machine(add):
 def add_encoder(add, batch, help="images at a time; lower it if memory runs out"):
     """The flags of a script that applies an encoder; batch and help: the default and the help of --batch."""
     add("--checkpoint", help="an encoder.pt, or the folder of its run; default: the newest run. With --arch "
-                             "also a state dict in timm's or DINO's names, such as ImageNet's weights")
+                             "also a state dict with timm's or DINO's names, such as ImageNet's weights")
     add("--arch", choices=list(dirl.ARCHS),
-        help="architecture of a state dict (default: an encoder.pt's own), and of patches' --encoder random")
+        help="architecture of a state dict, or of patches' --encoder random; an encoder.pt records its own")
     add("--batch", type=whole(1, 10 ** 6), default=batch, help=help)
     add("--precision", default="fp32", choices=["auto", "bf16", "fp32"],
         help="auto takes bf16, which is faster, if the device has it natively")
@@ -76,7 +76,8 @@ def add_encoder(add, batch, help="images at a time; lower it if memory runs out"
 def add_mil_optimizer(add):
     """The flags of DSMIL's optimiser."""
     add("--mil-lr", type=between(0, 10), default=2e-4,
-        help="DSMIL's learning rate, by default the paper's; raise it for few slides, which are few steps")
+        help="DSMIL's learning rate, by default the paper's; raise it for few slides, since an epoch "
+             "then has few steps")
     add("--mil-weight-decay", type=between(0, 10), default=5e-2,
         help="DSMIL's weight decay, by default the paper's; lower it for few slides, where it evens out the "
              "attention over the instances")
@@ -114,8 +115,7 @@ def running_flags():
     add("--probe-epochs", type=whole(), default=1,
         help="epochs between two probes; more if an epoch is short")
     add("--probe-images", type=whole(20), default=500,
-        help="most images used of the probe's training split, and of its test split; more is steadier and "
-             "slower")
+        help="largest number of images from each of the probe's two splits; more is steadier and slower")
     add("--compile", action="store_true",
         help="uses torch.compile, which takes minutes at the start; for long runs on a GPU")
     add_machine(add)

@@ -13,7 +13,7 @@ from common.errors import DiskFull, InputError
 def add_shard(add):
     """Adds the flag of a script whose work several machines share, for shard_of."""
     add("--shard", metavar="I/N",
-        help="works on shard I (0 to N - 1) of N of the slides only; for an array job on a cluster")
+        help="works only on shard I of N of the slides, I from 0 to N - 1; for an array job on a cluster")
 
 
 def shard_of(names, shard):

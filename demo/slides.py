@@ -1,12 +1,12 @@
 """Draws synthetic H&E slides that ask for more than the prominent pattern; nothing in them is real tissue.
 
-A slide is stroma, fat, glands, necrosis, clusters of lymphocytes and tumor nests, which blend into each
-other, surrounded by glass; most crops hold several kinds. The clusters are the most prominent kind and tell
-nothing. The label is where the lymphocytes of the tumor are: in the stroma between the nests, or, in 50 to
-100 % of a positive slide's tumor, inside them. A negative and a positive slide of the same seed have the same
-regions, the same stains and almost the same number of lymphocytes. Stains differ between slides. Colours
-follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector of E). The truth
-of each tile is written next to the slide.
+A slide is stroma, fat, glands, necrosis, clusters of lymphocytes and tumour nests, which blend into each
+other, surrounded by glass; most crops hold several kinds. The clusters are the most prominent kind and say
+nothing about the label, which is where the lymphocytes of the tumour are: in the stroma between the nests,
+or, in 50 to 100 % of a positive slide's tumour, inside them. A negative and a positive slide of the same seed
+have the same regions, the same stains and almost the same number of lymphocytes. Stains differ between
+slides. Colours follow Beer-Lambert: light = white * exp(-density of H * vector of H - density of E * vector
+of E). The truth of each tile is written next to the slide.
 """
 import numpy as np
 import tifffile
@@ -32,7 +32,7 @@ TELLING = "infiltrated nests"  # the kind that makes a slide positive
 TILE_COLUMNS = ("x", "y", "telling", *KINDS)  # of truth/<slide>_tiles.csv
 TELLING_SHARE = 0.1  # of a tile, from which on it counts as telling
 TUMOR = (0.2, 0.4)  # share of nests, infiltrated or not, in a slide's tissue
-INFILTRATED = (0.5, 1.0)  # share of a positive slide's tumor whose lymphocytes are inside the nests
+INFILTRATED = (0.5, 1.0)  # share of a positive slide's tumour whose lymphocytes are inside the nests
 REGION = 60  # px: sigma of the fields whose largest is a px's kind
 VARIETY = 0.35  # standard deviation of what a slide adds to the field of a kind
 BLEND = 0.2  # difference of two fields over which their kinds blend
@@ -44,8 +44,8 @@ NUCLEI = {  # spacing, least and largest half axis (px), least and largest round
     "nests": (12.5, 3.4, 5.0, 0.70, 1.0, 0.62, 0.35), "glands": (9.0, 3.0, 3.9, 0.60, 0.85, 0.75, 0.25),
     "clusters": (7.6, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12), "lymphocytes": (6.5, 2.3, 2.9, 0.85, 1.0, 1.15, 0.12),
     "necrosis": (40, 1.2, 2.4, 0.6, 1.0, 1.0, 0.1), "spindles": (60, 4.5, 7.0, 0.25, 0.36, 0.75, 0.2)}
-LYMPHOCYTES = 1 / 380  # per px of tumor, in both classes
-FREE = 6.0  # px: least distance of a lymphocyte of the tumor from other nuclei
+LYMPHOCYTES = 1 / 380  # per px of tumour, in both classes
+FREE = 6.0  # px: least distance of a lymphocyte of the tumour from other nuclei
 STRENGTH = (0.92, 1.08)  # range of the amounts of a slide's stains
 SPREAD = 0.01  # standard deviation of the stains' vectors between slides
 SCALE = 4  # slowly varying fields are drawn at a quarter of the size

@@ -1,1 +1,1 @@
-"""What the paper compares: the claim as one experiment."""
+"""The paper's comparisons, studies, tables and figures, and the benchmark of a training step."""

@@ -2,7 +2,7 @@
 
 Runs train.py's own loop with another recipe and writes the same files to runs/<data>_<arch>_<method>_<ssl>/;
 eval.py takes its encoder.pt like any other. The same command resumes. --accumulate and torchrun work as with
-train.py, but for BYOL and SimCLR.
+train.py, except for BYOL and SimCLR.
 
     Table 3     --ssl esvit --arch vit_s, --ssl selfpatch --arch vit_s
     Table 6     --ssl dino --method baseline --arch vit_s --depth 13 [--heads 12 13]
@@ -32,7 +32,7 @@ def build_registers(encoder, args):
 BASELINES = {"esvit": esvit.build, "selfpatch": selfpatch.build, "imix": imix.build, "lsup": lsup.build,
              "registers": build_registers, "evenness": evenness.build}
 BUILD = {"dino": train.build_dirl, "byol": byol_simclr.build, "simclr": byol_simclr.build, **BASELINES}
-WHOLE_BATCH = {"byol": "batch norm", "simclr": "its negatives"}  # what takes the crops of a batch together
+WHOLE_BATCH = {"byol": "batch norm", "simclr": "its negatives"}  # what needs all crops of a batch
 
 # What replaces train.py's defaults; flags on the command line, and --data demo's defaults, come first.
 DEFAULTS = {

@@ -40,7 +40,7 @@ def add_flags(add):
              "how many")
     add("--drop-shared", action="store_true",
         help="takes slides of patients who are in two splits out of training, as the flag of train.py does")
-    add("--seed", type=SEED, default=0, help="DSMIL seed; others show what is luck")
+    add("--seed", type=SEED, default=0, help="DSMIL seed; try others to see what is luck")
     add("--epochs", type=whole(1, 10 ** 6), default=200, help="DSMIL epochs (see eval.py)")
     add_mil_optimizer(add)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")

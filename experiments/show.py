@@ -1,7 +1,8 @@
 """What `experiments.study show` prints and draws: the measures of a study's runs, and the map.
 
 The map is the middle bin against 20-NN accuracy on the probe, along training, a line per run: so sparsity is
-compared at equal quality. Runs that are still in training are on it, and it is listed what is not measured.
+compared at equal quality. It has the measured runs only; the probe's tables also have runs that are still in
+training, and what is not measured is listed.
 """
 from itertools import product
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_claim(found, pair):
 
 
 def unmeasured(found, runs):
-    """Returns a text for each arm and seed that is not measured, of those of which a run exists."""
+    """Returns a text for each pair of an arm and a seed, of those that have runs, that is not measured."""
     arms = dict.fromkeys(arm for arm, _ in found)
     seeds = sorted({seed for _, seed in found})
     out = []
@@ -184,7 +185,7 @@ def show_claim(folder, arms, baseline_of, pair=None):
     print_columns("measure", by_arm(runs))
     print_columns("arm minus baseline, same seeds", by_arm(minus_baseline(runs, baseline_of)))
     print_columns("last epoch's loss / ln K", by_arm({run: loss_shares(found[run]) for run in runs}))
-    print(f"in brackets: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
+    print(f"in parentheses: 95 % of {DRAWS} draws of test groups (DSMIL: of its synthetic slides); "
           "±: sd over seeds")
     if note := note_on_middle([values[MIDDLE][0] for values in runs.values()]):
         print(note)

@@ -163,7 +163,7 @@ def test_hipts_protocol_with_shared_patients_end_to_end(place, folder, capsys):
     argv = ["folds", "--data", "tiny set", "--splits", "hipt", "--epochs", "2", "--device", "cpu",
             "--checkpoint", "own=runs/hipt_{fold}"]
     assert study.main(argv) == 0
-    assert "own: DSMIL by hipt, 1 trainings a fold" in capsys.readouterr().out
+    assert "own: DSMIL on the folds of hipt, trainings per fold: 1" in capsys.readouterr().out
     rows = rows_of(place / "runs/folds.csv")
     assert {row["test slides seen in pre-training"] for row in rows} == {"0"}
     assert [(row["patients in two splits"], row["patients in train and test"]) for row in rows] == [

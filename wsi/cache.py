@@ -77,7 +77,7 @@ def describe_cells(count, crops, share, mpp, outside=0):
         return (f"{line}\nwarning: tissue has {USUAL_DENSITY[0]:,} to {USUAL_DENSITY[1]:,} nuclei per mm2; "
                 "are the um/px right, and is the stain H&E? python data.py look SLIDE shows it")
     if not USUAL_SHARE[0] <= share <= USUAL_SHARE[1]:
-        return (f"{line}\nwarning: nearly all patches are in one region, so that P_c tells little apart, as "
+        return (f"{line}\nwarning: nearly all patches are in one region, so that P_c says little, as "
                 "in dense tissue at 5x; try a finer --mpp (of slides), smaller crops, or another --prior")
     return line
 
@@ -284,9 +284,9 @@ def usual_side(sides):
 
 
 def crop_sides(data):
-    """Returns {ready-cut crop: its side in px in its file} of those that prepare could read, {} before it.
+    """Returns {ready-cut crop: its side in px in its file} of those that prepare read, {} before prepare.
 
-    The sides do not depend on the cells: without those of the data set's prior, what NO_CELLS left counts.
+    The sides do not depend on the cells: without a file of the data set's prior, that of NO_CELLS is read.
     """
     for prior in (data.prior, NO_CELLS):
         kept = read_npz(crop_cells_file(data, prior), "names", "side")
@@ -305,7 +305,7 @@ def crop_side(data):
 
 
 def usable_crops(data):
-    """Returns the names of the ready-cut crops of the usual side; before prepare those of all."""
+    """Returns the names of the ready-cut crops of the usual side; before prepare, of all crops."""
     sides = crop_sides(data)
     usual = usual_side(sides.values())
     return [name for name in sides if sides[name] == usual] or list(data.images)

@@ -77,7 +77,7 @@ def first_prior(data):
 def places_of(data):
     """Returns the folders to look for cell files in, best first, each with a segmenter or "" for any.
 
-    They are cells/<prior>/, then the files of that segmenter in cells/. With --prior auto they are these of
+    They are cells/<prior>/, then the files of that segmenter in cells/. With --prior auto they are those of
     the paper's segmenter, if the data set has one, then cells/, then cells/builtin/. The user's folder comes
     before datasets/<name>/.
     """
@@ -171,6 +171,6 @@ def unused_cell_files(data):
         if others:
             doubled.append(f"{files[0].name}, not {' or '.join(others)}")
     if doubled:
-        warnings.append(f"{given}: {data.kind} with several cell files: {len(doubled)}; read are "
-                        f"{first_of(doubled)}; remove the others")
+        warnings.append(f"{given}: {data.kind} with several cell files: {len(doubled)}; the "
+                        f"first is read: {first_of(doubled)}; remove the others")
     return warnings

@@ -143,7 +143,7 @@ def check_split(found, broken):
     broken: names of the images that cannot be used.
     """
     if not found.labels:
-        print("no labels.csv: all is for pre-training")
+        print("no labels.csv: all images are for pre-training")
         return []
     splits = ("train", "test")
     if found.kind == "slides":

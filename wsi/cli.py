@@ -15,7 +15,7 @@ from wsi.splits import complete_split, find_data
 
 
 def arguments(argv):
-    parser = Parser(prog="python data.py", description="Data sets before training: get, check, see, prepare.")
+    parser = Parser(prog="python data.py", description="Lists, checks, shows and prepares data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     listed = commands.add_parser("manifest", help="asks the GDC for the slides of lung or brca; writes "
@@ -26,7 +26,7 @@ def arguments(argv):
     add("--force", action="store_true", help="overwrites a labels.csv that differs")
     add_data_flags(add, "--split-seed")
 
-    checked = commands.add_parser("check", help="what exists, what is missing, and where to get it")
+    checked = commands.add_parser("check", help="reports what exists, what is missing, and where to get it")
     add_data_flags(checked.add_argument, "--data", "--mpp", "--slide-mpp", "--prior", "--split-seed",
                    required=True)
     checked.add_argument("--md5", action="store_true",
@@ -44,8 +44,8 @@ def arguments(argv):
     add_data_flags(add, "--mpp", "--slide-mpp", "--tissue")
     add("--cells", help="a segmentation result of this slide; default: the built-in detector")
     add("--tile", nargs="+", metavar="X,Y",
-        help="shows the tiles that hold these points in level-0 px; default: three of them")
-    add("--out", help="the picture (runs/look_<slide>.png, runs/look_<folder>.png)")
+        help="shows the tiles that hold these points in level-0 px; default: three tiles")
+    add("--out", help="the picture; default: runs/look_<slide>.png or runs/look_<folder>.png")
 
     for command in (listed, checked, prepared):
         command.add_argument("--root", default="datasets", help="folder of the data sets")

@@ -59,7 +59,7 @@ OWN = DataSet(None, None, (), "your own",
 # start from the paper's settings. --stats data matters most: under ImageNet's mean all tissue is one pink,
 # and f hardly differs between crops. 4 blocks, and views of 112 and 48 px, make steps cheap. A few
 # hundred steps need a fast and sharp teacher, few outputs, and colour that varies less than in DINO, whose
-# jitter drowns what differs. fp32 is as fast as bf16 at this size.
+# jitter drowns what differs. fp32 is faster than bf16 at this size.
 DEMO = dict(arch="vit_t4", stats="data", batch=32, out_dim=256, disentangled_dim=64, local_crops=2,
             global_size=112, local_size=48, global_scale=(0.3, 1.0), local_scale=(0.05, 0.25), lr=4e-3,
             momentum=0.98, teacher_temp=0.03, jitter=0.7, greyscale=0.0, solarize=0.0, blur=0.3,
@@ -75,7 +75,7 @@ def folder_of(data, root):
 
 
 def safe_name(folder):
-    """Returns the name of a folder's work and runs."""
+    """Returns the name that a folder has in datasets/ and runs/."""
     return re.sub(r"[^\w.-]+", "_", Path(folder).resolve().name)
 
 
@@ -114,26 +114,27 @@ def evaluated_mpp(data, mpp, trained_at):
 DATA_FLAGS = {
     "--data": dict(default="demo", help=f"{', '.join(DATASETS)}, or a folder with slides or crops"),
     "--mpp": dict(
-        type=MPP, help="um/px of the crops, of ready-cut ones in their files; 2.0 is 5x, 1.0 10x, 0.5 20x; a "
-                       "folder needs it to train; default: the data set's, or a trained encoder's"),
+        type=MPP, help="um/px of the crops, of ready-cut ones in their files; 2.0 is 5x, 1.0 10x, 0.5 20x; "
+                       "needed to train on a folder; default: the data set's or a trained encoder's, 2.0 for "
+                       "data.py look"),
     "--slide-mpp": dict(type=MPP, help="um/px of slides and images that record none"),
     "--tissue": dict(
-        type=SHARE, default=0.5, help="least share of tissue in a tile; lower it for thin biopsies"),
+        type=SHARE, default=0.5, help="minimum share of tissue in a tile; lower it for thin biopsies"),
     "--prior": dict(
         default="auto", choices=PRIORS,
-        help="whose cells P_c is drawn from (Table 7): files in cells/<prior>/ or cells/; auto takes the "
+        help="whose cells P_c is made from (Table 7): files in cells/<prior>/ or cells/; auto takes the "
              "paper's (lung: hovernet; brca, paad, bright: cellpose), else other files in cells/, else the "
              "built-in detector's"),
     "--split-seed": dict(
         type=SEED, default=0,
         help="seed of the split when it is first drawn; afterwards datasets/<data>/split.csv counts"),
     "--split": dict(
-        metavar="FILE", help="a published split, a CSV with the columns train,val,test as CLAM and HIPT have "
-                             "it; the data set's own split is neither used nor changed"),
+        metavar="FILE", help="a published split, a CSV with the columns train,val,test as in CLAM and HIPT; "
+                             "the data set's own split is neither used nor changed"),
     "--drop-shared": dict(
         action="store_true",
-        help="with --split: slides of patients who are in two splits leave training, so that no test patient "
-             "is seen; without the flag they are counted and the split is taken as published"),
+        help="with --split: leaves slides of patients who are in two splits out of the earlier one, so that "
+             "no test patient is seen; without the flag they are counted, and the split is as published"),
 }
 
 

@@ -69,8 +69,8 @@ class Data:
         """Returns the slides without a label that join pre-training: no slide of their patient is tested.
 
         The patient is known from a row of labels.csv with an empty label, or from a TCGA name; slides of
-        unknown patients are skipped, and those that split.csv has in test. A published split has no such
-        slides.
+        unknown patients are skipped, and so are those that split.csv has in test. A published split has no
+        such slides.
         """
         if not self.labels or self.split_file:
             return []
@@ -417,7 +417,7 @@ def check_rows(rows, images, kind):
     of_no_patient = [row["name"] for row in rows if not row["patient"] and not tcga_patient(row["name"])]
     if len(of_no_patient) < len(rows):
         warnings += named(of_no_patient, f"{table}: {len(of_no_patient)} of {len(rows)} rows have no patient "
-                          "and count as one each, who may be in two splits; fill in the column")
+                          "and each counts as its own, so a patient may be in two splits; fill in the column")
     if absent and not labels and not pretrain_only:
         raise InputError(f"{table}: none of its {kind} has a file; it names {first_of(list(absent))}, the "
                          f"files are named {first_of(sorted(images))}")

@@ -26,7 +26,7 @@ def draw_folds(found, count, seed):
     """Returns the folder of count folds of the labelled slides, stratified by class, with whole patients.
 
     Fold k tests the k-th part of the slides and validates on the next one. The files, in CLAM's format, are
-    datasets/<name>/folds_<count>_seed<seed>/splits_<k>.csv; once written, they stay as they are.
+    datasets/<name>/folds_<count>_seed<seed>/splits_<k>.csv; once written, they are not changed.
     """
     folder = found.work / f"folds_{count}_seed{seed}"
     if all((folder / f"splits_{number}.csv").is_file() for number in range(count)):
@@ -50,10 +50,12 @@ def draw_folds(found, count, seed):
 def open_folds(found, count, seed, trained):
     """Returns {number: Data} of count folds of the labelled slides (draw_folds).
 
-    trained: {encoder.pt: what it was trained on}. InputError if that is one of the slides: each is tested.
+    trained: {encoder.pt: what it was trained on}. InputError if that includes one of the slides, since each
+    is tested.
     """
     if found.kind != "slides" or not found.labels or found.split_file:
-        raise InputError("--folds: divides slides with a labels.csv, and --split FILE has been divided")
+        raise InputError("--folds: needs slides with a labels.csv, and no --split FILE, which is divided "
+                         "already")
     folder = draw_folds(found, count, seed)
     advice = ("and --folds tests all slides; take an encoder of another data set, or pre-train one for each "
               f"of {folder}/splits_<k>.csv (docs/data.md, Folds)")

@@ -34,7 +34,7 @@ class Cutting:
 
     mpp: float  # um/px of the tiles
     slide_mpp: float  # um/px of slides that record none, or None
-    tissue: float  # least share of tissue in a tile
+    tissue: float  # minimum share of tissue in a tile
     workers: int
     gigapixels: float  # more px are refused
 
@@ -122,7 +122,7 @@ def look_at_slide(path, cutting, cells, points, out):
           describe_cells(sum(counts), len(corners), priors.mean().item(), mpp))
     out = Path(out or f"runs/look_{slide_name(path)}.png")
     draw(slide, scale, corners, side, shown, mpp, out)
-    print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, training learns from it: "
+    print(f"Wrote {out}. If the tissue, the tiles or the cells are wrong, correct them before training: "
           "see --tissue, --mpp, --slide-mpp and --prior of train.py.")
 
 
@@ -153,7 +153,7 @@ class Shown:
 
 
 def close_up(slide, corner, side, cells, point=None):
-    """Returns the Inset of a tile about a point, the median of its cells, or its centre, in level-0 px."""
+    """Returns the Inset of a tile around a point, the median of its cells, or its centre, in level-0 px."""
     length = min(side, INSET / slide.mpp)
     if point is None:
         point = np.median(cells, axis=0) if len(cells) else corner + side / 2

@@ -1,4 +1,4 @@
-"""Published splits: files of slides' names, as CLAM and HIPT have them; the data set's own stays as it is."""
+"""Published splits: files of slides' names, as in CLAM and HIPT; the data set's own split is unchanged."""
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path

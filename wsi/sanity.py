@@ -18,7 +18,7 @@ USUAL = sum(NUCLEUS) / 2  # um: the nucleus that suggests a scale, and that is d
 WHITE = 190  # of 255: background is at least that bright
 CAST = 45  # of 255: and its channels differ by at most that much
 H_AND_E = 0.5  # least share of what is not white that has the colours of H&E
-SQUARE = 250  # um: the side of a square of tissue that is asked for a cell
+SQUARE = 250  # um: the side of the squares of tissue that should each hold a cell
 EMPTY = 0.3  # share of such squares without a cell: 0 for true cells of 38 images, 0.7 for a third of a slide
 MISPLACED = 0.08  # share of cells outside of the slide or on glass: up to 0.038 for true cells (docs/data.md)
 REGIONS = 4  # the regions with most tissue that are measured
@@ -161,7 +161,7 @@ def read_slide_cells(file, slide):
 def suggested_scale(path, gigapixels):
     """Returns a text with the size of a slide's nuclei in level-0 px, and the um/px that this suggests.
 
-    The um/px are USUAL over the median size of the nuclei. On images of known um/px that was 1.1 to 1.4 times
+    The um/px are USUAL over the median size of the nuclei. On images of known um/px that was 1.0 to 1.4 times
     the truth for a whole group, and 0.6 to 2.5 times for single images: docs/data.md.
     """
     slide = Slide(path, None, 1.0, gigapixels)  # 1 um/px, so that um are px

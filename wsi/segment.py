@@ -51,7 +51,7 @@ def load_segmenter(name):
         raise InputError(f"--segmenter {name}: {error}; {INSTALL[name]}") from None
     except Exception as error:  # the packages raise many types
         raise InputError(f"--segmenter {name}: cannot be loaded ({one_line(error)}); its weights are "
-                         "downloaded once, or put them into ~/.cellpose/models/") from None
+                         "downloaded on first use, or put them into ~/.cellpose/models/") from None
 
 
 def segment_cellpose(image, mpp, sample=None):
@@ -237,7 +237,7 @@ def arguments(argv):
 def slides_in(folder):
     """Returns the slides under a folder (gdc-client makes subfolders), of a data set those under slides/.
 
-    Images in crops/ and cells/ are no slides.
+    Images in crops/ and cells/ are not slides.
     """
     if (folder / "slides").is_dir():
         folder = folder / "slides"

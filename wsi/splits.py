@@ -27,7 +27,7 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
     if split:
         return published_split(found, split, drop_shared)
     if drop_shared:
-        raise InputError("--drop-shared: is for a published split; name its file by --split")
+        raise InputError("--drop-shared: is for a published split; name its file with --split")
     rows = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
     found.absent |= {name: row for name, row in rows.items() if name not in found.labels}
     split_of = {}

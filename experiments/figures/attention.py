@@ -51,12 +51,12 @@ def arguments(argv):
             shared.add_checkpoints(add)
             add("image", type=Path, metavar="FILE", help="a PNG or JPEG, whose middle square is taken")
             add("--arch", choices=list(dirl.ARCHS),
-                help="architecture of checkpoints of other programs (DINO's or timm's names)")
+                help="architecture of other programs' checkpoints (with timm's or DINO's names)")
             add("--seed", type=SEED, default=0, help="seed of the two views")
             continue
         shared.add_networks(add)
         if command == "distribution":
-            add("--crops", type=whole(), default=1000, help="most crops; more is steadier")
+            add("--crops", type=whole(), default=1000, help="largest number of crops; more is steadier")
             continue
         add("--crops", type=whole(), default=4 if command == "overlay" else 1,
             help="how many crops without --show")
@@ -105,7 +105,7 @@ def choose(crops, args):
         indices = [i for i, file in enumerate(crops.files) if file.removesuffix(".jpg").endswith(name)
                    or file.endswith(name)]
         if len(indices) != 1:
-            raise InputError(f"--show {name}: {len(indices)} crops of --part {args.part} end so; "
+            raise InputError(f"--show {name}: {len(indices)} crops of --part {args.part} match; "
                              "one is needed")
         chosen += indices
     return chosen

@@ -33,7 +33,7 @@ def read_outlines(path, bounds):
     outlines = []
     others = Counter()
     if cell_format(path) != "geojson":
-        raise InputError(f"{path}: is no GeoJSON; export the annotations of QuPath as GeoJSON")
+        raise InputError(f"{path}: is not GeoJSON; export the annotations of QuPath as GeoJSON")
     try:
         for feature in json_members(path, "geojson", find_place(path, "geojson")):
             properties = feature.get("properties") or {}
@@ -52,8 +52,8 @@ def read_outlines(path, bounds):
         raise InputError(f"{path}: outlines cannot be read ({one_line(error)}); export them again") from None
     if others:
         names = ", ".join(f"{name} ({number})" for name, number in others.items())
-        print(printable(f"warning: {path}: annotations that are not drawn: {names}; drawn are polygons whose "
-                        f"class names one of {', '.join(REGIONS)}"))
+        print(printable(f"warning: {path}: annotations that are not drawn: {names}; only polygons whose "
+                        f"class names one of {', '.join(REGIONS)} are drawn"))
     return outlines
 
 

@@ -41,7 +41,7 @@ def arguments(argv):
     add("--prior", nargs="+", required=True, metavar="[NAME=]PRIOR",
         help=f"two or more: {', '.join(PRIORS[1:])}, or a folder with <slide>.json, .csv, ... in level-0 px")
     shared.add_data(add)
-    add("--crops", type=whole(), default=500, help="most crops to compare cells on")
+    add("--crops", type=whole(), default=500, help="largest number of crops to compare cells on")
     add("--show", type=whole(1, 20), default=3, help="how many crops to draw")
     add("--out", type=shared.png, default="runs/priors.png", help="the picture")
     return parser.parse_args(argv)

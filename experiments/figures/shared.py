@@ -49,7 +49,7 @@ def add_networks(add):
         help="whose cells P_c is drawn from; default: those that the runs learned from, and auto (see "
              "train.py) for baselines and on other data sets")
     add("--part", default="test", choices=["test", "val", "train"],
-        help="split to take slides from; an encoder trained on one of the test part is refused")
+        help="split to take slides from; an encoder that was trained on a test slide is refused")
 
 
 def png(text):

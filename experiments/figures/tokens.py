@@ -23,11 +23,11 @@ KINDS = dict(zip(("cell", "background"), OTHER_COLORS))
 
 
 def arguments(argv):
-    parser, add = shared.parser_of("figures.tokens", "t-SNE of cell and background tokens, their distance.")
+    parser, add = shared.parser_of("figures.tokens", "How far apart cell and background tokens are in t-SNE.")
     shared.add_networks(add)
     add("--tokens", type=whole(10), default=30_000,
         help="tokens of each kind; t-SNE takes half an hour per network for 30,000, minutes for 3,000")
-    add("--crops", type=whole(), default=2000, help="most crops to draw tokens from")
+    add("--crops", type=whole(), default=2000, help="largest number of crops to draw tokens from")
     add("--perplexity", type=between(1, 10 ** 6), default=30,
         help="perplexity of t-SNE; below a third of all tokens")
     add("--seed", type=SEED, default=0, help="seed of the draw and of t-SNE; vary it to see what is luck")

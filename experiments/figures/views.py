@@ -32,7 +32,7 @@ def arguments(argv):
         "figures.views", "Share of views with cells and background, over crop scales.", allow_abbrev=False,
         epilog="All other flags are train.py's: --data, --prior, --global-size, --local-crops, --jitter, ...")
     add("--mpp", type=MPP, nargs="+", default=[2.0, 1.0], help="um/px to compare; 2.0 is 5x, 1.0 10x")
-    add("--crops", type=whole(), default=2000, help="most crops of the training split; more are steadier")
+    add("--crops", type=whole(), default=2000, help="largest number of training crops; more is steadier")
     add("--show", type=whole(1, 20), default=2, help="how many crops of each um/px to draw views of")
     add("--out", type=shared.png, default="runs/views.png", help="the picture")
     args, rest = parser.parse_known_args(argv)
