@@ -347,12 +347,7 @@ def normalize(images, mean, std):
 
 
 def inputs_of(encoder, images):
-    """Returns uint8 images (B, 3, H, W) as the encoder takes them: float, normalised, on its device.
-
-    ValueError for images of another dtype.
-    """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images of uint8, 0 to 255, are needed, not {images.dtype}")
+    """Returns images (B, 3, H, W) of 0 to 255 as the encoder takes them: float, normalised, on its device."""
     device = next(encoder.parameters()).device
     return normalize(images.to(device).float() / 255, encoder.mean, encoder.std)
 
