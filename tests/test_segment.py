@@ -3,6 +3,7 @@ import importlib.util
 import json
 import sys
 import types
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from scipy.spatial import cKDTree
 from synthetic import arrays_of, discs, halve, refused, saved, times, write
 
+from common import pool
 from demo import slides as demo
 from prior import segment_nuclei
 from wsi import segment
@@ -176,7 +178,7 @@ def test_what_two_regions_see_a_little_apart_is_one_cell():
     assert segment.merge_seams([left[:1]], 2.0).shape == (1, 2)
 
 
-def test_a_broken_slide_is_listed_and_nothing_else_is_lost_or_done_twice(slide, capsys):
+def test_a_broken_slide_is_listed_and_nothing_else_is_lost_or_done_twice(slide, capsys, monkeypatch):
     saved(Path("in/good.png"), array=slide)
     saved(Path("in/cut.png"), array=slide)
     halve(Path("in/cut.png"))
@@ -184,7 +186,9 @@ def test_a_broken_slide_is_listed_and_nothing_else_is_lost_or_done_twice(slide, 
     write(Path("in/.hidden.png"), "")
     write(Path("in/notes.txt"), "no slide")
     argv = ["in", "gone.svs", "--slide-mpp", "0.5", "--workers", "2", "--out", "in/cells"]
-    assert segment.main(argv) == 1
+    with monkeypatch.context() as forked:  # spares four imports of torch
+        forked.setattr(pool, "get_context", lambda _: get_context("fork"))
+        assert segment.main(argv) == 1
     output = capsys.readouterr()
     for name in ("cut.png", "white.png", "gone.svs"):
         assert sum(name in line for line in output.err.splitlines()) == 1
@@ -192,8 +196,10 @@ def test_a_broken_slide_is_listed_and_nothing_else_is_lost_or_done_twice(slide, 
     written = times(Path("in/cells"))
     assert [path.name for path in written] == ["good.npz"]
     assert segment.main([*argv, "--workers", "1"]) == 1 and times(Path("in/cells")) == written
-    again = ["in/good.png", "--out", "in/cells", "--slide-mpp"]
+    again = ["in/good.png", "--out", "in/cells", "--workers", "2", "--slide-mpp"]
     assert segment.main([*again, "0.5"]) == 0 and times(Path("in/cells")) == written  # nothing is left to do
+    one = pool.pool_of(1)  # spawned, as for users
+    monkeypatch.setattr(pool, "pool_of", lambda workers: one)
     assert segment.main([*again, "0.4"]) == 0 and times(Path("in/cells")) != written  # at other um/px
 
 
