@@ -41,7 +41,7 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def rendered():
     """Two synthetic slides, as the demo's, as arrays, and their nuclei; without and with nests."""
-    return {label: demo.render(kind, [7, 0], size=(5, 11))[:2]
+    return {label: demo.render(kind, [7, 0], size=(3, 8))[:2]
             for label, kind in zip(("glands", "nests"), demo.CLASSES)}
 
 
@@ -51,7 +51,7 @@ def folder(place, rendered):
     rows = []
     for label, (image, _) in rendered.items():
         for i, split in enumerate(("train", "train", "val", "test")):
-            crop = image[600: 1048, 700 + 300 * i: 1148 + 300 * i]
+            crop = image[200: 648, 400 + 300 * i: 848 + 300 * i]
             saved(place / "tiny set" / "slides" / f"{label}_{i}.png", array=crop)
             rows.append(f"{label}_{i},{label},p{label}{i},{split}")
     write_table(place / "tiny set" / "labels.csv", "slide,label,patient,split", rows)

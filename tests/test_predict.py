@@ -40,7 +40,7 @@ def made(rendered, tmp_path_factory):
     for label, (image, _) in rendered.items():
         for i, split in enumerate(("train", "train", "val", "test", "test")):
             path = place / f"labelled/slides/{label}_{i}.png"
-            saved(path, array=image[600: 1048, 300 + 300 * i: 1196 + 300 * i])  # two tiles
+            saved(path, array=image[200: 648, 140 * i: 896 + 140 * i])  # two tiles
             rows.append(f"{label}_{i},{label},{label}{i},{split}")
             if split == "test":
                 (place / "new").mkdir(exist_ok=True)
