@@ -42,7 +42,10 @@ def lab():
     patch = pytest.MonkeyPatch()
     patch.chdir(PATH.parent)
     drawn = [small.crops_of(24), small.crops_of(25)]
-    patch.setattr(small, "crops_of", lambda slide: drawn[slide % 2])  # 25 is looked at, others only differ
+
+    def crops_of(slide):
+        return drawn[slide % 2][:3 if slide >= 1000 else None]  # 25 is looked at, others only differ
+    patch.setattr(small, "crops_of", crops_of)
     matplotlib.use("agg")
     names, printed, pictures = {"__name__": "__main__"}, [], 0
     for number, source in enumerate(CELLS, 1):
