@@ -41,8 +41,8 @@ def test_hovernet_counts_from_the_recorded_power_whatever_the_um_per_px(tmp_path
     assert sanity.assumed_power(write_xy(tmp_path / "s.csv", [[8, 5]]), None, mpp) == ""
 
 
-@pytest.mark.parametrize("mag", [40, 20])
-@pytest.mark.parametrize("mpp, power", [(0.2525, 40), (0.2465, 40), (0.504, 20), (0.2325, 20)])
+@pytest.mark.parametrize("mpp, power, mag", [
+    (0.2525, 40, 40), (0.2465, 40, 20), (0.504, 20, 20), (0.2325, 20, 40)])
 def test_hovernet_cells_of_a_slide_stay_where_they_are(place, capsys, mpp, power, mag):
     path = place / "in" / "slides" / "good.png"
     path.unlink()
