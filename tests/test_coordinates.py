@@ -202,7 +202,7 @@ def warned(text):
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_cells_that_do_not_fit_their_slide_are_reported(oblong, capsys, how):
+def test_cells_that_do_not_fit_their_slide_are_reported(oblong, capsys, blank_figures, how):
     file = write_xy(Path("in/cells/good.csv"), oblong)
     for xy, count in ((oblong, 0), (WRONG[how](oblong), 1)):
         write_xy(file, xy)
