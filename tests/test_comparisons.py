@@ -434,7 +434,7 @@ def test_a_comparison_has_its_originals_settings_unless_flags_say_otherwise():
     assert (demo.batch, demo.jitter, demo.momentum) == (32, 0.7, 0.98)
 
 
-SHARDS = [*SHORT, "--drop-path", "0"]
+SHARDS = [*SHORT, "--drop-path", "0", "--max-steps", "4"]  # of three an epoch
 
 
 @pytest.mark.parametrize("argv", [["esvit"], ["selfpatch"], ["lsup"], ["dino", "--heads", "1", "2"],

@@ -77,7 +77,7 @@ def test_two_processes_train_as_one_does_and_one_resumes(place, folder):
 
 def test_a_batch_in_shards_is_the_batch(place, folder, capsys):
     """For the baseline; DiRL averages a region's loss shard by shard, which differs if the counts do."""
-    argv = [*FLAGS, "--method", "baseline", "--epochs", "2"]
+    argv = [*FLAGS, "--method", "baseline", "--max-steps", "4"]
     assert train.main([*argv, "--run", "runs/one"]) == 0
     assert train.main([*argv, "--run", "runs/shards", "--accumulate", "2"]) == 0
     same_run(place / "runs" / "one", place / "runs" / "shards")
