@@ -145,9 +145,9 @@ def test_cellpose_by_regions_is_cellpose_of_the_whole(slide, cellpose, capsys):
 
 @pytest.mark.parametrize("flags, mpp", [([], 0.5), (["--mpp", "1"], 1.0)])
 def test_the_segmenter_sees_about_the_um_per_px_asked_for(slide, cellpose, flags, mpp):
-    saved(Path("s.png"), array=slide.repeat(4, 0).repeat(4, 1))  # 0.125 um/px
-    assert segment.main(["s.png", *CELLPOSE, "--slide-mpp", "0.125", *flags]) == 0
-    np.testing.assert_allclose(cells("cells/cellpose/s.npz") * 0.125, GRID, atol=0.15)
+    saved(Path("s.png"), array=slide.repeat(2, 0).repeat(2, 1))  # 0.25 um/px
+    assert segment.main(["s.png", *CELLPOSE, "--slide-mpp", "0.25", *flags]) == 0
+    np.testing.assert_allclose(cells("cells/cellpose/s.npz") * 0.25, GRID, atol=0.15)
     assert np.median(FakeModel.areas) == pytest.approx(np.pi * 3.5 ** 2 / mpp ** 2, rel=0.2)
 
 
