@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from synthetic import SmallHead, saved, small_vit, write_one_px, write_table
 
 import dirl
+from common import metrics
 from demo import slides as demo
 
 dirl.ARCHS["vit_t4"] = small_vit  # --arch vit_t4 of the scripts that run in this process
@@ -38,6 +39,13 @@ def place(tmp_path, monkeypatch):
     return here
 
 
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """The test runs in an empty folder; the bootstrap draws a few times only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "DRAWS", 50)
+
+
 @pytest.fixture(scope="session")
 def rendered():
     """Two synthetic slides, as the demo's, as arrays, and their nuclei; without and with nests."""
@@ -56,3 +64,15 @@ def folder(place, rendered):
             rows.append(f"{label}_{i},{label},p{label}{i},{split}")
     write_table(place / "tiny set" / "labels.csv", "slide,label,patient,split", rows)
     return place / "tiny set"
+
+
+@pytest.fixture(scope="session")
+def ten(rendered, tmp_path_factory):
+    """A folder to copy: ten slides of two tiles at 1.0 um/px, of both classes, with labels.csv."""
+    here, rows = tmp_path_factory.mktemp("ten"), []
+    for label, (image, _) in rendered.items():
+        for i, split in enumerate(("train", "train", "val", "test", "test")):
+            saved(here / "slides" / f"{label}_{i}.png", array=image[200: 648, 140 * i: 896 + 140 * i])
+            rows.append(f"{label}_{i},{label},{label}{i},{split}")
+    write_table(here / "labels.csv", "slide,label,patient,split", rows)
+    return here

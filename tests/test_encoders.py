@@ -10,21 +10,13 @@ from synthetic import D, arrays_of, refused, rows_of, saved, tissue, write, writ
 from test_eval import CPU, SET, TINY, make_folder, run_folder
 
 import eval as eval_py
-from common import metrics
 from common.encoders import MEAN, STD, attention_of, normalize, open_encoder, random_encoder, save_encoder
 from common.errors import InputError
 from common.files import save_tensors
 from experiments import table
 from wsi.splits import find_data
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Every test runs in its own folder; the bootstrap draws a few times only."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(metrics, "DRAWS", 50)
+pytestmark = pytest.mark.usefixtures("alone", "blank_figures")
 
 
 # ---------------------------------------------------------------- weights of other programs

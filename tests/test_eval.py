@@ -34,19 +34,12 @@ from wsi.cells import read_cells
 from wsi.datasets import evaluated_mpp
 from wsi.splits import find_data
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
+pytestmark = pytest.mark.usefixtures("alone", "blank_figures")
 
 CPU = ["--device", "cpu", "--workers", "1"]
 SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU]
 STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """Every test runs in its own folder; the bootstrap draws a few times only."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(metrics, "DRAWS", 50)
 
 
 def run_folder(name="runs/tiny_vit_t4_dirl", seed=0):

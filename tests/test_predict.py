@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from synthetic import arrays_of, refused, rows_of, saved, write, write_one_px, write_table
+from synthetic import arrays_of, refused, rows_of, write, write_one_px
 from test_encoders import class_token_file
 
 import eval as eval_py
@@ -33,19 +33,11 @@ def encoder_file(seed=0, images=()):
 
 
 @pytest.fixture(scope="module")
-def made(rendered, tmp_path_factory):
+def made(ten, tmp_path_factory):
     """A run that eval.py measured on "labelled"; "new" holds its test slides alone, without labels."""
     place = tmp_path_factory.mktemp("predict")
-    rows = []
-    for label, (image, _) in rendered.items():
-        for i, split in enumerate(("train", "train", "val", "test", "test")):
-            path = place / f"labelled/slides/{label}_{i}.png"
-            saved(path, array=image[200: 648, 140 * i: 896 + 140 * i])  # two tiles
-            rows.append(f"{label}_{i},{label},{label}{i},{split}")
-            if split == "test":
-                (place / "new").mkdir(exist_ok=True)
-                shutil.copy(path, place / "new")
-    write_table(place / "labelled/labels.csv", "slide,label,patient,split", rows)
+    shutil.copytree(ten, place / "labelled")
+    shutil.copytree(ten / "slides", place / "new", ignore=shutil.ignore_patterns("*_[012].png"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(Figure, "savefig", write_one_px)
