@@ -31,6 +31,16 @@ def tiny(**kw):
     return dirl.VisionTransformer(64, 2, 2, img_size=64, **kw)
 
 
+class SmallHead(dirl.DINOHead):
+    def __init__(self, in_dim, out_dim, norm_last_layer=True):
+        super().__init__(in_dim, out_dim, hidden_dim=64, bottleneck_dim=32, norm_last_layer=norm_last_layer)
+
+
+@pytest.fixture
+def small_heads(monkeypatch):
+    monkeypatch.setattr(dirl, "DINOHead", SmallHead)
+
+
 def random_prior(B, n):
     """Returns P_c (B, n) with both regions in every row."""
     p_c = (torch.rand(B, n) < 0.4).float()
@@ -309,7 +319,7 @@ def test_a_last_layer_that_learns_its_norms_is_weight_normalised():
     torch.testing.assert_close(head(x), linear(F.normalize(head.mlp(x), dim=-1)))
 
 
-def test_eq9_weights_and_default_sizes():
+def test_eq9_weights_and_default_sizes(small_heads):
     model = dirl.DiRL(tiny(), "dirl")
     sizes = {name: head.last_layer.out_features for name, head in model.heads.items()}
     assert sizes == {"c": 65536, "b": 65536, "cc": 4096, "bb": 4096, "cb": 4096, "bc": 4096}
@@ -341,13 +351,13 @@ def test_skip_empty_false_counts_every_region_as_present():
 
 @pytest.mark.parametrize("method, names", [
     ("baseline", "f"), ("cellback", "c b"), ("dirl", "c b cc bb cb bc")])
-def test_methods_have_their_heads(method, names):
+def test_methods_have_their_heads(small_heads, method, names):
     model = dirl.DiRL(tiny(), method, 32, 16)
     assert list(model.heads) == names.split() and hasattr(model, "disentangle") == (method == "dirl")
 
 
 @pytest.mark.parametrize("value, absent", [(0.0, ("c", "cc", "cb")), (1.0, ("b", "bb", "bc"))])
-def test_an_empty_region_has_no_gradient_and_no_nan(value, absent):
+def test_an_empty_region_has_no_gradient_and_no_nan(small_heads, value, absent):
     model = dirl.DiRL(tiny(), "dirl", 32, 16)
     views, priors = [torch.randn(2, 2, 3, 64, 64)], [torch.full((2, 2, 16), value)]
     total, each = dirl.DiRLLoss(model)(model(views, priors), dirl.make_teacher(model)(views, priors))
@@ -359,7 +369,7 @@ def test_an_empty_region_has_no_gradient_and_no_nan(value, absent):
     assert any((p.grad != 0).any() for p in model.heads["b" if value == 0 else "c"].parameters())
 
 
-def test_p_c_is_where_a_prior_is_above_0_and_every_view_size_needs_one():
+def test_p_c_is_where_a_prior_is_above_0_and_every_view_size_needs_one(small_heads):
     model = dirl.DiRL(tiny(), "dirl", 16, 8)
     views = [torch.randn(2, 3, 3, 64, 64), torch.randn(1, 3, 3, 32, 32)]
     priors = [random_prior(6, 16).view(2, 3, 16), random_prior(3, 4).view(1, 3, 4)]
@@ -371,7 +381,7 @@ def test_p_c_is_where_a_prior_is_above_0_and_every_view_size_needs_one():
         model(views, priors[:1])
 
 
-def test_teacher_shares_no_storage_and_moves_by_momentum():
+def test_teacher_shares_no_storage_and_moves_by_momentum(small_heads):
     student = dirl.DiRL(tiny(), "dirl", 32, 16)
     teacher = dirl.make_teacher(student)
     held = {p.data_ptr() for p in student.parameters()}

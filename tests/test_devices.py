@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from synthetic import rows_of
+from synthetic import SmallHead, rows_of
 
 import data
 import dirl
@@ -63,6 +63,7 @@ def one_step(student, device):
 def test_a_step_makes_no_tensor_on_another_device(monkeypatch, method):
     """On meta nothing is computed, and a tensor of the CPU that meets one of meta is an error."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **kw: nullcontext())  # torch's has no meta device
+    monkeypatch.setattr(dirl, "DINOHead", SmallHead)
     student = model_of(method).to("meta")
     teacher, loss_fn = dirl.make_teacher(student), dirl.DiRLLoss(student).to("meta")
     views, priors = made_views("meta")
