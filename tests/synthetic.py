@@ -3,6 +3,8 @@ import csv
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,15 @@ def saved(path, mode=None, array=None, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(tissue() if array is None else array)
     (image.convert(mode) if mode else image).save(path, compress_level=0, **options)
+
+
+def png(width, height, bits=8, color=2, rows=b"0" * 1000):
+    """Returns a PNG file of that header and its rows, too few of them if none are given."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
 
 
 def write_one_px(figure, path, **how):

@@ -1,12 +1,11 @@
 """Plain images in every pixel mode: as slides, as crops and as labelled patches they show the same."""
 import struct
-import zlib
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from synthetic import prepared, rows_of, saved, tissue, write_table
+from synthetic import png, prepared, rows_of, saved, tissue, write, write_table
 
 import data
 import eval as eval_py
@@ -24,15 +23,10 @@ ALPHA = np.linspace(0, 255, 64 * 64).round().astype(np.uint8).reshape(64, 64)
 
 def png16(path, pixels):
     """Writes a PNG of 16 bits a channel, which Pillow cannot: pixels (H, W) or (H, W, 3), uint16."""
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     height, width = pixels.shape[:2]
     color = 2 if pixels.ndim == 3 else 0
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
-                     + chunk(b"IEND", b""))
+    write(path, png(width, height, 16, color, rows))
 
 
 def tiff(path, pixels, **options):
@@ -209,10 +203,6 @@ def test_a_tiff_over_pillows_own_limit_is_read(tmp_path):
     (lambda path: Slide(path, slide_mpp=1.0), (10 ** 6, 10 ** 7),
      "1,000,000 x 10,000,000 px take 37253 GiB")])
 def test_an_image_that_is_too_large_is_refused_unread(tmp_path, read, size, says):
-    png16(tmp_path / "a.png", np.zeros((1, 1), np.uint16))
-    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
-    whole = (tmp_path / "a.png").read_bytes()
-    crc = struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    (tmp_path / "a.png").write_bytes(whole[:16] + header + crc + whole[33:])
+    path = write(tmp_path / "a.png", png(*size))
     with pytest.raises(InputError, match=says):
-        read(tmp_path / "a.png")
+        read(path)

@@ -1,12 +1,10 @@
 """Slides: um/px, tissue, tiles; broken and odd files."""
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from synthetic import halve, prepared, pyramid, saved, svs, tissue, write
+from synthetic import halve, png, prepared, pyramid, saved, svs, tissue, write
 
 from common.errors import InputError
 from data import Crops
@@ -160,14 +158,6 @@ def test_the_demo_is_written_as_slides_that_openslide_reads(tmp_path):
 
 # ---------------------------------------------------------------- broken and odd files
 
-def png_that_claims(width, height):
-    """A PNG header of an image of that size with next to nothing in it."""
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"0" * 1000)) + chunk(b"IEND", b""))
-
-
 def truncated_svs(path):
     svs(path, tissue(900), "Aperio|AppMag = 10|MPP = 1.0")
     halve(path)
@@ -190,7 +180,7 @@ BROKEN = {  # name: a function that writes it; each is skipped and listed
     "truncated.svs": truncated_svs,
     "broken tile.svs": broken_tile,
     "cut.jpg": cut_jpeg,
-    "bomb.png": lambda path: write(path, png_that_claims(100_000, 100_000)),
+    "bomb.png": lambda path: write(path, png(100_000, 100_000)),
     "line.png": lambda path: saved(path, array=tissue(2000)[:3]),
     "white.png": lambda path: saved(path, array=np.full((300, 300, 3), 244, np.uint8)),
     "invisible.png": lambda path: saved(path, array=np.dstack([tissue(), np.zeros((256, 256), np.uint8)])),
