@@ -367,8 +367,7 @@ def make_demo(folder, seed=1, workers=2, patients=PATIENTS, size=SIZE):
                     name = f"demo_{len(rows) + 1:03d}_{slide}"
                     rows.append((name, label, f"{split}_{label}_{patient}", split))
     if (folder / "labels.csv").is_file():
-        if [tuple(row.values()) for _, row in read_csv(folder / "labels.csv")[1]] != rows:
-            raise InputError(f"{folder}: is the demo of another version; delete the folder and run again")
+        check_version(folder, {name for name, *_ in rows})
         return
     print(f"The demo data is synthetic: drawing {len(rows)} slides into {folder} (once).")
     for subfolder in ("slides", "truth"):
@@ -379,3 +378,15 @@ def make_demo(folder, seed=1, workers=2, patients=PATIENTS, size=SIZE):
         if error:
             raise InputError(error)
     write_csv(folder / "labels.csv", [("slide", "label", "patient", "split"), *rows])
+
+
+def check_version(folder, names):
+    """InputError if another version drew the demo in this folder, whose slides should have these names."""
+    _, rows = read_csv(folder / "labels.csv")
+    current = {row.get("slide") for _, row in rows} == names
+    for _, row in rows:
+        tiles = folder / "truth" / f"{row.get('slide')}_tiles.csv"
+        current = current and row.get("label") in CLASSES and tiles.is_file()
+        current = current and tuple(read_csv(tiles)[0]) == TILE_COLUMNS
+    if not current:
+        raise InputError(f"{folder}: is the demo of another version; delete the folder and run again")

@@ -400,7 +400,7 @@ def test_gzip_is_read_as_the_file_in_it(tmp_path, name, content):
 
 # ---------------------------------------------------------------- what cannot be read
 
-HOVERNET = ['{}', '{"centroid": ["a", "2"]}', '{"centroid": [1]}', '{"centroid": [NaN, 1]}',
+HOVERNET = ['{}', '{"centroid": ["1", "2"]}', '{"centroid": [1]}', '{"centroid": [NaN, 1]}',
             '{"centroid": [1e999, 1]}']
 HISTOMICSTK = ['{"center": [1, 2, 0]}', '{"type": "heatmap"}', '{"type": "polyline", "points": []}',
                '{"type": "polyline", "points": [[NaN, 2], [3, 4], [5, 9]]}']
@@ -412,7 +412,7 @@ GEOJSON = ['null', '{"type": "LineString", "coordinates": [[0, 0], [1, 1]]}',
     "", " ", "[]", '{"annotation": {"name": "x"}}', '{"type": "FeatureCollection", "features": null}',
     '{"type": "Feature"}', '{"features": [3]}', '[{"nuc": {"1": {"centroid": [1, 2]}}}]',
     '{"nuc": {"1": {"centroid": [1, 2]}}', '{"nuc": {"1": {"centroid": [1, 2]}}} {}',
-    *('{"mag": %s, "nuc": {}}' % mag for mag in ('"40"', "0")),
+    *('{"mag": %s, "nuc": {}}' % mag for mag in ('"40"', "0", "true", "1e9")),
     *('{"nuc": {"1": %s}}' % nucleus for nucleus in HOVERNET),
     *('{"elements": [%s]}' % element for element in HISTOMICSTK),
     *('{"features": [{"type": "Feature", "geometry": %s}]}' % geometry for geometry in GEOJSON)])

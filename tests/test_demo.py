@@ -124,11 +124,16 @@ def test_the_truth_is_read_as_it_was_written(tmp_path):
         assert len(rows_of(tmp_path / "truth" / f"{row['slide']}.csv")) == len(nuclei)
 
 
-def test_a_demo_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize("header", ["x,y,kind,telling", None])
+def test_a_demo_of_another_version_is_refused(tmp_path, header):
     demo.make_demo(tmp_path, workers=1, patients={"train": 1}, size=(1, 1))
     demo.make_demo(tmp_path, workers=1, patients={"train": 1}, size=(1, 1))  # kept
+    path = tmp_path / "truth" / "demo_002_0_tiles.csv"
+    path.unlink()
+    if header:
+        write_table(path, header, ["0,0,nests,0"])
     with pytest.raises(InputError, match="another version; delete the folder and run again"):
-        demo.make_demo(tmp_path, workers=1, patients={"train": 2})
+        demo.make_demo(tmp_path, workers=1, patients={"train": 1})
 
 
 # ---------------------------------------------------------------- the augmentation's strength

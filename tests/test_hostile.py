@@ -67,7 +67,7 @@ def test_files_that_a_run_cannot_use_are_listed_and_the_others_go_on(place):
     saved(place / "in" / "slides" / long)
     write(place / "in" / "slides" / "postscript.png", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     found, failed = prepared()
-    assert len(failed) == 2 and "postscript.png" in failed[0] and "File name too long" in failed[1]
+    assert len(failed) == 2 and "postscript.png" in failed[0] and "more than 200 bytes" in failed[1]
     assert len(Crops(found, ["good"])) == 1
     saved(place / "c" / "crops" / "a.png")
     os.mkfifo(place / "c" / "crops" / "b.png")

@@ -126,6 +126,13 @@ def with_a_level_of_another_picture(folder):
                        description="Aperio|AppMag = 20|MPP = 0.5", subfiletype=int(image is macro))
 
 
+def of_a_long_name(folder):
+    saved(folder / "slides" / f"{LONG}.png", array=nuclei_slide())
+
+
+LONG = "long" * 51
+
+
 def of_another_format(folder):
     write(folder / "slides" / "olympus.vsi", b"x")
 
@@ -199,12 +206,13 @@ FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp
     (on_grey, "murky", "background is not white", 0.5),
     (without_color, "monochrome", "it has no colour", 0.5),
     (with_a_level_of_another_picture, "layered", "its levels of 300 x 100 px are not used", ""),
+    (of_a_long_name, LONG, "more than 200 bytes; rename it", 0.5),
     (of_another_format, "olympus", "convert it", None),
     (packed, "packed", "is not unpacked; unpack or remove it", None),
     (of_an_unknown_ending, "renamed", "rename it to .tif", None),
     (outside_of_slides, "d3b07384", "only mixed/slides/ is read", None),
-    (without_a_row, "unlisted", "1 of 21 slides have no row and are not used; to use them", None),
-    (without_a_file, "gone", "1 of 21 rows have no file and are skipped; fetch", 0.5),
+    (without_a_row, "unlisted", "1 of 22 slides have no row and are not used; to use them", None),
+    (without_a_file, "gone", "1 of 22 rows have no file and are skipped; fetch", 0.5),
     (with_damaged_cells, "torn", "not a known cell file", 0.5),
     (with_cells_exchanged, "swapped", "100% of the cells lie outside of the slide", 0.5),
     (with_cells_in_um, "micrometres", "um instead of px", 0.5),
@@ -246,7 +254,7 @@ def test_check_names_every_fault_once(place, capsys):
         out = capsys.readouterr().out
         named_once(out, [(name, words) for _, name, words, _ in FAULTS])
         assert f"warnings: {len(FAULTS)}\n" in out and "._" not in out, out
-        assert "cannot be used: 4" in out
+        assert "cannot be used: 5" in out
 
 
 def test_check_names_every_fault_of_crops_once(place, capsys):

@@ -260,6 +260,21 @@ def test_the_longest_name_is_written_on_a_machine_of_a_long_name(place, monkeypa
     assert failed == [] and ready_cells(found, name) is not None
 
 
+def test_a_name_that_is_too_long_costs_its_slide(place, capsys):
+    long = "x" * 246
+    saved(place / "in" / "slides" / f"{long}.png")
+    write(place / "in" / "cells" / "good.csv", "x,y\n10,10\n")
+    found, failed = prepared()
+    assert len(failed) == 1 and "more than 200 bytes; rename it" in failed[0]
+    assert ready_cells(found, "good").tolist() == [[10, 10]]
+    assert data.main(CHECK) == 1
+    out = capsys.readouterr().out
+    assert out.count("more than 200 bytes") == 1 and "warnings: 1" in out
+    assert segment.main(["in/slides", "--slide-mpp", "1", "--workers", "1", "--out", "out"]) == 1
+    assert "more than 200 bytes" in capsys.readouterr().err
+    assert [path.name for path in (place / "out" / "builtin").iterdir()] == ["good.npz"]
+
+
 def test_ready_cut_crops_of_long_names_are_used(place):
     long = "x" * 251 + ".png"
     saved(place / "c" / "crops" / long)

@@ -25,7 +25,8 @@ LARGEST_NUCLEUS = 200  # px: 20 um at 0.1 um/px
 QUPATH_OTHERS = (  # QuPath's object types other than cells, since 0.3 and in 0.2
     "annotation", "tile", "tmaCore", "tma_core", "root",
     "PathAnnotationObject", "PathTileObject", "TMACoreObject", "PathRootObject")
-OTHERS = "annotations or others that are not cells"  # a reason to skip an object
+OTHERS = "annotations or others that are not cells"  # reasons to skip an object
+NO_SHAPE = "without a geometry"
 CHUNK = 8192  # bytes of JSON parsed at once: with more lists alive, garbage collection would double the time
 BOM = b"\xef\xbb\xbf"
 SQLITE = b"SQLite format 3\0"
@@ -140,7 +141,10 @@ def parse_json(function, path, *prefix):
 
 def hovernet_mag(path):
     """Returns the magnification of HoVer-Net's px; None where "mag" is null or missing (tile mode)."""
-    return next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
+    mag = next(parse_json(ijson.items, path, "mag"), None)  # HoVer-Net writes it before the nuclei
+    if mag is not None and (type(mag) not in (int, float) or not 0 < mag < 1000):
+        raise InputError(f"{path}: \"mag\" is {mag!r:.40}; a magnification such as 40, or null, is expected")
+    return mag
 
 
 def hovernet_scale(path, power, slide_mpp):
@@ -207,7 +211,7 @@ def cell_outlines(members, kind, counts):
         if kind == "geojson" and not is_cell(member):
             counts[OTHERS] += 1
         elif kind == "geojson" and not cell_shape(member):
-            counts["without a geometry"] += 1
+            counts[NO_SHAPE] += 1
         else:
             yield from OUTLINES[kind](member)
 
@@ -215,8 +219,7 @@ def cell_outlines(members, kind, counts):
 def centroids_of(outlines):
     """Returns the centroids (K, 2) of an iterable of outlines, without keeping the outlines in memory."""
     xy = [np.zeros((0, 2))]
-    # As arrays, since thousands of lists kept alive would start garbage collection often.
-    outlines = (np.array(outline, np.float64) for outline in outlines)
+    outlines = map(np.array, outlines)  # thousands of lists kept alive would start garbage collection often
     while batch := list(islice(outlines, BATCH)):
         xy.append(ring_centroids(batch))
     return np.concatenate(xy)
@@ -309,15 +312,20 @@ def ring_centroids(rings):
     """Returns the centroids (K, 2) of polygons, each a list or array of points [x, y, ..], closed or not.
 
     The mean of its points is returned for a single point, a polygon without area, and one that crosses itself
-    so that its centroid is outside its bounding box.
+    so that its centroid is outside its bounding box. ValueError if a ring has no point or a coordinate is not
+    a number.
     """
     count = np.array([len(ring) for ring in rings])
-    points = np.concatenate([np.asarray(ring, np.float64)[:, :2] for ring in rings])
+    if not count.all():
+        raise ValueError("an outline has no point")
+    points = np.concatenate([np.asarray(ring)[:, :2] for ring in rings])
+    if points.dtype.kind not in "iuf" or points.shape[1] != 2:
+        raise ValueError("a point is not two numbers")
     start = np.cumsum(count) - count
     after = np.arange(1, len(points) + 1)
     after[start + count - 1] = start  # the last point of a ring is followed by its first
     with np.errstate(all="ignore"):  # read_cells refuses coordinates that are not finite
-        origin = points[start]
+        origin = points[start].astype(np.float64)
         point = points - origin.repeat(count, 0)  # far from 0 the sums would lose their digits
         following = point[after]
         cross = point[:, 0] * following[:, 1] - following[:, 0] * point[:, 1]

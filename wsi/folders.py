@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import InputError, one_line, printable
 from common.files import files_under, read_csv, read_json, write_json
 from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
-from wsi.slides import MPP_LIMITS, PLAIN_TYPES, SLIDE_TYPES, find_slides, number, slide_name, why_not_read
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, slide_name, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
@@ -314,9 +314,12 @@ def same_patients(pairs):
 
 def labels_row(path, line, row, name):
     """Returns a line of labels.csv as {"where", "name", "label", "patient", "split", "mpp"}."""
-    mpp = number(row.get("mpp"), *MPP_LIMITS)
-    if row.get("mpp") and mpp is None:
-        raise InputError(f"{path}: line {line}: mpp {row['mpp']!r} is not the um/px of a slide (0.5 is 20x)")
+    try:
+        mpp = float(row["mpp"]) if row.get("mpp") else None
+        check_mpp(mpp, "mpp")
+    except (ValueError, InputError):
+        raise InputError(f"{path}: line {line}: mpp {row['mpp']!r} is not the um/px of a slide "
+                         "(0.5 is 20x)") from None
     columns = ["patient", "case_id"]
     if "image" in row:
         columns += ["group", "source_tile"]

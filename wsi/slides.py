@@ -4,6 +4,7 @@ Levels are chosen by um/px, not by number. Coordinates on a slide are level-0 px
 """
 import hashlib
 import math
+import os
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ PACKED_TYPES = {".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".r
 OTHER_TYPES = {  # of other scanners and microscopes, and image types that are not read
     ".vsi", ".isyntax", ".i2syntax", ".kfb", ".sdpc", ".mds", ".tmap", ".afi", ".lif", ".lsm", ".nd2", ".zvi",
     ".oib", ".oir", ".ims", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jpx", ".jxl"}
+NAME_LIMIT = 200  # bytes of a slide's name: we add up to 31, and file systems allow 255
 
 
 def slide_name(path):
@@ -187,6 +189,8 @@ class Slide:
 
     def __init__(self, path, slide_mpp=None, said_mpp=None, gigapixels=math.inf):
         self.path = Path(path)
+        if len(os.fsencode(slide_name(self.path))) > NAME_LIMIT:
+            raise InputError(f"{path}: its name has more than {NAME_LIMIT} bytes; rename it")
         most = gigapixels * 1e9
         limit = f"--max-gigapixels {gigapixels:g}; raise it if the slide is that large"
         try:
