@@ -21,6 +21,8 @@ def check_config(path, config):
     new = json.loads(json.dumps(config))  # tuples become lists, as in the file
     changed = []
     for name in dict.fromkeys([*new, *old]):
+        if name == "recipe" and name not in old:
+            continue  # a run of before
         if old.get(name) != new.get(name):
             setting = name if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
             changed.append(f"{setting} {old.get(name)} (now {new.get(name)})")

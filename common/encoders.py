@@ -112,8 +112,9 @@ def find_encoder(checkpoint, name="", flag="--checkpoint"):
     pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
     runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise InputError(f"no run{name and ' of '}{name} in runs/; first: python train.py with the same "
-                         "--data, or give another run by --checkpoint")
+        of_data, same = (f" of {name}", " with the same --data") if name else ("", "")
+        raise InputError(f"no run{of_data} in runs/; first: python train.py{same}, or give another run with "
+                         "--checkpoint")
     return runs[-1]
 
 
@@ -131,19 +132,25 @@ def load_encoder(path):
         raise InputError(f"{path}: is not an encoder.pt of this version; pre-train again (weights of other "
                          "programs, or of a loop of your own: eval.py with --arch, or train.py --init)")
     try:
-        mean, std = torch.tensor([about["mean"], about["std"]], dtype=torch.float64).view(2, 3).tolist()
-        if not min(std) > 0:
-            raise ValueError(f"std {std}")
+        mean, std = scale_of(about["mean"], about["std"])
         encoder = make_encoder(about["arch"], mean, std, about.get("depth"))
         weights = about.pop("encoder")
         if "reg_token" in weights:
             encoder = RegisterViT(encoder, weights["reg_token"].shape[1])
         encoder.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: its weights are not {about['arch']}'s, or its mean and std are damaged "
+        raise InputError(f"{path}: its mean and std, depth or weights are damaged, or not {about['arch']}'s "
                          f"({one_line(error)}); pre-train again") from None
     check_finite(encoder, path)
     return encoder.eval(), about
+
+
+def scale_of(mean, std):
+    """Returns an encoder's mean and std as lists; an error unless both are three numbers, std above 0."""
+    mean, std = torch.tensor([mean, std], dtype=torch.float64).view(2, 3).tolist()
+    if not (all(map(math.isfinite, mean)) and min(std) > 0):
+        raise ValueError(f"mean {mean}, std {std}")
+    return mean, std
 
 
 def check_finite(encoder, path):
@@ -202,15 +209,20 @@ def open_encoder(path, arch=None):
     if isinstance(state, dict) and "trained_on" in state:  # an encoder.pt: its own arch and record count
         return load_encoder(path)
     weights = weights_of(state, path)
-    encoder = make_encoder(arch, state.get("mean", MEAN), state.get("std", STD))
+    try:
+        mean, std = scale_of(state.get("mean", MEAN), state.get("std", STD))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its mean and std are not two lists of three numbers, std above 0 "
+                         f"({one_line(error)}); correct or remove them") from None
+    encoder = make_encoder(arch, mean, std)
     if "cls_token" in weights:
         encoder = ClassTokenViT(encoder.embed_dim, len(encoder.blocks), encoder.num_heads,
                                 mean=encoder.mean, std=encoder.std)
     ignored = init_encoder(encoder, path, state)
     foreign = [name for name in ignored if name.startswith(("blocks.", "reg_token", "dist_token"))]
     if foreign:
-        raise InputError(f"{path}: has {', '.join(foreign[:3])}, which --arch {arch} has not: its features "
-                         "would be others; only plain ViTs can be measured")
+        raise InputError(f"{path}: has {', '.join(foreign[:3])}, which --arch {arch} has not, so its "
+                         "features would be others; take another --arch, if it is a plain ViT")
     check_finite(encoder, path)
     print(f"warning: {path}: does not record what it was trained on; make sure it has seen no test image")
     about = {"arch": arch, "method": re.sub(r"[^\w.-]+", "_", path.stem), "data": None, "mpp": None,

@@ -131,7 +131,7 @@ def write_features(path, features):
         temp.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
 
 
-def tiles_of(corners, side, bounds, kind="annotation", of_tile={}):
+def tiles_of(corners, side, bounds, kind="annotation", of_tile=None):
     """Returns a slide's tiles as objects; corners (N, 2), side and bounds in level-0 px, as in their names.
 
     kind: annotation, or tile, a detection without a class: measurement maps colour only detections. of_tile:
@@ -139,7 +139,7 @@ def tiles_of(corners, side, bounds, kind="annotation", of_tile={}):
     """
     features = []
     for k, (x, y) in enumerate(corners):
-        measured = {name: float(f"{values[k]:.6g}") for name, values in of_tile.items()}
+        measured = {name: float(f"{values[k]:.6g}") for name, values in (of_tile or {}).items()}
         outline = square(np.subtract((x, y), bounds), side)
         features.append(feature(kind, "Polygon", outline, name=f"tile {x},{y}", measurements=measured))
     return features

@@ -70,8 +70,9 @@ def read_studies(studies):
     for setting, folder in studies.items():
         for arm, network in NETWORKS.items():
             for path in sorted(Path(folder).glob(f"{arm}_seed*/claim.npz")):
-                seed = int(path.parent.name.removeprefix(f"{arm}_seed"))
-                runs[setting, network, seed] = read_run(path.parent)
+                seed = path.parent.name.removeprefix(f"{arm}_seed")
+                if seed.isdigit():
+                    runs[setting, network, int(seed)] = read_run(path.parent)
         if not any(of == setting for of, *_ in runs):
             raise InputError(f"{folder}: has no measured run; python -m experiments.study claim makes them")
     return runs

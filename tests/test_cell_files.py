@@ -11,7 +11,7 @@ import train
 from common.errors import InputError
 from data import Crops
 from wsi import cache
-from wsi.cell_files import cell_files, image_names, unmatched_files, unused_cell_files
+from wsi.cell_files import cell_files, image_names, unmatched_files, unused_cell_files, whose_cells
 from wsi.datasets import DATASETS
 from wsi.splits import find_data
 
@@ -75,6 +75,9 @@ def test_files_that_match_no_slide_are_named(place):
     line, = unused_cell_files(found)
     assert line.startswith("x/cells: files that match no slide and are not read: 4 "
                            "(a_notes.csv, b.csv, c.zip, ...); name each after its slide")
+    Path("x/cells/a.json").symlink_to("unmounted.json")
+    assert Path("x/cells/a.json") in unmatched_files(found) and "read: 5 " in unused_cell_files(found)[0]
+    Path("x/cells/a.json").unlink()
     names = [path.name for path in unmatched_files(find_data("x", 1.0, "hovernet"))]
     assert names == ["a_notes.csv", "b.csv", "c.zip", "z.json", "a.csv"]
 
@@ -87,6 +90,17 @@ def test_a_segmenters_folder_that_is_not_read_is_named(place):
     assert unused_cell_files(find_data("x", 1.0, "hovernet")) == []
     write(Path("x/cells/a.csv"), "x,y\n1,2\n")
     assert unused_cell_files(found) == []  # cells of the user's own are read
+
+
+def test_cells_of_crops_in_subfolders_are_the_detectors_or_not(place, capsys):
+    for name in ("x/a.png", "x/b.png"):
+        saved(place / "c" / "crops" / name)
+    for name in ("builtin/x/a.csv", "hovernet/x/a.csv"):
+        write(place / "c" / "cells" / name, "x,y\n1,2\n")
+    found = find_data("c", 1.0)
+    assert whose_cells(found) == "cells of 2 crops (--prior auto): 2 by the built-in detector"
+    line, = unused_cell_files(found)
+    assert line.startswith("c/cells/hovernet: is read only with --prior hovernet")
 
 
 def test_auto_takes_the_papers_segmenter_first_and_tells_what_it_took(place, capsys):

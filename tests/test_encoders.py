@@ -109,6 +109,15 @@ def test_the_mean_and_std_of_a_file_are_taken(tmp_path):
         assert encoder.mean == (0.5, 0.6, 0.7) and encoder.std == (0.1, 0.2, 0.3)
 
 
+@pytest.mark.parametrize("scale", [{"mean": "x"}, {"mean": [1.0]}, {"std": None}, {"std": [0, 0, 0]},
+                                   {"mean": [float("nan")] * 3}])
+def test_a_damaged_mean_or_std_is_refused(tmp_path, scale):
+    own = random_encoder("vit_t4", 0, MEAN, STD).state_dict()
+    save_tensors(tmp_path / "w.pth", {"encoder": own, **scale})
+    with pytest.raises(InputError, match="w.pth: its mean and std"):
+        open_encoder(tmp_path / "w.pth", "vit_t4")
+
+
 def test_imagenets_features_are_next_to_ours(folder, capsys):
     argv = ["slides", *SET, "--repeats", "2", "--epochs", "2", "--overlays", "1", "--checkpoint"]
     run = run_folder("runs/tiny_set_vit_t4_dirl")

@@ -67,6 +67,10 @@ MODES = {  # file: how it is written, what it shows
     "alpha.png": (lambda path: saved(path, array=np.dstack([COLOR, ALPHA])), blended(COLOR, ALPHA)),
     "grey alpha.png": (lambda path: saved(path, "LA", np.dstack([gray_rgb(GREY), ALPHA])),
                        blended(gray_rgb(GREY), ALPHA)),
+    "grey times alpha.tif": (  # alpha that the px are already multiplied with
+        lambda path: tiff(path, np.dstack([GREY // 2, np.full_like(GREY, 128)]), photometric="minisblack",
+                          extrasamples=["assocalpha"]),
+        blended(gray_rgb(GREY), np.full_like(GREY, 128))),
     "transparent color.png": (tinted_png, TINT),
     "palette.png": (palette_png, np.broadcast_to(PALETTE, (64, 64, 3))),
     "cmyk.tif": (lambda path: saved(path, "CMYK", COLOR), COLOR),

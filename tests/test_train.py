@@ -61,6 +61,10 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys, blan
     assert train.main([*FOLDER, "--run", "runs/whole"]) == 0
     assert train.main([*FOLDER, "--max-steps", "2"]) == 0
     assert "same command resumes" in capsys.readouterr().out
+
+    def of_my_own(encoder, args):
+        return train.build_dirl(encoder, args)
+    refused(capsys, lambda argv: train.main(argv, build=of_my_own), FOLDER, "recipe build_dirl (now", "--run")
     whole, run = place / "runs" / "whole", place / "runs" / "tiny_set_vit_t4_dirl"
     with open(run / "log.csv", "a") as file:
         file.write("2,0,9.9,half a line that was never kep")  # as a kill leaves it

@@ -4,13 +4,13 @@ Segmenters and QuPath name their results after the image. A cell file is named a
 without the image file's ending, followed by one of CELL_ENDINGS in any case. QuPath may add the name of the
 series: "CMU 1.svs - Series 0.geojson".
 """
+import os
 import re
 import unicodedata
 from collections import Counter
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from common.errors import InputError, printable
-from common.files import files_under
 from wsi.cells import cell_format
 from wsi.datasets import NO_CELLS, PRIORS
 from wsi.folders import first_of
@@ -43,18 +43,21 @@ def image_names(base):
 def match_files(folder, keys):
     """Returns {key: its cell files under a folder, the preferred first}, and the files that match no key.
 
-    keys: key_of images. A file belongs to the one image that it is most exactly named after.
+    keys: key_of images. A file belongs to the one image that it is most exactly named after; a broken link
+    matches none.
     """
     keys = {unicodedata.normalize("NFC", key): key for key in keys}
     ranked = {}
     unmatched = []
-    files = files_under(folder) if folder.is_dir() else []
-    for path in files:
+    paths = [Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names]
+    for path in sorted(paths):
+        if path.name.startswith("."):
+            continue
         name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
         ending = next((ending for ending in CELL_ENDINGS if name.lower().endswith(ending)), None)
         possible = image_names(name[: -len(ending)]) if ending else []
         rank = next((rank for rank, name in enumerate(possible) if name in keys), None)
-        if rank is None:
+        if rank is None or not path.is_file():
             unmatched.append(path)
         else:
             ranked.setdefault(keys[possible[rank]], []).append((rank, CELL_ENDINGS.index(ending), path))
@@ -117,12 +120,17 @@ def whose_cells(data):
     places = [place for place, _ in places_of(data)]
     counts = Counter()
     for file in cell_files(data).values():
-        if file is None or file.parent.name == "builtin":
+        if file is None or not builtin_folders(data).isdisjoint(file.parents):
             counts["by the built-in detector"] += 1
         else:
             counts[f"in {next(place for place in places if place in file.parents)}/"] += 1
     numbers = ", ".join(f"{number} {place}" for place, number in counts.items())
     return printable(f"cells of {len(data.images)} {data.kind} (--prior {data.prior}): {numbers}")
+
+
+def builtin_folders(data):
+    """Returns the folders of the built-in detector's cells: of wsi.segment, and ours."""
+    return {folder / "cells" / "builtin" for folder in (data.source, data.work)}
 
 
 def is_builtin(data, file):
@@ -159,7 +167,7 @@ def unused_cell_files(data):
                         f"({first_of(unmatched)}); name each after its {image}, with one of the endings "
                         f"{' '.join(CELL_ENDINGS[:-1])}")
     found = candidates(data)
-    has_own = any(files[0].parent.name != "builtin" for files in found.values())
+    has_own = any(builtin_folders(data).isdisjoint(files[0].parents) for files in found.values())
     for prior in PRIORS:
         is_read = prior in ("builtin", data.paper_prior)
         if data.prior == "auto" and not has_own and not is_read and (given / prior).is_dir():

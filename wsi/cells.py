@@ -6,6 +6,7 @@ Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the centre o
 import gzip
 import re
 import sqlite3
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import closing
@@ -360,6 +361,8 @@ def store_cells(path):
 
 def npz_cells(path):
     """Returns the cells (K, 2) of an npz with arrays x and y."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("not a whole npz file")
     with np.load(path, allow_pickle=False) as arrays:
         x = arrays["x"]
         y = arrays["y"]
@@ -369,8 +372,14 @@ def npz_cells(path):
 
 
 def csv_cells(path):
-    """Returns the cells (K, 2) of a CSV; InputError without columns x and y."""
+    """Returns the cells (K, 2) of a CSV; InputError without columns x and y, or if one is not a number."""
     names, rows = read_csv(path, only=("x", "y"))
     if "x" not in names or "y" not in names:
         raise InputError(f"{path}: its first line has to name columns x and y (level-0 px); rename them")
-    return np.array([(row["x"], row["y"]) for _, row in rows], np.float64).reshape(-1, 2)
+    xy = np.zeros((len(rows), 2))
+    for i, (line, row) in enumerate(rows):
+        try:
+            xy[i] = float(row["x"]), float(row["y"])
+        except (KeyError, ValueError):
+            raise InputError(f"{path}: line {line}: x and y have to be numbers; correct them") from None
+    return xy

@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import InputError, one_line, printable
+from common.errors import InputError, check_mpp, one_line, printable
 from common.files import files_under, read_csv, read_json, write_json
 from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
 from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, slide_name, why_not_read
@@ -106,8 +106,8 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     kind, images, rows, warnings = read_layout(data, source)
     if not images:
         types = SLIDE_TYPES if kind == "slides" else CROP_TYPES
-        others = not_read(source)[:1]
-        raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others]))
+        others = not_read(source) + [f"put them into {source}/slides/"] if kind == "slides" else []
+        raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
     paper_prior = DATASETS.get(data, OWN).prior
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
     if rows:

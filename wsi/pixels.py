@@ -65,6 +65,8 @@ def to_rgb(path, image):
         return scaled(path, np.asarray(image))
     if color16 and max(high for _, high in image.getextrema()[:3]) < 64:
         raise InputError(f"{path}: uses at most 14 of its 16 bits; scale it to 16, or {WAY_OUT}")
+    if image.mode == "La":  # Pillow converts it to LA only
+        image = image.convert("LA")
     if image.has_transparency_data:
         return on_white(image.convert("RGBA"))
     return image if image.mode == "RGB" else image.convert("RGB")

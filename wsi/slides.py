@@ -259,7 +259,7 @@ class Slide:
         down = self.handle.level_downsamples[level]
         try:
             rgba = self.handle.read_region((round(x * down), round(y * down)), level, (width, height))
-        except (openslide.OpenSlideError, OSError, Image.DecompressionBombError) as error:
+        except (openslide.OpenSlideError, OSError) as error:
             raise InputError(f"{self.path}: cannot be read at {x},{y} of level {level} ({error}); "
                              "is the file complete?") from None
         return on_white(rgba)

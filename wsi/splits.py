@@ -62,7 +62,10 @@ def read_probe(data, count, seed):
 
     At most count of each are drawn, by seed. InputError if too few can be read.
     """
-    found = find_patches(data)
+    found, error = call(find_patches, (data,))
+    if error:
+        raise InputError("--probe: a folder of images with labels.csv (image,label,split) is expected; "
+                         f"{error}")
     generator = torch.Generator().manual_seed(seed)
     sets = []
     for splits in (("train", "val"), ("test",)):

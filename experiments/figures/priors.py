@@ -150,6 +150,8 @@ def shown_crops(crops, found, cells, compared, drawn):
 
 def run(args):
     segmenters = shared.named(args.prior, "--prior")
+    if len(segmenters) < 2:
+        raise InputError("--prior: two segmenters are needed to compare them")
     found = find_data(args.data, args.mpp, slide_mpp=args.slide_mpp)
     if found.kind != "slides":
         raise InputError(f"--data {args.data}: holds crops; slides are compared here")

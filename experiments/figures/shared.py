@@ -102,8 +102,9 @@ def prior_of(networks, found):
         if learned_from_cells and about["trained_on"]["data"] == found.name and prior in PRIORS:
             priors.append(prior)
     if len(set(priors)) > 1:
-        print(f"warning: the networks learned from different cells ({', '.join(priors)}); P_c is drawn from "
-              f"those of {priors[0]}; --prior takes others")
+        different = ", ".join(dict.fromkeys(priors))
+        print(f"warning: the networks learned from different cells ({different}); P_c is drawn from those of "
+              f"{priors[0]}; --prior takes others")
     return priors[0] if priors else "auto"
 
 

@@ -31,12 +31,13 @@ TEMPERATURE = 0.5  # SimCLR's
 
 # ---------------------------------------------------------------- losses
 
-def byol_loss(student, teacher, *_):
+def byol_loss(student, teacher, teacher_temp=None):
     """BYOL, eq. 2: the mean of 2 - 2 cos(prediction, target) over pairs of views; the target has no gradient.
 
     student: predictions (V, B, K) of all views, the U global ones first, and present (V, B); teacher:
     projections (U, B, K) of the global views, and present. Pairs are DINO's: every view with every other
-    global one, where the region is present in both; 0 if there are none. BYOL adds up its two pairs.
+    global one, where the region is present in both; 0 if there are none. BYOL adds up its two pairs. Neither
+    this loss nor the next has a teacher's temperature.
     """
     prediction, present_s = student
     target, present_t = teacher
@@ -48,12 +49,13 @@ def byol_loss(student, teacher, *_):
     return (distance * pairs).sum() / pairs.sum().clamp(min=1)
 
 
-def nt_xent_loss(student, *_):
+def nt_xent_loss(student, teacher=None, teacher_temp=None):
     """SimCLR, eq. 1 (NT-Xent): the mean of -log(e^(s+/t) / (e^(s+/t) + sum of e^(s-/t))) over pairs of views.
 
     student: z (V, B, K), present (V, B). s is the cosine; a pair (+) is two different views of one crop, in
     both orders; its negatives (-) are all views of all other crops. Views without the region are in neither;
-    the loss is 0 without any pair. With two views this is SimCLR's sum over all k but the anchor.
+    the loss is 0 without any pair. With two views this is SimCLR's sum over all k but the anchor. SimCLR has
+    no teacher.
     """
     z, present = student
     V, B = present.shape

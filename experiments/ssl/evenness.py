@@ -11,7 +11,7 @@ from experiments.ssl.losses import WeightedSum
 from train import Recipe
 
 
-def unevenness(aggregated, *_):
+def unevenness(aggregated, teacher=None, teacher_temp=None):
     """The mean of (a_j - 1)^2 over all tokens, 0 for even attention. aggregated: one (N_i, n_i) per size."""
     return torch.cat([a.flatten() for a in aggregated]).sub(1).square().mean()
 

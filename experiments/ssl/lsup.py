@@ -13,8 +13,11 @@ from experiments.ssl.losses import WeightedSum, tokens_of
 from train import Recipe
 
 
-def count_loss(student, *_):
-    """L_sup: the mean of (predicted - counts)^2 over all tokens; both are lists of (V_i, B, n_i) per size."""
+def count_loss(student, teacher=None, teacher_temp=None):
+    """L_sup: the mean of (predicted - counts)^2 over all tokens, without a teacher.
+
+    student: predicted and counts, each a list of (V_i, B, n_i) per size.
+    """
     predicted, counts = student
     predicted = torch.cat([x.float().flatten() for x in predicted])
     counts = torch.cat([x.float().flatten() for x in counts])
