@@ -70,8 +70,7 @@ def argument_parser(prog="python train.py"):
     add = parser.add_argument_group("views").add_argument
     add("--local-crops", type=whole(0, 100), default=8, help="local views per crop; 0: the two-view setting")
     add("--global-scale", type=SHARE, nargs=2, default=(0.4, 1.0),
-        help="smallest and largest area of a global view, as shares of the crop; DINO recommends 0.14 1 with "
-             "--local-crops 0")
+        help="smallest and largest area of a global view, as shares; DINO has 0.14 1 with --local-crops 0")
     add("--local-scale", type=SHARE, nargs=2, default=(0.05, 0.4), help="the same for the local views")
     add("--global-size", type=side, default=224,
         help="side of the global views in px, a multiple of 16; 112 is 4 times faster but coarser")
