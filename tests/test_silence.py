@@ -13,8 +13,10 @@ import dirl
 import eval as eval_py
 import train
 from common.encoders import MEAN, STD, save_encoder
+from common.errors import InputError
 from common.figures import draw_maps, save_figure
 from common.files import read_csv
+from data import Crops
 from wsi.cache import ready_cells, tile_info
 from wsi.cell_files import cell_files
 from wsi.folders import mpp_in_table
@@ -104,6 +106,9 @@ def test_a_slide_without_some_of_its_tiles_is_cut_again(place):
     assert tile_info(found, "good") is None
     prepared("in", 1.0, slide_mpp=1.0)
     assert tiles[1].is_file() and tile_info(found, "good")
+    tiles[1].write_bytes(tiles[1].read_bytes()[:500])
+    with pytest.raises(InputError, match=f"{tiles[1].name}: .*; delete it, and its slide is cut again"):
+        Crops(found, ["good"])[1]
 
 
 def test_an_empty_file_of_cells_is_reported(place, capsys):

@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -254,7 +255,11 @@ def read_square(path):
 
 def read_crop(path):
     """Returns a crop as an RGB image of CROP px a side, and its side in the file."""
-    image = read_square(path)
+    try:
+        image = read_square(path)
+    except InputError as error:
+        is_tile = Path(f"{Path(path).parent}.json").is_file()
+        raise InputError(f"{error}; delete it, and its slide is cut again" if is_tile else error) from None
     side = image.width
     if side != CROP:
         image = image.resize((CROP, CROP), Image.BICUBIC)
