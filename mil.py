@@ -76,12 +76,12 @@ def dsmil_predict(model, features):
 
 def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2, seed=0, progress=None,
                 weights=None):
-    """Trains DSMIL on bags [(features (N, d), label), ...] with batch 1; returns the model in eval mode.
+    """Trains DSMIL on bags [(float features (N, d), label), ...], on their device, with batch 1.
 
     lr, weight_decay and batch are A.1.2's, the rest Li et al.'s: Adam with betas (0.5, 0.9), cosine from lr
     to 5e-6. The epoch with the lowest loss on val is kept. progress(epoch, loss, val_loss), if given, is
     called after each epoch; weights (C,), if given, weigh the classes in training and validation
-    (class_weights). ValueError without a training or validation bag.
+    (class_weights). Returns the model in eval mode. ValueError without a training or validation bag.
     """
     if not train or not val:
         raise ValueError("DSMIL needs at least one training and one validation bag")
