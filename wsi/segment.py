@@ -255,7 +255,7 @@ def slides_by_name(paths):
             if other != path:
                 raise InputError(f"{path}: has the same name as {other}; rename one of them")
     if not files:
-        raise InputError(f"{', '.join(map(str, paths))}: no slides in it")
+        raise InputError(f"{', '.join(map(str, paths))}: no slides in it; docs/data.md lists the formats")
     return files
 
 
