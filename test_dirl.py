@@ -1,4 +1,5 @@
 """Tests of the mathematics: eq. 1 to 9, P_c, views, DSMIL, schedules; brute force, by hand, invariants."""
+import copy
 import inspect
 import math
 import random
@@ -670,6 +671,42 @@ def test_dsmil_and_fine_tuning_have_the_settings_of_a_1_2():
         args = patches_arguments(["--data", name])
         assert (args.lr, args.epochs, args.milestones) == (lr, epochs, milestones)
         assert (args.weight_decay, args.batch, args.folds) == (1e-2, 128, 5)
+
+
+@pytest.mark.parametrize("step", [5, 15])  # the last layers are frozen in the first epoch, of ten steps
+def test_a_step_against_its_parts(small_heads, step):
+    """Eq. 9 on a step's views; the student moves by AdamW, the teacher and the centres by their momenta."""
+    args = train.arguments(["--data", "lung", "--out-dim", "32", "--disentangled-dim", "16", "--clip", "0.05",
+                            "--global-size", "64", "--local-size", "32", "--local-crops", "2",
+                            "--momentum", "0.9", "--lr", "0.5", "--precision", "fp32", "--device", "cpu"])
+    settings = train.settings_of(args, 10, (0.5,) * 3, (0.2,) * 3)
+    recipe = train.build_dirl(tiny(drop_path=0.1), args)
+    by_hand = train.Recipe(*copy.deepcopy((recipe.student, recipe.teacher, recipe.loss)))
+    images = torch.randint(256, (3, 3, 224, 224), dtype=torch.uint8)
+    cells = torch.rand(3, 20, 2) * 224
+    optimizer = optimization.build_optimizer(recipe.student)
+    schedule, values = train.training_step(recipe, recipe.student, optimizer, images, cells, step, settings)
+
+    views, priors = train.views_of_step(images, cells, step, settings, (0, 1), counts=False)
+    teacher = by_hand.teacher(views[:1], priors[:1])
+    loss, each = by_hand.loss(by_hand.student(views, priors), teacher, schedule.teacher_temp)
+    torch.testing.assert_close(values[: 1 + len(each)], torch.stack([loss.detach(), *each.values()]))
+    loss.backward()
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in by_hand.student.parameters() if (p.ndim > 1) == decays],
+         "weight_decay": schedule.weight_decay * decays} for decays in (True, False)], schedule.lr)
+    for name, p in by_hand.student.named_parameters():
+        torch.nn.utils.clip_grad_norm_(p, 0.05)
+        if step < 10 and "last_layer" in name:
+            p.grad = None
+    optimizer.step()
+    for name, p in by_hand.student.named_parameters():
+        torch.testing.assert_close(recipe.student.state_dict()[name], p.detach(), msg=name)
+    moved = zip(recipe.teacher.parameters(), by_hand.teacher.parameters(), by_hand.student.parameters())
+    for p, old, new in moved:
+        torch.testing.assert_close(p, schedule.momentum * old + (1 - schedule.momentum) * new.detach())
+    for name, (logits, present) in teacher.items():
+        torch.testing.assert_close(recipe.loss.losses[name].center, 0.1 * logits[present].mean(0))
 
 
 def test_gradients_are_clipped_parameter_by_parameter():
