@@ -1,5 +1,6 @@
 """Tests of the mathematics: eq. 1 to 9, P_c, views, DSMIL, schedules; brute force, by hand, invariants."""
 import copy
+import dataclasses
 import inspect
 import math
 import random
@@ -113,6 +114,13 @@ def test_an_image_that_is_no_whole_number_of_patches_is_refused():
         tiny()(torch.randn(1, 3, 65, 64))
 
 
+def test_later_blocks_are_dropped_more_often():
+    for encoder in (dirl.vit_t(4, drop_path=0.3), dirl.vit_h(drop_path=0.33)):
+        rates = torch.tensor([block.drop_path.p for block in encoder.blocks if isinstance(block, dirl.Block)])
+        torch.testing.assert_close(rates, torch.linspace(0, rates[-1], len(rates)))
+        assert rates[-1] > 0.29
+
+
 def test_drop_path_keeps_the_mean_and_is_off_in_eval():
     drop = dirl.DropPath(0.25)
     x = drop(torch.ones(40_000, 1))
@@ -190,6 +198,20 @@ def test_permuting_tokens_and_prior_together_changes_nothing():
 
 
 # ---------------------------------------------------------------- eq. 9
+
+@torch.no_grad()
+def test_eq8_pools_the_tokens_of_each_mask_by_region():
+    model = dirl.DiRL(tiny(), "dirl", 16, 8).eval()
+    images, p_c = torch.randn(3, 3, 64, 64), random_prior(3, 16)
+    f, _ = model.represent(images, p_c)
+    tokens = model.encoder(images)
+    t_self, t_cross = model.disentangle(tokens, p_c)
+    for name, pooled in (("c", tokens), ("b", tokens), ("cc", t_self), ("bb", t_self), ("cb", t_cross),
+                         ("bc", t_cross)):
+        for b in range(3):
+            region = p_c[b] == (1 if name[0] == "c" else 0)
+            torch.testing.assert_close(f[name][b], pooled[b, region].mean(0))
+
 
 def dino_double_loop(student, teacher, center, s_temp, t_temp, present_s, present_t):
     """DINO's loss as it is defined: pair by pair, crop by crop."""
@@ -461,6 +483,27 @@ def test_dsmil_learns_from_one_telling_instance_and_repeats_with_its_seed():
     assert all(torch.equal(a, b) for a, b in zip(once.parameters(), again.parameters()))
 
 
+def test_dsmil_training_against_its_loop():
+    """Adam with betas (0.5, 0.9) and weight decay, batch 1; the rate falls by a cosine to 5e-6."""
+    bags = [(torch.randn(5, 4) + k % 2, k % 2) for k in range(6)]
+    got = mil.train_dsmil(bags, bags, 2, epochs=3, lr=0.1, weight_decay=0.01)
+    torch.manual_seed(0)
+    model = mil.DSMIL(4, 2)
+    orders = [torch.randperm(6).tolist() for _ in range(3)]
+    optimizer = torch.optim.Adam(model.parameters(), 0.1, (0.5, 0.9), weight_decay=0.01)
+    states = []
+    for epoch, order in enumerate(orders):
+        optimizer.param_groups[0]["lr"] = 5e-6 + (0.1 - 5e-6) * (1 + math.cos(math.pi * epoch / 3)) / 2
+        for i in order:
+            optimizer.zero_grad()
+            mil.dsmil_loss(*model(bags[i][0])[:2], bags[i][1]).backward()
+            optimizer.step()
+        loss = sum(mil.dsmil_loss(*model(x)[:2], y).item() for x, y in bags)
+        states.append((loss, copy.deepcopy(model.state_dict())))
+    for name, value in min(states, key=lambda state: state[0])[1].items():
+        torch.testing.assert_close(got.state_dict()[name], value)
+
+
 def test_dsmil_keeps_the_epoch_with_the_lowest_validation_loss():
     train = [(torch.randn(5, 8) + label, label) for label in (0, 1, 0, 1)]
     val = [(torch.randn(5, 8) - label, label) for label in (0, 1)]  # the contrary: training makes it worse
@@ -632,6 +675,38 @@ def test_views_of_other_sizes_and_pixels_are_refused():
         prior.view_prior(torch.zeros(1, 1, 2), torch.tensor([[0, 0, 50, 50]]), torch.tensor([False]), 100)
 
 
+PLAIN = dict(jitter=0, greyscale=0, solarize=0, blur=0, mean=(0,) * 3, std=(1,) * 3)
+
+
+def test_cells_go_through_the_crop_and_the_flip_of_their_view():
+    """A crop that is white where its cells are: P_c is 1 where a patch is white, 0 where it is black."""
+    crops = torch.zeros(32, 3, 224, 224, dtype=torch.uint8)
+    crops[..., :112] = 255
+    cells = torch.cartesian_prod(torch.arange(2., 112, 2), torch.arange(2., 224, 2)).expand(32, -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    views, priors = data.make_views(crops, cells, generator, data.Augmentation(local_crops=2, **PLAIN))
+    for x, p in zip(views, priors):
+        white = F.avg_pool2d(x.flatten(0, 1), 16).mean(1).flatten(1)  # of each patch
+        p = p.flatten(0, 1)
+        assert (p[white > 0.99] == 1).all() and (p[white < 0.01] == 0).all()
+        assert (white > 0.99).any() and (white < 0.01).any()
+    left, right = views[0].flatten(0, 1).mean(1).chunk(2, -1)
+    mirrored = (left.mean((1, 2)) < right.mean((1, 2))).float().mean()
+    assert 0.3 < mirrored < 0.7  # of 64 views
+
+
+def test_each_kind_of_view_has_dinos_probabilities(monkeypatch):
+    shares = []
+    monkeypatch.setattr(data, "apply_where", lambda chosen, function, images, *values: (
+        shares.append((function.__name__, chosen.float().mean().item())), images)[1])
+    augmentation = data.Augmentation(local_crops=1, global_size=16, local_size=16)
+    data.make_views(torch.zeros(2000, 3, 16, 16, dtype=torch.uint8), torch.zeros(2000, 1, 2),
+                    torch.Generator().manual_seed(0), augmentation)
+    want = [("blur", 1), ("solarize", 0), ("blur", 0.1), ("solarize", 0.2), ("blur", 0.5), ("solarize", 0)]
+    assert [name for name, _ in shares] == [name for name, _ in want]
+    np.testing.assert_allclose([share for _, share in shares], [share for _, share in want], atol=0.04)
+
+
 def test_schedules_by_hand():
     assert optimization.cosine(1.0, 0.0, 5, 20, 10) == 0.5
     assert optimization.cosine(1.0, 0.0, 10, 20, 10) == 1.0
@@ -707,6 +782,27 @@ def test_a_step_against_its_parts(small_heads, step):
         torch.testing.assert_close(p, schedule.momentum * old + (1 - schedule.momentum) * new.detach())
     for name, (logits, present) in teacher.items():
         torch.testing.assert_close(recipe.loss.losses[name].center, 0.1 * logits[present].mean(0))
+
+
+def test_a_batch_in_shards_has_the_gradient_of_the_whole(small_heads):
+    """Of the baseline; a plain gradient step shows the gradient's scale, which AdamW would hide."""
+    args = train.arguments(["--data", "lung", "--method", "baseline", "--out-dim", "32", "--clip", "0",
+                            "--global-size", "64", "--local-crops", "0", "--batch", "64", "--device", "cpu",
+                            "--precision", "fp32"])
+    settings = train.settings_of(args, 10, (0.5,) * 3, (0.2,) * 3)
+    assert settings.schedules.lr == 5e-4 * 64 / 256
+    start = train.build_dirl(tiny(), args)
+    images = torch.randint(256, (4, 3, 224, 224), dtype=torch.uint8)
+    students = []
+    for shards in (1, 2):
+        recipe = train.Recipe(*copy.deepcopy((start.student, start.teacher, start.loss)))
+        p = list(recipe.student.parameters())
+        optimizer = torch.optim.SGD([{"params": p[:1]}, {"params": p[1:]}], 1.0)
+        train.training_step(recipe, recipe.student, optimizer, images, torch.zeros(4, 1, 2), 60,
+                            dataclasses.replace(settings, accumulate=shards))
+        students.append(torch.cat([(new - old).flatten() for new, old in zip(p, start.student.parameters())]))
+    torch.testing.assert_close(*students, atol=1e-8, rtol=1e-3)
+    assert students[0].abs().max() > 1e-5
 
 
 def test_gradients_are_clipped_parameter_by_parameter():
