@@ -375,6 +375,9 @@ def test_skip_empty_false_counts_every_region_as_present():
 @pytest.mark.parametrize("method, names", [
     ("baseline", "f"), ("cellback", "c b"), ("dirl", "c b cc bb cb bc")])
 def test_methods_have_their_heads(small_heads, method, names):
+    assert 0.019 < dirl.vit_t(1).pos_embed.std() < 0.021
+    free = dirl.DiRL(tiny(), method, 32, 16, norm_last_layer=False)
+    assert all(head.last_norm.requires_grad for head in free.heads.values())
     model = dirl.DiRL(tiny(), method, 32, 16)
     assert list(model.heads) == names.split() and hasattr(model, "disentangle") == (method == "dirl")
 
@@ -696,15 +699,45 @@ def test_cells_go_through_the_crop_and_the_flip_of_their_view():
 
 
 def test_each_kind_of_view_has_dinos_probabilities(monkeypatch):
-    shares = []
-    monkeypatch.setattr(data, "apply_where", lambda chosen, function, images, *values: (
-        shares.append((function.__name__, chosen.float().mean().item())), images)[1])
+    shares, scales, sigmas = [], [], []
+    boxes_of = data.random_boxes
+
+    def apply_where(chosen, function, images, *values):
+        shares.append((function.__name__, chosen.float().mean().item()))
+        sigmas.extend(values)
+        return images
+
+    def random_boxes(count, size, scale, draws):
+        scales.append(scale)
+        return boxes_of(count, size, scale, draws)
+    monkeypatch.setattr(data, "apply_where", apply_where)
+    monkeypatch.setattr(data, "random_boxes", random_boxes)
     augmentation = data.Augmentation(local_crops=1, global_size=16, local_size=16)
     data.make_views(torch.zeros(2000, 3, 16, 16, dtype=torch.uint8), torch.zeros(2000, 1, 2),
                     torch.Generator().manual_seed(0), augmentation)
     want = [("blur", 1), ("solarize", 0), ("blur", 0.1), ("solarize", 0.2), ("blur", 0.5), ("solarize", 0)]
     assert [name for name, _ in shares] == [name for name, _ in want]
     np.testing.assert_allclose([share for _, share in shares], [share for _, share in want], atol=0.04)
+    assert scales == [(0.4, 1.0), (0.4, 1.0), (0.05, 0.4)]
+    assert all(0.1 <= s.min() < 0.12 and 1.98 < s.max() <= 2 for s in sigmas)
+
+
+def test_jitter_is_drawn_as_dino_draws_it(monkeypatch):
+    """With probability 0.8, strengths 0.4, 0.4, 0.2 and 0.1, in any order; a fifth of the views is grey."""
+    drawn = []
+
+    def jitter_matrix(mean, *values):
+        drawn.extend(values)
+        return torch.eye(3, 4).expand(len(mean), 3, 4)
+    monkeypatch.setattr(data, "jitter_matrix", jitter_matrix)
+    data.random_jitter(torch.zeros(4800, 3, 2, 2), data.Draws(torch.Generator().manual_seed(0)))
+    *factors, hue, grey, order = drawn
+    for value, strength in zip((*(factor - 1 for factor in factors), hue), (0.4, 0.4, 0.2, 0.1)):
+        assert 0.78 < (value != 0).float().mean() < 0.82
+        assert 0.97 * strength < value.max() <= strength and -strength <= value.min() < -0.97 * strength
+    assert 0.18 < grey.float().mean() < 0.22
+    counts = torch.unique(order, dim=0, return_counts=True)[1]
+    assert len(counts) == 24 and counts.min() > 140 and counts.max() < 260
 
 
 def test_schedules_by_hand():
@@ -784,13 +817,24 @@ def test_a_step_against_its_parts(small_heads, step):
         torch.testing.assert_close(recipe.loss.losses[name].center, 0.1 * logits[present].mean(0))
 
 
+def test_a_runs_flags_are_its_schedules():
+    args = train.arguments(["--data", "lung", "--device", "cpu", "--epochs", "20", "--batch", "64",
+                            "--lr", "0.1", "--min-lr", "1e-5", "--warmup-epochs", "3", "--weight-decay", "0.1",
+                            "--weight-decay-end", "0.2", "--momentum", "0.9", "--teacher-temp", "0.05",
+                            "--warmup-teacher-temp", "0.03", "--warmup-teacher-temp-epochs", "4",
+                            "--freeze-last-layer", "2"])
+    want = optimization.Schedules(
+        steps=200, lr=0.1 / 4, min_lr=1e-5, warmup_steps=30, weight_decay=0.1, weight_decay_end=0.2,
+        momentum=0.9, teacher_temp=0.05, warmup_teacher_temp=0.03, warmup_temp_steps=40, frozen_steps=20)
+    assert train.settings_of(args, 10, (0,) * 3, (1,) * 3).schedules == want
+
+
 def test_a_batch_in_shards_has_the_gradient_of_the_whole(small_heads):
     """Of the baseline; a plain gradient step shows the gradient's scale, which AdamW would hide."""
     args = train.arguments(["--data", "lung", "--method", "baseline", "--out-dim", "32", "--clip", "0",
                             "--global-size", "64", "--local-crops", "0", "--batch", "64", "--device", "cpu",
                             "--precision", "fp32"])
     settings = train.settings_of(args, 10, (0.5,) * 3, (0.2,) * 3)
-    assert settings.schedules.lr == 5e-4 * 64 / 256
     start = train.build_dirl(tiny(), args)
     images = torch.randint(256, (4, 3, 224, 224), dtype=torch.uint8)
     students = []
