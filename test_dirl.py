@@ -819,13 +819,13 @@ def test_a_step_against_its_parts(small_heads, step):
 
 def test_a_runs_flags_are_its_schedules():
     args = train.arguments(["--data", "lung", "--device", "cpu", "--epochs", "20", "--batch", "64",
-                            "--lr", "0.1", "--min-lr", "1e-5", "--warmup-epochs", "3", "--weight-decay", "0.1",
-                            "--weight-decay-end", "0.2", "--momentum", "0.9", "--teacher-temp", "0.05",
-                            "--warmup-teacher-temp", "0.03", "--warmup-teacher-temp-epochs", "4",
-                            "--freeze-last-layer", "2"])
+                            "--lr", "0.1", "--min-lr", "1e-5", "--warmup-epochs", "3",
+                            "--weight-decay", "0.1", "--weight-decay-end", "0.2", "--momentum", "0.95",
+                            "--teacher-temp", "0.05", "--warmup-teacher-temp", "0.03",
+                            "--warmup-teacher-temp-epochs", "4", "--freeze-last-layer", "2"])
     want = optimization.Schedules(
         steps=200, lr=0.1 / 4, min_lr=1e-5, warmup_steps=30, weight_decay=0.1, weight_decay_end=0.2,
-        momentum=0.9, teacher_temp=0.05, warmup_teacher_temp=0.03, warmup_temp_steps=40, frozen_steps=20)
+        momentum=0.95, teacher_temp=0.05, warmup_teacher_temp=0.03, warmup_temp_steps=40, frozen_steps=20)
     assert train.settings_of(args, 10, (0,) * 3, (1,) * 3).schedules == want
 
 
