@@ -89,12 +89,15 @@ def check_writable(folder):
         raise InputError(f"{folder}: cannot be written; change {existing}'s permissions, or name another")
 
 
-def files_under(folder):
-    """Yields the files under a folder and in linked folders, each once; no hidden ones (macOS writes ._*)."""
+def files_under(folder, strict=True):
+    """Yields the files under a folder and in linked folders, each once; no hidden ones (macOS writes ._*).
+
+    InputError for a subfolder that cannot be read; strict=False skips it, and yields broken links, too.
+    """
     def refuse(error):
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); change its permissions")
     visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse if strict else None):
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()
@@ -103,7 +106,8 @@ def files_under(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
+            listed = path.is_file() or not strict and path.is_symlink()
+            if not name.startswith(".") and listed:
                 yield path
 
 

@@ -4,13 +4,13 @@ Segmenters and QuPath name their results after the image. A cell file is named a
 without the image file's ending, followed by one of CELL_ENDINGS in any case. QuPath may add the name of the
 series: "CMU 1.svs - Series 0.geojson".
 """
-import os
 import re
 import unicodedata
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from common.errors import InputError, printable
+from common.files import files_under
 from wsi.cells import cell_format
 from wsi.datasets import NO_CELLS, PRIORS
 from wsi.folders import first_of
@@ -49,10 +49,7 @@ def match_files(folder, keys):
     keys = {unicodedata.normalize("NFC", key): key for key in keys}
     ranked = {}
     unmatched = []
-    paths = [Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names]
-    for path in sorted(paths):
-        if path.name.startswith("."):
-            continue
+    for path in files_under(folder, strict=False):
         name = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
         ending = next((ending for ending in CELL_ENDINGS if name.lower().endswith(ending)), None)
         possible = image_names(name[: -len(ending)]) if ending else []
