@@ -6,9 +6,9 @@
     python data.py prepare --data NAME     cuts tiles and finds cells, as train.py does before it trains
 
 Views are DINO's (Caron et al. 2021), computed on the device for a whole batch; the cells go through the same
-crop and flip as the pixels. Two details differ from DINO, for speed: crops are resampled bilinearly without
-antialiasing (DINO: bicubic, antialiased), and colour jitter is one affine map of RGB (`jitter_matrix`), in
-which hue turns about the grey axis and only the result is clipped.
+crop and flip as the pixels. Two details of the pixels differ from DINO, for speed: crops are resampled
+bilinearly without antialiasing (DINO: bicubic, antialiased), and colour jitter is one affine map of RGB
+(`jitter_matrix`), in which hue turns about the grey axis and only the result is clipped.
 """
 import hashlib
 import math
@@ -79,7 +79,7 @@ class Crops(torch.utils.data.Dataset):
     def stamp(self):
         """Returns a stamp of the places of the crops and their cells; it changes if one of them does."""
         arrays = self.corners, self.start, self.xy
-        return stamp(arrays=[hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
+        return stamp(arrays=[hashlib.sha256(values.tobytes()).hexdigest() for values in arrays])
 
     def priors(self):
         """Returns P_c of every whole crop, (N, n)."""
@@ -98,11 +98,16 @@ class Crops(torch.utils.data.Dataset):
 
 
 def shuffle_places(xy, rng):
-    """Permutes the patches of a crop, each with its cells (K, 2): the number of cell patches is unchanged."""
+    """Permutes the patches of a crop, each with its cells (K, 2): the number of cell patches is unchanged.
+
+    Cells outside the crop stay where they are.
+    """
     grid = CROP // PATCH
     column, row = (np.clip(xy, 0, CROP - 1) // PATCH).astype(int).T
     place = rng.permutation(grid * grid)[row * grid + column]
-    return np.stack([place % grid, place // grid], 1) * PATCH + xy % PATCH
+    moved = np.stack([place % grid, place // grid], 1) * PATCH + xy % PATCH
+    inside = ((xy >= 0) & (xy < CROP)).all(1, keepdims=True)
+    return np.where(inside, moved, xy)
 
 
 def share_of(crops, fraction, seed):
@@ -149,8 +154,8 @@ class Augmentation:
     """How views are drawn; the defaults are DINO's.
 
     Scales are shares of the crop's area, sizes are px. greyscale, solarize and blur are factors on DINO's
-    probabilities; jitter is one on its strengths and, below 1, on its probability. mean and std (RGB in 0 to
-    1) are the encoder's.
+    probabilities; jitter is a factor on its strengths of colour jitter and, below 1, on the probability. mean
+    and std (RGB in 0 to 1) are the encoder's.
     """
 
     local_crops: int = 8
@@ -184,6 +189,10 @@ class Draws:
         whole = torch.empty((self.count * B, *shape[1:]), device=self.device)
         whole.uniform_(low, high, generator=self.generator)
         return whole[self.index * B: (self.index + 1) * B]
+
+    def chance(self, B, probability):
+        """Returns bool (B,), each true with this probability."""
+        return self.uniform((B,), 0, 1) < probability
 
 
 def random_boxes(count, size, scale, draws):
@@ -275,12 +284,12 @@ def jitter_matrix(mean, brightness, contrast, saturation, hue, grey, order):
 
 
 def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
-    """Jitters colours of images (B, 3, H, W) with probability JITTER, then makes them grey with GREYSCALE.
+    """Jitters the colours of images (B, 3, H, W) with probability JITTER, then makes some grey (GREYSCALE).
 
-    jitter multiplies the strengths and, below 1, their probability; greyscale multiplies that of grey.
+    jitter multiplies the strengths and, below 1, the probability; greyscale multiplies that of grey.
     """
     B = len(images)
-    jittered = (draws.uniform((B,), 0, 1) < JITTER * min(1, jitter)).float()
+    jittered = draws.chance(B, JITTER * min(1, jitter)).float()
 
     def change(strength):
         return jittered * draws.uniform((B,), -strength * jitter, strength * jitter)
@@ -288,7 +297,7 @@ def random_jitter(images, draws, jitter=1.0, greyscale=1.0):
     contrast = 1 + change(CONTRAST)
     saturation = 1 + change(SATURATION)
     hue = change(HUE)
-    grey = draws.uniform((B,), 0, 1) < GREYSCALE * greyscale
+    grey = draws.chance(B, GREYSCALE * greyscale)
     order = draws.uniform((B, 4), 0, 1).argsort(1)
     matrix = jitter_matrix(images.mean((2, 3)), brightness, contrast, saturation, hue, grey, order)
     flat = torch.baddbmm(matrix[:, :, 3:], matrix[:, :, :3], images.flatten(2))
@@ -313,16 +322,19 @@ def solarize(images):
 
 
 def make_view(images, cells, kind, size, scale, draws, augmentation, counts):
-    """Images (B, 3, S, S) in 0 to 1 -> a normalised view of each (B, 3, size, size), and its P_c (B, n)."""
+    """Images (B, 3, S, S) in 0 to 1 -> a normalised view of each (B, 3, size, size), and its P_c (B, n).
+
+    kind: GLOBAL_1, GLOBAL_2 or LOCAL; scale: smallest and largest share of the area; counts: see view_prior.
+    """
     B = len(images)
     boxes = random_boxes(B, images.shape[-1], scale, draws)
-    flip = draws.uniform((B,), 0, 1) < FLIP
+    flip = draws.chance(B, FLIP)
     x = resample(images, boxes, flip, size)
     x = random_jitter(x, draws, augmentation.jitter, augmentation.greyscale)
     sigma = draws.uniform((B,), *BLUR_SIGMA)
-    blurred = draws.uniform((B,), 0, 1) < kind["blur"] * augmentation.blur
+    blurred = draws.chance(B, kind["blur"] * augmentation.blur)
     x = apply_where(blurred, blur, x, sigma)
-    solarized = draws.uniform((B,), 0, 1) < kind["solarize"] * augmentation.solarize
+    solarized = draws.chance(B, kind["solarize"] * augmentation.solarize)
     x = apply_where(solarized, solarize, x)
     x = normalize(x, augmentation.mean, augmentation.std)
     return x, view_prior(cells, boxes, flip, size, counts=counts)
@@ -331,9 +343,10 @@ def make_view(images, cells, kind, size, scale, draws, augmentation, counts):
 def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1), counts=False):
     """Draws the global views, then the local views, of uint8 crops (B, 3, S, S) with cells (B, K, 2).
 
-    Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], on
-    the device of the generator, which draws all random numbers. shard: (index, count) of these crops in their
-    batch. counts: returns cells per patch instead of P_c (view_prior). ValueError for crops of another dtype.
+    Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], the
+    global ones alone if local_crops is 0, on the device of the generator, which draws all random numbers.
+    shard: (index, count) of these crops in their batch. counts: returns cells per patch instead of P_c
+    (view_prior). ValueError for crops of another dtype.
     """
     if crops.dtype != torch.uint8:
         raise ValueError(f"make_views takes crops of uint8, 0 to 255, not {crops.dtype}")

@@ -1,6 +1,6 @@
-"""DiRL: the method of "Attention De-sparsification Matters" (sections 3.1, 3.3, 3.4, 3.5).
+"""DiRL: the method of "Attention De-sparsification Matters" (sections 3.1, 3.3, 3.4, 3.5, 4.2).
 
-Imports torch and the standard library only, so that every function can be copied out unchanged.
+Imports torch and the standard library only, so that a function can be copied out with those that it calls.
 Shapes: B crops, n tokens per crop, d features, K outputs of a head, V views, of which U = 2 are global.
 A prior is P_c (B, n): 1 for a patch with a cell, 0 for background.
 """
@@ -231,7 +231,7 @@ class DisentangleBlock(Block):
     """Eq. 5 to 7: T_L (B, n, d) and P_c (B, n) -> T_self and T_cross, each (B, n, d).
 
     One Block runs under M_self and under M_cross with the same weights, so that the two outputs differ by the
-    masks alone. LN, q, k, v and the logits are shared and computed once. No stochastic depth.
+    masks alone. LN, q, k, v and the logits are shared and computed once. drop_path is ignored.
     """
 
     def forward(self, tokens, prior):
@@ -308,7 +308,7 @@ class DINOLoss(nn.Module):
     student (V, B, K): logits of all views, the U global ones first; teacher (U, B, K). Every student view is
     compared with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). Returns the mean over the pairs that count, 0 if
-    none does. Call update_center() once per step, after the loss; each averages over all processes.
+    none does. Call update_center() once per step, after the loss; all DDP processes have to call both.
 
     `entropy` is the mean H(q) of the last call: ln K if the outputs are uniform, 0 if each is on a single
     prototype. The loss is H(q) + KL(q || p).
@@ -331,7 +331,7 @@ class DINOLoss(nn.Module):
             different = 1 - torch.eye(U, V, device=teacher.device)  # 0 where both are the same view
             pairs = different.unsqueeze(-1) * mask_t.unsqueeze(1) * mask_s  # (U, V, B): 1 if the pair counts
             # Averaged over DDP's ranks, so that the mean of their losses is the whole batch's.
-            count = process_mean(pairs.sum()).clamp(min=1e-6)
+            count = process_mean(pairs.sum()).clamp(min=1e-6)  # without pairs: 0 / 1e-6
 
             with torch.no_grad():
                 q = ((teacher.float() - self.center) / teacher_temp).softmax(-1)  # (U, B, K)
@@ -377,6 +377,7 @@ class DiRL(nn.Module):
     """Encoder, disentangle block and one head per representation of the method.
 
     method: "baseline" is DINO on f, "cellback" has f_c and f_b, "dirl" has all six; ValueError for others.
+    out_dim: K of the heads of f, f_c and f_b; disentangled_dim: K of the other four.
     """
 
     def __init__(self, encoder, method="dirl", out_dim=65536, disentangled_dim=4096, norm_last_layer=True):
@@ -415,7 +416,7 @@ class DiRL(nn.Module):
     def forward(self, views, priors):
         """views: one (V_i, B, 3, H, W) per view size, global first; priors: the P_c (V_i, B, n_i) of each.
 
-        Returns {name: (logits (V, B, K), present (V, B))} over all V views.
+        Returns {name: (logits (V, B, K), present (V, B))} over all V views. ValueError for unequal lists.
         """
         B = views[0].shape[1]
         by_size = [self.represent(x.flatten(0, 1), p.flatten(0, 1))
@@ -434,7 +435,7 @@ class DiRLLoss(nn.Module):
 
     Called on the outputs of two DiRL models; returns (loss, {name: L_name without gradient}). Call
     update_centers() once per step. skip_empty=False: a region that a view lacks counts too, as zeros.
-    weight: {name: weight of L_name} instead of eq. 9's.
+    weight: {name: weight of L_name} instead of eq. 9's; the lambdas are then ignored.
     """
 
     def __init__(self, model, lambda_1=0.5, lambda_2=0.1 / 4, student_temp=0.1, center_momentum=0.9,
@@ -464,7 +465,7 @@ class DiRLLoss(nn.Module):
 
 
 def make_teacher(student):
-    """Returns a frozen deep copy of the student in eval mode; under DDP, call it after wrapping that."""
+    """Returns a frozen copy of the student (not of its DDP wrapper) in eval mode; seed all ranks alike."""
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
@@ -482,8 +483,8 @@ def aggregated_attention(attention):
 
 
 def attention_bins(aggregated):
-    """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4): three floats that sum to 1."""
-    bins = aggregated < 0.5, (aggregated >= 0.5) & (aggregated <= 2), aggregated > 2  # NaN is in none
+    """Shares of all tokens in 0 to 0.5, 0.5 to 2 and over 2 (Fig. 4): three floats. NaN is in no bin."""
+    bins = aggregated < 0.5, (aggregated >= 0.5) & (aggregated <= 2), aggregated > 2
     return tuple(inside.float().mean().item() for inside in bins)
 
 

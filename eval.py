@@ -133,6 +133,7 @@ def patches_arguments(argv):
 
 
 def with_device(args):
+    """Checks --device, adds args.bf16 (whether to compute in bf16) and returns args."""
     encoders.check_device(args.device)
     args.bf16 = encoders.use_bf16(args.precision, args.device)
     return args
@@ -141,7 +142,7 @@ def with_device(args):
 # ---------------------------------------------------------------- features
 
 @torch.no_grad()
-def embed(function, crops, args, title):
+def over_crops(function, crops, args, title):
     """Applies a function of uint8 images (B, 3, 224, 224) to all crops; returns (N, ...) on the CPU."""
     cuda = torch.device(args.device).type == "cuda"
     loader = DataLoader(crops, args.batch, collate_fn=collate, num_workers=args.workers if cuda else 0)
@@ -159,7 +160,7 @@ def extract(network, found, infos, args):
         bag = bags.read_bag(network.features, name)
         if bag is None or str(bag["encoder"]) != stamp:
             crops = Crops(found, [name], with_cells=False)
-            features = embed(lambda x: represent(network.encoder, x, args.bf16), crops, args, name)
+            features = over_crops(lambda x: represent(network.encoder, x, args.bf16), crops, args, name)
             bags.write_bag(network.features, name, features.numpy(), crops.corners, stamp)
 
 
@@ -204,7 +205,7 @@ def count_attention(networks, title, found, run, args):
     aggregated = {}
     tables = {}
     for name, network in networks.items():
-        values = embed(lambda x: attention_of(network.encoder, x), counted, args, "attention")  # (N, n)
+        values = over_crops(lambda x: attention_of(network.encoder, x), counted, args, "attention")  # (N, n)
         aggregated[name] = values
         bins = [row_of(f"tokens with attention {interval}", [share], over)
                 for interval, share in zip(BINS, dirl.attention_bins(values))]
@@ -247,16 +248,16 @@ def open_networks(args):
         network = network_of(path, encoder, about, data, found.name, args.device)
         encoders.describe_results(network.folder, path, about, data)
         networks.append(network)
-        warned = None if args.mpp else opened[0][2]["mpp"]  # by evaluated_mpp
+        warned = None if args.mpp else opened[0][2]["mpp"]  # of this um/px evaluated_mpp has warned
         if found.kind == "slides" and about["mpp"] not in (None, found.mpp, warned):
             print(f"warning: {path}: was trained at {about['mpp']:g} um/px and is measured at {found.mpp:g}")
     return found, networks
 
 
-def refuse_worthless(found, networks, args):
-    """InputError for what would make the table worthless, before hours of feature extraction.
+def datasets_to_score(found, networks, args):
+    """Returns the data sets that DSMIL is trained and tested on, {number: Data}: those of --folds, or found.
 
-    Returns the data sets that DSMIL is trained and tested on, {number: Data}: those of --folds, or found.
+    InputError, before hours of feature extraction, for what would make the table worthless.
     """
     trained = {network.path: network.about["trained_on"] for network in networks}
     if args.folds:
@@ -273,7 +274,7 @@ def evaluate_slides(args):
     found, networks = open_networks(args)
     if args.shard:
         return extract_shard(networks, found, args)
-    folds = refuse_worthless(found, networks, args)
+    folds = datasets_to_score(found, networks, args)
     infos, skipped = {}, []  # of slides; ready-cut crops have neither tiles nor bags
     if found.kind == "slides":
         skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels)
@@ -311,7 +312,8 @@ def measure(networks, found, infos, settings, run, args):
     infos: {slide: tile_info}. Pictures of all networks and their common table go to run.
     """
     # Attention of every network.
-    title = ", ".join([run_name(args.data), *{network.about["arch"]: None for network in networks.values()}])
+    archs = dict.fromkeys(network.about["arch"] for network in networks.values())  # each once
+    title = ", ".join([run_name(args.data), *archs])
     tables = count_attention(networks, title, found, run, args)
     pictures = ["attention_distribution.png", "attention_overlay.png"]
 
@@ -481,8 +483,8 @@ def run_command(argv):
     commands = {"slides": (evaluate_slides, slides_arguments), "predict": (predict_slides, predict_arguments),
                 "patches": (evaluate_patches, patches_arguments)}
     if command not in commands:
-        raise InputError(f"{command}: is neither slides, predict nor patches; see python eval.py [slides] "
-                         "--help, python eval.py predict --help, python eval.py patches --help")
+        raise InputError(f"{command}: is neither slides, predict nor patches; "
+                         "see python eval.py slides --help, for example")
     function, arguments = commands[command]
     return function(arguments(flags))
 

@@ -4,7 +4,7 @@ centroid_map and downsample_prior are 3.2 as written. Training bins a view's cel
 same result (view_prior). The detector replaces the paper's HoVer-Net or Cellpose, so that everything runs
 without further packages.
 
-Centroids are (K, 2) float64, x before y; px i spans i to i + 1, so the centre of the first px is 0.5.
+Centroids are (K, 2), x before y; px i spans i to i + 1, so the centre of the first px is 0.5.
 """
 import sys
 
@@ -16,13 +16,18 @@ from scipy import ndimage
 
 # ---------------------------------------------------------------- 3.2 C and P_c
 
+def points(centroids):
+    """Returns centroids (K, 2) as a float64 tensor, [] as (0, 2); ValueError unless each is an x and a y."""
+    return torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(len(centroids), 2))
+
+
 def centroid_map(centroids, size):
     """Returns C (size, size) uint8: C[i, j] = 1 where a centroid lies in pixel (row i, column j).
 
     centroids (K, 2) as x, y in px of the crop; those below 0, or at size and above, are outside.
     """
     c_map = torch.zeros(size, size, dtype=torch.uint8)
-    xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(len(centroids), 2))
+    xy = points(centroids)
     xy = xy[((xy >= 0) & (xy < size)).all(1)].floor().long()
     c_map[xy[:, 1], xy[:, 0]] = 1
     return c_map
@@ -36,9 +41,9 @@ def downsample_prior(c_map, patch_size=16):
 
 
 def bin_centroids(centroids, size, patch_size=16):
-    """Returns the same P_c (n,) without drawing C: 1 for each p x p patch that holds a centroid (K, 2)."""
+    """Returns the P_c (n,) of the two above without drawing C: 1 for each patch that holds a centroid."""
     grid = size // patch_size
-    xy = torch.as_tensor(np.asarray(centroids, dtype=np.float64).reshape(len(centroids), 2))
+    xy = points(centroids)
     xy = (xy[((xy >= 0) & (xy < grid * patch_size)).all(1)] // patch_size).long()
     prior = torch.zeros(grid * grid)
     prior[xy[:, 1] * grid + xy[:, 0]] = 1
@@ -72,7 +77,7 @@ def view_prior(cells, boxes, flip, size, patch_size=16, counts=False):
 # ---------------------------------------------------------------- built-in detector
 
 DETECTOR = 1  # version of the detector; raise it whenever a change alters what it finds
-WORK_MPP = 0.5  # um/px: finer images are averaged down to about this; nuclei of 3 um are still 6 px wide
+WORK_MPP = 0.5  # um/px: finer images are averaged down to 0.36 to 0.57; a nucleus of 3 um is then 5 to 8 px
 SMOOTH = 1.9  # um: sigma of the density before its gradient is taken
 GATHER = 0.9  # um: sigma of the convergence
 MIN_DISTANCE = 1.5  # um between two seeds
@@ -80,7 +85,7 @@ TISSUE = 0.05  # minimum density of tissue: glass does not count in the estimate
 EDGE_FLOOR = 0.03  # lower limits of edge and threshold: without them noise in glass becomes nuclei
 THRESHOLD_FLOOR = 0.1
 
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # H, E, rest (Ruifrok 2001)
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # H, E, DAB (Ruifrok 2001)
 HAEMATOXYLIN = np.linalg.inv(STAINS)[:, 0].astype(np.float32)
 # -ln(value / white) of a uint8 value, each plus 1 against ln 0; 244 and above is white.
 DENSITY = np.clip(-np.log((np.arange(256) + 1) / 245), 0, None).astype(np.float32)
@@ -91,7 +96,7 @@ def downsample_factor(mpp, target=WORK_MPP):
 
     A whole number, so that all regions of a slide share one grid.
     """
-    return max(1, int(target / mpp + 0.25))
+    return max(1, int(target / mpp + 0.25))  # rounded up from .75: at most 1.14 times the target
 
 
 def smooth(values, sigma):
@@ -120,8 +125,9 @@ def density_and_slopes(image, mpp):
 
 
 def convergence(dy, dx, edge, px):
-    """Returns minus the smoothed divergence of the slopes' direction (h, w): high where they point inwards.
+    """Returns -sigma (px) times the divergence of the slopes' smoothed direction (h, w).
 
+    It is high where the slopes point inwards.
     Each slope is divided by sqrt(its length^2 + edge^2), with edge in density per um: of slopes steeper than
     edge only the direction counts, so pale and dark nuclei respond alike; flatter slopes fade out.
     """
@@ -131,7 +137,7 @@ def convergence(dy, dx, edge, px):
 
 
 def otsu(values):
-    """Returns Otsu's threshold, which maximises the variance between the two classes, of 256 bins."""
+    """Returns Otsu's threshold: the centre, of 256 bins, that maximises the variance between the classes."""
     count, edges = np.histogram(values, 256)
     center = (edges[1:] + edges[:-1]) / 2
     below = np.cumsum(count)
@@ -160,9 +166,10 @@ def segment_nuclei(image, mpp, thresholds=None):
     """Finds the nuclei of an H&E image where haematoxylin's gradient converges (Kobatake and Hashimoto 1999).
 
     Image, uint8 RGB (H, W, 3) at mpp um/px -> centroids (K, 2) in px of the image. Seeds are local maxima of
-    the convergence where convergence times density exceeds the threshold; px farther than 15 um from a seed
-    do not affect it. thresholds: thresholds_of some regions of the slide that the image is a region of; by
-    default of the image. ValueError for another dtype or shape, or an mpp <= 0.
+    the convergence where convergence times density exceeds the threshold. thresholds: thresholds_of some
+    regions of the slide that the image is a region of (default: of the image); once they are given, px
+    farther than 15 um from a seed do not affect it, at up to 3 um/px. ValueError for another dtype or shape,
+    or an mpp <= 0.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

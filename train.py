@@ -1,4 +1,4 @@
-"""Pre-training (3.5, A.1.2): python train.py [--data demo] [--arch vit_t] [--method dirl].
+"""Pre-training (3.5, A.1.2): python train.py [--data demo] [--method dirl].
 
 Prepares missing tiles, and cells unless the method is the baseline; pre-trains with DINO on the method's
 representations, and writes runs/<data>_<arch>_<method>/: checkpoint.pt, encoder.pt (the teacher's encoder),
@@ -59,7 +59,7 @@ def argument_parser(prog="python train.py"):
     add("--depth", type=whole(1, encoders.MAX_DEPTH), help="blocks of the encoder; default: those of --arch")
     add("--init", metavar="FILE",
         help="weights that the encoder starts from: an encoder.pt, a state dict with timm's or DINO's names, "
-             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); for a few thousand crops")
+             "or DINO's checkpoint.pth (vit_tiny, vit_small, patch 16); worth it with a few thousand crops")
     add("--out-dim", type=whole(2, 10 ** 7), default=65536,
         help="outputs K of the heads of f, f_c and f_b; fewer for small data sets")
     add("--disentangled-dim", type=whole(2, 10 ** 7), default=4096, help="outputs of the other four heads")
@@ -119,7 +119,7 @@ def argument_parser(prog="python train.py"):
     add("--weight-decay-end", type=between(0, 10), default=0.4, help="weight decay at the end")
     add("--clip", type=between(0, 1e9), default=3.0, help="largest gradient norm of a parameter; 0: no limit")
     add("--momentum", type=SHARE, default=0.996,
-        help="momentum of the teacher at the start; it rises to 1; higher for small batches")
+        help="momentum of the teacher at the start; it rises to 1; DINO advises 0.9995 for a batch of 256")
     add("--freeze-last-layer", type=whole(0, 10 ** 6), default=1,
         help="epochs at the start in which the heads' last layers are frozen; more if the loss does not fall")
     add("--precision", default="auto", choices=["auto", "bf16", "fp32"],
@@ -255,10 +255,10 @@ def views_of_step(images, cells, step, settings, shard, counts):
 def log_values(recipe, loss, each, priors):
     """Returns the log's values of a shard: loss, each L_name, entropies, both_regions, cell_share."""
     both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
-    views_with_both = torch.cat(both).float().mean()
-    patches_with_cell = (priors[0] > 0).float().mean()
+    both_regions = torch.cat(both).float().mean()  # share of all views that have cells and background
+    cell_share = (priors[0] > 0).float().mean()  # share of the global views' patches that hold a cell
     entropies = [cross_entropy.entropy for cross_entropy in recipe.loss.losses.values()]
-    return torch.stack([loss.detach(), *each.values(), *entropies, views_with_both, patches_with_cell])
+    return torch.stack([loss.detach(), *each.values(), *entropies, both_regions, cell_share])
 
 
 def training_step(recipe, model, optimizer, images, cells, step, settings, section=nullcontext):
@@ -294,7 +294,7 @@ def training_step(recipe, model, optimizer, images, cells, step, settings, secti
             (loss / settings.accumulate).backward()
         shards.append(log_values(recipe, loss, each, priors))
 
-    # The gradient of each parameter is clipped separately; the last layers are frozen in the first epoch.
+    # The gradient of each parameter is clipped separately; the last layers are frozen at first.
     with section("clipping and optimiser"):
         finite = optimization.clip_gradients(list(recipe.student.parameters()), settings.clip)
         if step < settings.schedules.frozen_steps:

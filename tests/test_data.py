@@ -371,7 +371,10 @@ def test_cells_of_crops_are_recomputed_where_what_they_were_made_from_changed(pl
 
 def test_shuffled_prior_keeps_the_share_of_cell_patches_and_their_cells():
     xy = np.random.default_rng(0).uniform(0, 224, (80, 2))
-    moved = data.shuffle_places(xy, np.random.default_rng(1))
+    outside = np.array([[-5., 9], [224, 30], [50, 300]])
+    moved = data.shuffle_places(np.concatenate([outside, xy]), np.random.default_rng(1))
+    np.testing.assert_array_equal(moved[:3], outside)
+    moved = moved[3:]
     before, after = bin_centroids(xy, 224), bin_centroids(moved, 224)
     assert before.sum() == after.sum() and not torch.equal(before, after)
     np.testing.assert_allclose(moved % 16, xy % 16)
