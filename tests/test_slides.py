@@ -85,12 +85,13 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path, monkeypatch, mp
     width, height = 1901, 1403
     side = 224 * mpp / 0.5
     pyramid(tmp_path / "a.svs", gradient(width, height), 0.5)
-    assert slides.Slide(tmp_path / "a.svs").level_for(1.0) == (1, pytest.approx(2, abs=0.01))
-    assert slides.Slide(tmp_path / "a.svs").level_for(1.0)[1] != 2  # 1901 px over 951, 1403 over 702
+    slide = slides.Slide(tmp_path / "a.svs")
+    assert slide.level_for(1.0) == (1, pytest.approx(2, abs=0.01)) and slide.warning == ""
+    assert slide.level_for(1.0)[1] != 2  # 1901 px over 951, 1403 over 702
     cut = {}
     for block in (2560, 300):  # the whole slide, or one tile at a time
         monkeypatch.setattr(slides, "BLOCK", block)
-        assert slides.cut_tiles(tmp_path / "a.svs", tmp_path / str(block), mpp, None, 0.5).warning == ""
+        slides.cut_tiles(slide, tmp_path / str(block), mpp, 0.5)
         cut[block] = {path.stem: np.asarray(Image.open(path)).astype(float)
                       for path in (tmp_path / str(block) / "a").glob("*.jpg")}
     assert len(cut[300]) == int(width / side) * int(height / side) and cut[300].keys() == cut[2560].keys()
@@ -113,7 +114,8 @@ def test_a_level_of_other_proportions_is_not_read(tmp_path):
         for image in (whole, np.asarray(Image.fromarray(whole).reduce(2)), macro):
             file.write(image, tile=(256, 256), compression="zlib", photometric="rgb", metadata=None,
                        description="Aperio|MPP = 0.5", subfiletype=0 if image is whole else 1)
-    slide = slides.cut_tiles(tmp_path / "a.svs", tmp_path / "crops", 1.0, None, 0.5)
+    slide = slides.Slide(tmp_path / "a.svs")
+    slides.cut_tiles(slide, tmp_path / "crops", 1.0, 0.5)
     assert "1250 x 600" in slide.warning and "1000 x 750" not in slide.warning
     assert {slide.level_for(mpp)[0] for mpp in (0.5, 1.0, 2.0, 8.0)} == {0, 1}
     tiles = {path.stem: np.asarray(Image.open(path)).astype(float)

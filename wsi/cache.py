@@ -25,7 +25,7 @@ from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
 from wsi.folders import not_read, tell_source
 from wsi.pixels import is_grey, read_image
-from wsi.sanity import MISPLACED, read_slide_cells, scale_suggested, what_is_odd
+from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
 from wsi.slides import CROP, Slide, cut_tiles, file_identity
 
@@ -122,10 +122,10 @@ def tile_infos(data):
     return {name: info for name, info in infos.items() if info}
 
 
-def cut(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels):
+def cut(path, slide_mpp, said_mpp, gigapixels, crops, mpp, tissue):
     """Cuts the tiles of a slide; returns what is odd about the slide, a list of texts."""
-    with scale_suggested(path, gigapixels):
-        slide = cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp, gigapixels)
+    slide = open_slide(path, slide_mpp, said_mpp, gigapixels)
+    cut_tiles(slide, crops, mpp, tissue)
     return what_is_odd(slide)
 
 
@@ -145,7 +145,7 @@ def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
     for name, path in data.images.items():
         info = tile_info(data, name)
         if info is None:
-            tasks.append((path, folder, data.mpp, data.slide_mpp, tissue, data.said_mpp(name), gigapixels))
+            tasks.append((path, data.slide_mpp, data.said_mpp(name), gigapixels, folder, data.mpp, tissue))
         elif info["tissue"] != tissue:
             raise InputError(f"{folder / name}: cut with --tissue {info['tissue']:g} (now {tissue:g}); "
                              f"use the same, or delete {folder}")

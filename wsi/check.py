@@ -11,7 +11,7 @@ from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import first_of, not_read
-from wsi.sanity import MISPLACED, read_slide_cells, scale_suggested, what_is_odd
+from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
 from wsi.slides import CROP, Slide
 
 
@@ -75,8 +75,7 @@ def look_at_slide(path, slide_mpp, said_mpp, mpp, gigapixels):
 
     mpp: um/px of the tiles, or None. InputError if the slide cannot be read, or is too coarse for them.
     """
-    with scale_suggested(path, gigapixels):
-        slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    slide = open_slide(path, slide_mpp, said_mpp, gigapixels)
     if mpp:
         slide.check_target(mpp)
     return slide.source, slide.mpp, what_is_odd(slide)

@@ -18,7 +18,7 @@ from prior import bin_centroids
 from wsi.cache import describe_cells
 from wsi.cells import read_cells
 from wsi.folders import find_folder, mpp_in_table
-from wsi.sanity import USUAL, read_slide_cells, scale_suggested, what_is_odd
+from wsi.sanity import USUAL, open_slide, read_slide_cells, what_is_odd
 from wsi.segment import segment_slides
 from wsi.sheet import draw_sheet
 from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, slide_name, tissue_mask
@@ -97,10 +97,9 @@ def look(path, cutting, cells=None, points=None, out=None):
 def look_at_slide(path, cutting, cells, points, out):
     """Cuts a slide into a temporary folder, finds its cells, draws it and prints what was found."""
     mpp = cutting.mpp
+    slide = open_slide(path, cutting.slide_mpp, mpp_in_table(path), cutting.gigapixels)
     with tempfile.TemporaryDirectory() as folder:
-        with scale_suggested(path, cutting.gigapixels):
-            slide = cut_tiles(path, Path(folder), mpp, cutting.slide_mpp, cutting.tissue, mpp_in_table(path),
-                              cutting.gigapixels)
+        cut_tiles(slide, Path(folder), mpp, cutting.tissue)
         files = sorted((Path(folder) / slide_name(path)).glob("*.jpg"))
         corners = np.array([file.stem.split("_") for file in files]).astype(np.int64)
         side = CROP * mpp / slide.mpp  # of a tile, in level-0 px

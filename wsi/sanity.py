@@ -2,8 +2,6 @@
 
 Findings are warnings, never errors.
 """
-from contextlib import contextmanager
-
 import numpy as np
 from scipy import ndimage
 
@@ -173,10 +171,9 @@ def suggested_scale(path, gigapixels):
     return f"nuclei are {size:.1f} px wide; at {USUAL:g} um that is {USUAL / size:.2f} um/px"
 
 
-@contextmanager
-def scale_suggested(path, gigapixels):
-    """Adds suggested_scale to the error that refuses a slide without um/px in the block."""
+def open_slide(path, slide_mpp, said_mpp, gigapixels):
+    """Returns the Slide of a file; if it has no um/px, the error has suggested_scale."""
     try:
-        yield
+        return Slide(path, slide_mpp, said_mpp, gigapixels)
     except NoScale as error:
         raise NoScale(f"{error}; {suggested_scale(path, gigapixels)}") from None

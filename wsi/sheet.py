@@ -9,8 +9,8 @@ from PIL import Image
 from common.errors import printable
 from common.figures import save_figure
 from common.pool import in_processes
-from wsi.sanity import scale_suggested
-from wsi.slides import CROP, MASK_MPP, Slide, tissue_mask, tissue_shares
+from wsi.sanity import open_slide
+from wsi.slides import CROP, MASK_MPP, tissue_mask, tissue_shares
 
 PER_PAGE = 60  # slides of a picture
 COLUMNS = 6
@@ -32,8 +32,7 @@ def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
 
     Tiles are counted on a picture of MASK_MPP and not cut: the number may differ a little from what is cut.
     """
-    with scale_suggested(path, gigapixels):
-        slide = Slide(path, slide_mpp, said_mpp, gigapixels)
+    slide = open_slide(path, slide_mpp, said_mpp, gigapixels)
     slide.check_target(mpp)
     picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
     side = CROP * mpp / slide.mpp  # level-0 px of a tile

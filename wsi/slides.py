@@ -18,7 +18,6 @@ from scipy import ndimage
 
 from common.errors import InputError
 from common.files import not_written, temp_path, write_json
-from common.flags import MAX_GIGAPIXELS
 from wsi.headers import UM, dicom_series, hamamatsu_images, tiff_properties
 from wsi.pixels import PIXELS, is_grey, on_white, read_image
 
@@ -399,16 +398,14 @@ def sample_hash(path, size, changed):
     return digest.hexdigest()[:16]
 
 
-def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX_GIGAPIXELS):
-    """Writes a slide's tiles to crops/<slide>/<x>_<y>.jpg and then crops/<slide>.json; returns the Slide.
+def cut_tiles(slide, crops, mpp, tissue):
+    """Writes a Slide's tiles at mpp um/px to crops/<slide>/<x>_<y>.jpg and then crops/<slide>.json.
 
-    The JSON records the file and the settings that they were cut with. mpp: um/px of the tiles; slide_mpp,
-    said_mpp, gigapixels: see Slide. One thread reads blocks while another resamples and writes them; at most
-    three blocks are in memory. InputError if no tile has enough tissue.
+    The JSON records the file and the settings that they were cut with. One thread reads blocks while another
+    resamples and writes them; at most three blocks are in memory. InputError if no tile has enough tissue.
     """
-    slide = Slide(path, slide_mpp, said_mpp, gigapixels)
     slide.check_target(mpp)
-    name = slide_name(Path(path))
+    name = slide_name(slide.path)
     down = slide.level_for(mpp)[1]
     temp = temp_path(crops / name)
     count = 0
@@ -423,18 +420,17 @@ def cut_tiles(path, crops, mpp, slide_mpp, tissue, said_mpp=None, gigapixels=MAX
                     count += jobs.popleft().result()
             count += sum(job.result() for job in jobs)
         if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
-            raise InputError(f"{path}: has no colour; H&E is needed")
+            raise InputError(f"{slide.path}: has no colour; H&E is needed")
         if not count:
-            raise InputError(f"{path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
+            raise InputError(f"{slide.path}: no tile of {CROP} px at {mpp:g} um/px with {tissue:.0%} tissue; "
                              "lower --tissue or --mpp")
         shutil.rmtree(crops / name, ignore_errors=True)
         temp.rename(crops / name)
         write_json(crops / f"{name}.json", {
-            "slide": name, **file_identity(path), "mpp": mpp, "slide_mpp": slide.mpp,
+            "slide": name, **file_identity(slide.path), "mpp": mpp, "slide_mpp": slide.mpp,
             "mpp_source": slide.source, "tissue": tissue, "tiles": count, "width": slide.width,
             "height": slide.height, "power": slide.power, "bounds": slide.bounds})
     except OSError as error:
         raise not_written(crops / name, error) from None
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    return slide
