@@ -23,11 +23,10 @@ from common import encoders, optimization
 from common.checkpoint import Run
 from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
 from common.encoders import MEAN, STD
-from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script
+from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script, stop_signals
 from common.files import check_writable, stamp
 from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole, words_of
 from common.log import Log
-from common.signals import stop_signals
 from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, images_of, make_views, share_of, spread
 from demo.slides import make_demo

@@ -1,7 +1,8 @@
 """How scripts fail: with an exit code and one line that names the file or flag and says what to do."""
 import argparse
+import signal
 import sys
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 
 class InputError(Exception):
@@ -61,6 +62,20 @@ class Terminal:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+@contextmanager
+def stop_signals():
+    """Yields a list that gets an entry when a signal asks the program to stop; the block decides when to."""
+    received = []
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is missing on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    old = [signal.signal(number, lambda *_: received.append(1)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, old):
+            signal.signal(number, handler)
 
 
 def check_mpp(value, flag):
