@@ -18,7 +18,7 @@ from test_slide_files import dicom
 import data
 import train
 from common.errors import InputError
-from wsi import look, sheet
+from wsi import look
 from wsi.cache import tile_info
 from wsi.sanity import nucleus_size, suggested_scale
 from wsi.slides import Slide
@@ -366,12 +366,14 @@ def test_a_contact_sheet_counts_the_tiles_that_would_be_cut(place, capsys):
     assert data.main(["prepare", *flags]) == 0
     found = find_data("in", mpp=1.0, slide_mpp=1.0)
     for name in ("good", "half", "full"):
-        seen = sheet.overview(found.images[name], 1.0, None, 1.0, 0.5, 40)
-        assert seen.tiles == tile_info(found, name)["tiles"] == {"good": 1, "half": 6, "full": 9}[name]
-        assert seen.tissue.shape == seen.thumbnail.shape[:2]
-    assert sheet.overview(found.images["good"], 1.0, None, 2.0, 0.5, 40).tiles == 0  # smaller than a tile
+        thumbnail, mask, caption = look.overview(found.images[name], 1.0, None, 1.0, 0.5, 40)
+        assert tile_info(found, name)["tiles"] == {"good": 1, "half": 6, "full": 9}[name]
+        assert caption.startswith(f"tiles: about {tile_info(found, name)['tiles']};")
+        assert mask.shape == thumbnail.shape[:2]
+    caption = look.overview(found.images["good"], 1.0, None, 2.0, 0.5, 40)[-1]
+    assert caption.startswith("tiles: about 0;")  # smaller than a tile
     with pytest.raises(InputError, match="too coarse"):
-        sheet.overview(found.images["good"], 1.0, None, 0.5, 0.5, 40)
+        look.overview(found.images["good"], 1.0, None, 0.5, 0.5, 40)
 
 
 def is_near(image, colour):
@@ -384,7 +386,7 @@ def test_look_at_a_folder_shows_every_slide_or_why_not(place, capsys, monkeypatc
     image[:500, :500] = tissue(500)
     saved(place / "in" / "slides" / "some.png", array=image)
     write(place / "in" / "slides" / "bad.svs", b"no slide")
-    monkeypatch.setattr(sheet, "PER_PAGE", 2)
+    monkeypatch.setattr(look, "PER_PAGE", 2)
     flags = ["look", "in", "--mpp", "1", "--slide-mpp", "1", "--workers", "1", "--out", "sheet.png"]
     assert data.main(flags) == 1  # bad.svs
     out = capsys.readouterr().out

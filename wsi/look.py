@@ -1,10 +1,11 @@
 """python data.py look SLIDE: draws a slide, its tissue, its tiles and some of them with their cells.
 
-python data.py look FOLDER draws all slides of a folder in one picture (sheet.py).
+python data.py look FOLDER draws all slides of a folder in one picture, to see which one is odd.
 """
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -12,16 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 
-from common.errors import InputError, exit_code_of
+from common.errors import InputError, exit_code_of, print_skipped, printable
 from common.figures import draw_prior, save_figure, squares
+from common.pool import in_processes
 from prior import bin_centroids
 from wsi.cache import describe_cells
 from wsi.cells import read_cells
 from wsi.folders import find_folder, mpp_in_table
 from wsi.sanity import USUAL, open_slide, read_slide_cells, what_is_odd
 from wsi.segment import segment_slides
-from wsi.sheet import draw_sheet
-from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, slide_name, tissue_mask
+from wsi.slides import CROP, MASK_MPP, SLIDE_TYPES, cut_tiles, slide_name, tissue_mask, tissue_shares
 
 SHOWN = 3  # tiles that are drawn large
 CROSS = "#e00000"  # color of cells
@@ -251,3 +252,87 @@ def draw_inset(axis, shown, mpp):
               va="bottom", zorder=4, bbox=LABEL)
     axis.set(xlim=(0, um), ylim=(um, 0))
     return len(cells)
+
+
+# ---------------------------------------------------------------- all slides of a folder
+
+PER_PAGE = 60  # slides of a picture
+COLUMNS = 6
+THUMBNAIL = 360  # px of its longer side, at most
+
+
+def overview(path, slide_mpp, said_mpp, mpp, tissue, gigapixels):
+    """Returns a slide's thumbnail RGB (h, w, 3), its tissue (h, w), and a caption with its number of tiles.
+
+    Tiles are counted on a picture of MASK_MPP and not cut: the number may differ a little from what is cut.
+    """
+    slide = open_slide(path, slide_mpp, said_mpp, gigapixels)
+    slide.check_target(mpp)
+    picture, unit = slide.picture(max(MASK_MPP, slide.mpp))
+    side = CROP * mpp / slide.mpp  # level-0 px of a tile
+    edges = [np.arange(int(n / side + 1e-9) + 1) * side / unit for n in (slide.width, slide.height)]
+    tiles = int((tissue_shares(picture, unit * slide.mpp, *edges) >= tissue).sum())
+    thumbnail = Image.fromarray(picture)
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+    mask = Image.fromarray(tissue_mask(picture, unit * slide.mpp)).resize(thumbnail.size)
+    caption = f"tiles: about {tiles}; {slide.mpp:.3g} um/px by {slide.source}"
+    return np.asarray(thumbnail), np.asarray(mask), caption
+
+
+def draw_sheet(found, cutting, out):
+    """Draws the slides of a wsi.folders.Data, PER_PAGE to a picture, and prints a line for each.
+
+    The second picture is <out>_2.png, and so on. Returns a line for each slide that cannot be used.
+    """
+    failed = []
+    all_names = sorted(found.images)
+    pages = [all_names[i: i + PER_PAGE] for i in range(0, len(all_names), PER_PAGE)]
+    for number, names in enumerate(pages, 1):
+        tasks = [(found.images[name], found.slide_mpp, found.said_mpp(name), cutting.mpp, cutting.tissue,
+                  cutting.gigapixels) for name in names]
+        results = {}
+        for (path, *_), seen, error in in_processes(overview, tasks, cutting.workers, "slides"):
+            results[path] = seen, error
+        entries = {}
+        for name in names:
+            path = found.images[name]
+            seen, error = results[path]
+            if error:
+                failed.append(error)
+                print_skipped([error])
+                error = error.removeprefix(f"{path}: ")
+            else:
+                print(printable(f"{path}: {seen[-1]}"))
+            entries[name] = seen, error
+        tiles = f"tiles of {CROP} px at {cutting.mpp:g} um/px"
+        title = f"{found.source.name}: {len(found.images)} slides, {tiles}"
+        if len(pages) > 1:
+            title += f" (picture {number} of {len(pages)})"
+        page = out if number == 1 else out.with_stem(f"{out.stem}_{number}")
+        draw_page(title, entries, page)
+        print(f"Wrote {page}.")
+    return failed
+
+
+def draw_page(title, entries, out):
+    """Draws slides in rows; entries: {name: (its overview or None, why there is none)}."""
+    columns = min(COLUMNS, len(entries))
+    rows = -(-len(entries) // columns)
+    figure = Figure(figsize=(max(6, 2.6 * columns), 3.2 * rows + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (name, (seen, error)) in zip(axes, entries.items()):
+        label = fill(name if len(name) < 70 else name[:66] + "...", 34)
+        if error:
+            axis.text(0.5, 0.5, fill(error, 40), ha="center", va="center", fontsize=7, color="#d00000")
+        else:
+            thumbnail, mask, caption = seen
+            axis.imshow(thumbnail)
+            if mask.any() and not mask.all():
+                axis.contour(mask, [0.5], colors="#00a040", linewidths=0.8)
+            label += "\n" + fill(caption, 34)
+        axis.text(0.5, -0.02, label, transform=axis.transAxes, ha="center", va="top", fontsize=8,
+                  parse_math=False)
+    save_figure(figure, out, dpi=100)
