@@ -65,30 +65,29 @@ def has_wrapped(labels):
     largest = np.iinfo(labels.dtype).max
     if labels.itemsize > 2 or not labels.size or labels.max() < 0.98 * largest:
         return False
-    sums = np.zeros((5, largest + 1))
-    for top in range(0, len(labels), BAND):
-        band = labels[top: top + BAND]
-        y, x = np.nonzero(band > 0)
-        label = band[y, x]
-        y += top
-        for row, weights in zip(sums, (None, x, y, x ** 2, y ** 2)):
-            row += np.bincount(label, weights, largest + 1)
-    count, *moments = sums[:, sums[0] > 0]
-    x, y, xx, yy = moments / count
+    count, *sums = label_sums(labels)
+    x, y, xx, yy = sums / count
     variance = xx - x ** 2 + yy - y ** 2
     return (variance > 10 * count).mean() > 0.02 or count[-1] > 20 * np.median(count)
 
 
-def label_centroids(labels):
-    """Returns the centroids (K, 2) of an image's labels (H, W) above 0, in their order; gaps are allowed."""
+def label_sums(labels):
+    """Returns (5, K) of the labels above 0 of an image (H, W), in order: count, sums of x, y, x^2, y^2."""
     found = [labels[:0].ravel()]
-    sums = [np.zeros((3, 0))]
+    sums = [np.zeros((5, 0))]
     for top in range(0, len(labels), BAND):
         band = labels[top: top + BAND]
-        y, x = np.nonzero(band > 0)
-        label, index = np.unique(band[y, x], return_inverse=True)
+        row, column = np.nonzero(band > 0)
+        label, index = np.unique(band[row, column], return_inverse=True)
+        x = column + 0.5
+        y = row + top + 0.5
         found.append(label)
-        sums.append([np.bincount(index), np.bincount(index, x + 0.5), np.bincount(index, y + top + 0.5)])
+        sums.append([np.bincount(index, weights) for weights in (None, x, y, x ** 2, y ** 2)])
     label, index = np.unique(np.concatenate(found), return_inverse=True)  # a label may lie in several bands
-    count, x, y = (np.bincount(index, values, len(label)) for values in np.concatenate(sums, 1))
+    return np.stack([np.bincount(index, values, len(label)) for values in np.concatenate(sums, 1)])
+
+
+def label_centroids(labels):
+    """Returns the centroids (K, 2) of an image's labels (H, W) above 0, in their order; gaps are allowed."""
+    count, x, y, *_ = label_sums(labels)
     return np.stack([x / count, y / count], 1)
