@@ -181,15 +181,11 @@ def read_npz(path, *names):
         return None
 
 
-def is_gzip(path):
-    """Returns whether a file is compressed by gzip."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
-
-
 def open_bytes(path):
     """Opens a file to read its bytes, decompressed if it is a gzip file."""
-    return gzip.open(path) if is_gzip(path) else open(path, "rb")
+    with open(path, "rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if is_gzip else open(path, "rb")
 
 
 def read_csv(path, only=None):

@@ -9,8 +9,9 @@ import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath
 
-from common.errors import InputError, printable
+from common.errors import printable
 from common.files import files_under
+from common.pool import call
 from wsi.cells import cell_format
 from wsi.datasets import NO_CELLS, PRIORS
 from wsi.folders import first_of
@@ -61,14 +62,6 @@ def match_files(folder, keys):
     return {key: [path for _, _, path in sorted(ranks)] for key, ranks in ranked.items()}, unmatched
 
 
-def is_of_prior(path, prior):
-    """Returns whether this is a file of cells by that segmenter."""
-    try:
-        return cell_format(path) == prior
-    except InputError:
-        return False  # not a cell file
-
-
 def first_prior(data):
     """Returns the segmenter whose cells are looked for first, "" with --prior auto and no paper_prior."""
     return data.paper_prior if data.prior == "auto" else data.prior
@@ -100,7 +93,7 @@ def candidates(data):
         matched, _ = match_files(place, keys)
         for key, files in matched.items():
             if prior:
-                files = [path for path in files if is_of_prior(path, prior)]
+                files = [path for path in files if call(cell_format, (path,))[0] == prior]
             if files:
                 found.setdefault(key, files)
     return found
