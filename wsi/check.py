@@ -162,15 +162,11 @@ def check_split(found, broken):
     return warnings
 
 
-def look_at_cells(path, slide_mpp, said_mpp, file):
-    """Returns a warning if the cells in the file do not seem to belong where they lie on the slide, or ""."""
-    _, odd = read_slide_cells(file, Slide(path, slide_mpp, said_mpp))
-    return odd
-
-
-def look_at_crop_cells(path, mpp, file):
-    """Returns a warning if many of a crop's cells lie outside of it, or ""."""
-    xy = cells_of_crop(path, mpp, file).xy
+def look_at_cells(path, file, kind, mpp, slide_mpp, said_mpp):
+    """Returns a warning if the cells in the file do not seem to belong where they lie on the image, or ""."""
+    if kind == "slides":
+        return read_slide_cells(file, Slide(path, slide_mpp, said_mpp))[1]
+    xy = cells_of_crop(path, mpp or 1.0, file).xy
     outside = ((xy < 0) | (xy >= CROP)).any(1).sum()
     return f"{outside} of {len(xy)} cells lie outside of the crop" if outside > MISPLACED * len(xy) else ""
 
@@ -182,23 +178,16 @@ def check_places(found, files, workers):
     """
     tasks = []
     warnings = []
-    look = look_at_cells
     for name, file in files.items():
         path = found.images[name]
-        if found.kind == "crops":
-            look = look_at_crop_cells
-            tasks.append((path, found.mpp or 1.0, file))
-            continue
-        kept = kept_cells(found, name, file)
+        kept = kept_cells(found, name, file) if found.kind == "slides" else None
         if kept is None:
-            tasks.append((path, found.slide_mpp, found.said_mpp(name), file))
+            tasks.append((path, file, found.kind, found.mpp, found.slide_mpp, found.said_mpp(name)))
         elif odd := str(kept.get("odd", "")):
             warnings.append(f"{path}: {file}: {odd}")
-    for (path, *_, file), odd, error in in_processes(look, tasks, workers, "cells, files"):
-        if error:
-            warnings.append(error)
-        elif odd:
-            warnings.append(f"{path}: {file}: {odd}")
+    for (path, file, *_), odd, error in in_processes(look_at_cells, tasks, workers, "cells, files"):
+        if error or odd:
+            warnings.append(error or f"{path}: {file}: {odd}")
     return warnings
 
 
