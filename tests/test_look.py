@@ -315,18 +315,18 @@ def test_an_inset_is_the_slide_at_level_0_about_a_point(slide, monkeypatch, poin
     opened, pixels = slide
     monkeypatch.setattr(look, "INSET", 50)  # um: 200 px
     cells = np.array([[100., 100], [160, 140], [300, 290]])  # their median: 160, 140
-    inset = look.close_up(opened, np.array([20, 10]), 300.0, cells, point)
+    inset, place, side = look.close_up(opened, np.array([20, 10]), 300.0, cells, point)
     x, y = corner
-    assert inset.side == 200 and inset.corner.tolist() == [x, y]
-    np.testing.assert_array_equal(inset.image, pixels[y: y + 200, x: x + 200])
+    assert side == 200 and place.tolist() == [x, y]
+    np.testing.assert_array_equal(inset, pixels[y: y + 200, x: x + 200])
 
 
 def test_an_inset_shows_cells_and_a_nucleus_at_true_scale(slide):
     opened, _ = slide
     cells = np.array([[60., 80], [100, 90], [350, 350]])
-    inset = look.Inset(np.zeros((200, 200, 3), np.uint8), np.array([40, 40]), 200)
-    shown = look.Shown(np.zeros((224, 224, 3), np.uint8), torch.zeros(196), inset, cells,
-                       np.array([0, 0]), 400.0)  # 400 px of 0.25 um: tiles at 100 / 224 um/px
+    inset = np.zeros((200, 200, 3), np.uint8), np.array([40, 40]), 200
+    shown = look.Shown(np.zeros((224, 224, 3), np.uint8), torch.zeros(196), cells,
+                       np.array([0, 0]), 400.0, *inset)  # 400 px of 0.25 um: tiles at 100 / 224 um/px
     axis = Figure().subplots()
     assert look.draw_inset(axis, shown, 100 / 224) == 2
     crosses = [line for line in axis.lines if line.get_marker() == "+"]
@@ -341,9 +341,9 @@ def test_an_inset_shows_cells_and_a_nucleus_at_true_scale(slide):
 def test_a_tile_shows_its_cell_patches_and_the_box_of_its_inset():
     p_c = torch.zeros(196)
     p_c[[0, 15, 195]] = 1
-    inset = look.Inset(np.zeros((9, 9, 3), np.uint8), np.array([110, 220]), 50)
-    shown = look.Shown(np.zeros((224, 224, 3), np.uint8), p_c, inset, np.zeros((0, 2)),
-                       np.array([100, 200]), 448.0)  # half a px of the tile is one of the slide
+    inset = np.zeros((9, 9, 3), np.uint8), np.array([110, 220]), 50
+    shown = look.Shown(np.zeros((224, 224, 3), np.uint8), p_c, np.zeros((0, 2)),
+                       np.array([100, 200]), 448.0, *inset)  # half a px of the tile is one of the slide
     axis = Figure().subplots()
     look.draw_tile(axis, shown, 1.0)
     patches = [path.vertices for path in axis.collections[0].get_paths()]

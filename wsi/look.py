@@ -113,7 +113,7 @@ def look_at_slide(path, cutting, cells, points, out):
         for i, point in chosen_tiles(corners, side, counts, points):
             tile = np.asarray(Image.open(files[i]).convert("RGB"))
             inset = close_up(slide, corners[i], side, cells_of_tiles[i], point)
-            shown.append(Shown(tile, priors[i], inset, cells_of_tiles[i], corners[i], side))
+            shown.append(Shown(tile, priors[i], cells_of_tiles[i], corners[i], side, *inset))
     scale = f"{slide.mpp:g} um/px by {slide.source}"
     print(f"{path}: {slide.width} x {slide.height} px, {scale}")
     for odd in what_is_odd(slide):
@@ -132,35 +132,28 @@ INSET = 100  # um: side of the box that is shown at native resolution
 
 
 @dataclass(frozen=True)
-class Inset:
-    """A square of a slide at level 0: RGB (h, w, 3), its corner and side in level-0 px."""
-
-    image: np.ndarray
-    corner: np.ndarray
-    side: int
-
-
-@dataclass(frozen=True)
 class Shown:
-    """A tile (RGB, CROP px), its P_c, an inset and its cells (K, 2); corner, side, cells in level-0 px."""
+    """A tile (RGB, CROP px) and an inset, a square of it at level 0; corners, sides, cells in level-0 px."""
 
     tile: np.ndarray
     p_c: torch.Tensor
-    inset: Inset
-    cells: np.ndarray
+    cells: np.ndarray  # (K, 2)
     corner: np.ndarray
     side: float
+    inset: np.ndarray  # RGB (h, w, 3)
+    inset_corner: np.ndarray
+    inset_side: int
 
 
 def close_up(slide, corner, side, cells, point=None):
-    """Returns the Inset of a tile around a point, the median of its cells, or its centre, in level-0 px."""
+    """Returns an inset of a tile, its corner and side, around a point, its cells' median or its centre."""
     length = min(side, INSET / slide.mpp)
     if point is None:
         point = np.median(cells, axis=0) if len(cells) else corner + side / 2
     best = np.clip(np.array(point) - length / 2, corner, corner + side - length)
     best = np.floor(best).astype(int)
     length = max(1, int(length))
-    return Inset(np.asarray(slide.read_level(0, *best.tolist(), length, length)), best, length)
+    return np.asarray(slide.read_level(0, *best.tolist(), length, length)), best, length
 
 
 def inside_box(cells, corner, side):
@@ -224,8 +217,8 @@ def draw_tile(axis, shown, mpp):
     px = CROP / shown.side  # px of the tile in a level-0 px
     axis.imshow(shown.tile, extent=(0, CROP, CROP, 0))
     draw_prior(axis, shown.p_c, CROP)
-    left, top = (shown.inset.corner - shown.corner) * px
-    length = shown.inset.side * px
+    left, top = (shown.inset_corner - shown.corner) * px
+    length = shown.inset_side * px
     axis.add_patch(Rectangle((left, top), length, length, facecolor="none", edgecolor="black", linewidth=2.5))
     scale_bar(axis, round_length(CROP * mpp / 4), mpp, CROP, CROP)
     axis.set(xlim=(0, CROP), ylim=(CROP, 0))
@@ -236,12 +229,11 @@ def draw_inset(axis, shown, mpp):
 
     Returns the number of cells in it.
     """
-    inset = shown.inset
     unit = mpp * CROP / shown.side  # um of a level-0 px
-    um = inset.side * unit
-    cells = shown.cells[inside_box(shown.cells, inset.corner, inset.side)]
-    x, y = ((cells - inset.corner) * unit).T
-    axis.imshow(inset.image, extent=(0, um, um, 0))
+    um = shown.inset_side * unit
+    cells = shown.cells[inside_box(shown.cells, shown.inset_corner, shown.inset_side)]
+    x, y = ((cells - shown.inset_corner) * unit).T
+    axis.imshow(shown.inset, extent=(0, um, um, 0))
     for color, width, size in (("white", 2, 7.5), (CROSS, 1, 7)):
         axis.plot(x, y, "+", color=color, markersize=size, markeredgewidth=width)
     scale_bar(axis, round_length(um / 4), 1, um, um)

@@ -143,7 +143,7 @@ def shown_crops(crops, found, cells, compared, drawn):
         corner = np.array(crops.corners[i])
         level0 = [corner + of_crops[k] * (side / CROP) for of_crops in cells.values()]
         inset = close_up(slide, corner, side, np.concatenate(level0))
-        rows.append([Shown(image, bin_centroids(of_crops[k], CROP), inset, xy, corner, side)
+        rows.append([Shown(image, bin_centroids(of_crops[k], CROP), xy, corner, side, *inset)
                      for of_crops, xy in zip(cells.values(), level0)])
     return rows
 
