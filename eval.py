@@ -40,9 +40,9 @@ from common.errors import InputError, Parser, exit_code_of, print_skipped, run_s
 from common.export import check_export, export_slides, tiles_of, write_features
 from common.figures import BINS, draw_fig_4, draw_maps, draw_overlays, save_figure, stitch
 from common.files import print_table, write_csv
-from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, between, whole
+from common.flags import SEED, add_dsmil, add_encoder, add_max_gigapixels, add_shard, between, whole
 from common.networks import describe, features_stamp, files_of, named, network_of, next_command, random_start
-from common.pool import add_shard, call
+from common.pool import call
 from common.report import RESULTS, last_losses, print_results, row_of
 from data import Crops, collate, spread
 from demo.truth import check_with_truth, draw_slide

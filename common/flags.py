@@ -53,6 +53,12 @@ def add_max_gigapixels(add):
         help="skips a slide that claims more gigapixels, as a broken file may")
 
 
+def add_shard(add):
+    """Adds the flag of a script whose work several machines share."""
+    add("--shard", metavar="I/N",
+        help="works only on shard I of N of the slides, I from 0 to N - 1; for an array job on a cluster")
+
+
 def add_machine(add):
     """The flags that say which hardware a script uses."""
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1 or cpu")

@@ -1,5 +1,4 @@
 """Work on many files in processes; a failure costs only its own file."""
-import re
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -8,20 +7,6 @@ import torch
 from tqdm import tqdm
 
 from common.errors import DiskFull, InputError
-
-
-def add_shard(add):
-    """Adds the flag of a script whose work several machines share, for shard_of."""
-    add("--shard", metavar="I/N",
-        help="works only on shard I of N of the slides, I from 0 to N - 1; for an array job on a cluster")
-
-
-def shard_of(names, shard):
-    """Returns the names of a shard "i/n", every n-th; all for None. InputError for another text."""
-    numbers = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", shard or "0/1")
-    if not numbers or int(numbers[1]) >= int(numbers[2]):
-        raise InputError(f"--shard {shard}: two numbers are expected, 0/8 to 7/8 for eight shards")
-    return sorted(names)[int(numbers[1])::int(numbers[2])]
 
 
 def call(function, arguments):

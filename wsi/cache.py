@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common.errors import InputError, check_mpp, printable
 from common.files import atomic_write, read_json, read_npz
 from common.flags import MAX_GIGAPIXELS
-from common.pool import call, in_processes, shard_of
+from common.pool import call, in_processes
 from prior import segment_nuclei
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files, whose_cells
 from wsi.cells import READERS, read_cells
@@ -47,10 +47,14 @@ def warn_of_cell_files(data):
 
 
 def keep_shard(data, shard):
-    """Keeps only a shard's slides in a data set, all for None; InputError if it holds crops."""
+    """Keeps only the slides of a shard "i/n", every n-th, in a data set, or all for None."""
     if shard and data.kind != "slides":
         raise InputError(f"--shard: {data.source} holds crops and no slides; leave the flag out")
-    data.images = {name: data.images[name] for name in shard_of(data.images, shard)}
+    numbers = re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", shard or "0/1")
+    if not numbers or int(numbers[1]) >= int(numbers[2]):
+        raise InputError(f"--shard {shard}: two numbers are expected, 0/8 to 7/8 for eight shards")
+    names = sorted(data.images)[int(numbers[1])::int(numbers[2])]
+    data.images = {name: data.images[name] for name in names}
 
 
 def need_mpp(data):

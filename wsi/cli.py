@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 
 from common.errors import Parser, exit_code_of, print_skipped, run_script
-from common.flags import add_max_gigapixels, whole
-from common.pool import add_shard, call
+from common.flags import add_max_gigapixels, add_shard, whole
+from common.pool import call
 from wsi.cache import keep_shard, prepare, warn_of_cell_files
 from wsi.check import check
 from wsi.datasets import add_data_flags
