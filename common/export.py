@@ -40,7 +40,7 @@ def coords_attributes(name, info):
 
 def warn_of_numbers(names):
     """Warns if CLAM would read the slides' names as numbers: pandas does if all names in a column look so."""
-    if names and all(re.fullmatch(r"\d+(\.\d+)?", name) for name in names):
+    if all(re.fullmatch(r"\d+(\.\d+)?", name) for name in names):
         print(f"warning: --export clam: all slides are named by digits ({names[0]}), which CLAM reads as "
               "numbers: leading zeros are lost, and splits of unequal length fail; rename the slides, with a "
               "letter in front")

@@ -315,9 +315,8 @@ def crop_side(data):
 
 def usable_crops(data):
     """Returns the names of the ready-cut crops of the usual side; before prepare, of all crops."""
-    sides = crop_sides(data)
-    usual = usual_side(sides.values())
-    return [name for name in sides if sides[name] == usual] or list(data.images)
+    usual = crop_side(data)
+    return [name for name, side in crop_sides(data).items() if side == usual] or list(data.images)
 
 
 def crop_mpp(data):

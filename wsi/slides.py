@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import shutil
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -409,7 +408,7 @@ def cut_tiles(slide, crops, mpp, tissue):
     down = slide.level_for(mpp)[1]
     temp = temp_path(crops / name)
     count = 0
-    jobs = deque()
+    jobs = []
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
@@ -417,7 +416,7 @@ def cut_tiles(slide, crops, mpp, tissue):
             for block in read_blocks(slide, mpp, tissue):
                 jobs.append(writer.submit(write_tiles, *block, slide.mpp, down, tissue, temp))
                 while len(jobs) > 2:
-                    count += jobs.popleft().result()
+                    count += jobs.pop(0).result()
             count += sum(job.result() for job in jobs)
         if not count and is_grey(slide.picture(max(MASK_MPP, slide.mpp))[0]):
             raise InputError(f"{slide.path}: has no colour; H&E is needed")
