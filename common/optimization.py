@@ -104,12 +104,10 @@ def batches(count, batch, start, steps, seed, shard=(0, 1)):
     shard_index, shards = shard
     per_epoch = count // batch
     size = batch // shards
-    order_of = None  # epoch
     for step in range(start, steps):
-        epoch = step // per_epoch
-        if epoch != order_of:
+        epoch, index = divmod(step, per_epoch)
+        if step == start or index == 0:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=generator).tolist()
-            order_of = epoch
-        first = step % per_epoch * batch + shard_index * size
+        first = index * batch + shard_index * size
         yield order[first: first + size]
