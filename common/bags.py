@@ -259,8 +259,7 @@ def classify_slides(found, networks, infos, settings, device, workers):
         name = names[run]
         network = networks[name]
         bags, statistics = load_bags(network.features, slides, settings.standardize, device)
-        keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp,
-                    trained_on)
+        keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp, trained_on)
 
         measured = [(seed, *one.measures) for seed, one in by_seed.items()]
         write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *measured])

@@ -223,8 +223,6 @@ def plot_slide(picture, corners, side, attention, truth, title, path):
     save_figure(figure, path)
 
 
-# ---------------------------------------------------------------- attention over a slide
-
 def stitch(values, corners, side, unit, shape):
     """Returns the values (N, n) of N tiles' n = g x g tokens as a picture (h, w), NaN outside of the tiles.
 

@@ -99,8 +99,7 @@ def named(networks):
     """Returns {name: Network}: the random start, the paper's methods in its order, then the others.
 
     Networks of one method, and controls (a shuffled prior, other numbers of heads), have the names of their
-    folders added; names of methods are those of train.py and experiments.compare, or of another program's
-    file.
+    folders added; a method's name is train.py's, experiments.compare's or another program's file's.
     """
     names = []
     for network in networks:

@@ -75,10 +75,7 @@ def set_rates(optimizer, schedule):
 
 
 def clip_gradients(parameters, limit):
-    """Clips the norm of each parameter's gradient to limit (0: off), as DINO does.
-
-    Returns a bool tensor: whether all gradients are finite.
-    """
+    """Clips each parameter's gradient norm to limit (0: off), like DINO; returns whether all are finite."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     if limit:

@@ -238,8 +238,7 @@ def element_outlines(element):
 def is_cell(feature):
     """Returns whether a GeoJSON feature is a cell or detection of QuPath's, or has no QuPath type at all.
 
-    QuPath writes the type as objectType (0.4 on), object_type (0.3) or the feature's id (0.2), and also reads
-    "type".
+    QuPath writes the type as objectType (0.4 on), object_type (0.3) or the id (0.2), and also reads "type".
     """
     properties = feature.get("properties") or {}
     types = [properties.get(name) for name in ("objectType", "object_type", "type")]
