@@ -84,28 +84,17 @@ def write_cells(path, xy):
     write(path, "x,y\n" + "".join(f"{x},{y}\n" for x, y in xy))
 
 
-def broken(folder):
-    write(folder / "slides" / "broken.svs", b"II*\0 no slide")
+LONG = "long" * 51
 
 
-def empty(folder):
-    write(folder / "slides" / "zerobytes.svs", b"")
-
-
-def unfinished(folder):
-    write(folder / "slides" / "uuid" / "undone.svs.partial", b"x")
-
-
-def without_scale(folder):
-    saved(folder / "slides" / "noscale.png", array=nuclei_slide())
-
-
-def at_twice_the_scale(folder):
-    saved(folder / "slides" / "twice.png", array=nuclei_slide())
-
-
-def too_coarse(folder):
-    saved(folder / "slides" / "coarse.png", array=nuclei_slide())
+def a_file(name, content=None):
+    """Returns a function that writes a file to a folder: these bytes, or nuclei_slide() as an image."""
+    def build(folder):
+        if content is None:
+            saved(folder / name, array=nuclei_slide())
+        else:
+            write(folder / name, content)
+    return build
 
 
 def on_grey(folder):
@@ -126,35 +115,12 @@ def with_a_level_of_another_picture(folder):
                        description="Aperio|AppMag = 20|MPP = 0.5", subfiletype=int(image is macro))
 
 
-def of_a_long_name(folder):
-    saved(folder / "slides" / f"{LONG}.png", array=nuclei_slide())
-
-
-LONG = "long" * 51
-
-
-def of_another_format(folder):
-    write(folder / "slides" / "olympus.vsi", b"x")
-
-
-def packed(folder):
-    write(folder / "slides" / "packed.svs.gz", b"\x1f\x8b")
-
-
 def of_an_unknown_ending(folder):
     tifffile.imwrite(folder / "slides" / "renamed.sys", nuclei_slide(), tile=(128, 128), photometric="rgb")
 
 
-def outside_of_slides(folder):
-    write(folder / "d3b07384" / "a.svs", b"x")
-
-
 def without_a_row(folder):
     svs(folder / "slides" / "unlisted.svs", nuclei_slide(), "Aperio|AppMag = 20|MPP = 0.5")
-
-
-def without_a_file(folder):
-    """Its row in labels.csv is all there is."""
 
 
 def with_damaged_cells(folder):
@@ -197,22 +163,22 @@ def of_hovernet_without_a_power(folder):
 
 
 FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp in labels.csv; None: no row)
-    (broken, "broken", "cannot be read as an image", ""),
-    (empty, "zerobytes", "is the file complete?", ""),
-    (unfinished, "undone", "unfinished; run gdc-client download again", None),
-    (without_scale, "noscale", "no um/px and no magnification is recorded", ""),
-    (at_twice_the_scale, "twice", "its nuclei measure", 1.0),
-    (too_coarse, "coarse", "too coarse for 1; give a larger --mpp", 2.0),
+    (a_file("slides/broken.svs", b"II*\0 no slide"), "broken", "cannot be read as an image", ""),
+    (a_file("slides/zerobytes.svs", b""), "zerobytes", "is the file complete?", ""),
+    (a_file("slides/uuid/undone.svs.partial", b"x"), "undone", "run gdc-client download again", None),
+    (a_file("slides/noscale.png"), "noscale", "no um/px and no magnification is recorded", ""),
+    (a_file("slides/twice.png"), "twice", "its nuclei measure", 1.0),
+    (a_file("slides/coarse.png"), "coarse", "too coarse for 1; give a larger --mpp", 2.0),
     (on_grey, "murky", "background is not white", 0.5),
     (without_color, "monochrome", "it has no colour", 0.5),
     (with_a_level_of_another_picture, "layered", "its levels of 300 x 100 px are not used", ""),
-    (of_a_long_name, LONG, "more than 200 bytes; rename it", 0.5),
-    (of_another_format, "olympus", "convert it", None),
-    (packed, "packed", "is not unpacked; unpack or remove it", None),
+    (a_file(f"slides/{LONG}.png"), LONG, "more than 200 bytes; rename it", 0.5),
+    (a_file("slides/olympus.vsi", b"x"), "olympus", "convert it", None),
+    (a_file("slides/packed.svs.gz", b"\x1f\x8b"), "packed", "is not unpacked; unpack or remove it", None),
     (of_an_unknown_ending, "renamed", "rename it to .tif", None),
-    (outside_of_slides, "d3b07384", "only mixed/slides/ is read", None),
+    (a_file("d3b07384/a.svs", b"x"), "d3b07384", "only mixed/slides/ is read", None),
     (without_a_row, "unlisted", "1 of 22 slides have no row and are not used; to use them", None),
-    (without_a_file, "gone", "1 of 22 rows have no file and are skipped; fetch", 0.5),
+    (lambda folder: None, "gone", "1 of 22 rows have no file and are skipped; fetch", 0.5),
     (with_damaged_cells, "torn", "not a known cell file", 0.5),
     (with_cells_exchanged, "swapped", "100% of the cells lie outside of the slide", 0.5),
     (with_cells_in_um, "micrometres", "um instead of px", 0.5),
