@@ -229,13 +229,6 @@ def test_check_does_not_read_again_what_was_read(oblong, capsys, monkeypatch):
     assert data.main(["check", *argv]) == 1 and len(warned(capsys.readouterr().out)) == 1
 
 
-def test_check_names_a_file_of_cells_that_cannot_be_read_once(place, capsys):
-    write(place / "in" / "cells" / "good.json", '{"nuc": {"1": {"type": 1}}}')
-    assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
-    out = capsys.readouterr().out
-    assert out.count("good.json") == 1 and "warnings: 1" in out
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs {SHARED}, which is not in the repository")
 def test_true_cells_of_real_images_are_not_reported():
     files = sorted((SHARED / "nuclei").glob("*.json"))

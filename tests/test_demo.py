@@ -17,7 +17,6 @@ import train
 from common.encoders import MEAN, STD, normalize
 from common.errors import InputError
 from common.figures import KIND_COLORS
-from common.metrics import area_under
 from common.report import last_losses, print_results, side_by_side
 from demo import slides as demo
 from demo import truth
@@ -192,12 +191,6 @@ def test_contrast_is_the_variance_between_crops_over_that_between_views():
 
 
 # ---------------------------------------------------------------- what eval.py compares
-
-def test_area_under_is_scikit_learns(rng=np.random.default_rng(0)):
-    for _ in range(5):
-        answer, scores = rng.random(30) < 0.4, rng.integers(0, 6, 30) / 6
-        assert area_under(answer, scores) == pytest.approx(roc_auc_score(answer, scores), abs=1e-12)
-
 
 def test_networks_are_in_one_row_and_losses_next_to_ln_k(tmp_path):
     tables = {"start": [("a", "3", "0.3125", "x")], "DiRL": [("a", "1", "0.1", "z"), ("loss", "2", "", "y")]}

@@ -28,7 +28,7 @@ import eval as eval_py
 from common import classify, export, metrics
 from common.encoders import random_encoder, save_encoder
 from common.files import save_tensors
-from common.metrics import auc, bootstrap, macro_f1
+from common.metrics import area_under, auc, bootstrap, macro_f1
 from wsi.cache import load_crops, prepare_cells, ready_cells
 from wsi.cells import read_cells
 from wsi.datasets import evaluated_mpp
@@ -266,6 +266,8 @@ def test_auc_is_scikit_learns(rng=np.random.default_rng(0)):
             one = roc_auc_score(truth, scores[:, 1] - scores[:, 0]) if classes == 2 else np.mean(
                 [roc_auc_score(truth == c, scores[:, c]) for c in range(classes)])
             assert auc(truth, scores) == pytest.approx(one, abs=1e-12)
+            of_class_1 = roc_auc_score(truth == 1, scores[:, 1])
+            assert area_under(truth == 1, scores[:, 1]) == pytest.approx(of_class_1, abs=1e-12)
 
 
 def test_macro_f1_by_hand():

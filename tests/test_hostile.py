@@ -20,7 +20,6 @@ from common.encoders import load_encoder
 from common.errors import InputError, printable
 from common.files import load_tensors, save_tensors
 from data import Crops
-from wsi import cells
 from wsi.cache import prepare, tile_info
 from wsi.folders import find_folder
 from wsi.sanity import nucleus_size
@@ -87,17 +86,6 @@ def test_names_are_printed_escaped(place, capsys):
     out = capsys.readouterr().out
     assert "a\\n\\x1b[31mb.png" in out and "\x1b[31m" not in out
     assert printable("ünïcödé №1\t") == "ünïcödé №1\\t"
-
-
-def test_annotations_of_qupath_are_no_cells(tmp_path, capsys):
-    def feature(kind, x):
-        return {"type": "Feature", "geometry": {"type": "Point", "coordinates": [x, 1]},
-                "properties": {"objectType": kind} if kind else None}
-    kinds = ["annotation", "cell", "detection", "tile", None]
-    path = write(tmp_path / "a.geojson", {"type": "FeatureCollection",
-                                          "features": [feature(kind, x) for x, kind in enumerate(kinds)]})
-    assert cells.read_cells(path).tolist() == [[1, 1], [2, 1], [4, 1]]
-    assert "2 of 5 objects" in capsys.readouterr().out
 
 
 def test_um_per_px_of_labels_csv_count_slide_by_slide(place, capsys):

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from synthetic import Evil, arrays_of, refused, replace, rows_of, saved, times, tissue, write, write_table
 
-import data
 import dirl
 import eval as eval_py
 import train
@@ -29,7 +28,7 @@ from common.files import load_tensors, save_tensors
 from common.log import Log
 from common.watch import effective_rank
 from experiments import benchmark, compare, curves
-from wsi import cache, segment
+from wsi import cache
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = ["--workers", "1", "--device", "cpu"]
@@ -258,18 +257,6 @@ def test_probe_writes_bins_and_neighbours_into_the_log(place, capsys):
     assert float(row["probe_knn"]) == 1
     assert train.main([*SMALL, "--probe", "nowhere", "--run", "runs/b"]) == 2
     assert "nowhere" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("main, says", [(train.main, "--teacher-temp"), (eval_py.main, "--repeats"),
-                                        (data.main, "manifest")])
-def test_help_names_the_flags(capsys, main, says):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0 and says in capsys.readouterr().out
-
-
-def test_segmenting_what_is_missing_names_it(place, capsys):
-    assert segment.main(["gone.svs"]) == 1 and "gone.svs" in capsys.readouterr().err
 
 
 def test_prior_as_a_script_names_its_successor(capsys):
