@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from synthetic import discs, prepared, refused, saved, tissue, write, write_table
-from test_segment import NUCLEI, matched
+from test_segment import NUCLEI
 from test_train import CPU, SMALL
 
 import data
@@ -13,6 +13,7 @@ import eval as eval_py
 import train
 from common.files import load_tensors
 from data import Crops
+from experiments.figures.priors import matched
 from prior import segment_nuclei
 from wsi import cache
 from wsi.cache import crop_mpp, file_mpp, load_crops, prepare

@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import maximum_bipartite_matching
-from scipy.spatial import cKDTree
 from synthetic import arrays_of, discs, halve, refused, saved, times, write
 
 from common import pool
 from demo import slides as demo
+from experiments.figures.priors import matched
 from prior import segment_nuclei
 from wsi import segment
 from wsi.label_images import label_centroids
@@ -46,13 +44,6 @@ def test_detector_finds_nothing_on_white_and_refuses_what_is_no_image():
         segment_nuclei(np.zeros((4, 4, 3)), 0.5)
 
 
-def matched(found, truth, near):
-    """How many of the true nuclei are found within near px, one to one."""
-    pairs = cKDTree(found).sparse_distance_matrix(cKDTree(truth), near, output_type="coo_matrix")
-    graph = coo_matrix((np.ones(pairs.nnz), (pairs.row, pairs.col)), pairs.shape).tocsr()
-    return (maximum_bipartite_matching(graph) >= 0).sum()
-
-
 def test_detector_on_the_synthetic_slides(rendered):
     for image, truth in rendered.values():
         found = segment_nuclei(image, demo.MPP)
@@ -66,7 +57,7 @@ def test_detector_on_real_images(group, at_least):
     for path in sorted(NUCLEI.glob(group + "*.json")):
         truth = json.loads(path.read_text())
         xy = segment_nuclei(np.asarray(Image.open(path.with_suffix(".png")).convert("RGB")), truth["mpp"])
-        hits += matched(xy, truth["centroids"], 3 / truth["mpp"])
+        hits += matched(xy, truth["centroids"], 3 / truth["mpp"])  # one to one
         found += len(xy)
         marked += len(truth["centroids"])
     assert 2 * hits / (found + marked) >= at_least
