@@ -256,12 +256,15 @@ def test_center_moves_by_all_rows_of_a_step():
     """Shards of a batch, one after the other, move the centre as the whole batch does."""
     whole, shards = dirl.DINOLoss(4), dirl.DINOLoss(4)
     student, teacher = torch.randn(3, 6, 4), torch.randn(2, 6, 4)
-    whole(student, teacher)
+    present = torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(3, 6)
+    whole(student, teacher, 0.04, present, present[:2])
     for k in range(3):
-        shards(student[:, 2 * k: 2 * k + 2], teacher[:, 2 * k: 2 * k + 2])
+        shard = slice(2 * k, 2 * k + 2)
+        shards(student[:, shard], teacher[:, shard], 0.04, present[:, shard], present[:2, shard])
+    assert not shards.center.any()
     whole.update_center()
     shards.update_center()
-    torch.testing.assert_close(whole.center, 0.1 * teacher.mean((0, 1)))
+    torch.testing.assert_close(whole.center, 0.1 * teacher[present[:2]].mean(0))
     torch.testing.assert_close(shards.center, whole.center)
 
 
@@ -314,11 +317,15 @@ def test_the_loss_is_in_fp32_whatever_the_autocast():
     assert all(torch.equal(one, other) for one, other in zip(*totals))
 
 
-def test_the_last_layer_is_weight_normalised_with_its_gradient():
-    head = dirl.DINOHead(8, 32).double()
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_the_last_layer_is_weight_normalised_with_its_gradient(norm_last_layer):
+    head = dirl.DINOHead(8, 32, norm_last_layer=norm_last_layer).double()
     linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, 32, bias=False).double())
+    norms = torch.ones(32, 1)
+    if not norm_last_layer:
+        norms = torch.nn.init.uniform_(head.last_norm)
     with torch.no_grad():
-        linear.parametrizations.weight.original0.fill_(1)  # g
+        linear.parametrizations.weight.original0.copy_(norms)  # g
         linear.parametrizations.weight.original1.copy_(head.last_layer.weight)  # v
     x = torch.randn(4, 8, dtype=torch.float64)
     grad = torch.randn(4, 32, dtype=torch.float64)
@@ -327,17 +334,6 @@ def test_the_last_layer_is_weight_normalised_with_its_gradient():
     got.backward(grad)
     want.backward(grad)
     torch.testing.assert_close(head.last_layer.weight.grad, linear.parametrizations.weight.original1.grad)
-
-
-def test_a_last_layer_that_learns_its_norms_is_weight_normalised():
-    head = dirl.DINOHead(8, 32, norm_last_layer=False)
-    linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(256, 32, bias=False))
-    with torch.no_grad():
-        head.last_norm.copy_(torch.rand(32, 1))
-        linear.parametrizations.weight.original0.copy_(head.last_norm)  # g
-        linear.parametrizations.weight.original1.copy_(head.last_layer.weight)  # v
-    x = torch.randn(4, 8)
-    torch.testing.assert_close(head(x), linear(F.normalize(head.mlp(x), dim=-1)))
 
 
 def test_eq9_weights_and_default_sizes(small_heads):

@@ -9,7 +9,6 @@ import torch
 from synthetic import refused, rows_of, times
 
 import data
-import dirl
 import eval as eval_py
 import train
 from common.encoders import MEAN, STD, random_encoder, save_encoder
@@ -95,20 +94,6 @@ def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
     halves = [views(crops[k: k + 2], cells[k: k + 2], (k // 2, 2)) for k in (0, 2)]
     for got, want in zip(zip(*halves), whole):
         torch.testing.assert_close(torch.cat(got, 1), want)
-
-
-def test_the_centre_of_shards_is_the_centre_of_the_batch():
-    teacher, student = torch.randn(2, 6, 5), torch.randn(3, 6, 5)
-    present = torch.tensor([1, 0, 1, 1, 0, 1]).bool().expand(3, 6)
-    whole, sharded = dirl.DINOLoss(5), dirl.DINOLoss(5)
-    whole(student, teacher, 0.04, present, present[:2])
-    for k in (0, 2, 4):
-        shard = slice(k, k + 2)
-        sharded(student[:, shard], teacher[:, shard], 0.04, present[:, shard], present[:2, shard])
-    assert not sharded.center.any()
-    whole.update_center()
-    sharded.update_center()
-    torch.testing.assert_close(sharded.center, whole.center)
 
 
 def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder, capsys):
