@@ -773,7 +773,8 @@ def test_dsmil_and_fine_tuning_have_the_settings_of_a_1_2():
     args = slides_arguments(["--data", "lung"])
     assert (args.mil_lr, args.mil_weight_decay) == (2e-4, 5e-2)
     assert default["epochs"] == args.epochs == 200  # Li et al.
-    for name, lr, epochs, milestones in (("mhist", 3e-4, 40, [20, 30]), ("chaoyang", 1e-4, 45, [20, 30, 40])):
+    for name, lr, epochs, milestones in (("mhist", 3e-4, 40, [20, 30]), ("chaoyang", 1e-4, 45, [20, 30, 40]),
+                                         ("some/folder", 3e-4, 40, [20, 30])):
         args = patches_arguments(["--data", name])
         assert (args.lr, args.epochs, args.milestones) == (lr, epochs, milestones)
         assert (args.weight_decay, args.batch, args.folds) == (1e-2, 128, 5)

@@ -157,13 +157,15 @@ def test_strengths_of_one_are_dinos_and_of_zero_are_none():
         torch.testing.assert_close(group, want, atol=1e-5, rtol=0)
 
 
-def test_jitter_scales_strength_and_probability():
+@pytest.mark.parametrize("jitter, share, least, most", [
+    (0.5, 0.4, 0.09, 0.1),  # half of DINO's 0.8; brightness up to 0.2, of 0.5
+    (2, 0.8, 0.38, 0.4)])  # SimCLR's is stronger and not more frequent
+def test_jitter_scales_strength_and_probability(jitter, share, least, most):
     grey = torch.full((4000, 3, 1, 1), 0.5)
     draws = data.Draws(torch.Generator().manual_seed(0))
-    out = data.random_jitter(grey, draws, jitter=0.5, greyscale=0)[:, 0, 0, 0]
-    changed = (out - 0.5).abs() > 1e-6
-    assert changed.float().mean().item() == pytest.approx(0.4, abs=0.03)  # half of DINO's 0.8
-    assert 0.09 < (out - 0.5).abs().max() <= 0.1 + 1e-6  # brightness up to 0.2, of 0.5
+    change = (data.random_jitter(grey, draws, jitter, greyscale=0)[:, 0, 0, 0] - 0.5).abs()
+    assert (change > 1e-6).float().mean().item() == pytest.approx(share, abs=0.03)
+    assert least < change.max() <= most + 1e-6
 
 
 class MeanColour(torch.nn.Module):
