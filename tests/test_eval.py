@@ -146,14 +146,15 @@ def test_bad_flags_are_reported_in_one_line(capsys, argv, says):
     refused(capsys, eval_py.main, ["patches", *CPU, "--data", "given", *encoder, *argv], says)
 
 
-def test_an_encoder_that_saw_a_test_image_is_refused(capsys):
+@pytest.mark.parametrize("arch", [[], ["--arch", "vit_t4"]])
+def test_an_encoder_that_saw_a_test_image_is_refused(capsys, arch):
     make_folder()
     found = find_data("given")
     path = run_folder() / "encoder.pt"
     about = torch.load(path, weights_only=True)
     test = found.split("test")
     save_tensors(path, about | {"trained_on": {"data": "given", "images": {test[0]: 1}, "patients": []}})
-    argv = ["patches", "--data", "given", "--linear", *TINY]
+    argv = ["patches", "--data", "given", "--linear", *TINY, "--checkpoint", str(path), *arch]
     says = f"{path}: was trained on 2 of these 4 test images"  # the image, and the other of its group
     refused(capsys, eval_py.main, argv, says, test[0])
 
