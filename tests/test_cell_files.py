@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from synthetic import prepared, saved, tissue, write
+from tiny_flags import SMALL
 
 import data
 import train
@@ -149,10 +150,7 @@ def test_check_and_the_start_of_training_name_them_once(place, capsys):
     assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
     out = capsys.readouterr().out
     assert out.count("goood.geojson") == 1 and "the built-in detector" not in out
-    argv = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--workers", "1",
-            "--device", "cpu", "--max-steps", "1", "--method", "cellback", "--out-dim", "8",
-            "--local-crops", "0", "--global-size", "32", "--epochs", "1", "--warmup-epochs", "0"]
-    assert train.main(argv) == 0
+    assert train.main([*SMALL, "--method", "cellback"]) == 0
     warned = [line for line in capsys.readouterr().out.splitlines() if "goood" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: in/cells: files that match no slide")
 

@@ -4,14 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from synthetic import refused, rows_of, times, write, write_table
+from tiny_flags import SET
 
 import eval as eval_py
 from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.networks import files_of, named
 from experiments import table
 
-SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--device", "cpu",
-       "--workers", "1", "--repeats", "2", "--epochs", "2", "--overlays", "1"]
+EVAL = [*SET, "--repeats", "2", "--epochs", "2", "--overlays", "1"]
 
 
 def run_of(method, seed=0, finished=True, folder=None, images=()):
@@ -31,7 +31,7 @@ def test_all_finished_runs_are_in_one_table_and_each_has_its_own_results(folder,
     last = run_of("dirl", seed=0)
     baseline = run_of("baseline", seed=1)
     run_of("cellback", finished=False)
-    argv = [*SET, "--checkpoint", str(last), "--compare", "random", "all"]
+    argv = [*EVAL, "--checkpoint", str(last), "--compare", "random", "all"]
     assert eval_py.main(argv) == 0
     out = capsys.readouterr().out
     assert "skipped: runs/tiny_set_vit_t4_cellback: is not finished" in out
@@ -58,7 +58,7 @@ def test_all_finished_runs_are_in_one_table_and_each_has_its_own_results(folder,
 
     kept = times(Path("runs"), "*.npz")
     assert len(kept) == 3 * 8
-    assert eval_py.main([*SET, "--checkpoint", str(baseline)]) == 0  # alone: the same, in the same place
+    assert eval_py.main([*EVAL, "--checkpoint", str(baseline)]) == 0  # alone: the same, in the same place
     assert times(Path("runs"), "*.npz") == kept  # no feature is computed again
     assert "baseline" not in capsys.readouterr().out.split("measure ")[1].splitlines()[0]
     assert {row["measure"]: row["mean"] for row in rows_of(baseline / "results.csv")} == {
@@ -72,9 +72,9 @@ def test_every_encoder_that_saw_a_test_slide_is_refused(folder, capsys):
     last = run_of("dirl")
     leaking = run_of("cellback", images={"nests_3": 1})
     for compare in ("all", str(leaking)):
-        refused(capsys, eval_py.main, [*SET, "--checkpoint", str(last), "--compare", compare],
+        refused(capsys, eval_py.main, [*EVAL, "--checkpoint", str(last), "--compare", compare],
                 f"{leaking}/encoder.pt: was trained on 1 of these 2 test images")
-    refused(capsys, eval_py.main, [*SET, "--checkpoint", str(last), "--compare", "runs/gone"],
+    refused(capsys, eval_py.main, [*EVAL, "--checkpoint", str(last), "--compare", "runs/gone"],
             "--compare runs/gone", "is missing")
     assert not list(Path("runs").rglob("features"))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from synthetic import SmallHead, refused, rows_of, tissue
 from test_processes import same_run
-from test_train import FOLDER
+from tiny_flags import FOLDER
 
 import dirl
 import train

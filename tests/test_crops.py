@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from synthetic import discs, prepared, refused, saved, tissue, write, write_table
 from test_segment import NUCLEI
-from test_train import CPU, SMALL
+from tiny_flags import CPU, SMALL
 
 import data
 import eval as eval_py

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from synthetic import SmallHead, rows_of
+from tiny_flags import SET
 
 import data
 import dirl
@@ -19,10 +20,8 @@ from common.files import load_tensors
 
 cuda = pytest.mark.cuda
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
-         "--batch", "2", "--epochs", "2", "--warmup-epochs", "1", "--out-dim", "64",
+FLAGS = [*SET, "--batch", "2", "--epochs", "2", "--warmup-epochs", "1", "--out-dim", "64",
          "--disentangled-dim", "32", "--local-crops", "2", "--drop-path", "0", "--precision", "fp32"]
-
 
 VIEWS = data.Augmentation(2, global_size=96, local_size=48)
 
@@ -139,7 +138,7 @@ def test_an_epoch_resumes_on_cuda_and_its_encoder_is_evaluated(place, folder, me
     assert a == b == 6
     features = {}
     for device in ("cpu", "cuda"):
-        assert eval_py.main([*FLAGS[:10], "--checkpoint", "runs/whole", "--device", device, "--repeats", "1",
+        assert eval_py.main([*SET, "--checkpoint", "runs/whole", "--device", device, "--repeats", "1",
                              "--epochs", "3"]) == 0
         features[device] = {row["measure"]: float(row["mean"])
                             for row in rows_of(place / "runs" / "whole" / "results.csv")}

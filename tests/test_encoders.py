@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from synthetic import D, arrays_of, refused, rows_of, saved, tissue, write, write_table
-from test_eval import CPU, SET, TINY, make_folder, run_folder
+from test_eval import TINY, make_folder, run_folder
+from tiny_flags import CPU, SET
 
 import eval as eval_py
 from common.encoders import MEAN, STD, attention_of, normalize, open_encoder, random_encoder, save_encoder

@@ -21,6 +21,7 @@ from synthetic import (
     write,
     write_table,
 )
+from tiny_flags import CPU, SET
 
 import dirl
 import eval as eval_py
@@ -35,8 +36,6 @@ from wsi.splits import find_data
 
 pytestmark = pytest.mark.usefixtures("alone", "blank_figures")
 
-CPU = ["--device", "cpu", "--workers", "1"]
-SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU]
 STATS = ((0.7, 0.5, 0.7), (0.2, 0.2, 0.2))  # of an encoder's pixels; not ImageNet's
 TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
 from synthetic import refused, replace, rows_of, slides_named, tcga, write_table
-from test_train import FOLDER, SET
+from tiny_flags import FOLDER, SET
 
 import eval as eval_py
 import train

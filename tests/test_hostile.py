@@ -11,6 +11,7 @@ import pytest
 import tifffile
 import torch
 from synthetic import discs, prepared, refused, saved, svs, tissue, write
+from tiny_flags import CPU, SMALL
 
 import data
 import eval as eval_py
@@ -26,10 +27,6 @@ from wsi.sanity import nucleus_size
 from wsi.splits import find_data
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1",
-       "--warmup-epochs", "0", "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0",
-       "--global-size", "32", "--workers", "1", "--device", "cpu",
-       "--arch", "vit_t4", "--method", "baseline"]
 
 
 # ---------------------------------------------------------------- folders and labels.csv
@@ -77,12 +74,12 @@ def test_all_slides_without_um_per_px_are_the_reason_that_is_given(place, capsys
     write(place / "in" / "labels.csv", "slide,label,split\ngood,A,train\nother,B,test\n")
     slides_folder = place / "in" / "slides"
     slides_folder.joinpath("other.svs").write_bytes(b"")
-    refused(capsys, train.main, [*RUN[:4], "--device", "cpu", "--workers", "1"], "good.png: no um/px")
+    refused(capsys, train.main, [*SMALL[:4], *CPU], "good.png: no um/px")
 
 
 def test_names_are_printed_escaped(place, capsys):
     write(place / "in" / "slides" / "a\n\x1b[31mb.png", "no image")
-    assert train.main(RUN) == 1
+    assert train.main(SMALL) == 1
     out = capsys.readouterr().out
     assert "a\\n\\x1b[31mb.png" in out and "\x1b[31m" not in out
     assert printable("ünïcödé №1\t") == "ünïcödé №1\\t"
@@ -106,7 +103,7 @@ def test_um_per_px_of_labels_csv_count_slide_by_slide(place, capsys):
     assert len(Crops(found, ["a"])) == 4 and Crops(found, ["a"]).cells(0).shape != inside.shape
     for text in ("0", "x", "1e9", "nan"):
         write(table, f"slide,label,split,mpp\na,A,train,{text}\ngood,B,test,\n")
-        refused(capsys, train.main, RUN[:4], "line 2", f"mpp {text!r}")
+        refused(capsys, train.main, SMALL[:4], "line 2", f"mpp {text!r}")
 
 
 def test_a_slide_of_too_many_px_is_skipped_and_the_limit_is_named(place):
@@ -151,12 +148,12 @@ def test_what_no_he_slide_looks_like_is_reported(place, capsys, blank_figures):
 # ---------------------------------------------------------------- our own files, damaged
 
 def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
-    assert train.main([*RUN, "--max-steps", "1"]) == 0
+    assert train.main([*SMALL, "--max-steps", "1"]) == 0
     run = place / "runs" / "in_vit_t4_baseline"
     checkpoint, encoder = (load_tensors(run / name) for name in ("checkpoint.pt", "encoder.pt"))
     for change in ({"step": -3}, {"step": None}, {"student": {}}, {"teacher": 3}):
         save_tensors(run / "checkpoint.pt", checkpoint | change)
-        refused(capsys, train.main, RUN, "checkpoint.pt", "delete it")
+        refused(capsys, train.main, SMALL, "checkpoint.pt", "delete it")
     weights = encoder["encoder"]
     nan = weights | {"norm.bias": weights["norm.bias"] * float("nan")}
     for change in ({"encoder": {}}, {"arch": "vit_s"}, {"encoder": nan}, {"arch": "vit_9"}):
@@ -170,7 +167,7 @@ def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
     for text in ("[]", "[" * 100_000, ""):
         save_tensors(run / "checkpoint.pt", checkpoint)
         (run / "config.json").write_text(text)
-        refused(capsys, train.main, RUN, "config.json")
+        refused(capsys, train.main, SMALL, "config.json")
 
 
 def test_what_can_be_made_again_is(place):
@@ -191,11 +188,11 @@ def test_what_can_be_made_again_is(place):
 
 def test_a_log_with_other_bytes_in_it_is_no_harm(place):
     saved(place / "in" / "slides" / "more.png", array=tissue(seed=3))
-    assert train.main([*RUN, "--max-steps", "1"]) == 0
+    assert train.main([*SMALL, "--max-steps", "1"]) == 0
     log = place / "runs" / "in_vit_t4_baseline" / "log.csv"
     with open(log, "ab") as file:
         file.write("²,0,1\n".encode() + b"\xff\x00\n")
-    assert train.main(RUN) == 0 and len(log.read_text().splitlines()) == 3
+    assert train.main(SMALL) == 0 and len(log.read_text().splitlines()) == 3
 
 
 def test_temporary_files_of_dead_processes_are_removed(tmp_path):
@@ -212,24 +209,24 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
 
 
 def test_a_run_in_use_is_refused(place, capsys):
-    assert train.main([*RUN, "--max-steps", "1"]) == 0
+    assert train.main([*SMALL, "--max-steps", "1"]) == 0
     code = ("import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
             "print(1, flush=True); input()")
     lock = place / "runs" / "in_vit_t4_baseline" / ".lock"
     holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE)
     holder.stdout.readline()
-    refused(capsys, train.main, RUN, "another train.py")
+    refused(capsys, train.main, SMALL, "another train.py")
     holder.kill()  # a dead process holds no lock
     holder.communicate()
-    assert train.main(RUN) == 0
+    assert train.main(SMALL) == 0
 
 
 # ---------------------------------------------------------------- terminals and memory
 
 def test_training_outlives_its_terminal_and_hangup_saves(place):
     read, write_end = os.pipe()
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *RUN, "--epochs", "500"],
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *SMALL, "--epochs", "500"],
                                stdout=write_end, stderr=write_end)
     os.close(write_end)
     os.read(read, 10)
@@ -248,10 +245,10 @@ def test_out_of_memory_names_the_flag(place, capsys, monkeypatch):
     def full(*args, **kw):
         return torch.empty(1 << 60)
     monkeypatch.setattr(train, "start_encoder", full)
-    assert train.main(RUN) == 1
+    assert train.main(SMALL) == 1
     assert "lower --batch" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("device", ["meta", "mps"])
 def test_devices_that_are_not_supported(place, capsys, device):
-    refused(capsys, train.main, [*RUN[:4], "--device", device], "cpu and cuda only")
+    refused(capsys, train.main, [*SMALL[:4], "--device", device], "cpu and cuda only")

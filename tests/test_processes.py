@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic import refused, rows_of, times
+from tiny_flags import FOLDER, SET
 
 import data
 import eval as eval_py
@@ -18,10 +19,7 @@ from experiments import compare
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1",
-         "--device", "cpu", "--arch", "vit_t4", "--batch", "2", "--epochs", "3", "--warmup-epochs", "1",
-         "--out-dim", "32", "--disentangled-dim", "16", "--local-crops", "1", "--global-size", "96",
-         "--local-size", "32", "--drop-path", "0", "--precision", "fp32"]
+FLAGS = [*FOLDER, "--epochs", "3", "--local-size", "32", "--drop-path", "0", "--precision", "fp32"]
 
 
 def same_run(one, other):
@@ -97,10 +95,9 @@ def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
 
 
 def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder, capsys):
-    common = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", "--workers", "1"]
     before = {}
     for shard in ("0/2", "1/2"):
-        assert data.main(["prepare", *common, "--shard", shard]) == 0
+        assert data.main(["prepare", *SET[:-2], "--shard", shard]) == 0
         now = times(place / "datasets" / "tiny_set", "c*/**/*")
         assert before.items() <= now.items() and len(now) == len(before) + 4 * 3  # tile, its origin, cells
         before = now
@@ -108,7 +105,7 @@ def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder
     run = place / "runs" / "tiny_set_vit_t4_dirl"
     save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
                  data="tiny_set", mpp=2.0, step=1, trained_on=trained_on)
-    test = [*common, "--device", "cpu", "--repeats", "1", "--epochs", "1"]
+    test = [*SET, "--repeats", "1", "--epochs", "1"]
     assert eval_py.main([*test, "--shard", "0/2"]) == 0 and len(times(run / "features")) == 4
     assert eval_py.main([*test, "--shard", "1/2"]) == 0
     written = times(run / "features")

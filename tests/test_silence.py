@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic import prepared, refused, saved, slides_named, times, tissue, write, write_table
-from test_train import CPU, FOLDER, SET
+from tiny_flags import FOLDER, SET, SMALL
 
 import data
 import dirl
@@ -124,9 +124,7 @@ def test_cells_outside_of_ready_cut_crops_are_reported(place, capsys):
         write_table(place / "c" / "cells" / f"{name}.csv", "x,y", ["1000,1000", "2000,30", "5,5"])
     assert data.main(["check", "--data", "c", "--mpp", "1", "--workers", "1"]) == 1
     assert "2 of 3 cells lie outside of the crop" in capsys.readouterr().out
-    assert train.main(["--data", "c", "--mpp", "1", "--arch", "vit_t4", "--batch", "2", "--epochs", "1",
-                       "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0", "--global-size",
-                       "32", "--max-steps", "1", *CPU]) == 0
+    assert train.main([*SMALL, "--data", "c", "--batch", "2", "--method", "dirl", "--max-steps", "1"]) == 0
     assert "2 cells in 2 crops" in (out := capsys.readouterr().out) and "4 more cells lie outside" in out
 
 

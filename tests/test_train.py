@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from synthetic import Evil, arrays_of, refused, replace, rows_of, saved, times, tissue, write, write_table
+from tiny_flags import FOLDER, SET, SMALL
 
 import dirl
 import eval as eval_py
@@ -31,14 +32,6 @@ from experiments import benchmark, compare, curves
 from wsi import cache
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = ["--workers", "1", "--device", "cpu"]
-SET = ["--data", "tiny set", "--mpp", "2", "--slide-mpp", "1", "--tissue", "0.3", *CPU]
-FOLDER = [*SET, "--arch", "vit_t4", "--batch", "2", "--epochs", "2", "--warmup-epochs", "1",
-          "--out-dim", "32", "--disentangled-dim", "16", "--local-crops", "1", "--global-size", "96",
-          "--local-size", "48"]
-SMALL = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--batch", "1", "--epochs", "1", *CPU,
-         "--warmup-epochs", "0", "--out-dim", "8", "--disentangled-dim", "8", "--local-crops", "0",
-         "--global-size", "32", "--arch", "vit_t4", "--method", "baseline"]
 
 
 @pytest.mark.parametrize("argv", [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from synthetic import saved, tissue, write_table
+from tiny_flags import FOLDER, SET
 
 import train
 
@@ -15,10 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
            for folder in (".", "common", "wsi", "demo", "experiments", "lab")
            for path in sorted((ROOT / folder).glob("*.py" if folder == "." else "**/*.py"))]
-DATA = ["--data", "in", "--mpp", "1", "--slide-mpp", "1", "--device", "cpu", "--workers", "1"]
-TRAIN = [*DATA, "--arch", "vit_t4", "--batch", "4", "--epochs", "1", "--warmup-epochs", "0", "--out-dim", "8",
-         "--disentangled-dim", "8", "--local-crops", "0", "--global-size", "32"]
-EVAL = [*DATA, "--repeats", "1", "--epochs", "1"]
 
 
 def ours():
@@ -45,17 +41,12 @@ def windows(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:only soft file lock")
-def test_every_module_imports_and_a_run_is_trained_and_evaluated(place, windows, capsys):
-    rows = []
-    for i, split in enumerate(("train", "train", "val", "val", "test", "test")):
-        saved(place / "in" / "slides" / f"{i}.png", array=tissue(224, seed=i))
-        rows.append(f"{i},{'AB'[i % 2]},{split}")
-    (place / "in" / "slides" / "good.png").unlink()
-    write_table(place / "in" / "labels.csv", "slide,label,split", rows)
+def test_every_module_imports_and_a_run_is_trained_and_evaluated(folder, windows, capsys):
     modules = {name: importlib.import_module(name) for name in MODULES}
     assert modules["train"] is not train and modules["common.checkpoint"].FileLock is not FileLock
-    assert modules["train"].main(TRAIN) == 0
-    assert modules["train"].main(TRAIN) == 0  # it finds its lock released and its work done
-    assert modules["eval"].main(EVAL) == 0
+    argv = [*FOLDER, "--epochs", "1", "--warmup-epochs", "0"]
+    assert modules["train"].main(argv) == 0
+    assert modules["train"].main(argv) == 0  # it finds its lock released and its work done
+    assert modules["eval"].main([*SET, "--repeats", "1", "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
     assert "nothing was trained" in printed and "slide accuracy" in printed
