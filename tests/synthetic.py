@@ -12,6 +12,7 @@ import tifffile
 from PIL import Image
 
 import dirl
+from common.encoders import MEAN, STD, random_encoder, save_encoder
 from prior import STAINS
 from wsi.cache import prepare
 from wsi.splits import find_data
@@ -205,6 +206,15 @@ def refused(capsys, main, argv, *says):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(word in error for word in says), error
+
+
+def untrained_run(run, method="dirl", data="x", mpp=2.0, images=(), seed=0, stats=(MEAN, STD), **about):
+    """A run of a random encoder that is said to have seen these images of a data set; returns its folder."""
+    trained_on = {"data": data, "images": dict(images), "patients": []}
+    about = {"arch": "vit_t4", "step": 0, "trained_on": trained_on} | about
+    encoder = random_encoder("vit_t4", seed, *stats)
+    save_encoder(Path(run, "encoder.pt"), encoder, method=method, data=data, mpp=mpp, **about)
+    return Path(run)
 
 
 D = 64  # of small_vit

@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from synthetic import SmallHead, arrays_of, refused, rows_of, saved, write, write_one_px, write_table
+from synthetic import (
+    SmallHead,
+    arrays_of,
+    refused,
+    rows_of,
+    saved,
+    untrained_run,
+    write,
+    write_one_px,
+    write_table,
+)
 
 import dirl
 import eval as eval_py
 import train
 from common.bags import read_dsmils
-from common.encoders import MEAN, STD, inputs_of, load_encoder, random_encoder, save_encoder
+from common.encoders import MEAN, STD, inputs_of, load_encoder, random_encoder
 from common.errors import InputError
 from common.figures import NETWORK_COLORS, network_colors
 from common.files import file_stamp
@@ -66,9 +76,7 @@ def here(made, monkeypatch):
 
 def make_seen(here, slide):
     """elsewhere/seen: a run whose encoder "saw" a slide, with features as if it had made them."""
-    run, seen = here / "elsewhere/seen", {"data": "tiny", "images": {slide: 1}, "patients": []}
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="tiny", mpp=2.0, step=0, trained_on=seen)
+    run = untrained_run(here / "elsewhere/seen", data="tiny", images={slide: 1})
     (run / "features").mkdir(exist_ok=True)
     for path in (here / ONE / "features").glob("*.npz"):
         values = arrays_of(path) | {"encoder": np.array(file_stamp(run / "encoder.pt"))}
@@ -412,10 +420,7 @@ def test_captions_say_where_crops_are_of_training_and_have_no_labels(here, capsy
 
 def run_with_prior(here, name, prior, method="dirl", data="tiny"):
     """elsewhere/<name>: a run that learned from the cells of a segmenter, but from no image."""
-    run = here / "elsewhere" / name
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method=method,
-                 ssl=None, data=data, mpp=2.0, step=0,
-                 trained_on={"data": data, "images": {}, "patients": []})
+    run = untrained_run(here / "elsewhere" / name, method, data, ssl=None)
     write(run / "config.json", {"prior": prior, "method": method, "data": data})
     return f"elsewhere/{name}"
 

@@ -7,23 +7,15 @@ import pytest
 import torch
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
-from synthetic import refused, rows_of, saved, write
+from synthetic import refused, rows_of, saved, untrained_run, write
 from test_encoders import by_hand, class_token_file
 
 import dirl
-from common.encoders import MEAN, STD, attention_of, normalize, random_encoder, save_encoder
+from common.encoders import MEAN, STD, attention_of, normalize, random_encoder
 from common.errors import InputError
 from experiments.figures import attention, outlines, shared
 
 SQUARE = [[10, 20], [110, 20], [110, 220], [10, 220], [10, 20]]
-
-
-def run_folder(path):
-    """A run of an untrained encoder that has seen no image."""
-    save_encoder(Path(path, "encoder.pt"), random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4",
-                 method="dirl", data="x", mpp=2.0, step=0,
-                 trained_on={"data": "x", "images": {}, "patients": []})
-    return path
 
 
 # ---------------------------------------------------------------- outlines (Fig. 12)
@@ -61,7 +53,7 @@ def test_outlines_have_the_class_of_the_annotation_and_count_from_qupaths_corner
 
 
 def test_outlines_are_drawn_in_their_colors_on_crops_and_attention(folder, capsys, monkeypatch):
-    run = run_folder("runs/a")
+    run = str(untrained_run("runs/a"))
     write(Path("marked/nests_3.png - Series 0.geojson"), collection(
         annotation("Tumor"), annotation("Lymphocytes", coordinates=[np.add(SQUARE, 150).tolist()]),
         annotation("Necrosis", coordinates=[np.add(SQUARE, 600).tolist()])))  # not in the tile
@@ -110,7 +102,7 @@ def test_a_class_tokens_row_is_next_to_the_aggregated_attention(tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     state = class_token_file(Path("dino.pth"))
     saved(Path("p.jpg"), array=np.random.default_rng(0).integers(0, 255, (80, 64, 3), np.uint8))
-    argv = ["picture", "p.jpg", "--checkpoint", "DINO=dino.pth", f"Ours={run_folder('runs/a')}",
+    argv = ["picture", "p.jpg", "--checkpoint", "DINO=dino.pth", f"Ours={untrained_run('runs/a')}",
             "--device", "cpu", "--seed", "3", "--out", "f.png"]
     assert attention.main([*argv, "--arch", "vit_t4"]) == 0
     assert Path("f.png").stat().st_size > 10_000

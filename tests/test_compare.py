@@ -3,11 +3,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-from synthetic import refused, rows_of, times, write, write_table
+from synthetic import refused, rows_of, times, untrained_run, write, write_table
 from tiny_flags import SET
 
 import eval as eval_py
-from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.networks import files_of, named
 from experiments import table
 
@@ -16,11 +15,10 @@ EVAL = [*SET, "--repeats", "2", "--epochs", "2", "--overlays", "1"]
 
 def run_of(method, seed=0, finished=True, folder=None, images=()):
     """A run of "tiny set" with an encoder that was never trained."""
-    run = Path(folder or f"runs/tiny_set_vit_t4_{method}")
-    about = {"arch": "vit_t4", "method": method, "data": "tiny_set", "mpp": 2.0}
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", seed, MEAN, STD), step=3, ssl="dino", **about,
-                 trained_on={"data": "tiny_set", "images": dict(images), "patients": []})
-    write(run / "config.json", about | {"seed": 0, "epochs": 3, "crops": 4, "batch": 4})
+    run = untrained_run(folder or f"runs/tiny_set_vit_t4_{method}", method, "tiny_set", images=images,
+                        seed=seed, step=3, ssl="dino")
+    write(run / "config.json", {"arch": "vit_t4", "method": method, "data": "tiny_set", "mpp": 2.0, "seed": 0,
+                                "epochs": 3, "crops": 4, "batch": 4})
     loss = "loss_f" if method == "baseline" else "loss_c"
     write_table(run / "log.csv", f"step,epoch,loss,{loss},ln_out_dim",
                 [f"{step},{step},1,{step},3" for step in range(3 if finished else 2)])

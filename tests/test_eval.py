@@ -18,6 +18,7 @@ from synthetic import (
     replace,
     rows_of,
     times,
+    untrained_run,
     write,
     write_table,
 )
@@ -26,7 +27,6 @@ from tiny_flags import CPU, SET
 import dirl
 import eval as eval_py
 from common import classify, export, metrics
-from common.encoders import random_encoder, save_encoder
 from common.files import save_tensors
 from common.metrics import area_under, auc, bootstrap, macro_f1
 from wsi.cache import prepare_cells, ready_cells
@@ -42,11 +42,7 @@ TINY = [*CPU, "--folds", "2", "--epochs", "1", "--batch", "4"]
 
 def run_folder(name="runs/tiny_vit_t4_dirl", seed=0):
     """A run with an encoder.pt that was never trained, normalized by other statistics than ImageNet's."""
-    encoder = random_encoder("vit_t4", seed, *STATS)
-    save_encoder(Path(name) / "encoder.pt", encoder, arch="vit_t4", method="dirl",
-                 data="tiny_set", mpp=2.0, step=0,
-                 trained_on={"data": "tiny_set", "images": {}, "patients": []})
-    return Path(name)
+    return untrained_run(name, data="tiny_set", seed=seed, stats=STATS)
 
 
 def make_folder(root="given", per_class=8):

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score, roc_auc_score
-from synthetic import refused, replace, rows_of, slides_named, tcga, write_table
+from synthetic import refused, replace, rows_of, slides_named, tcga, untrained_run, write_table
 from tiny_flags import FOLDER, SET
 
 import eval as eval_py
 import train
-from common.encoders import MEAN, STD, load_encoder, random_encoder, save_encoder
+from common.encoders import load_encoder
 from common.errors import InputError
 from common.files import read_json
 from experiments import study
@@ -233,10 +233,7 @@ def test_folds_test_every_slide_once_and_keep_patients_whole(place, count):
 
 def test_eval_folds_end_to_end(place, folder, capsys):
     """Eight slides, three folds: the mean, the sd and each fold's values from the predictions, by hand."""
-    run = place / "runs/foreign"
-    record = {"data": "elsewhere", "images": {}, "patients": []}
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="elsewhere", mpp=2.0, step=0, trained_on=record)
+    run = untrained_run(place / "runs/foreign", data="elsewhere")
     argv = [*EVAL, "--checkpoint", str(run), "--compare", "random"]
     refused(capsys, eval_py.main, [*argv, "--folds", "3", "--export", "clam"], "--export", "--folds")
     assert eval_py.main([*argv, "--folds", "3"]) == 0

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from synthetic import arrays_of, refused, rows_of, write, write_one_px
+from synthetic import arrays_of, refused, rows_of, untrained_run, write, write_one_px
 from test_encoders import class_token_file
 
 import eval as eval_py
 import mil
 from common import networks
 from common.bags import DSMILSettings, train_each, warn_of_few_slides, write_bag
-from common.encoders import MEAN, STD, random_encoder, results_folder, save_encoder
+from common.encoders import results_folder
 from common.files import file_stamp, save_tensors
 
 HOW = ["--slide-mpp", "1", "--tissue", "0.3", "--device", "cpu", "--workers", "1"]
@@ -24,12 +24,6 @@ RUN = Path("runs/labelled_vit_t4_dirl")
 MEASURE = ["--data", "labelled", "--mpp", "2", *HOW, "--overlays", "1", "--epochs", "3", "--checkpoint",
            str(RUN)]
 NEW = ["predict", "--data", "new", *HOW, "--checkpoint", str(RUN)]
-
-
-def encoder_file(seed=0, images=()):
-    save_encoder(RUN / "encoder.pt", random_encoder("vit_t4", seed, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="labelled", mpp=2.0, step=1,
-                 trained_on={"data": "labelled", "images": dict(images), "patients": []})
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +35,7 @@ def made(ten, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(Figure, "savefig", write_one_px)
-        encoder_file()
+        untrained_run(RUN, data="labelled")
         assert eval_py.main([*MEASURE, "--repeats", "2", "--standardize"]) == 0
     return place
 
@@ -99,7 +93,7 @@ def test_predicting_changes_no_result_and_names_what_was_trained_on(measured, ca
     got = {row["slide"]: row["nests"] for row in rows_of(RUN / "predicted/predictions.csv")}
     assert len(got) == 10 and table.items() <= got.items()
     info = json.loads(Path("datasets/labelled/crops/2um/nests_0.json").read_text())
-    encoder_file(images={"nests_0": info["file_hash"]})
+    untrained_run(RUN, data="labelled", images={"nests_0": info["file_hash"]})
     assert eval_py.main([*MEASURE, "--repeats", "1"]) == 0
     assert [path.name for path in RUN.glob("dsmil_*")] == ["dsmil_0.pt"]  # and none of before
     assert torch.load(RUN / "dsmil_0.pt", weights_only=True)["mean"] is None
@@ -140,7 +134,7 @@ def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
     assert eval_py.main([*MEASURE[:-2], *weights, "--repeats", "1"]) == 0
     assert eval_py.main([*NEW[:-2], *weights, "--dsmil", "runs/labelled_dino"]) == 0
     assert len(rows_of(Path("runs/new_dino/predicted/predictions.csv"))) == 4
-    encoder_file(seed=1)  # trained again since
+    untrained_run(RUN, data="labelled", seed=1)  # trained again since
     refused(capsys, eval_py.main, NEW, "dsmil_0.pt", f"another encoder than {RUN}/encoder.pt")
     for path in RUN.glob("dsmil_*"):
         path.unlink()

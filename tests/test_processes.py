@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import refused, rows_of, times
+from synthetic import refused, rows_of, times, untrained_run
 from tiny_flags import FOLDER, SET
 
 import data
 import eval as eval_py
 import train
-from common.encoders import MEAN, STD, random_encoder, save_encoder
 from common.files import load_tensors
 from experiments import compare
 
@@ -101,10 +100,7 @@ def test_shards_divide_the_slides_and_touch_no_file_of_one_another(place, folder
         now = times(place / "datasets" / "tiny_set", "c*/**/*")
         assert before.items() <= now.items() and len(now) == len(before) + 4 * 3  # tile, its origin, cells
         before = now
-    trained_on = {"data": "tiny_set", "images": {}, "patients": []}
-    run = place / "runs" / "tiny_set_vit_t4_dirl"
-    save_encoder(run / "encoder.pt", random_encoder("vit_t4", 0, MEAN, STD), arch="vit_t4", method="dirl",
-                 data="tiny_set", mpp=2.0, step=1, trained_on=trained_on)
+    run = untrained_run(place / "runs" / "tiny_set_vit_t4_dirl", data="tiny_set")
     test = [*SET, "--repeats", "1", "--epochs", "1"]
     assert eval_py.main([*test, "--shard", "0/2"]) == 0 and len(times(run / "features")) == 4
     assert eval_py.main([*test, "--shard", "1/2"]) == 0

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from synthetic import prepared, refused, saved, slides_named, times, tissue, write, write_table
+from synthetic import prepared, refused, saved, slides_named, times, tissue, untrained_run, write, write_table
 from tiny_flags import FOLDER, SET, SMALL
 
 import data
-import dirl
 import eval as eval_py
 import train
-from common.encoders import MEAN, STD, save_encoder
 from common.errors import InputError
 from common.figures import draw_maps, save_figure
 from common.files import read_csv
@@ -162,9 +160,6 @@ def test_a_run_that_cannot_be_written_is_refused_before_slides_are_cut(place, fo
 
 
 def test_another_um_per_px_than_the_encoders_is_reported(place, capsys):
-    encoder = dirl.ARCHS["vit_t4"](mean=MEAN, std=STD)
-    trained_on = {"data": "x", "images": {}, "patients": []}
-    save_encoder(place / "e.pt", encoder, arch="vit_t4", method="dirl", data="x", mpp=2.0, step=1,
-                 trained_on=trained_on)
-    eval_py.open_networks(eval_py.slides_arguments(["--data", "in", "--checkpoint", "e.pt", "--mpp", "1"]))
-    assert "e.pt: was trained at 2 um/px and is measured at 1" in capsys.readouterr().out
+    untrained_run("e")
+    eval_py.open_networks(eval_py.slides_arguments(["--data", "in", "--checkpoint", "e", "--mpp", "1"]))
+    assert "e/encoder.pt: was trained at 2 um/px and is measured at 1" in capsys.readouterr().out
