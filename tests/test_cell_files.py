@@ -145,11 +145,8 @@ def test_crops_have_their_files_beside_each_other(place):
     assert "match no crop and are not read: 2 (b.c.csv, sub/other.csv);" in line
 
 
-def test_check_and_the_start_of_training_name_them_once(place, capsys):
+def test_the_start_of_training_names_them_once(place, capsys):
     write(place / "in" / "cells" / "goood.geojson", POINT)
-    assert data.main(["check", "--data", "in", "--slide-mpp", "1", "--workers", "1"]) == 1
-    out = capsys.readouterr().out
-    assert out.count("goood.geojson") == 1 and "the built-in detector" not in out
     assert train.main([*SMALL, "--method", "cellback"]) == 0
     warned = [line for line in capsys.readouterr().out.splitlines() if "goood" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: in/cells: files that match no slide")

@@ -59,11 +59,9 @@ def test_a_dicom_series_is_one_slide_named_by_its_folder(tmp_path):
 
 
 def test_files_that_a_run_cannot_use_are_listed_and_the_others_go_on(place):
-    long = "x" * 246 + ".png"
-    saved(place / "in" / "slides" / long)
     write(place / "in" / "slides" / "postscript.png", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     found, failed = prepared()
-    assert len(failed) == 2 and "postscript.png" in failed[0] and "more than 200 bytes" in failed[1]
+    assert len(failed) == 1 and "postscript.png" in failed[0]
     assert len(Crops(found, ["good"])) == 1
     saved(place / "c" / "crops" / "a.png")
     os.mkfifo(place / "c" / "crops" / "b.png")
@@ -164,7 +162,7 @@ def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
     with pytest.raises(InputError, match="encoder.pt"):
         load_encoder(run / "encoder.pt")
     (run / "checkpoint.pt").unlink()
-    for text in ("[]", "[" * 100_000, ""):
+    for text in ("[]", "[" * 100_000, "", "{"):
         save_tensors(run / "checkpoint.pt", checkpoint)
         (run / "config.json").write_text(text)
         refused(capsys, train.main, SMALL, "config.json")

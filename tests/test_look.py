@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from PIL import Image
 from synthetic import discs, prepared, refused, saved, svs, tissue, write, write_table
+from test_coordinates import hovernet, write_xy
 from test_pixels import png16
 from test_slide_files import dicom
 
@@ -80,10 +81,6 @@ GLASS = np.pad(nuclei_slide(), ((0, 0), (600, 0), (0, 0)), constant_values=245) 
 ON_GLASS = GRID + (600, 0)  # its nuclei
 
 
-def write_cells(path, xy):
-    write(path, "x,y\n" + "".join(f"{x},{y}\n" for x, y in xy))
-
-
 LONG = "long" * 51
 
 
@@ -130,22 +127,22 @@ def with_damaged_cells(folder):
 
 def with_cells_exchanged(folder):
     saved(folder / "slides" / "swapped.png", array=GLASS)
-    write_cells(folder / "cells" / "swapped.csv", ON_GLASS[:, ::-1])
+    write_xy(folder / "cells" / "swapped.csv", ON_GLASS[:, ::-1])
 
 
 def with_cells_in_um(folder):
     saved(folder / "slides" / "micrometres.png", array=GLASS)
-    write_cells(folder / "cells" / "micrometres.csv", ON_GLASS * 0.5)
+    write_xy(folder / "cells" / "micrometres.csv", ON_GLASS * 0.5)
 
 
 def with_cells_of_no_slide(folder):
-    write_cells(folder / "cells" / "nobody.geojson", GRID)
+    write_xy(folder / "cells" / "nobody.geojson", GRID)
 
 
 def with_two_files_of_cells(folder):
     saved(folder / "slides" / "doubled.png", array=nuclei_slide())
     for ending in ("csv", "tsv"):
-        write_cells(folder / "cells" / f"doubled.{ending}", GRID)
+        write_xy(folder / "cells" / f"doubled.{ending}", GRID)
 
 
 def with_a_mask_of_8_bits(folder):
@@ -158,8 +155,7 @@ def with_a_mask_of_8_bits(folder):
 
 def of_hovernet_without_a_power(folder):
     saved(folder / "slides" / "powerless.png", array=nuclei_slide())
-    nuclei = {str(i): {"centroid": point} for i, point in enumerate((2 * GRID).tolist())}
-    write(folder / "cells" / "powerless.json", {"mag": 40, "nuc": nuclei})
+    hovernet(folder / "cells" / "powerless.json", GRID, power=20, mag=40)
 
 
 FAULTS = [  # (builds it in a folder, the name that check prints, its words, mpp in labels.csv; None: no row)
