@@ -2,15 +2,10 @@
 
 Runs train.py's own loop with another recipe and writes the same files to runs/<data>_<arch>_<method>_<ssl>/;
 eval.py takes its encoder.pt like any other. The same command resumes. --accumulate and torchrun work as with
-train.py, except for BYOL and SimCLR.
+train.py, except for BYOL and SimCLR. docs/paper.md has the commands of Tables 3, 6, 8 and 9 and of Fig. 9.
 
-    Table 3     --ssl esvit --arch vit_s, --ssl selfpatch --arch vit_s
-    Table 6     --ssl dino --method baseline --arch vit_s --depth 13 [--heads 12 13]
-    Table 8     --ssl byol, --ssl simclr, each --method baseline, cellback, dirl
-    Table 9     --ssl imix
-    Fig. 9      --ssl lsup
-    controls    --ssl dino --heads 12 12: two heads on f; --depth 4: fewer blocks, for any method;
-                --ssl registers: four more tokens; --ssl evenness: a penalty on uneven attention
+Controls, not in the paper: --ssl dino --heads 12 12: two heads on f; --depth 4: fewer blocks, for any method;
+--ssl registers: four more tokens; --ssl evenness: a penalty on uneven attention.
 """
 import sys
 

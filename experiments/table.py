@@ -78,12 +78,6 @@ def read_runs(folder):
     return runs
 
 
-def defaults_of(config):
-    """Returns {flag: default} of experiments.compare for a config.json's data set, as JSON keeps them."""
-    flags = compare.arguments(["--data", config["data"], "--ssl", config.get("ssl", "dino")])
-    return json.loads(json.dumps(vars(flags)))
-
-
 def labels_of(runs):
     """Returns [label, ...]: "DiRL-T, BYOL", and the settings in which it differs from runs of its data set.
 
@@ -93,8 +87,9 @@ def labels_of(runs):
     configs = [config for _, config, _ in runs if "weights" not in config]  # another program's: no settings
     for folder, config, _ in runs:
         others = [other for other in configs if other["data"] == config["data"]]
-        default = defaults_of(config)
         ssl = config.get("ssl", "dino")
+        flags = compare.arguments(["--data", config["data"], "--ssl", ssl])
+        default = json.loads(json.dumps(vars(flags)))  # as config.json keeps them
         additions = [] if ssl == "dino" else [SSL.get(ssl, ssl)]
         for name, value in config.items():
             usual = default.get(name)

@@ -1,11 +1,9 @@
 """Where encoders look (1, 4.2, A.6): Fig. 4, 7 to 9 and 11, Fig. 5 and 12, Fig. 13, Fig. 1.
 
     python -m experiments.figures.attention distribution --checkpoint Baseline=RUN DiRL=RUN [--data demo]
-    python -m experiments.figures.attention overlay ...     crops with aggregated attention, bars of the bins
-    python -m experiments.figures.attention query ...       what single tokens attend to
     python -m experiments.figures.attention picture FILE --checkpoint DINO=FILE DiRL=RUN --arch vit_s
-                                                            two views of a picture, with a class token's row
 
+overlay and query are called like distribution; --help says what each draws.
 Each writes a picture and its numbers as CSV next to it. Whole slides: experiments/figures/heatmap.py.
 """
 import sys
