@@ -1,12 +1,11 @@
 """What every script does with a flag that it does not know: one line, exit code 2, nothing else."""
 import ast
 import importlib
-from pathlib import Path
 
 import pytest
 from synthetic import refused
+from test_shape import CODE, module_of
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {  # a command line of each script that is right but for its flags
     "train": [[], ["--data", "demo"]],
     "eval": [[], ["slides"], ["patches"]],
@@ -31,17 +30,14 @@ WITHOUT_FLAGS = {"prior", "lab.small"}
 CASES = [(script, argv) for script, lines in SCRIPTS.items() for argv in lines]
 
 
-def is_script(path):
+def is_script(tree):
     """Whether a file can be run: its last statement is `if __name__ == ...`."""
-    last = ast.parse(path.read_text()).body[-1]
+    last = tree.body[-1]
     return isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
 
 
 def test_every_script_is_tried():
-    folders = ("common", "wsi", "demo", "experiments", "lab")
-    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
-    files = [path.relative_to(ROOT) for path in paths]
-    scripts = {".".join(path.with_suffix("").parts) for path in files if is_script(ROOT / path)}
+    scripts = {module_of(file) for file, tree in CODE.items() if is_script(tree)}
     assert scripts - WITHOUT_FLAGS == SCRIPTS.keys()
 
 

@@ -11,6 +11,11 @@ CODE = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
         for path in [ROOT / name for name in METHOD] + [p for f in FOLDERS for p in (ROOT / f).rglob("*.py")]}
 
 
+def module_of(file):
+    """The name by which a file of CODE is imported."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
 def imported(tree):
     """(name of a module, node) of every import; `from a import b` is a.b where that is a module of ours."""
     for node in ast.walk(tree):

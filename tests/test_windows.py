@@ -3,18 +3,15 @@ import importlib
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from test_shape import CODE, module_of
 from tiny_flags import FOLDER, SET
 
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
-MODULES = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-           for folder in (".", "common", "wsi", "demo", "experiments", "lab")
-           for path in sorted((ROOT / folder).glob("*.py" if folder == "." else "**/*.py"))]
+MODULES = [module_of(file) for file in CODE]
 
 
 def ours():
