@@ -431,6 +431,7 @@ SHARDS = [*SHORT, "--drop-path", "0", "--max-steps", "4"]  # of three an epoch
 @pytest.mark.parametrize("argv", [["esvit"], ["selfpatch"], ["lsup"], ["dino", "--heads", "1", "2"],
                                   ["registers"], ["evenness"]])
 def test_a_batch_in_shards_is_the_batch(place, folder, argv):
+    """DiRL averages a region's loss shard by shard, which differs if the counts do."""
     argv = ["--ssl", *argv, *SHARDS]
     assert compare.main([*argv, "--run", "runs/one"]) == 0
     assert compare.main([*argv, "--run", "runs/shards", "--accumulate", "2"]) == 0

@@ -71,15 +71,6 @@ def test_two_processes_train_as_one_does_and_one_resumes(place, folder):
     same_run(place / "runs" / "esvit one", place / "runs" / "esvit two")
 
 
-def test_a_batch_in_shards_is_the_batch(place, folder, capsys):
-    """For the baseline; DiRL averages a region's loss shard by shard, which differs if the counts do."""
-    argv = [*FLAGS, "--method", "baseline", "--max-steps", "4"]
-    assert train.main([*argv, "--run", "runs/one"]) == 0
-    assert train.main([*argv, "--run", "runs/shards", "--accumulate", "2"]) == 0
-    same_run(place / "runs" / "one", place / "runs" / "shards")
-    refused(capsys, train.main, [*argv, "--accumulate", "3"], "--accumulate")
-
-
 def test_a_crops_views_do_not_depend_on_how_the_batch_is_divided():
     crops, cells = torch.randint(0, 256, (4, 3, 64, 64)).byte(), torch.rand(4, 5, 2) * 64
 

@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize("argv", [
     ["--batch", "0"], ["--lr", "nan"], ["--mpp", "nan"], ["--slide-mpp", "1e9"], ["--global-size", "100"],
     ["--warmup-epochs", "9", "--epochs", "9"], ["--max-steps", "0"], ["--local-scale", "0.5", "0.1"],
-    ["--device", "gpu"], ["--data", ""], ["--data", "in/slides/good.png"], ["--data", "lung"]])
+    ["--device", "gpu"], ["--accumulate", "3"], ["--data", ""], ["--data", "in/slides/good.png"],
+    ["--data", "lung"]])
 def test_bad_flags_are_reported_in_one_line(place, capsys, argv):
     says = "" if argv[0] == "--data" else argv[0]
     refused(capsys, train.main, ["--data", "in", "--mpp", "1", *argv], "train.py: ", says)
