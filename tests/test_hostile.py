@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from synthetic import discs, prepared, refused, saved, svs, tissue, write
+from synthetic import prepared, refused, saved, svs, tissue, write
+from test_look import nuclei_slide
 from tiny_flags import CPU, SMALL
 
 import data
@@ -113,15 +114,9 @@ def test_a_slide_of_too_many_px_is_skipped_and_the_limit_is_named(place):
     assert len(failed) == 1 and "sparse.tif" in failed[0] and "--max-gigapixels 40" in failed[0]
 
 
-def nuclei_of(diameter_um, mpp):
-    """A picture of round nuclei of that size, in a grid, at mpp um/px."""
-    centres = [(x, y) for x in range(12, 240, 24) for y in range(12, 240, 24)]
-    return discs(mpp, centres, 240, 240, diameter_um / 2)
-
-
 @pytest.mark.parametrize("diameter", [5, 8])
 def test_size_of_nuclei_and_its_scale(diameter):
-    image = nuclei_of(diameter, 0.5)
+    image = nuclei_slide(240, diameter)
     assert nucleus_size([image], 0.5) == pytest.approx(diameter, rel=0.15)
     assert nucleus_size([image], 1.0) == 2 * nucleus_size([image], 0.5)  # at twice the um/px
     assert np.isnan(nucleus_size([np.full((99, 99, 3), 255, np.uint8)], 0.5))
@@ -133,7 +128,7 @@ def test_what_no_he_slide_looks_like_is_reported(place, capsys, blank_figures):
         assert data.main(["look", name, "--mpp", "1", "--slide-mpp", mpp, "--workers", "1"]) == 0
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     image = np.full((900, 900, 3), 245, np.uint8)
-    image[:480, :480] = nuclei_of(7, 0.5)
+    image[:480, :480] = nuclei_slide(240)
     assert warned(image) == []
     assert "its nuclei measure 14" in warned(image, "1.0")[0]
     grey = (image * 0.7).astype(np.uint8)

@@ -30,10 +30,10 @@ SUGGESTED = re.compile(r"nuclei are ([\d.]+) px wide; at 7 um that is ([\d.]+) u
 
 
 @lru_cache
-def nuclei_slide(mpp=0.5, um=300):
-    """Nuclei of 7 um in a grid on eosin, uint8, at mpp um/px."""
+def nuclei_slide(um=300, diameter=7):
+    """Round nuclei of that diameter, um, in a grid on eosin, uint8, at 0.5 um/px."""
     centres = [(x, y) for x in range(12, um, 24) for y in range(12, um, 24)]
-    return discs(mpp, centres, um, um, 3.5)
+    return discs(0.5, centres, um, um, diameter / 2)
 
 
 # ---------------------------------------------------------------- um/px unknown
