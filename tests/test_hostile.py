@@ -149,7 +149,8 @@ def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
         refused(capsys, train.main, SMALL, "checkpoint.pt", "delete it")
     weights = encoder["encoder"]
     nan = weights | {"norm.bias": weights["norm.bias"] * float("nan")}
-    for change in ({"encoder": {}}, {"arch": "vit_s"}, {"encoder": nan}, {"arch": "vit_9"}):
+    for change in ({"encoder": {}}, {"arch": "vit_s"}, {"encoder": nan}, {"arch": "vit_9"},
+                   {"std": [0, 1, 1]}, {"mean": None}, {"std": [1]}):
         save_tensors(run / "encoder.pt", encoder | change)
         with pytest.raises(InputError, match="encoder.pt"):
             load_encoder(run / "encoder.pt")

@@ -398,11 +398,6 @@ def test_pixels_are_normalised_by_the_crops_own_statistics(place, capsys):
     assert about["mean"] == list(encoder.mean) != list(encoders.MEAN)
     torch.testing.assert_close(encoders.represent(encoder, images), encoder(normalize(
         images / 255, encoder.mean, encoder.std)).mean(1))
-    kept = load_tensors(run / "encoder.pt")
-    for damaged in ({"std": [0, 1, 1]}, {"mean": None}, {"std": [1]}):
-        save_tensors(run / "encoder.pt", kept | damaged)
-        with pytest.raises(InputError, match="mean and std"):
-            load_encoder(run / "encoder.pt")
 
 
 def test_a_run_from_init_starts_at_these_weights(place, capsys):
