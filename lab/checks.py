@@ -82,6 +82,8 @@ def tensor_of(value, shape, name):
 
 def tensors_of(values, shape, names):
     """Returns several values as tensors of one shape; Wrong if their number differs."""
+    if hasattr(values, "ndim") and values.ndim == len(shape) + 1:
+        values = list(values)  # a stacked tensor or array unpacks as a tuple does
     if not isinstance(values, (tuple, list)) or len(values) != len(names):
         count = len(values) if isinstance(values, (tuple, list)) else 1
         raise Wrong(f"your code returns {count} value{'s' * (count != 1)}; return {', '.join(names)}")
@@ -126,6 +128,9 @@ def wrong_priors(cells, box, flip):
     column = ((224 - x if flip else x) // 16).long()
     row = (y // 16).long()
     index = row * 14 + column
+    fix_column = ((224 - x if flip else x) / 16).trunc().long()  # as int() rounds
+    fix_row = (y / 16).trunc().long()
+    inside_int = (fix_column >= 0) & (fix_column < 14) & (fix_row >= 0) & (fix_row < 14)
     mirrored_crop = (224 - cells[:, 0] - left) / w * 224 if flip else x
     return {
         "the prior of a flipped view is not flipped": same(False),
@@ -147,6 +152,10 @@ def wrong_priors(cells, box, flip):
             true_prior(cells, box, flip, counts=True),
         "cells outside the view end up in other patches: skip those whose column or row is not in 0 to 13":
             marked(index[(index >= 0) & (index < 196)]),
+        "a cell up to one patch outside the view lands in row or column 0, since int() rounds -0.5 to 0; test "
+        "0 <= x < 224 and 0 <= y < 224 first":
+            marked((14 * fix_row + fix_column)[inside_int]),
+        "every view is flipped; flip only if flip is True": same(True),
         "cells outside the view are moved to its border; skip them":
             marked(row.clamp(0, 13) * 14 + column.clamp(0, 13)),
         "the flip mirrors the crop; it should mirror the view: 224 - x, after x was scaled to the view":
@@ -227,10 +236,16 @@ def pool(answer):
             raise Wrong(f"a view with {case}: the empty region should pool to zeros")
         if not close(f[1 - empty], tokens.mean(1)):
             raise Wrong(f"a view with {case}: the other region is not the mean of all its tokens")
+    mixed = torch.stack([torch.zeros(6), torch.ones(6)])
+    case = "one view without a cell, one of nothing but cells"
+    got = tensors_of(values_of(answer, {case: (tokens, mixed)})[case], (2, 5), ("f_c", "f_b"))
+    if not all(map(close, got, dirl.cell_back_pool(tokens, mixed))):
+        raise Wrong(f"a batch with {case}: decide for each view, not for the batch")
     leaf = tokens.clone().requires_grad_()
     empty = {"one empty region each": (leaf, torch.stack([torch.zeros(6), torch.ones(6)]))}
-    total = sum(f.sum() for f in values_of(answer, empty)["one empty region each"])
-    if not total.requires_grad:
+    pooled = values_of(answer, empty)["one empty region each"]
+    total = sum(f.sum() for f in pooled)
+    if not getattr(total, "requires_grad", False):
         raise Wrong("no gradient reaches the tokens, so an encoder would learn nothing: do not detach them")
     total.backward()
     if not leaf.grad.isfinite().all():
@@ -255,8 +270,8 @@ def compare_masks(case, got, want):
     """Wrong if the two masks of one view are not those wanted."""
     for mask, name in zip(got, ("M_self", "M_cross")):
         if mask.isnan().any():
-            raise Wrong(f"{name} has NaN: 0 x -inf is not a number, so a mask times -inf fails wherever the "
-                        "mask is 0; choose between 0 and -inf instead (torch.where, masked_fill)")
+            raise Wrong(f"{name} has NaN: 0 x -inf is not a number, nor is -inf + inf, so masks cannot "
+                        "be computed with -inf; choose between 0 and -inf instead (torch.where, masked_fill)")
         other = mask[(mask != 0) & (mask != -math.inf)]
         if len(other):
             raise Wrong(f"{name} has the value {other[0]:g}; only 0 and -inf are added to the logits")
@@ -306,6 +321,8 @@ def uniform_loss(answer):
         return [torch.tensor(terms_1 * one * log(k) + terms_2 * two * log(small))
                 for k, small, one, two in (paper, other)]
     want = losses(2, 4)
+    if abs(got[0] - want[0]) < 0.01 and not close(got[1], want[1]):
+        got[0] = want[0]  # 11.92 is the right number, rounded
     judge(got, want, {
         "use the natural logarithm, not base 2": losses(2, 4, math.log2),
         "use the natural logarithm, not base 10": losses(2, 4, math.log10),
@@ -347,12 +364,13 @@ def teacher_outputs(k, sharp, prototypes):
 
 @checked
 def diagnosis(answer):
-    """eleven sets of outputs are told apart, among them noisy ones that are uniform only nearly."""
+    """thirteen sets of outputs are told apart, among them noisy ones that are uniform only nearly."""
     torch.manual_seed(0)
     outputs = {}
     for k in (24, 64):
-        outputs[f"{k} outputs, all prototypes in use"] = ("healthy", teacher_outputs(k, 0.97, 16))
-        outputs[f"{k} outputs, half of the prototypes in use"] = ("healthy", teacher_outputs(k, 0.9, 8))
+        outputs[f"{k} outputs, 16 prototypes in use"] = ("healthy", teacher_outputs(k, 0.97, 16))
+        outputs[f"{k} outputs, 8 prototypes in use"] = ("healthy", teacher_outputs(k, 0.9, 8))
+        outputs[f"{k} outputs, four prototypes in use"] = ("healthy", teacher_outputs(k, 0.97, 4))
         noisy = (0.15 * torch.randn(16, k)).softmax(-1)
         outputs[f"{k} outputs, uniform up to noise"] = ("uniform", noisy)
         outputs[f"{k} outputs, one prototype"] = ("same output", teacher_outputs(k, 0.95, 1))
@@ -365,7 +383,8 @@ def diagnosis(answer):
             continue
         each = entropy(q).mean()
         mean = entropy(q.mean(0))
-        hint = "; floats are never compared with ==" if "noise" in case else ""
+        exact = values["24 outputs, exactly uniform"] == "uniform"  # but not the noisy ones
+        hint = "; leave a margin, and do not compare floats with ==" if "noise" in case and exact else ""
         raise Wrong(f"{case}: each {each:.2f} ln K, mean {mean:.2f} ln K: {name!r}, not "
                     f"{values[case]!r}{hint}")
 
@@ -406,6 +425,8 @@ def bins(answer):
     shares = ", ".join(f"{share:.2f}" for share in got)
     judge([got], [want], {
         "these are counts; return shares of all tokens": [want * values.numel()],
+        "these are divided by the number of crops, len(values); divide by that of tokens, values.numel()":
+            [want * values.shape[1]],
         "these are percentages; return shares, which sum to 1": [want * 100],
         "the shares are in another order; return 0 to 0.5, 0.5 to 2, over 2": [want.flip(0)]},
         f"{shares} for {values.tolist()}; each token belongs to one bin, and 0.5 and 2 themselves are in the "
