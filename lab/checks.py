@@ -128,9 +128,9 @@ def wrong_priors(cells, box, flip):
     column = ((224 - x if flip else x) // 16).long()
     row = (y // 16).long()
     index = row * 14 + column
-    fix_column = ((224 - x if flip else x) / 16).trunc().long()  # as int() rounds
-    fix_row = (y / 16).trunc().long()
-    inside_int = (fix_column >= 0) & (fix_column < 14) & (fix_row >= 0) & (fix_row < 14)
+    int_column = ((224 - x if flip else x) / 16).trunc().long()  # as int() rounds
+    int_row = (y / 16).trunc().long()
+    inside = (int_column >= 0) & (int_column < 14) & (int_row >= 0) & (int_row < 14)
     mirrored_crop = (224 - cells[:, 0] - left) / w * 224 if flip else x
     return {
         "the prior of a flipped view is not flipped": same(False),
@@ -152,9 +152,9 @@ def wrong_priors(cells, box, flip):
             true_prior(cells, box, flip, counts=True),
         "cells outside the view end up in other patches: skip those whose column or row is not in 0 to 13":
             marked(index[(index >= 0) & (index < 196)]),
-        "a cell up to one patch outside the view lands in row or column 0, since int() rounds -0.5 to 0; test "
-        "0 <= x < 224 and 0 <= y < 224 first":
-            marked((14 * fix_row + fix_column)[inside_int]),
+        "a cell just outside the view lands in row or column 0, since int() rounds -0.5 to 0; test first "
+        "whether 0 <= x < 224 and 0 <= y < 224":
+            marked((14 * int_row + int_column)[inside]),
         "every view is flipped; flip only if flip is True": same(True),
         "cells outside the view are moved to its border; skip them":
             marked(row.clamp(0, 13) * 14 + column.clamp(0, 13)),
