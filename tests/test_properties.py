@@ -1,6 +1,6 @@
 """What holds for any input: cell files, labels.csv and flags are read as they were written, or refused.
 
-2,000 examples each; pytest --hypothesis-profile=long tests/test_properties.py takes 20,000.
+300 examples each; pytest --hypothesis-profile=long tests/test_properties.py takes 20,000.
 """
 import contextlib
 import io
