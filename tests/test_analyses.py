@@ -174,6 +174,7 @@ def test_a_query_is_a_token_of_the_crop():
 def test_crops_to_show_have_both_regions_and_little_glass():
     images = torch.full((6, 3, 224, 224), 150, dtype=torch.uint8)
     images[[1, 3], :, :60] = 240  # glass in a quarter
+    images[[0, 2], 0] = 240  # red, not glass
     priors = torch.zeros(6, 196)
     priors[:5, :98] = 1  # crop 5 has background alone
     crops = list(zip(images))
@@ -477,9 +478,11 @@ def test_heatmap_tokens_and_views_scripts(here, capsys):
 def test_priors_script(here, capsys):
     for file in (here / "tiny/slides").glob("*.png"):
         write_table(here / f"mine/{file.stem}.csv", "x,y", ["100,100", "300,200"])
-    assert priors.main([*WHERE, "--prior", "builtin", "mine=mine", "--show", "1", "--out", "p.png"]) == 0
-    wrote(here / "p.png", 1)
-    assert float(rows_of(here / "p.csv")[0]["F1 within 3 um"]) < 0.1
+    folders = ["mine=mine", "same=datasets/tiny/cells/builtin"]
+    assert priors.main([*WHERE, "--prior", "builtin", *folders, "--show", "1", "--out", "p.png"]) == 0
+    wrote(here / "p.png", 3)
+    f1 = {(row["segmenter"], row["other"]): float(row["F1 within 3 um"]) for row in rows_of(here / "p.csv")}
+    assert f1["builtin", "mine"] < 0.1 and f1["builtin", "same"] == 1
     refused(capsys, priors.main, [*WHERE, "--prior", "builtin", "gone"], "--prior gone")
 
 

@@ -89,7 +89,7 @@ def feature(geometry, **more):
 
 FEATURES = [
     feature(shape("Polygon", [SQUARE, [[11, 21], [12, 21], [12, 22]]])), feature(shape("Point", [3, 4])),
-    feature(shape("MultiPoint", [[5, 6], [7, 8, 0]])), feature(shape("MultiPolygon", [[SQUARE], [ELL]])),
+    feature(shape("MultiPoint", [[5, 6], [7, 8, 0]])), feature(shape("MultiPolygon", [[SQUARE, ELL], [ELL]])),
     feature(shape("Polygon", [ELL]), nucleusGeometry=shape("Polygon", [SQUARE])),
     feature(shape("Point", [0, 0]), properties={"nucleusGeometry": shape("Point", [9, 9])}),
     feature(shape("Point", [1, 1]), properties=None, nucleusGeometry=None)]

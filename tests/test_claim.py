@@ -286,14 +286,6 @@ def test_every_arm_is_normalized_by_the_same_statistics(here, capfd):
     assert (random["mean"], random["std"]) == (baseline["mean"], baseline["std"])
 
 
-def test_the_random_arm_has_imagenets_statistics_where_the_others_have(here):
-    settings = train.arguments(["--data", "c", *TINY, "--arch", "vit_t4", "--run", "runs/random"])
-    path = here / "runs/random/encoder.pt"
-    assert settings.stats == "imagenet" and study.save_untrained(path, settings) == 0
-    encoder, _ = load_encoder(path)
-    assert (encoder.mean, encoder.std) == (MEAN, STD)
-
-
 def check_measures(out):
     """What is in claim.npz; gives where the folds of the logistic regression of the baseline are right."""
     rows, random = (arrays_of(out / f"{arm}_seed0" / "claim.npz") for arm in ("baseline", "random"))
@@ -348,7 +340,8 @@ def test_a_failing_arm_is_named_and_the_others_are_measured(here, capsys, monkey
     encoder, about = load_encoder(here / "runs/claim/random_seed3/encoder.pt")
     torch.manual_seed(3)
     want = dirl.ARCHS["vit_t4"]().state_dict()  # as it starts
-    assert about["step"] == 0 and all(torch.equal(v, want[k]) for k, v in encoder.state_dict().items())
+    assert about["step"] == 0 and (encoder.mean, encoder.std) == (MEAN, STD)
+    assert all(torch.equal(v, want[k]) for k, v in encoder.state_dict().items())
 
 
 def test_arms_are_flags_that_train_takes(here):

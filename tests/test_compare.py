@@ -7,6 +7,7 @@ from synthetic import refused, rows_of, times, untrained_run, write, write_table
 from tiny_flags import SET
 
 import eval as eval_py
+from common.files import load_tensors, save_tensors
 from common.networks import files_of, named
 from experiments import table
 
@@ -17,8 +18,12 @@ def run_of(method, seed=0, finished=True, folder=None, images=()):
     """A run of "tiny set" with an encoder that was never trained."""
     run = untrained_run(folder or f"runs/tiny_set_vit_t4_{method}", method, "tiny_set", images=images,
                         seed=seed, step=3, ssl="dino")
-    write(run / "config.json", {"arch": "vit_t4", "method": method, "data": "tiny_set", "mpp": 2.0, "seed": 0,
-                                "epochs": 3, "crops": 4, "batch": 4})
+    write(run / "config.json", {"arch": "vit_t4", "method": method, "data": "tiny_set", "mpp": 2.0,
+                                "seed": seed, "epochs": 3, "crops": 4, "batch": 4})
+    if method == "baseline":
+        state = load_tensors(run / "encoder.pt")
+        state["encoder"]["blocks.3.attn.qkv.weight"] *= 99  # its attention is uneven
+        save_tensors(run / "encoder.pt", state)
     loss = "loss_f" if method == "baseline" else "loss_c"
     write_table(run / "log.csv", f"step,epoch,loss,{loss},ln_out_dim",
                 [f"{step},{step},1,{step},3" for step in range(3 if finished else 2)])
@@ -26,7 +31,7 @@ def run_of(method, seed=0, finished=True, folder=None, images=()):
 
 
 def test_all_finished_runs_are_in_one_table_and_each_has_its_own_results(folder, capsys):
-    last = run_of("dirl", seed=0)
+    last = run_of("dirl", seed=3)
     baseline = run_of("baseline", seed=1)
     run_of("cellback", finished=False)
     argv = [*EVAL, "--checkpoint", str(last), "--compare", "random", "all"]
@@ -79,7 +84,9 @@ def test_every_encoder_that_saw_a_test_slide_is_refused(folder, capsys):
 
 def test_which_runs_are_compared(place):
     args = eval_py.slides_arguments
-    assert args(["--data", "demo"]).compare == ["random", "all"]
+    demo = args(["--data", "demo"])
+    assert demo.compare == ["random", "all"] and (demo.mil_lr, demo.mil_weight_decay) == (2e-3, 5e-3)
+    assert (demo.epochs, demo.repeats, demo.standardize) == (100, 3, True)
     assert args(["--data", "lung"]).compare == ["none"]
     assert args(["--data", "demo", "--compare", "none"]).compare == ["none"]
     dirl, other = run_of("dirl") / "encoder.pt", run_of("dirl", folder="elsewhere/a") / "encoder.pt"

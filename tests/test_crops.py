@@ -17,7 +17,7 @@ from experiments.figures.priors import matched
 from prior import segment_nuclei
 from wsi import cache
 from wsi.cache import crop_mpp, file_mpp, load_crops, prepare
-from wsi.splits import find_data
+from wsi.splits import find_data, read_probe
 
 CENTRES = np.array([[x, y] for y in range(20, 240, 20) for x in range(20, 240, 20)], float)  # um
 
@@ -162,13 +162,16 @@ def test_oblong_patches_are_skipped_by_name_in_eval_and_in_the_probe(place, caps
     assert "warning: images of 256 px (1), 512 px (40) a side all become 224 px" in out
     assert train.main([*SMALL, "--probe", "p", "--probe-images", "21"]) == 0
     assert "skipped: p/5.png: is 512 x 511 px" in capsys.readouterr().out
+    (images, labels), _, _ = read_probe("p", 100, 0)
+    label_of = {load_crops([f"p/{i}.png"], 1)[0].numpy().tobytes(): i % 2 for i in range(42) if i != 5}
+    assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
 
 
 def test_patches_of_512_px_are_resized_without_a_word(place, capsys):
     saved(place / "a.png", array=tissue(512))
-    images, good, failed = load_crops([place / "a.png"], 1)
+    images, good, failed = load_crops([place / "gone.png", place / "a.png"], 1)
     whole = np.asarray(Image.fromarray(tissue(512)).resize((224, 224), Image.BICUBIC))
-    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), whole) and failed == []
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), whole) and good == [1] and len(failed) == 1
     assert capsys.readouterr().out == ""
 
 

@@ -98,7 +98,8 @@ def test_bright_has_three_or_six_classes_and_is_tested_on_its_validation_part(pl
     assert len(three.split("val")) == 3
     assert three.split("val") == six.split("val")  # one split, whichever came first
     assert three.mpp == 1.0 and three.work == six.work
-    assert {three.labels[name]["label"] for name in ("PB0", "UDH0")} == {"non-cancerous"}
+    kinds = [three.labels[f"{label}0"]["label"] for label in ("PB", "UDH", "ADH", "FEA", "DCIS", "IC")]
+    assert kinds == ["non-cancerous"] * 2 + ["pre-cancerous"] * 2 + ["cancerous"] * 2
     replace(folder / "labels.csv", ("IC2,IC", "IC2,invasive"))
     with pytest.raises(InputError, match="invasive"):
         find_data("bright6")

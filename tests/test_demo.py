@@ -112,6 +112,7 @@ def test_the_truth_is_read_as_it_was_written(tmp_path):
     demo.make_demo(tmp_path, workers=1, patients={"train": 1}, size=(1, 2))
     rows = rows_of(tmp_path / "labels.csv")
     assert [row["label"] for row in rows] == ["negative", "positive"]
+    assert [row["patient"] for row in rows] == ["train_negative_0", "train_positive_0"]
     for i, row in enumerate(rows):
         _, nuclei, regions = demo.render(row["label"], [1, i], size=(1, 2))
         tiles = truth.read_truth(tmp_path, row["slide"])

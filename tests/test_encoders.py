@@ -126,7 +126,8 @@ def test_imagenets_features_are_next_to_ours(folder, capsys):
     ours = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     state = class_token_file(Path("elsewhere/dino.pth"))
     capsys.readouterr()
-    assert eval_py.main([*argv, "elsewhere/dino.pth", "--arch", "vit_t4"]) == 0
+    more = ["--compare", str(run), "--export", "clam"]
+    assert eval_py.main([*argv, "elsewhere/dino.pth", "--arch", "vit_t4", *more]) == 0
     assert "elsewhere/dino.pth: dino vit_t4, trained elsewhere" in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in ours.items())
     assert [path.name for path in Path("elsewhere").iterdir()] == ["dino.pth"]
@@ -134,6 +135,8 @@ def test_imagenets_features_are_next_to_ours(folder, capsys):
     tile = normalize(torch.from_numpy(tile).permute(2, 0, 1)[None] / 255, MEAN, STD)
     features = arrays_of(Path("runs/tiny_set_dino/features/nests_3.npz"))["features"]
     np.testing.assert_allclose(features, by_hand(state, tile)[0], atol=1e-3)
+    exported = torch.load("runs/tiny_set_dino/clam/pt_files/nests_3.pt", weights_only=True)
+    assert np.array_equal(exported, features)  # not those of the network that comes first in the table
 
     make_folder()
     argv_patches = ["patches", "--data", "given", "--linear", *TINY, "--checkpoint"]

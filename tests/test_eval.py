@@ -27,6 +27,7 @@ from tiny_flags import CPU, SET
 import dirl
 import eval as eval_py
 from common import classify, export, metrics
+from common.encoders import represent
 from common.files import save_tensors
 from common.metrics import area_under, auc, bootstrap, macro_f1
 from wsi.cache import prepare_cells, ready_cells
@@ -158,7 +159,7 @@ def test_an_encoder_that_saw_a_test_image_is_refused(capsys, arch):
 
 def test_linear_mode_and_baselines_are_in_the_same_table(capsys):
     make_folder()
-    run, argv = run_folder(), ["patches", *TINY, "--encoder"]
+    run, argv = run_folder(seed=1), ["patches", *TINY, "--seed", "1", "--encoder"]
     assert eval_py.main([*argv, "checkpoint", "random", "pixels", "--linear", "--data", "given"]) == 0
     out = capsys.readouterr().out  # the checkpoint is the newest run
     assert "draws of 2 test groups" in out and f"Wrote {run}/patches.csv" in out
@@ -192,15 +193,41 @@ def test_pixel_statistics_by_hand():
     np.testing.assert_allclose(got[0, 6::3], [5, 25, 50, 74, 94], atol=1)
 
 
+def test_features_are_standardized_by_all_tiles_of_the_training_slides():
+    bags = {split: [(torch.randn(n, 3) + n, 0) for n in sizes]
+            for split, sizes in (("train", (2, 9)), ("val", (5,)), ("test", (7,)))}
+    tiles = torch.cat([features for features, _ in bags["train"]])
+    got, statistics = classify.standardize(bags)
+    torch.testing.assert_close(statistics, (tiles.mean(0), tiles.std(0)))
+    torch.testing.assert_close(got["test"][0][0], (bags["test"][0][0] - tiles.mean(0)) / tiles.std(0))
+
+
+def test_folds_are_reported_by_their_mean_their_sd_and_draws_of_groups(tmp_path, capsys):
+    labels, folds = np.arange(60) % 2, np.random.default_rng(0).random((2, 40, 2))
+    folds[0, :20] = np.eye(2)[labels[20: 40]]
+    path, groups, test = tmp_path / "patches.csv", np.repeat(list("abcdef"), 10), np.arange(20, 60)
+    patches = classify.Patches(labels, None, labels, groups, ["x", "y"], [([0], [1])] * 2, test)
+    for training in ("linear", "fine-tuned"):
+        key = {"data": "d", "encoder": "e", "training": training}
+        mean = classify.report_folds([(scores, 0.5, "C 1") for scores in folds], patches, key, path, 0)
+    np.testing.assert_allclose(mean, folds.mean(0))
+    accuracies = (folds.argmax(2) == labels[test]).mean(1)
+    (low, high), _ = bootstrap(labels[test], mean, groups[test])
+    out = capsys.readouterr().out
+    assert f" {accuracies.mean():.4f} ± {accuracies.std(ddof=1):.4f} " in out
+    assert f" ({low:.4f} to {high:.4f}) " in out and len(rows_of(path)) == 4
+
+
 def test_fine_tuning_end_to_end_same_seed_same_result(capsys):
     make_mhist()
-    write(Path("datasets/mhist/images/MHIST_9.png"), "broken")
+    write(Path("datasets/mhist/images/MHIST_7.png"), "broken")
     argv = ["patches", "--encoder", "random", "--arch", "vit_t4", *TINY, "--lr", "1e-4"]
     run = Path("runs/mhist_random")
     assert eval_py.main(argv) == 1  # the broken image is skipped, and reported
     out = capsys.readouterr().out
-    assert "MHIST_9.png: cannot be read" in out and "1 files were skipped" in out and "epoch 1 of 1" in out
-    assert len(rows_of(run / "patches_predictions.csv")) == 3
+    assert "MHIST_7.png: cannot be read" in out and "1 files were skipped" in out and "epoch 1 of 1" in out
+    predicted = [(row["image"], row["label"]) for row in rows_of(run / "patches_predictions.csv")]
+    assert predicted == [("MHIST_6.png", "HP"), ("MHIST_8.png", "HP"), ("MHIST_9.png", "SSA")]
     first = {path: path.read_bytes() for path in run.glob("*.csv")}
     assert eval_py.main(argv) == 1
     assert len(first) == 2 and all(path.read_bytes() == content for path, content in first.items())
@@ -215,7 +242,7 @@ def test_fine_tuning_trains_everything_and_keeps_the_best_epoch():
     train, val = np.arange(16), np.arange(16, 24)
 
     def run(seed=1, lr=1e-3):
-        settings = classify.FineTuning(lr, 1e-2, batch=8, epochs=6, milestones=[2, 4], device="cpu",
+        settings = classify.FineTuning(lr, 0.5, batch=8, epochs=6, milestones=[2, 4], device="cpu",
                                        bf16=False)
         return classify.fine_tune(encoder, images, labels, train, val, 2, settings, seed)
     predict, loss, kept = run()
@@ -223,13 +250,26 @@ def test_fine_tuning_trains_everything_and_keeps_the_best_epoch():
     assert all(torch.equal(v, start[k]) for k, v in encoder.state_dict().items())  # it is unchanged
     want = F.nll_loss(torch.tensor(scores).log(), torch.tensor(labels[16:])).item()
     assert loss == pytest.approx(want, rel=1e-4)
-    assert (scores.argmax(1) == labels[16:]).all() and kept.endswith("of 6")
+    assert (scores.argmax(1) == labels[16:]).all() and kept == "epoch 6 of 6"
     np.testing.assert_array_equal(run()[0](images[16:]), scores)
     assert not np.array_equal(run(seed=2)[0](images[16:]), scores)
     _, still, kept = run(lr=0.0)
     assert kept == "epoch 1 of 6" and still > loss  # later epochs are no better: the first is kept
     with pytest.raises(FloatingPointError, match="--lr"):
         run(lr=1e30)
+    torch.manual_seed(1)  # and now by hand
+    head, generator = torch.nn.Linear(64, 2), torch.Generator().manual_seed(1)
+    dirl.init_weights(head)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.5)
+    for epoch in range(6):
+        for index in torch.randperm(16, generator=generator).split(8):
+            optimizer.param_groups[0]["lr"] = 1e-3 * 0.1 ** (epoch // 2)
+            optimizer.zero_grad()
+            f = represent(encoder, classify.flip(images[index], generator))
+            F.cross_entropy(head(f), torch.tensor(labels[index])).backward()
+            optimizer.step()
+    want = head(represent(encoder, images[16:])).softmax(1)
+    np.testing.assert_allclose(scores, want.detach(), rtol=1e-4)
 
 
 def test_flips_are_flips_and_seeded():
@@ -271,6 +311,9 @@ def test_bootstrap_draws_groups_and_repeats_with_its_seed(monkeypatch):
     p = right.mean()
     binomial = 2 * 1.96 * (p * (1 - p) / 200) ** 0.5
     assert low < p < high and high - low == pytest.approx(binomial, rel=0.25)
+    draws = [right[index].mean() for index in metrics.bootstrap_indices(np.arange(200))]
+    assert (low, high) == pytest.approx(np.quantile(draws, (0.025, 0.975)))
+    assert bootstrap(np.array([0, 1, 1]), np.eye(2)[[0, 1, 1]], np.arange(3))[1].tolist() == [1, 1]
     assert np.array_equal(alone, bootstrap(truth, scores, np.arange(200)))
     copies = np.arange(200) // 2 % 10  # ten groups of twenty
     worse = np.where(copies < 8, truth, 1 - truth)  # two groups are wrong throughout
@@ -332,9 +375,11 @@ def test_exports_load_back_equal_and_are_written_once(folder, capsys):
     assert eval_py.main([*argv, "--export", "clam", "csv"]) == 0
     assert written == (times(run / "clam", "*_?.[hp]*"), times(run / "csv/tiny_set", "*_?.csv"))  # not twice
     run_folder(seed=1)  # another encoder
-    assert eval_py.main([*argv, "--export", "clam"]) == 0
-    assert not torch.equal(torch.load(run / "clam/pt_files/nests_3.pt", weights_only=True), tensor)
-    assert written[1] == times(run / "csv/tiny_set", "*_?.csv")  # not asked for
+    assert eval_py.main([*argv, "--export", "clam", "csv"]) == 0
+    other = torch.load(run / "clam/pt_files/nests_3.pt", weights_only=True)
+    with h5py.File(run / "clam/h5_files/nests_3.h5") as h5:
+        assert np.array_equal(h5["features"][:], other) and not torch.equal(other, tensor)
+    assert np.array_equal(np.loadtxt(bag, np.float32, delimiter=",", skiprows=1, ndmin=2), other)
 
 
 @pytest.mark.parametrize("slide_mpp", [0.2525, 0.2465, 0.504, 0.499, 0.2325, 0.25, 1.0, 3.1, 20.0])

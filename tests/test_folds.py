@@ -133,6 +133,8 @@ def test_a_sweep_evaluates_by_the_split_that_it_trained_by(place):
     _, (job,) = study.sweep_jobs(args)
     given = study.eval_flags(job, args)
     assert given[given.index("--split") + 1:][:2] == ["p/splits_0.csv", "--drop-shared"]
+    mil = eval_py.slides_arguments(given[1:])
+    assert (mil.mil_lr, mil.mil_weight_decay, mil.epochs, mil.repeats) == (2e-4, 5e-2, 200, 5)
 
 
 def test_hipts_protocol_with_shared_patients_end_to_end(place, folder, capsys):

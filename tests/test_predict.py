@@ -15,8 +15,9 @@ from test_encoders import class_token_file
 import eval as eval_py
 import mil
 from common import networks
-from common.bags import DSMILSettings, train_each, warn_of_few_slides, write_bag
+from common.bags import DSMILSettings, read_bags, train_each, warn_of_few_slides, write_bag
 from common.encoders import results_folder
+from common.errors import InputError
 from common.files import file_stamp, save_tensors
 
 HOW = ["--slide-mpp", "1", "--tissue", "0.3", "--device", "cpu", "--workers", "1"]
@@ -35,7 +36,7 @@ def made(ten, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(Figure, "savefig", write_one_px)
-        untrained_run(RUN, data="labelled")
+        untrained_run(RUN, data="labelled", mpp=1.0)  # measured at 2 um/px, which predict takes as well
         assert eval_py.main([*MEASURE, "--repeats", "2", "--standardize"]) == 0
     return place
 
@@ -94,9 +95,9 @@ def test_predicting_changes_no_result_and_names_what_was_trained_on(measured, ca
     assert len(got) == 10 and table.items() <= got.items()
     info = json.loads(Path("datasets/labelled/crops/2um/nests_0.json").read_text())
     untrained_run(RUN, data="labelled", images={"nests_0": info["file_hash"]})
-    assert eval_py.main([*MEASURE, "--repeats", "1"]) == 0
-    assert [path.name for path in RUN.glob("dsmil_*")] == ["dsmil_0.pt"]  # and none of before
-    assert torch.load(RUN / "dsmil_0.pt", weights_only=True)["mean"] is None
+    assert eval_py.main([*MEASURE, "--repeats", "1", "--seed", "4"]) == 0
+    assert [path.name for path in RUN.glob("dsmil_*")] == ["dsmil_4.pt"]  # and none of before
+    assert torch.load(RUN / "dsmil_4.pt", weights_only=True)["mean"] is None
     assert eval_py.main(argv) == 0
     assert "warning: 1 of these slides are ones that the encoder was trained on (nests_0" in (
         capsys.readouterr().out)
@@ -174,6 +175,8 @@ def test_dsmil_is_trained_with_the_settings(tmp_path):
         for (features, label), row, weights in zip(bags["test"], scores, attention):
             assert np.array_equal(row, mil.dsmil_predict(same, features))
             assert np.array_equal(weights, same(features)[2].detach()[:, label])
+    with pytest.raises(InputError, match="train0.npz: was made from another encoder"):
+        read_bags(tmp_path, ["train0"], __file__)
 
 
 @pytest.mark.parametrize("change", [{}, {"lr": 2e-4}, {"weight_decay": 5e-2}, {"standardize": False}])

@@ -15,7 +15,7 @@ from synthetic import arrays_of, discs, halve, refused, saved, times, write
 from common import pool
 from demo import slides as demo
 from experiments.figures.priors import matched
-from prior import segment_nuclei
+from prior import downsample_factor, segment_nuclei
 from wsi import segment
 from wsi.label_images import label_centroids
 
@@ -34,6 +34,7 @@ def test_detector_finds_a_disc_where_it_is_with_px_i_from_i_to_i_plus_1(mpp):
     centres = np.array([[x, y] for y in range(20, 110, 20) for x in range(20, 110, 20)], float)
     found = in_order(segment_nuclei(discs(mpp, centres), mpp) * mpp)
     np.testing.assert_allclose(found, centres, atol=0.02)  # half a px would be 0.06 to 0.5
+    assert downsample_factor(mpp) == {0.125: 4, 0.25: 2}.get(mpp, 1)
 
 
 def test_detector_finds_nothing_on_white_and_refuses_what_is_no_image():

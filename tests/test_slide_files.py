@@ -195,6 +195,8 @@ def test_a_second_cohort_of_the_same_names_and_sizes_gets_nothing_of_the_first(p
     tiles = {path.name: path.read_bytes() for path in tiles_folder(first).rglob("*.jpg")}
     cells = ready_cells(first, "core1")
     features = features_stamp(NETWORK, tile_info(first, "core1"), False)
+    for name in ("file_name", "file_hash", "pixels", "mpp", "slide_mpp", "tissue", "tiles"):
+        assert features_stamp(NETWORK, tile_info(first, "core1") | {name: "x"}, False) != features
     assert failed == [] and len(tiles) == 4 and "warning" not in capsys.readouterr().out
     second = find_data("two/cores", mpp=1.0, slide_mpp=1.0)
     assert tile_info(second, "core1") is None and ready_cells(second, "core1") is None

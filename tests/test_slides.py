@@ -10,7 +10,7 @@ from common.errors import InputError
 from data import Crops
 from demo import slides as demo
 from prior import STAINS
-from wsi import slides
+from wsi import headers, slides
 from wsi.cache import tile_info
 from wsi.cells import read_cells
 
@@ -72,6 +72,12 @@ def test_um_per_px_of_ome_and_of_striped_tiff(tmp_path, mpp, how, tile):
             slides.Slide(tmp_path / "a.tif")
 
 
+def test_um_per_px_of_ome_are_those_of_the_slide_and_not_of_its_macro_picture():
+    about = '<Image><Pixels SizeX="{}" PhysicalSizeX="{}"/></Image>'
+    xml = f"<OME>{about.format(160, 0.5)}{about.format(40, 8)}</OME>"
+    assert headers.ome_properties(xml, 160) == {"OME.PhysicalSizeX": "0.5"}
+
+
 def gradient(width, height):
     """A magenta image whose red rises from left to right and whose blue rises downwards."""
     image = np.full((height, width, 3), 60, np.uint8)
@@ -88,10 +94,11 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path, monkeypatch, mp
     slide = slides.Slide(tmp_path / "a.svs")
     assert slide.level_for(1.0) == (1, pytest.approx(2, abs=0.01)) and slide.warning == ""
     assert slide.level_for(1.0)[1] != 2  # 1901 px over 951, 1403 over 702
+    assert [slide.level_for(target)[0] for target in (0.9, 0.97, 1.8)] == [0, 1, 1]
     cut = {}
     for block in (2560, 300):  # the whole slide, or one tile at a time
         monkeypatch.setattr(slides, "BLOCK", block)
-        slides.cut_tiles(slide, tmp_path / str(block), mpp, 0.5)
+        slides.cut_tiles(slide, tmp_path / str(block), mpp, 1.0)
         cut[block] = {path.stem: np.asarray(Image.open(path)).astype(float)
                       for path in (tmp_path / str(block) / "a").glob("*.jpg")}
     assert len(cut[300]) == int(width / side) * int(height / side) and cut[300].keys() == cut[2560].keys()
@@ -102,6 +109,15 @@ def test_tiles_lie_where_their_names_say_at_any_target(tmp_path, monkeypatch, mp
         assert tile.shape == (224, 224, 3)
         assert abs(tile[..., 0].mean() - red) < 1.5 and abs(tile[..., 2].mean() - blue) < 1.5
         assert np.abs(cut[2560][name] - tile).max() <= 6
+
+
+def test_no_tile_with_enough_tissue_is_lost_to_the_coarse_level(tmp_path):
+    image = np.full((448, 1344, 3), 244, np.uint8)
+    for i, share in enumerate((0.9, 0.6, 0.4)):  # of tissue in a tile
+        image[: round(448 * share), 448 * i: 448 * (i + 1)] = (200, 60, 160)
+    pyramid(tmp_path / "a.svs", image, 0.5, levels=(1, 4))
+    slides.cut_tiles(slides.Slide(tmp_path / "a.svs"), tmp_path / "crops", 1.0, 0.5)
+    assert {path.stem for path in (tmp_path / "crops" / "a").iterdir()} == {"0_0", "448_0"}
 
 
 def test_a_level_of_other_proportions_is_not_read(tmp_path):
