@@ -145,9 +145,9 @@ def prepared(data="in", mpp=1.0, slide_mpp=1.0, **options):
 
 
 def slides_named(folder, names):
-    """Files with the names of slides, which nothing opens."""
+    """Files with the names of slides, which nothing opens; each with other content."""
     for name in names:
-        write(folder / "slides" / f"{name}.svs", b"x")
+        write(folder / "slides" / f"{name}.svs", name.encode())
 
 
 def tcga(folder, patients, slides_each=2):

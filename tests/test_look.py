@@ -199,15 +199,16 @@ def test_check_names_every_fault_once(place, capsys):
     rows = []
     for label in "AB":
         for split in ("train", "val", "test"):
-            saved(folder / "slides" / f"{label}{split}.png", array=nuclei_slide())
-            rows.append(f"{label}{split},{label},{split},0.5")
+            array = np.roll(nuclei_slide(), len(rows), 0)
+            saved(folder / "slides" / f"{label}{split}.png", array=array)
+            rows.append(f"{label}{split},{label},{label}{split},{split},0.5")
     for build, name, _, mpp in FAULTS:
         build(folder)
         if mpp is not None:
-            rows.append(f"{name},A,train,{mpp}")
+            rows.append(f"{name},A,{name},train,{mpp}")
     for hidden in ("slides/._Atrain.png", "slides/._scan.vsi", "cells/._Atrain.json", "._other.svs"):
         write(folder / hidden, b"\0\5\x16\7")  # macOS
-    write_table(folder / "labels.csv", "slide,label,split,mpp", rows)
+    write_table(folder / "labels.csv", "slide,label,patient,split,mpp", rows)
     flags = ["--data", "mixed", "--mpp", "1", "--workers", "1"]
     for is_prepared in (False, True):
         assert not is_prepared or data.main(["prepare", *flags]) == 1  # no file of cells is read again

@@ -2,12 +2,12 @@
 import shutil
 
 import pytest
-from synthetic import slides_named, tcga, write_table
+from synthetic import slides_named, tcga, write, write_table
 
 import data
 from common.errors import InputError
-from wsi import splits
-from wsi.slides import file_identity
+from wsi import check, splits
+from wsi.slides import content_of
 from wsi.splits import find_data
 
 
@@ -122,12 +122,33 @@ def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
         splits.check_unseen(found, test, elsewhere, "encoder.pt")
     rows = [f"s{i},{'AB'[i % 2]},p{i},{'test' if i < 2 else 'train'}" for i in range(6)]
     found = set_of(place, rows)
-    content = file_identity(found.images["s0"])["file_hash"]
+    content = content_of(found.images["s0"])
     one = {"data": "another", "images": {"s0": content}, "patients": ["p0", "p1"]}
-    with pytest.raises(InputError, match="1 of these 2"):
-        splits.check_unseen(found, ["s0", "s1"], one, "encoder.pt")  # the same name and content
+    for trained_on in (one, one | {"images": {"renamed": content}},
+                       {"data": "s", "images": {"renamed": content}, "patients": []}):
+        with pytest.raises(InputError, match=r"1 of these 2 .*\(s0\)"):
+            splits.check_unseen(found, ["s0", "s1"], trained_on, "encoder.pt")
     other = one | {"images": {"s0": 2}}  # the same name, another file; a patient p1 of another data set
     splits.check_unseen(found, ["s0", "s1"], other, "encoder.pt")
+
+
+def test_equal_crops_of_one_data_set_are_known_by_name_and_a_mirax_slide_by_its_index(place):
+    for name in ("a", "b", "c", "d"):
+        write(place / "s" / f"{name}.png", b"glass" if name in "ab" else name.encode())
+    write_table(place / "s" / "labels.csv", "image,label,split",
+                ["a.png,A,train", "b.png,B,test", "c.png,B,train", "d.png,A,test"])
+    found = find_data("s")
+    trained_on = splits.training_record(found, ["a.png", "c.png"])
+    splits.check_unseen(found, found.split("test"), trained_on, "encoder.pt")
+    with pytest.raises(InputError, match=r"1 of these 2 .*\(b.png\)"):
+        splits.check_unseen(found, found.split("test"), trained_on | {"data": "another"}, "encoder.pt")
+    assert check.equal_in_two_splits(found, set()) == [
+        f"{found.source}: 1 images are in two splits, as files of other names; keep one of each: a.png = b.png"]
+    assert check.equal_in_two_splits(found, {"a.png"}) == []
+    for name in ("x", "y"):
+        write(place / f"{name}.mrxs", b"stub")
+        write(place / name / "Slidedat.ini", name.encode())
+    assert content_of(place / "x.mrxs") == content_of(place / "x" / "Slidedat.ini") != content_of(place / "y.mrxs")
 
 
 def test_an_encoder_that_saw_an_unlabelled_slide_of_a_test_patient_is_refused(place):

@@ -10,9 +10,9 @@ from wsi.cache import cells_of_crop, describe_side, kept_cells, other_sides, til
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
-from wsi.folders import first_of, not_read
+from wsi.folders import first_of, named, not_read
 from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
-from wsi.slides import CROP, Slide
+from wsi.slides import CROP, Slide, content_of
 
 
 def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIXELS):
@@ -159,7 +159,20 @@ def check_split(found, broken):
         empty = [label for label in found.classes if not images[label]]
         if empty and (split != "val" or not rows):
             warnings.append(f"labels.csv: no usable {split} image of {', '.join(empty)}: eval.py needs one")
-    return warnings
+    return warnings + equal_in_two_splits(found, broken)
+
+
+def equal_in_two_splits(found, broken):
+    """Returns a list with a warning if images of two splits are the same file, or []."""
+    first_with = {}
+    equal = []
+    for name in sorted(found.labels.keys() - broken):
+        content = content_of(found.images[name])
+        first = first_with.setdefault(content, name)
+        if content and found.labels[first]["split"] != found.labels[name]["split"]:
+            equal.append(f"{first} = {name}")
+    return named(equal, f"{found.source}: {len(equal)} images are in two splits, as files of other names; "
+                 "keep one of each")
 
 
 def look_at_cells(path, file, kind, mpp, slide_mpp, said_mpp):

@@ -20,6 +20,7 @@ COLUMNS = {  # of labels.csv; slide_id and case_id are CLAM's
     "crops": ("image", "label", "patient", "case_id", "group", "source_tile", "split")}
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test"}  # as labels.csv may have them
+MISSING = {"nan", "na", "n/a", "null", "none", "?", "-"}  # how tables write an unknown value
 
 
 @dataclass
@@ -89,7 +90,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     """Returns the Data of a name in DATASETS or of a folder; splits are those of labels.csv, or "".
 
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
-    InputError if the folder or its images are missing.
+    InputError if the folder or its images are missing, or a name's labels are not the paper's.
     """
     if data in DATASETS:
         source = folder_of(data, root)
@@ -116,6 +117,11 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
         found.classes = sorted({row["label"] for row in found.labels.values()})
     if data in PATCH_SETS:
         found.classes = list(DATASETS[data].classes)
+    unknown = [label for label in found.classes if data in DATASETS and label not in DATASETS[data].classes]
+    if unknown:
+        raise InputError(f"{source}/labels.csv: --data {data} has the labels "
+                         f"{', '.join(DATASETS[data].classes)}, not {first_of(unknown)}; for other classes "
+                         f"name the folder: --data {source}")
     found.warnings = warnings
     for line in warnings:
         print("warning:", line)
@@ -383,7 +389,7 @@ def check_rows(rows, images, kind):
 
     Slides without a row and rows without a slide cost a warning, since downloads are often partial.
     InputError for a row without a label and a patient, an unknown split, a repeated name, a crop without a
-    file, fewer than two classes, or splits for some rows only.
+    file, fewer than two classes, classes that differ only in case, or splits for some rows only.
     """
     labels = {}
     pretrain_only = {}
@@ -418,9 +424,15 @@ def check_rows(rows, images, kind):
         *named(unknown, f"{table}: {len(unknown)} of {len(images)} slides have no row and are not used; to "
                "use them for pre-training, add rows with their patient and an empty label")]
     of_no_patient = [row["name"] for row in rows if not row["patient"] and not tcga_patient(row["name"])]
-    if len(of_no_patient) < len(rows):
-        warnings += named(of_no_patient, f"{table}: {len(of_no_patient)} of {len(rows)} rows have no patient "
-                          "and each counts as its own, so a patient may be in two splits; fill in the column")
+    warnings += named(of_no_patient, f"{table}: {len(of_no_patient)} of {len(rows)} rows have no patient and "
+                      "each counts as its own, so a patient may be in two splits; fill in the column patient")
+    missing = sorted({row["label"] for row in rows if row["label"].lower() in MISSING})
+    warnings += named(missing, f"{table}: these labels count as classes; if they are unknown labels, leave "
+                      "them empty")
+    patients = {row["patient"] for row in rows}
+    warnings += [f"{table}: patients {pair} differ only in case and count as two" for pair in alike(patients)]
+    for pair in alike({row["label"] for row in rows}):
+        raise InputError(f"{table}: labels {pair} differ only in case; write them alike")
     if absent and not labels and not pretrain_only:
         raise InputError(f"{table}: none of its {kind} has a file; it names {first_of(list(absent))}, the "
                          f"files are named {first_of(sorted(images))}")
@@ -461,6 +473,13 @@ def join_patients(rows, table):
             joined[row["patient"]] = " = ".join(sorted(names))
     return named(list(joined.values()), f"{table}: {len(joined)} patients have several names, by the TCGA "
                  "names of their slides; each counts as one")
+
+
+def alike(names):
+    """Returns a text for each of the names that differs from an earlier one only in case."""
+    first_with = {}
+    pairs = [(first_with.setdefault(name.casefold(), name), name) for name in sorted(names)]
+    return [f"{first!r} and {name!r}" for first, name in pairs if first != name]
 
 
 def named(names, text):

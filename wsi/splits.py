@@ -10,7 +10,7 @@ from common.pool import call
 from wsi.cache import load_crops
 from wsi.folders import SPLIT_NAMES, find_folder, first_of, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
-from wsi.slides import file_identity
+from wsi.slides import content_of
 
 ADVICE = "use another encoder, or pre-train again with this split"
 
@@ -182,7 +182,7 @@ def warn_of_untestable(found):
 
 def training_record(found, names):
     """Returns the data set, images and patients of an encoder's training, as plain values for encoder.pt."""
-    hashes = {name: file_identity(found.images[name])["file_hash"] for name in names}
+    hashes = {name: content_of(found.images[name]) for name in names}
     names_of = found.names_of_patients()
     rows = found.labels | found.pretrain_only
     patients = set()
@@ -195,15 +195,17 @@ def training_record(found, names):
 def seen_images(found, names, trained_on):
     """Returns which of these images an encoder saw in training, and which it saw another image of.
 
-    trained_on: the encoder's training_record. Seen are images that it was trained on, or on another image of
-    their patient; those of patients whom a published split has in two splits are the second list. Images are
-    the same if their names and file hashes are. A patient's name counts within one data set (check_unseen
-    warns of it in others), a TCGA patient's in all.
+    trained_on: the encoder's training_record. Seen are images that it was trained on, under this name or
+    another, or on another image of their patient; those of patients whom a published split has in two splits
+    are the second list. Images are the same if their file hashes are; of crops of one data set, where equal
+    ones occur (glass), their names count. A patient's name counts within one data set (check_unseen warns of
+    it in others), a TCGA patient's in all.
     """
     same_data = trained_on["data"] == found.name
     names_of = found.names_of_patients()
     rows = found.absent | found.pretrain_only | found.labels
     images = trained_on["images"]
+    hashes = set() if same_data and found.kind == "crops" else set(images.values()) - {""}
     patients = set(trained_on["patients"]) | set(map(tcga_patient, images))
     if same_data:  # labels.csv may name more patients now than when the encoder was trained
         patients |= {rows[name]["patient"] for name in images if name in rows}
@@ -212,7 +214,7 @@ def seen_images(found, names, trained_on):
     accepted = set().union(*shared_patients(found).values())
     seen, shared = [], []
     for name in names:
-        same_image = images.get(name) == file_identity(found.images[name])["file_hash"]
+        same_image = content_of(found.images[name]) in hashes
         same_name = same_data and name in images
         patient = found.labels[name]["patient"]
         same_patient = bool(patients & names_of[patient])
