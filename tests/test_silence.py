@@ -26,9 +26,9 @@ from wsi.splits import check_unseen, find_data, warn_of_untestable
     ("slide,label,patient,age", ["a,A,p,1", "b,B,q,2"], "not read (those of slides are slide, slide_id,"),
     ("slide,label,patient,group", ["a,A,p,r", "b,B,q,r"], "not read"),
     ("slide,label,patient", ["a,A,p", "b,B,"], "1 of 2 rows have no patient"),
-    ("slide,label,split", ["a,A,train", "b,B,test"], "2 of 2 rows have no patient and each counts as its own"),
+    ("slide,label,split", ["a,A,train", "b,B,test"], "2 of 2 rows have no patient and each counts"),
     ("slide,label,patient", ["a,A,p1", "b,B,P1"], "patients 'P1' and 'p1' differ only in case"),
-    ("slide,label,patient", ["a,NaN,p", "b,B,q"], "count as classes; if they are unknown labels, leave them")])
+    ("slide,label,patient", ["a,NaN,p", "b,B,q"], "count as classes; if they are unknown labels, leave")])
 def test_columns_patients_and_labels_that_are_doubtful_are_named(place, capsys, head, rows, says):
     slides_named(place / "s", "ab")
     write_table(place / "s" / "labels.csv", head, rows)
@@ -44,7 +44,7 @@ def test_labels_that_differ_only_in_case_or_are_not_the_papers_are_refused(place
     with pytest.raises(InputError, match="labels.csv: labels 'LUAD' and 'luad' differ only in case; write"):
         find_data("lung")
     write_table(table, "slide,label,patient", ["a,LUAD,p", "b,LUSC,q", "c,normal,r"])
-    with pytest.raises(InputError, match="--data lung has the labels LUAD, LUSC, not normal; .*: --data data"):
+    with pytest.raises(InputError, match="--data lung has the labels LUAD, LUSC, not normal; .*: --data d"):
         find_data("lung")
     assert find_data("datasets/lung", 2.0).classes == ["LUAD", "LUSC", "normal"]
 
