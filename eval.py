@@ -53,7 +53,7 @@ from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
 from wsi.folds import open_folds
-from wsi.slides import CROP
+from wsi.slides import CROP, content_of
 from wsi.splits import check_classes, check_unseen, find_data, find_patches
 
 # ---------------------------------------------------------------- flags
@@ -94,9 +94,10 @@ def predict_arguments(argv):
                     "(dsmil_<seed>.pt), and draws their attention; both are means over the DSMILs. The class "
                     "with the highest score is predicted.",
         epilog="First, with labelled slides: python eval.py --data LABELLED --checkpoint RUN. Tiles are cut "
-               "at the um/px of those slides.")
+               "at the um/px of those slides, and with their --tissue unless one is given.")
     add = parser.add_argument
     add_data_flags(add, "--data", "--slide-mpp", "--tissue", required=True)
+    parser.set_defaults(tissue=None)
     add("--dsmil", metavar="FOLDER",
         help="folder with dsmil_<seed>.pt; default: the encoder's own, measured on its own data set")
     add("--pixels", type=whole(50, 20_000), default=900, help="longer side of a picture; more for print")
@@ -244,9 +245,10 @@ def open_networks(args):
         raise InputError("--export: is not written with --folds or --shard; run eval.py once without these")
     check_export(args.export, found)
     networks = []
+    cut_at = found.mpp if found.kind == "slides" else None
     for path, encoder, about in opened:
-        network = network_of(path, encoder, about, data, found.name, args.device)
-        encoders.describe_results(network.folder, path, about, data)
+        network = network_of(path, encoder, about, data, found.name, cut_at, args.device)
+        encoders.describe_results(network.folder, path, about, data, cut_at)
         networks.append(network)
         warned = None if args.mpp else opened[0][2]["mpp"]  # of this um/px evaluated_mpp has warned
         if found.kind == "slides" and about["mpp"] not in (None, found.mpp, warned):
@@ -311,7 +313,6 @@ def measure(networks, found, infos, settings, run, args):
 
     infos: {slide: tile_info}. Pictures of all networks and their common table go to run.
     """
-    # Attention of every network.
     archs = dict.fromkeys(network.about["arch"] for network in networks.values())  # each once
     title = ", ".join([run_name(args.data), *archs])
     tables = count_attention(networks, title, found, run, args)
@@ -377,12 +378,12 @@ def predict_slides(args):
     found = find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp)
     if found.kind == "crops":
         raise InputError(f"--data {args.data}: holds crops; predict takes the slides that they were cut from")
-    network = network_of(path, encoder, about, run_name(args.data), found.name, args.device)
+    network = network_of(path, encoder, about, run_name(args.data), found.name, kept.mpp, args.device)
     out = network.folder / "predicted"
+    tissue = args.tissue or kept.tissue
     print(f"{path}: {about['method']} {about['arch']}, with {len(kept.models)} DSMILs of {folder} for "
-          f"{', '.join(kept.classes)}; tiles at {kept.mpp:g} um/px")
-    skipped = prepare_tiles(found, args.tissue, args.workers, args.max_gigapixels)
-
+          f"{', '.join(kept.classes)}; tiles at {kept.mpp:g} um/px with {tissue:g} tissue or more")
+    skipped = prepare_tiles(found, tissue, args.workers, args.max_gigapixels)
     rows = [("slide", "tiles", "predicted", *kept.classes)]
     infos = tile_infos(found)
     extract(network, found, infos, args)
@@ -400,7 +401,7 @@ def predict_slides(args):
     print_skipped(skipped)
     hashes = {"the encoder": set(about["trained_on"]["images"].values()), "DSMIL": kept.trained_on}
     for what, trained_on in hashes.items():
-        known = [name for name, info in infos.items() if info["file_hash"] in trained_on]
+        known = [name for name in infos if content_of(found.images[name]) in trained_on]
         if known:
             print(f"warning: {len(known)} of these slides are ones that {what} was trained on ({known[0]}, "
                   "..): their scores say nothing about new slides")
@@ -466,7 +467,8 @@ def evaluate_patches(args):
                                            "features")
             results = classify.linear_folds(features.numpy(), patches)
         else:
-            results = classify.fine_tuned_folds(encoder, patches, settings, args.seed, name)
+            results = classify.fine_tuned_folds(encoder, patches, settings, args.seed, name,
+                                                run / "patches_folds" / name)
         mean = classify.report_folds(results, patches, key, run / "patches.csv", args.seed)
         classify.write_predictions(run / "patches_predictions.csv", mean, patches, key)
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")
@@ -483,8 +485,7 @@ def run_command(argv):
     commands = {"slides": (evaluate_slides, slides_arguments), "predict": (predict_slides, predict_arguments),
                 "patches": (evaluate_patches, patches_arguments)}
     if command not in commands:
-        raise InputError(f"{command}: is neither slides, predict nor patches; "
-                         "see python eval.py slides --help, for example")
+        raise InputError(f"{command}: is not slides, predict or patches; see python eval.py slides --help")
     function, arguments = commands[command]
     return function(arguments(flags))
 
@@ -492,7 +493,7 @@ def run_command(argv):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     return run_script("eval.py", lambda: run_command(argv),
-                      again="run it again (the features of finished slides stay)")
+                      again="run it again (the features of finished slides, and finished folds, stay)")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from common.files import atomic_write, file_stamp, load_tensors, read_npz, save_
 from common.metrics import measures_of
 from common.pool import in_processes
 from common.report import row_of
+from wsi.slides import content_of
 
 SPLITS = ("train", "val", "test")
 MEASURES = ("accuracy", "AUC", "macro F1")
@@ -160,16 +161,19 @@ def score_mean_features(bags):
 
 # ---------------------------------------------------------------- DSMILs that are kept
 
-def keep_dsmils(folder, trained, classes, statistics, encoder, mpp, trained_on):
-    """Writes dsmil_<seed>.pt of {seed: Trained}, in place of an earlier evaluation's; for load_dsmil."""
+def keep_dsmils(folder, trained, **about):
+    """Writes dsmil_<seed>.pt of {seed: Trained}, in place of an earlier evaluation's; for load_dsmil.
+
+    about: classes, statistics, encoder, mpp, tissue and trained_on, of DSMILs and load_dsmil.
+    """
     for earlier in Path(folder).glob("dsmil_*.pt"):
         earlier.unlink()
+    statistics = about.pop("statistics")
     mean, sd = (values.cpu() for values in statistics) if statistics else (None, None)
     for seed, one in trained.items():
         state = {name: torch.from_numpy(weight) for name, weight in one.weights.items()}
         save_tensors(Path(folder) / f"dsmil_{seed}.pt", {
-            "dsmil": state, "classes": list(classes), "in_dim": state["instance.weight"].shape[1],
-            "mean": mean, "sd": sd, "encoder": encoder, "mpp": mpp, "trained_on": trained_on})
+            "dsmil": state, "in_dim": state["instance.weight"].shape[1], "mean": mean, "sd": sd, **about})
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ class DSMILs:
     classes: list  # names
     statistics: tuple | None  # (mean, sd) that standardise features
     mpp: float  # um/px of the tiles
+    tissue: float  # minimum share of tissue in them
     trained_on: set  # hashes of the training and validation slides' files
 
     def apply(self, features):
@@ -203,7 +208,9 @@ def load_dsmil(path, device):
         about["statistics"] = None
         if about["mean"] is not None:
             about["statistics"] = about["mean"].to(device), about["sd"].to(device)
-        about = {name: about[name] for name in ("classes", "statistics", "encoder", "mpp", "trained_on")}
+        about.setdefault("tissue", 0.5)  # of earlier versions
+        names = ("classes", "statistics", "encoder", "mpp", "tissue", "trained_on")
+        about = {name: about[name] for name in names}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: is no DSMIL of eval.py ({one_line(error)}); delete it and run eval.py "
                          "again") from None
@@ -228,7 +235,8 @@ def read_dsmils(folder, encoder_path, device):
                              f"that encoder, or {again}")
         if about["classes"] != first["classes"]:
             raise InputError(f"{path}: has other classes than {paths[0]}; {again}")
-    return DSMILs(models, first["classes"], first["statistics"], first["mpp"], set(first["trained_on"]))
+    return DSMILs(models, first["classes"], first["statistics"], first["mpp"], first["tissue"],
+                  set(first["trained_on"]))
 
 
 # ---------------------------------------------------------------- slides (Tables 1 and 5)
@@ -250,7 +258,8 @@ def classify_slides(found, networks, infos, settings, device, workers):
     logistic regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
     slides = labelled(found, infos)
-    trained_on = [infos[name]["file_hash"] for name, split, _ in slides if split != "test"]
+    trained_on = [content_of(found.images[name]) for name, split, _ in slides if split != "test"]
+    tissue = next(iter(infos.values()))["tissue"]  # the same for all (prepare_tiles)
     test_names = [name for name, split, _ in slides if split == "test"]
     over = f"{len(test_names)} test slides"
     names = {network.features: name for name, network in networks.items()}
@@ -259,7 +268,8 @@ def classify_slides(found, networks, infos, settings, device, workers):
         name = names[run]
         network = networks[name]
         bags, statistics = load_bags(network.features, slides, settings.standardize, device)
-        keep_dsmils(network.folder, by_seed, found.classes, statistics, network.stamp, found.mpp, trained_on)
+        keep_dsmils(network.folder, by_seed, classes=list(found.classes), statistics=statistics,
+                    encoder=network.stamp, mpp=found.mpp, tissue=tissue, trained_on=trained_on)
 
         measured = [(seed, *one.measures) for seed, one in by_seed.items()]
         write_csv(network.folder / "slides.csv", [("seed", "accuracy", "auc", "macro_f1"), *measured])

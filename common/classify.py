@@ -1,6 +1,8 @@
 """Classifiers of images (4.1, A.1.2): nearest neighbours, logistic regression, fine-tuning; their folds."""
 import copy
+import hashlib
 import math
+import shutil
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,7 @@ from tqdm import tqdm
 import dirl
 from common.encoders import in_batches, represent
 from common.errors import InputError
-from common.files import merge_csv
+from common.files import atomic_write, merge_csv, read_npz
 from common.metrics import DRAWS, bootstrap, measures_of
 
 SETTINGS = {  # A.1.2, "Patch classification"; a folder takes mhist's
@@ -201,19 +203,41 @@ def linear_folds(features, patches):
         yield model.predict_proba(features[patches.test]), loss, f"C {c:g}"
 
 
-def fine_tuned_folds(encoder, patches, settings, seed, name):
-    """Fine-tunes the encoder on each fold; yields what linear_folds yields."""
+def fine_tuned_folds(encoder, patches, settings, seed, name, folder):
+    """Fine-tunes the encoder on each fold; yields what linear_folds yields.
+
+    A fold that is done is kept as fold_<k>.npz in the folder until all are: a stopped command resumes.
+    """
+    made_from = content_stamp(encoder, patches, settings, seed)
     for k, (train, val) in enumerate(patches.folds, 1):
-        predict, loss, kept = fine_tune(encoder, patches.images, patches.labels, train, val,
-                                        len(patches.classes), settings, 1000 * seed + k, f"{name}, fold {k}")
-        yield predict(patches.images[patches.test]), loss, kept
+        path = folder / f"fold_{k}.npz"
+        fold = read_npz(path, "scores", "loss", "kept", "made_from")
+        if fold is None or str(fold["made_from"]) != made_from:
+            predict, loss, kept = fine_tune(
+                encoder, patches.images, patches.labels, train, val, len(patches.classes), settings,
+                1000 * seed + k, f"{name}, fold {k}")
+            fold = {"scores": predict(patches.images[patches.test]), "loss": loss, "kept": kept}
+            with atomic_write(path) as temp, open(temp, "wb") as file:
+                np.savez(file, made_from=made_from, **fold)
+        yield fold["scores"], float(fold["loss"]), str(fold["kept"])
+    shutil.rmtree(folder)
+
+
+def content_stamp(encoder, patches, settings, seed):
+    """Returns 16 hex digits of all that fine-tuning's results are made from."""
+    digest = hashlib.sha256(f"{settings} {seed} {patches.classes}".encode())
+    indices = [index for fold in patches.folds for index in fold]
+    for array in (patches.images, patches.labels, patches.test, *indices, *encoder.state_dict().values()):
+        digest.update(torch.as_tensor(array).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def report_folds(results, patches, key, path, seed):
-    """Prints and writes each fold's accuracy and AUC when it is done; returns the folds' mean score (T, C).
+    """Prints each fold's accuracy and AUC when it is done; returns the folds' mean score (T, C).
 
-    results: linear_folds or fine_tuned_folds; key: {column: value} for PATCH_KEYS; path: of patches.csv.
-    After the last fold it prints the folds' mean, and the mean score's measures with bootstrap intervals.
+    results: linear_folds or fine_tuned_folds; key: {column: value} for PATCH_KEYS. After the last fold it
+    writes their rows to path, patches.csv, and prints the folds' mean, and the mean score's measures with
+    bootstrap intervals.
     """
     truth = patches.labels[patches.test]
     groups = patches.groups[patches.test]
@@ -237,7 +261,7 @@ def report_folds(results, patches, key, path, seed):
         rows.append(key | {"fold": k, "accuracy": f"{accuracy:.4f}", "auc": f"{area:.4f}",
                            "val_loss": f"{loss:.4f}", "kept": kept, "train": len(train), "val": len(val),
                            "test": len(truth)})
-        merge_csv(path, PATCH_KEYS, rows)  # now: the next fold may take an hour
+    merge_csv(path, PATCH_KEYS, rows)
 
     spreads = [f"{np.mean(column):.4f} ± {np.std(column, ddof=1):.4f}" for column in zip(*values)]
     show("mean", *spreads, f"{key['training']}, sd over {len(patches.folds)} folds")

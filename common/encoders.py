@@ -299,11 +299,16 @@ def init_encoder(encoder, path, state=None):
 
 # ---------------------------------------------------------------- where results go
 
+def results_name(name, mpp, about):
+    """Returns a data set's name, with the um/px of its slides (or None) if the encoder's are others."""
+    return name if mpp is None or about["mpp"] in (None, mpp) else f"{name}_{mpp:g}um"
+
+
 def results_folder(path, about, data):
     """Returns the folder of the results that an encoder has on a data set, so that none overwrites another's.
 
     path, about: of open_encoder. It is the run of an encoder.pt, encoder_<epoch>/ in it of an
-    encoder_<epoch>.pt, on_<data>/ in these for a data set other than the training's, and
+    encoder_<epoch>.pt, on_<data>/ in these for a data set (results_name) other than the training's, and
     runs/<data>_<file's stem>/ of another program's weights.
     """
     if about["data"] is None:
@@ -320,16 +325,20 @@ def features_folder(path, about, slides):
     return results_folder(path, about | {"data": about["trained_on"]["data"]}, slides)
 
 
-def describe_results(folder, path, about, data):
+def describe_results(folder, path, about, data, mpp=None):
     """Writes a results_folder's config.json, which experiments.table reads, unless it is the run's own.
 
-    InputError if the folder has results of other weights: files of other programs may have the same name.
+    data, mpp: see results_name. InputError if the folder has results of other weights (files of other
+    programs may have the same name), or of these at another um/px.
     """
+    data = results_name(data, mpp, about)
     config = {"data": data, "arch": about["arch"], "method": about["method"]}
     if about["data"] is None:
-        config["weights"] = file_stamp(path)
-        if read_json(folder / "config.json") not in ({}, config):
-            raise InputError(f"{folder}: has results of other weights than {path}; rename the file")
+        config |= {"weights": file_stamp(path)} | ({"measured_at": mpp} if mpp else {})
+        before = read_json(folder / "config.json")
+        if any(before[name] != config.get(name) for name in before):
+            raise InputError(f"{folder}: has results of other weights than {path}, or at another um/px; "
+                             "rename the file or the folder")
     elif folder == path.parent:
         return
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 import dirl
-from common.encoders import features_folder, find_encoder, random_encoder, results_folder
+from common.encoders import features_folder, find_encoder, random_encoder, results_folder, results_name
 from common.files import file_stamp, read_json
 from common.log import is_finished
 
@@ -25,10 +25,14 @@ class Network:
     stamp: str  # of its weights: features of another stamp are recomputed
 
 
-def network_of(path, encoder, about, data, slides, device):
-    """Returns the Network of an encoder and its file; data: of the results; slides: as in features_folder."""
-    return Network(encoder.to(device), about, path, results_folder(path, about, data),
-                   features_folder(path, about, slides), file_stamp(path))
+def network_of(path, encoder, about, data, slides, mpp, device):
+    """Returns the Network of an encoder and its file.
+
+    data: the results' name, slides: as in features_folder; mpp: um/px of the slides, or None (results_name).
+    """
+    return Network(encoder.to(device), about, path,
+                   results_folder(path, about, results_name(data, mpp, about)),
+                   features_folder(path, about, results_name(slides, mpp, about)), file_stamp(path))
 
 
 def random_start(trained, device):
@@ -92,7 +96,9 @@ def describe(networks):
     for network in networks:
         about = network.about
         origin = f" of {about['data']}, step {about['step']}" if about["data"] else ", trained elsewhere"
-        print(f"{network.path}: {about['method']} {about['arch']}{origin}")
+        is_stopped = network.path.name == "encoder.pt" and not is_finished(network.path.parent)
+        unfinished = ", unfinished" if about["data"] and is_stopped else ""
+        print(f"{network.path}: {about['method']} {about['arch']}{origin}{unfinished}")
 
 
 def named(networks):

@@ -33,7 +33,7 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "data", "crops", "places", "images", "pixels", "steps", "weights",
-              "method", "arch", "ssl", "pretrained_on"}  # the last four are named in another way
+              "measured_at", "method", "arch", "ssl", "pretrained_on"}  # the last four are named otherwise
 
 
 def arguments(argv):

@@ -37,7 +37,7 @@ def test_all_finished_runs_are_in_one_table_and_each_has_its_own_results(folder,
     argv = [*EVAL, "--checkpoint", str(last), "--compare", "random", "all"]
     assert eval_py.main(argv) == 0
     out = capsys.readouterr().out
-    assert "skipped: runs/tiny_set_vit_t4_cellback: is not finished" in out
+    assert "skipped: runs/tiny_set_vit_t4_cellback: is not finished" in out and ", unfinished" not in out
     assert f"Wrote {baseline}/results.csv, slides.csv, predictions.csv, dsmil_<seed>.pt" in out
     rows = rows_of(last / "compared.csv")
     names = ["random start", "baseline (DINO)", "DiRL"]

@@ -1,4 +1,5 @@
 """Evaluation: patches, measures, exports for other MIL code."""
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,45 @@ def test_fine_tuning_end_to_end_same_seed_same_result(capsys):
     first = {path: path.read_bytes() for path in run.glob("*.csv")}
     assert eval_py.main(argv) == 1
     assert len(first) == 2 and all(path.read_bytes() == content for path, content in first.items())
+    assert not list(run.glob("patches_folds/random vit_t4/*"))
+
+
+def test_a_stopped_fine_tuning_resumes_after_its_last_fold_and_replaces_no_result(monkeypatch, capsys):
+    make_mhist()
+    argv = ["patches", "--encoder", "random", "--arch", "vit_t4", *TINY, "--lr", "1e-4"]
+    run = Path("runs/mhist_random")
+    assert eval_py.main(argv) == 0
+    first = {path: path.read_bytes() for path in run.glob("*.csv")}
+    fine_tune, seeds = classify.fine_tune, []
+
+    def stopped(*args):
+        seeds.append(args[7])
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return fine_tune(*args)
+    monkeypatch.setattr(classify, "fine_tune", stopped)
+    assert eval_py.main(argv) == 130
+    assert {path: path.read_bytes() for path in run.glob("*.csv")} == first
+    assert eval_py.main(argv) == 0 and seeds == [1, 2, 2]  # the first fold is not trained again
+    assert {path: path.read_bytes() for path in run.glob("*.csv")} == first
+    assert eval_py.main([*argv, "--lr", "2e-4"]) == 0 and seeds == [1, 2, 2, 1, 2]
+
+
+def test_folds_that_were_kept_count_only_for_the_same_images_weights_and_settings(tmp_path):
+    settings = classify.FineTuning(1e-3, 0.5, 8, 6, [2], "cpu", False)
+    images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
+    labels = np.arange(4) % 2
+    patches = classify.Patches(None, images, labels, None, list("ab"), [([0], [1])], np.arange(2, 4))
+    encoder = torch.nn.Linear(2, 2)
+    first = classify.content_stamp(encoder, patches, settings, 0)
+    assert first == classify.content_stamp(encoder, dataclasses.replace(patches), settings, 0)
+    others = [(encoder, dataclasses.replace(patches, images=images + 1), settings, 0),
+              (encoder, dataclasses.replace(patches, labels=np.array([0, 1, 1, 0])), settings, 0),
+              (encoder, dataclasses.replace(patches, folds=[([1], [0])]), settings, 0),
+              (encoder, dataclasses.replace(patches, test=np.array([3])), settings, 0),
+              (encoder, patches, dataclasses.replace(settings, lr=1e-4), 0), (encoder, patches, settings, 1),
+              (torch.nn.Linear(2, 2), patches, settings, 0)]
+    assert len({classify.content_stamp(*other) for other in others} | {first}) == 8
 
 
 def test_fine_tuning_trains_everything_and_keeps_the_best_epoch():
@@ -427,7 +467,7 @@ def test_an_encoder_is_evaluated_at_its_um_px_or_with_a_warning(data, mpp, train
 
 
 @pytest.mark.parametrize("argv, labels, says", [
-    (["tokens"], None, "neither slides, predict nor patches"), (["--export", "csv"], None, "--export csv"),
+    (["tokens"], None, "is not slides, predict or patches"), (["--export", "csv"], None, "--export csv"),
     ([], ["s0,A,train", "s1,A,test", "s2,B,train", "s3,A,val"], "no usable test slide of B"),
     ([], ["s0,A,train", "s1,A,test", "s2,B,test", "s3,A,val"], "no usable train slide of B")])
 def test_bad_slide_input_is_reported_in_one_line(capsys, argv, labels, says):

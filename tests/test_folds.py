@@ -70,7 +70,7 @@ def test_shared_patients_are_counted_and_dropped_as_by_brute_force(place, capsys
     dropped = 55 - sum(map(len, kept.values()))
     assert f"{dropped} slides of theirs are left out" in capsys.readouterr().out
     assert not any(shared_patients(found).values())
-    assert not (place / "datasets").exists()  # the data set's own split was not even drawn
+    assert not (place / "datasets/s/split.csv").exists()  # the data set's own split was not even drawn
 
 
 def test_an_encoder_of_a_published_split_is_refused_only_for_what_the_split_does_not_share(place, capsys):

@@ -36,7 +36,7 @@ def made(ten, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(Figure, "savefig", write_one_px)
-        untrained_run(RUN, data="labelled", mpp=1.0)  # measured at 2 um/px, which predict takes as well
+        untrained_run(RUN, data="labelled", mpp=2.0)
         assert eval_py.main([*MEASURE, "--repeats", "2", "--standardize"]) == 0
     return place
 
@@ -45,6 +45,7 @@ def made(ten, tmp_path_factory):
 def measured(made, tmp_path, monkeypatch):
     """A copy of what was made, to work in."""
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "copy"))
+    Path("datasets/labelled/source.json").unlink()  # as the message asks for of a copy
 
 
 def test_slides_that_eval_has_not_seen_have_the_scores_of_the_table(measured, capsys):
@@ -104,6 +105,23 @@ def test_predicting_changes_no_result_and_names_what_was_trained_on(measured, ca
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_results_at_another_um_px_have_their_own_folder_and_predict_takes_dsmils_tissue(measured, capsys):
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    argv = [*MEASURE, "--mpp", "1", "--tissue", "0.2", "--repeats", "1"]
+    assert eval_py.main(argv) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    at_1 = RUN / "on_labelled_1um"
+    assert (at_1 / "features/nests_4.npz").is_file() and json.loads((at_1 / "config.json").read_text())
+    out = capsys.readouterr().out
+    assert out.endswith(f"--checkpoint {RUN}/encoder.pt --dsmil {at_1}\n") and "step 0, unfinished\n" in out
+    argv = ["predict", "--data", "new", "--slide-mpp", "1", "--device", "cpu", "--workers", "1"]
+    assert eval_py.main([*argv, "--checkpoint", str(RUN), "--dsmil", str(at_1)]) == 0
+    assert "tiles at 1 um/px with 0.2 tissue or more" in capsys.readouterr().out
+    tiles = json.loads(Path("datasets/new/crops/1um/nests_4.json").read_text())
+    assert tiles["tissue"] == 0.2 and (RUN / "on_new_1um/predicted/nests_4.png").is_file()
+
+
+@pytest.mark.usefixtures("blank_figures")
 def test_a_picture_that_does_not_fit_into_memory_costs_its_own_slide(measured, monkeypatch, capsys):
     draw = eval_py.picture_of
 
@@ -133,6 +151,7 @@ def test_dsmils_that_do_not_fit_are_refused_in_one_line(measured, capsys):
     refused(capsys, eval_py.main, [*NEW[:-2], *weights], "--dsmil: name the folder")
     refused(capsys, eval_py.main, [*NEW[:-2], *weights, "--dsmil", str(RUN)], "another encoder than")
     assert eval_py.main([*MEASURE[:-2], *weights, "--repeats", "1"]) == 0
+    refused(capsys, eval_py.main, [*MEASURE[:-2], *weights, "--mpp", "1"], "at another um/px; rename")
     assert eval_py.main([*NEW[:-2], *weights, "--dsmil", "runs/labelled_dino"]) == 0
     assert len(rows_of(Path("runs/new_dino/predicted/predictions.csv"))) == 4
     untrained_run(RUN, data="labelled", seed=1)  # trained again since

@@ -55,6 +55,19 @@ def test_a_file_that_was_meant_to_be_labels_csv_is_named(place, capsys):
     assert find_data("s", 1.0).warnings and "s: has no labels.csv" in capsys.readouterr().out
 
 
+def test_a_second_folder_of_the_same_name_is_refused_until_the_first_one_is_gone(place):
+    for folder in ("one/s", "two/s", "datasets/lung", "two/lung"):
+        slides_named(place / folder, "ab")
+    find_data("one/s", 1.0)
+    find_data("one/s", 1.0)
+    with pytest.raises(InputError, match="two/s: datasets/s is of another folder .*/one/s; rename"):
+        find_data("two/s", 1.0)
+    (place / "one" / "s").rename(place / "one" / "moved")
+    assert find_data("two/s", 1.0).images and find_data("lung").images
+    with pytest.raises(InputError, match="two/lung: datasets/lung is of another folder"):
+        find_data("two/lung", 1.0)
+
+
 def test_labels_that_are_all_empty_are_for_pretraining(place):
     slides_named(place / "s", "ab")
     write_table(place / "s" / "labels.csv", "slide,label,patient", ["a,,p", "b,,q"])

@@ -23,7 +23,7 @@ from prior import segment_nuclei
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files, whose_cells
 from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
-from wsi.folders import not_read, tell_source
+from wsi.folders import not_read
 from wsi.pixels import is_grey, read_image
 from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
@@ -139,7 +139,6 @@ def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
     InputError if no slide can be used, or if tiles were cut with another --tissue.
     """
     need_mpp(data)
-    tell_source(data)
     others = not_read(data.source)
     if others:
         print(printable(f"warning: {len(others)} files or folders look like slides and are not read; "
@@ -363,7 +362,6 @@ def prepare_crop_cells(data, workers):
     for each crop that was skipped.
     """
     need_mpp(data)
-    tell_source(data)
     done = kept_crops(data)
     files = cell_files(data)
     tasks = {}

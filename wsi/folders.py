@@ -90,7 +90,8 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
     """Returns the Data of a name in DATASETS or of a folder; splits are those of labels.csv, or "".
 
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
-    InputError if the folder or its images are missing, or a name's labels are not the paper's.
+    InputError if the folder or its images are missing, if another folder has the same name, or if a name's
+    labels are not the paper's.
     """
     if data in DATASETS:
         source = folder_of(data, root)
@@ -111,6 +112,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
         raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
     paper_prior = DATASETS.get(data, OWN).prior
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
+    claim_work(found)
     if rows:
         found.labels, found.pretrain_only, found.absent, more = check_rows(rows, images, kind)
         warnings = warnings + more
@@ -232,16 +234,24 @@ def slides_elsewhere(source):
     return names
 
 
-def tell_source(found):
-    """Prints a warning if datasets/<name>/ was made from another folder of the same name."""
+def claim_work(found):
+    """Records in datasets/<name>/source.json which folder it is made from.
+
+    InputError if it is made from another folder of the same name, or is itself a data set: results of the
+    two would overwrite each other's.
+    """
+    folder = found.source.resolve()
+    if folder == found.work.resolve():
+        return
     record = found.work / "source.json"
-    folder = str(found.source.resolve())
-    before = read_json(record).get("folder", folder)
-    if before != folder:
-        print(printable(f"warning: {found.work} was made from {before} and is now used for {folder}; what "
-                        "differs is recomputed. Rename one of the two folders to keep both"))
-    if read_json(record) != {"folder": folder} and found.work.resolve() != found.source.resolve():
-        write_json(record, {"folder": folder})
+    before = Path(read_json(record).get("folder", folder))
+    if (found.work / "slides").is_dir() or (found.work / "labels.csv").is_file():
+        before = found.work
+    if before.is_dir() and not before.samefile(folder):
+        raise InputError(f"{found.source}: {found.work} is of another folder of the same name, {before}; "
+                         f"rename one of the two, or delete {record} if this is a copy of that")
+    if read_json(record) != {"folder": str(folder)}:
+        write_json(record, {"folder": str(folder)})
 
 
 def image_files(rows, folder):
