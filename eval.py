@@ -53,8 +53,8 @@ from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
 from wsi.folds import open_folds
-from wsi.slides import CROP, content_of
-from wsi.splits import check_classes, check_unseen, find_data, find_patches
+from wsi.slides import CROP
+from wsi.splits import check_classes, check_split_flags, check_unseen, find_data, find_patches
 
 # ---------------------------------------------------------------- flags
 
@@ -196,7 +196,6 @@ def count_attention(networks, title, found, run, args):
     else:
         print(f"warning: {len(crops_with_cells)} of {len(crops)} crops have cells: the overlay is drawn "
               f"without P_c. Cells come from python data.py prepare, or from {found.source}/cells/.")
-
     counted = Subset(crops, spread(len(crops), args.attention_crops))
     over = f"{len(counted)} {split} crops"
     shared = []  # rows that do not depend on the network
@@ -228,6 +227,7 @@ def open_networks(args):
 
     The data set's um/px is --mpp, else a known data set's, else that of the first encoder's training.
     """
+    check_split_flags(args.split, args.drop_shared)
     data = run_name(args.data, args.split, args.drop_shared)
     paths = files_of(args.checkpoint, args.compare, data)
     opened = [(path, *encoders.open_encoder(path, args.arch)) for path in paths]
@@ -375,7 +375,7 @@ def predict_slides(args):
         raise InputError(f"--dsmil: name the folder in which eval.py kept the DSMILs of {path}")
     folder = args.dsmil or encoders.results_folder(path, about, about["data"])
     kept = bags.read_dsmils(folder, path, args.device)
-    found = find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp)
+    found = find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp, has_classes=False)
     if found.kind == "crops":
         raise InputError(f"--data {args.data}: holds crops; predict takes the slides that they were cut from")
     network = network_of(path, encoder, about, run_name(args.data), found.name, kept.mpp, args.device)
@@ -401,7 +401,7 @@ def predict_slides(args):
     print_skipped(skipped)
     hashes = {"the encoder": set(about["trained_on"]["images"].values()), "DSMIL": kept.trained_on}
     for what, trained_on in hashes.items():
-        known = [name for name in infos if content_of(found.images[name]) in trained_on]
+        known = [name for name in infos if found.content_of(name) in trained_on]
         if known:
             print(f"warning: {len(known)} of these slides are ones that {what} was trained on ({known[0]}, "
                   "..): their scores say nothing about new slides")

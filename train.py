@@ -474,6 +474,7 @@ def finish(args, run, log, step, steps, skipped, stop):
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
         flags = ["--data", args.data, *split_flags(args.split, args.drop_shared)]
+        flags += [] if args.tissue == 0.5 else ["--tissue", f"{args.tissue:g}"]
         flags += [] if args.run == default_run(args) else ["--checkpoint", f"{run.folder}/encoder.pt"]
         done = f"{run.folder} had finished its {steps} steps; nothing was trained"
         if step > log.start:

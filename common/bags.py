@@ -19,7 +19,6 @@ from common.files import atomic_write, file_stamp, load_tensors, read_npz, save_
 from common.metrics import measures_of
 from common.pool import in_processes
 from common.report import row_of
-from wsi.slides import content_of
 
 SPLITS = ("train", "val", "test")
 MEASURES = ("accuracy", "AUC", "macro F1")
@@ -258,7 +257,7 @@ def classify_slides(found, networks, infos, settings, device, workers):
     logistic regression on each slide's mean feature, which shows what the features are worth without MIL.
     """
     slides = labelled(found, infos)
-    trained_on = [content_of(found.images[name]) for name, split, _ in slides if split != "test"]
+    trained_on = [found.content_of(name) for name, split, _ in slides if split != "test"]
     tissue = next(iter(infos.values()))["tissue"]  # the same for all (prepare_tiles)
     test_names = [name for name, split, _ in slides if split == "test"]
     over = f"{len(test_names)} test slides"

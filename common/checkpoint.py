@@ -10,7 +10,10 @@ from common.encoders import save_encoder
 from common.errors import InputError, one_line
 from common.files import load_tensors, not_written, read_json, save_tensors, write_json
 
-NOT_FLAGS = ("crops", "images", "places", "pixels", "recipe")  # entries of config.json that no flag sets
+NOT_FLAGS = {  # entries of config.json that no flag sets, and what they are
+    "crops": "number of crops", "images": "slides, patients or their files", "recipe": "recipe",
+    "places": "tiles, or cells in them", "pixels": "mean and sd of the pixels"}
+HASHES = ("images", "places")
 
 
 def check_config(path, config):
@@ -24,8 +27,9 @@ def check_config(path, config):
         if name == "recipe" and name not in old:
             continue  # a run of before
         if old.get(name) != new.get(name):
-            setting = name if name in NOT_FLAGS else f"--{name.replace('_', '-')}"
-            changed.append(f"{setting} {old.get(name)} (now {new.get(name)})")
+            setting = NOT_FLAGS.get(name, f"--{name.replace('_', '-')}")
+            values = f" {old.get(name)} (now {new.get(name)})"
+            changed.append(f"other {setting}" if name in HASHES else setting + values)
     if changed:
         raise InputError(f"{path.parent}: was started with {'; '.join(changed)}: use the same settings to "
                          "resume it, or another folder for a new run (--run)")

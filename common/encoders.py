@@ -108,11 +108,13 @@ def find_encoder(checkpoint, name="", flag="--checkpoint"):
             path = path / "encoder.pt"
         if not path.is_file():
             raise InputError(f"{flag} {path}: is missing; give an encoder.pt, or the folder of its run")
+        if path.name == "checkpoint.pt" and path.with_name("encoder.pt").is_file():
+            raise InputError(f"{flag} {path}: is what training resumes from; give the encoder.pt next to it")
         return path
     pattern = f"{name}_vit_*/encoder.pt" if name else "*/encoder.pt"
     runs = sorted(Path("runs").glob(pattern), key=lambda path: path.stat().st_mtime)
     if not runs:
-        of_data, same = (f" of {name}", " with the same --data") if name else ("", "")
+        of_data, same = (f" of {name}", " with the same --data and --split") if name else ("", "")
         raise InputError(f"no run{of_data} in runs/; first: python train.py{same}, or give another run with "
                          "--checkpoint")
     return runs[-1]

@@ -137,6 +137,9 @@ def why_not_loaded(path, error):
     with suppress(OSError), open(path, "rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             return "is a Git LFS pointer: run git lfs pull to fetch the file itself"
+    if path.suffix.lower() == ".safetensors":
+        return ("is a safetensors file; convert it: torch.save(safetensors.torch.load_file(FILE), "
+                "'weights.pt')")
     foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
     if foreign:
         return (f"holds a Python object ({foreign[1]}), which is not loaded because it may run code; save "
@@ -197,6 +200,9 @@ def read_csv(path, only=None):
     """
     rows = []
     try:
+        with open_bytes(path) as file:
+            if file.read(4) == b"PK\3\4":
+                raise InputError(f"{path}: is an Excel workbook or a zip file; save it as CSV")
         with io.TextIOWrapper(open_bytes(path), "utf-8-sig", newline="") as file:
             head = file.readline()
             skipped = int(head.lower().startswith("sep="))  # Excel's line before the columns

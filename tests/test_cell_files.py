@@ -76,6 +76,12 @@ def test_files_that_match_no_slide_are_named(place):
     line, = unused_cell_files(found)
     assert line.startswith("x/cells: files that match no slide and are not read: 4 "
                            "(a_notes.csv, b.csv, c.zip, ...); name each after its slide")
+    assert line.endswith("; move what is in sub/ to the folder above")
+    Path("x/cells/sub").rename("x/cells/a")
+    Path("x/cells/a/a.csv").rename("x/cells/a/cells.geojson")
+    assert unused_cell_files(found)[0].endswith("; rename a/cells.geojson to a.geojson")
+    Path("x/cells/a/cells.geojson").rename("x/cells/a/a.csv")
+    Path("x/cells/a").rename("x/cells/sub")
     Path("x/cells/a.json").symlink_to("unmounted.json")
     assert Path("x/cells/a.json") in unmatched_files(found) and "read: 5 " in unused_cell_files(found)[0]
     Path("x/cells/a.json").unlink()

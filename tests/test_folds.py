@@ -112,7 +112,7 @@ def test_a_split_file_that_does_not_fit_is_refused_in_one_line(place, capsys):
         find_data("s", split=survival)
     with pytest.raises(InputError, match="--drop-shared: is for a published split"):
         find_data("s", drop_shared=True)
-    with pytest.raises(InputError, match="gone.csv: cannot be read"):
+    with pytest.raises(InputError, match="--split gone.csv: is not a file"):
         find_data("s", split="gone.csv")
     (place / "s/labels.csv").unlink()
     with pytest.raises(InputError, match="no slides with a labels.csv"):

@@ -120,6 +120,10 @@ def test_size_of_nuclei_and_its_scale(diameter):
     assert nucleus_size([image], 0.5) == pytest.approx(diameter, rel=0.15)
     assert nucleus_size([image], 1.0) == 2 * nucleus_size([image], 0.5)  # at twice the um/px
     assert np.isnan(nucleus_size([np.full((99, 99, 3), 255, np.uint8)], 0.5))
+    y, x = np.indices(image.shape[:2])
+    ring = abs(np.hypot(y - 240, x - 240) - 150) < 3
+    image[ring] = image[24, 24]  # a nucleus
+    assert nucleus_size([image], 0.5) == pytest.approx(diameter, rel=0.15)  # as a gland's rim, no nucleus
 
 
 def test_what_no_he_slide_looks_like_is_reported(place, capsys, blank_figures):

@@ -17,7 +17,7 @@ from common.files import read_csv
 from data import Crops
 from wsi.cache import ready_cells, tile_info
 from wsi.cell_files import cell_files
-from wsi.folders import mpp_in_table
+from wsi.folders import find_folder, mpp_in_table
 from wsi.splits import check_unseen, find_data, warn_of_untestable
 
 # ---------------------------------------------------------------- labels.csv
@@ -66,6 +66,43 @@ def test_a_second_folder_of_the_same_name_is_refused_until_the_first_one_is_gone
     assert find_data("two/s", 1.0).images and find_data("lung").images
     with pytest.raises(InputError, match="two/lung: datasets/lung is of another folder"):
         find_data("two/lung", 1.0)
+
+
+def test_a_split_seed_that_draws_nothing_is_named(place, capsys):
+    names = [f"{label}{i}" for label in "AB" for i in range(5)]
+    slides_named(place / "s", names)
+    write_table(place / "s" / "labels.csv", "slide,label", [f"{name},{name[0]}" for name in names])
+    first = find_data("s", 1.0, split_seed=3).labels
+    assert "so --split-seed" not in capsys.readouterr().out
+    assert find_data("s", 1.0, split_seed=4).labels == first
+    assert "split.csv counts, so --split-seed 4 draws nothing" in capsys.readouterr().out
+
+
+def test_what_needs_no_classes_reads_only_the_um_per_px_of_labels_csv(place):
+    slides_named(place / "s", "ab")
+    write_table(place / "s" / "labels.csv", "slide,label,split,mpp", ["a,A,train,0.5", "b,,,0.25"])
+    with pytest.raises(InputError):
+        find_data("s", 1.0)
+    found = find_folder("s", 1.0, has_classes=False)
+    assert (found.said_mpp("a"), found.said_mpp("b"), found.labels) == (0.5, 0.25, {})
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"PK\3\4", "labels.csv: is an Excel workbook or a zip file; save it as CSV"),
+    (b"image,label\na,A\nb,B\n", "for slides, name the column slide"),
+    (b"image,label\nslides/a.svs,A\nc.png,B\nd.png,B\n", "'c.png'; .*in all 2 of 3")])
+def test_tables_of_another_kind_are_refused_with_the_way_out(place, content, says):
+    slides_named(place / "s", "ab")
+    write(place / "s" / "labels.csv", content)
+    with pytest.raises(InputError, match=says):
+        find_data("s", 1.0)
+
+
+def test_a_labels_csv_in_slides_is_named(place, capsys):
+    slides_named(place / "s", "ab")
+    write_table(place / "s/slides/labels.csv", "slide,label", ["a,A", "b,B"])
+    find_data("s", 1.0)
+    assert "is it this file? Save it as s/labels.csv: slides/labels.csv" in capsys.readouterr().out
 
 
 def test_labels_that_are_all_empty_are_for_pretraining(place):
@@ -157,7 +194,7 @@ def test_cells_outside_of_ready_cut_crops_are_reported(place, capsys):
 def test_a_run_does_not_resume_with_other_cells(place, folder, capsys):
     assert train.main([*FOLDER, "--max-steps", "1"]) == 0
     write_table(folder / "cells" / "glands_0.csv", "x,y", ["100,100", "300,300"])
-    refused(capsys, train.main, FOLDER, "was started with", "places")
+    refused(capsys, train.main, FOLDER, "was started with other tiles, or cells in them: use")
     (folder / "cells" / "glands_0.csv").unlink()
     assert train.main([*FOLDER, "--max-steps", "1"]) == 0
 

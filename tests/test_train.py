@@ -126,7 +126,7 @@ def test_a_changed_split_is_refused_and_eval_needs_no_cells(place, folder, capsy
     replace(folder / "labels.csv", *moved)
     leak = f"{run}/encoder.pt: was trained on 1 of these 2 test images"
     refused(capsys, eval_py.main, test, leak, "nests_0")
-    refused(capsys, train.main, argv, "images 6 (stamp")
+    refused(capsys, train.main, argv, "was started with other slides, patients or their files")
     replace(folder / "labels.csv", *((new, old) for old, new in moved))
     assert train.main(argv) == 0  # the split is as it was: the run is resumed
     assert eval_py.main([*test, "--prior", "hovernet"]) == 0  # features and DSMIL need no prior

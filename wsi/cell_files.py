@@ -110,7 +110,9 @@ def whose_cells(data):
     places = [place for place, _ in places_of(data)]
     counts = Counter()
     for file in cell_files(data).values():
-        if file is None or not builtin_folders(data).isdisjoint(file.parents):
+        if file is None and data.prior not in ("auto", "builtin"):
+            counts["missing"] += 1
+        elif file is None or not builtin_folders(data).isdisjoint(file.parents):
             counts["by the built-in detector"] += 1
         else:
             counts[f"in {next(place for place in places if place in file.parents)}/"] += 1
@@ -143,6 +145,17 @@ def unmatched_files(data):
     return sorted(unmatched)
 
 
+def where_to_put(data, unmatched):
+    """Returns advice on files of slides one folder too deep, as HoVer-Net and CellViT leave them, or ""."""
+    keys = [key_of(data, name) for name in data.images]
+    for file in map(PurePosixPath, unmatched):
+        if any(file.name in (key + ending for ending in CELL_ENDINGS) for key in keys):
+            return f"; move what is in {file.parent}/ to the folder above"
+        if file.parent.name in keys and file.suffix == ".geojson":
+            return f"; rename {file} to {file.parent.name}{file.suffix}"
+    return ""
+
+
 def unused_cell_files(data):
     """Returns warnings on files in cells/ that match no image, or that another file is preferred to.
 
@@ -150,12 +163,12 @@ def unused_cell_files(data):
     """
     warnings = []
     given = data.source / "cells"
-    unmatched = [str(path.relative_to(given)) for path in unmatched_files(data)]
+    unmatched = [path.relative_to(given).as_posix() for path in unmatched_files(data)]
     if unmatched:
         image = data.kind.removesuffix("s")
         warnings.append(f"{given}: files that match no {image} and are not read: {len(unmatched)} "
                         f"({first_of(unmatched)}); name each after its {image}, with one of the endings "
-                        f"{' '.join(CELL_ENDINGS[:-1])}")
+                        f"{' '.join(CELL_ENDINGS[:-1])}{where_to_put(data, unmatched)}")
     found = candidates(data)
     has_own = any(builtin_folders(data).isdisjoint(files[0].parents) for files in found.values())
     for prior in PRIORS:

@@ -69,8 +69,8 @@ def cell_format(path):
     elif head and path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return "csv"
     problem = "not a known cell file" if head else "is empty"
-    raise InputError(f"{path}: {problem}; use JSON of HoVer-Net or HistomicsTK, GeoJSON, Cellpose's "
-                     "_cp_masks image, tiatoolbox's .db, or a .csv or .npz with x and y")
+    raise InputError(f"{path}: {problem}; use JSON of HoVer-Net or HistomicsTK, GeoJSON (CellViT's "
+                     "--geojson), Cellpose's _cp_masks image, tiatoolbox's .db, or .csv or .npz with x and y")
 
 
 def read_cells(path, slide_mpp=None, slide_size=None, power=None, bounds=(0, 0)):

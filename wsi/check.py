@@ -12,7 +12,7 @@ from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import first_of, named, not_read
 from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
-from wsi.slides import CROP, Slide, content_of
+from wsi.slides import CROP, Slide
 
 
 def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIXELS):
@@ -167,7 +167,7 @@ def equal_in_two_splits(found, broken):
     first_with = {}
     equal = []
     for name in sorted(found.labels.keys() - broken):
-        content = content_of(found.images[name])
+        content = found.content_of(name)
         first = first_with.setdefault(content, name)
         if content and found.labels[first]["split"] != found.labels[name]["split"]:
             equal.append(f"{first} = {name}")

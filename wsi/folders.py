@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import InputError, check_mpp, one_line, printable
 from common.files import files_under, read_csv, read_json, write_json
 from wsi.datasets import BRIGHT3, DATASETS, OWN, PATCH_SETS, folder_of, safe_name
-from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, find_slides, slide_name, why_not_read
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, content_of, find_slides, slide_name, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
@@ -61,6 +61,10 @@ class Data:
         row = self.labels.get(name) or self.pretrain_only.get(name, {})
         return row.get("mpp")
 
+    def content_of(self, name):
+        """Returns the hash of an image's file (wsi.slides.content_of)."""
+        return content_of(self.images[name])
+
     def names_of_patients(self):
         """Returns same_patients of all rows, including slides that only split.csv still lists."""
         rows = self.absent | self.pretrain_only | self.labels
@@ -86,12 +90,12 @@ class Data:
                       if patient and patient not in tested and name not in held_out)
 
 
-def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
+def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None, has_classes=True):
     """Returns the Data of a name in DATASETS or of a folder; splits are those of labels.csv, or "".
 
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
-    InputError if the folder or its images are missing, if another folder has the same name, or if a name's
-    labels are not the paper's.
+    has_classes: otherwise only the um/px of labels.csv counts. InputError if the folder or its images are
+    missing, or if a name's labels are not the paper's.
     """
     if data in DATASETS:
         source = folder_of(data, root)
@@ -112,8 +116,9 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None):
         raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
     paper_prior = DATASETS.get(data, OWN).prior
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
-    claim_work(found)
-    if rows:
+    if rows and not has_classes:
+        found.pretrain_only = {row["name"]: row for row in rows}
+    elif rows:
         found.labels, found.pretrain_only, found.absent, more = check_rows(rows, images, kind)
         warnings = warnings + more
         found.classes = sorted({row["label"] for row in found.labels.values()})
@@ -151,7 +156,11 @@ def read_layout(data, source):
                      f"{', '.join(COLUMNS[kind])})")
     if kind == "crops":
         rows = [labels_row(table, line, row, row.get("image", "")) for line, row in rows]
-        return kind, image_files(rows, source), rows, warnings
+        images = image_files(rows, source)
+        if not images and (source / "slides").is_dir():
+            raise InputError(f"{table}: its column image is for ready-cut crops, and no file has these "
+                             "names; for slides, name the column slide")
+        return kind, images, rows, warnings
     if has_crops(source):
         raise InputError(f"{table}: labels slides, but {source} holds crops; the columns for crops are "
                          "image,label, where image is crops/...")
@@ -163,10 +172,10 @@ def read_layout(data, source):
 
 def unread_tables(source):
     """Returns a warning if a folder without labels.csv has a file that is probably meant to be it."""
-    names = [path.name for path in source.iterdir()
+    names = [path.relative_to(source).as_posix() for path in [*source.glob("*"), *source.glob("slides/*")]
              if re.fullmatch(r"labels?[\w. ]*\.(csv|tsv|txt|xlsx?)", path.name.lower())]
     return named(sorted(names), f"{source}: has no labels.csv, so all its images are for pre-training; "
-                 "is it this file?")
+                 f"is it this file? Save it as {source}/labels.csv")
 
 
 def find_table(source):
@@ -416,7 +425,9 @@ def check_rows(rows, images, kind):
             check_no_label(row, kind)
         if name not in images:
             if kind == "crops" or Path(name).name != name:
-                raise InputError(f"{where}: no file of {name!r}; remove the line or fetch the file")
+                missing = [row["name"] for row in rows if row["name"] not in images]
+                raise InputError(f"{where}: no file of {name!r}; remove the line or fetch the file (in all "
+                                 f"{len(missing):,} of {len(rows):,} files are missing)")
             absent[name] = checked
         elif row["label"]:
             labels[name] = checked

@@ -89,7 +89,7 @@ def look(path, cutting, cells=None, points=None, out=None):
         return 0
     if cells or points:
         raise InputError(f"--cells, --tile: belong to one slide, and {path} is a folder; name the slide")
-    found = find_folder(str(path.resolve()), slide_mpp=cutting.slide_mpp)
+    found = find_folder(str(path.resolve()), slide_mpp=cutting.slide_mpp, has_classes=False)
     if found.kind != "slides":
         raise InputError(f"{path}: holds crops, not slides; name one of them to see it")
     return exit_code_of(draw_sheet(found, cutting, Path(out or f"runs/look_{found.name}.png")))

@@ -24,6 +24,8 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     most: the largest number of px allowed; limit: how the message names that number. InputError if the image
     is larger or cannot be read.
     """
+    if not os.path.exists(path):
+        raise InputError(f"{path}: is missing")
     try:
         with Image.open(path, formats=FORMATS) as image:
             check_size(path, image, most, limit)
@@ -31,8 +33,9 @@ def read_image(path, most=CROP_PIXELS, limit=CROP_LIMIT):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # Pillow raises many types for a broken file
-        raise InputError(f"{path}: cannot be read as an image ({one_line(error)}); is the file complete? "
-                         "Plain images are PNG, JPEG or TIFF, preferably 8-bit RGB") from None
+        raise InputError(
+            f"{path}: cannot be read as an image ({one_line(error)}); is the file complete? Plain images are "
+            "PNG, JPEG or TIFF of a usual compression, preferably 8-bit RGB") from None
 
 
 def check_size(path, image, most, limit):

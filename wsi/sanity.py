@@ -26,8 +26,9 @@ REGION = 1024  # their side in px at about WORK_MPP
 def nucleus_size(images, mpp):
     """Returns the median diameter in um of the dark blue blobs in RGB images (H, W, 3), weighted by area.
 
-    Blobs are haematoxylin above Otsu's threshold. Clumps do not count: the largest circle in a blob has to
-    have half of its area. mpp only scales the result. NaN for fewer than 20 blobs.
+    Blobs are haematoxylin above Otsu's threshold, with their holes. Clumps do not count: the largest circle
+    in a blob has to have half of its area. Nor do blobs that are mostly hole, such as a gland. mpp only
+    scales the result. NaN for fewer than 20 blobs.
     """
     sizes = [np.zeros(0)]
     for image in images:
@@ -36,13 +37,15 @@ def nucleus_size(images, mpp):
         tissue = density[density > TISSUE]
         if not len(tissue):
             continue
-        blobs, count = ndimage.label(ndimage.binary_fill_holes(density > otsu(tissue)))
+        dark = density > otsu(tissue)
+        blobs, count = ndimage.label(ndimage.binary_fill_holes(dark))
         inside = blobs > 0
         blob = blobs[inside] - 1  # of each px
         area = np.bincount(blob)
+        filled = area > 2 * np.bincount(blob, dark[inside])
         radius = np.zeros(count)
         np.maximum.at(radius, blob, ndimage.distance_transform_edt(inside)[inside])  # ndimage.maximum sorts
-        single = (np.pi * np.square(radius) > area / 2) & (area >= 20)
+        single = (np.pi * np.square(radius) > area / 2) & (area >= 20) & ~filled
         sizes.append(2 * np.sqrt(area[single] / np.pi) * mpp)
     sizes = np.sort(np.concatenate(sizes))
     if len(sizes) < 20:

@@ -8,9 +8,8 @@ from common.errors import InputError, print_skipped
 from common.files import read_csv, write_csv
 from common.pool import call
 from wsi.cache import load_crops
-from wsi.folders import SPLIT_NAMES, find_folder, first_of, same_patients, tcga_patient
+from wsi.folders import SPLIT_NAMES, claim_work, find_folder, first_of, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
-from wsi.slides import content_of
 
 ADVICE = "use another encoder, or pre-train again with this split"
 
@@ -23,11 +22,11 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
     split_seed. split: the file of a published one, which is used instead (published_split). InputError if
     files are missing, or a patient is in two splits of the data set's own.
     """
+    check_split_flags(split, drop_shared)
     found = find_folder(data, mpp, prior, root, slide_mpp)
+    claim_work(found)
     if split:
         return published_split(found, split, drop_shared)
-    if drop_shared:
-        raise InputError("--drop-shared: is for a published split; name its file with --split")
     rows = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
     found.absent |= {name: row for name, row in rows.items() if name not in found.labels}
     split_of = {}
@@ -39,6 +38,14 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
                 f"keep a patient in one split, in labels.csv or {found.work}/split.csv (delete it to draw a "
                 "new split)")
     return found
+
+
+def check_split_flags(split, drop_shared):
+    """InputError for --drop-shared without --split, or a --split that is not a file."""
+    if drop_shared and not split:
+        raise InputError("--drop-shared: is for a published split; name its file with --split")
+    if split and not Path(split).is_file():
+        raise InputError(f"--split {split}: is not a file; name a CSV with the columns train,val,test")
 
 
 def find_patches(data, split_seed=0, mpp=None, prior="auto"):
@@ -113,6 +120,8 @@ def complete_split(labels, kind, path, seed):
         write_csv(path, [("name", "patient", "split")] + [
             (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
         print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
+    elif seed:
+        print(f"{path} counts, so --split-seed {seed} draws nothing; delete the file to draw again")
     return rows
 
 
@@ -182,7 +191,7 @@ def warn_of_untestable(found):
 
 def training_record(found, names):
     """Returns the data set, images and patients of an encoder's training, as plain values for encoder.pt."""
-    hashes = {name: content_of(found.images[name]) for name in names}
+    hashes = {name: found.content_of(name) for name in names}
     names_of = found.names_of_patients()
     rows = found.labels | found.pretrain_only
     patients = set()
@@ -214,7 +223,7 @@ def seen_images(found, names, trained_on):
     accepted = set().union(*shared_patients(found).values())
     seen, shared = [], []
     for name in names:
-        same_image = content_of(found.images[name]) in hashes
+        same_image = found.content_of(name) in hashes
         same_name = same_data and name in images
         patient = found.labels[name]["patient"]
         same_patient = bool(patients & names_of[patient])
