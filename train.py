@@ -31,7 +31,7 @@ from common.watch import contrast, effective_rank, probe
 from data import Augmentation, Crops, collate, images_of, make_views, share_of, spread
 from demo.slides import make_demo
 from wsi.cache import crop_mpp, prepare, warn_of_cell_files
-from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, run_name, split_flags
+from wsi.datasets import DATASETS, DEMO, NO_CELLS, OWN, add_data_flags, cutting_flags, run_name, split_flags
 from wsi.folders import Data
 from wsi.splits import find_data, read_probe, training_record, warn_of_untestable
 
@@ -474,7 +474,7 @@ def finish(args, run, log, step, steps, skipped, stop):
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
         flags = ["--data", args.data, *split_flags(args.split, args.drop_shared)]
-        flags += [] if args.tissue == 0.5 else ["--tissue", f"{args.tissue:g}"]
+        flags += cutting_flags(args.slide_mpp, args.tissue)
         flags += [] if args.run == default_run(args) else ["--checkpoint", f"{run.folder}/encoder.pt"]
         done = f"{run.folder} had finished its {steps} steps; nothing was trained"
         if step > log.start:

@@ -45,6 +45,11 @@ def one_line(error):
     return printable(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
 
 
+def first_of(names):
+    """Returns the first three names as text."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 class Terminal:
     """stdout or stderr whose write errors are ignored, so that a run survives a closed terminal or pipe."""
 

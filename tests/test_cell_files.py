@@ -106,6 +106,8 @@ def test_cells_of_crops_in_subfolders_are_the_detectors_or_not(place, capsys):
         write(place / "c" / "cells" / name, "x,y\n1,2\n")
     found = find_data("c", 1.0)
     assert whose_cells(found) == "cells of 2 crops (--prior auto): 2 by the built-in detector"
+    own = find_data("c", 1.0, "hovernet")
+    assert whose_cells(own) == "cells of 2 crops (--prior hovernet): 1 in c/cells/hovernet/, 1 missing"
     line, = unused_cell_files(found)
     assert line.startswith("c/cells/hovernet: is read only with --prior hovernet")
 

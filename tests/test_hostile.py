@@ -151,6 +151,10 @@ def test_damaged_checkpoints_and_encoders_are_refused_by_name(place, capsys):
     for change in ({"step": -3}, {"step": None}, {"student": {}}, {"teacher": 3}):
         save_tensors(run / "checkpoint.pt", checkpoint | change)
         refused(capsys, train.main, SMALL, "checkpoint.pt", "delete it")
+    refused(capsys, eval_py.main, [*SMALL[:6], "--checkpoint", str(run / "checkpoint.pt")],
+            "is what training resumes from; give the encoder.pt next to it")
+    write(place / "w.safetensors", b"\0" * 64)
+    refused(capsys, train.main, [*SMALL[:6], "--run", "r", "--init", "w.safetensors"], "safetensors.torch")
     weights = encoder["encoder"]
     nan = weights | {"norm.bias": weights["norm.bias"] * float("nan")}
     for change in ({"encoder": {}}, {"arch": "vit_s"}, {"encoder": nan}, {"arch": "vit_9"},

@@ -69,6 +69,7 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys, blan
     assert train.main([*FOLDER, "--run", "runs/whole"]) == 0 and times(whole, "*.pt") == kept
     printed = capsys.readouterr().out
     assert "runs/whole had finished its 6 steps; nothing was trained. Next: python eval.py" in printed
+    assert " --data 'tiny set' --slide-mpp 1 --tissue 0.3 --checkpoint runs/whole/encoder.pt\n" in printed
     assert "Wrote" not in printed and "resumed" not in printed
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     assert a["step"] == b["step"] == 6
@@ -398,14 +399,15 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
     ("--init", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull"),
     ("--init", {}, "w.pth: does not fit --arch"),
     ("--probe", None, "w.pth: neither a folder"), ("--probe", POINTER, "w.pth: neither a folder"),
-    ("--checkpoint", None, "--checkpoint w.pth: is missing"), ("--checkpoint", {}, "is not an encoder.pt"),
+    ("--checkpoint", None, "--checkpoint w.pth: is missing"),
+    ("--split", None, "--split w.pth: is not a file"), ("--checkpoint", {}, "is not an encoder.pt"),
     ("--checkpoint", POINTER, "w.pth: is a Git LFS pointer: run git lfs pull")])
 def test_a_bad_file_is_refused_before_slides_are_prepared(place, capsys, flag, content, says):
     if isinstance(content, dict):
         save_tensors(place / "w.pth", content)
     elif content:
         write(place / "w.pth", content)
-    main, argv = (eval_py.main, SMALL[:6]) if flag == "--checkpoint" else (train.main, SMALL)
+    main, argv = (eval_py.main, SMALL[:6]) if flag in ("--checkpoint", "--split") else (train.main, SMALL)
     refused(capsys, main, [*argv, flag, "w.pth"], says)
     refused(capsys, train.main, [*SMALL, "--probe", "in"], "in/labels.csv: is missing")
     assert not (place / "datasets").exists() and not (place / "runs").exists()

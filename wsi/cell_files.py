@@ -9,12 +9,11 @@ import unicodedata
 from collections import Counter
 from pathlib import PurePosixPath
 
-from common.errors import printable
+from common.errors import first_of, printable
 from common.files import files_under
 from common.pool import call
 from wsi.cells import cell_format
 from wsi.datasets import NO_CELLS, PRIORS
-from wsi.folders import first_of
 from wsi.slides import SLIDE_TYPES
 
 CELL_ENDINGS = (  # most preferred first; cellpose always writes _seg.npy, a pickle, which is not read

@@ -2,7 +2,7 @@
 from collections import Counter
 from pathlib import Path
 
-from common.errors import InputError, printable
+from common.errors import InputError, first_of, printable
 from common.flags import MAX_GIGAPIXELS
 from common.pool import call, in_processes
 from wsi import gdc
@@ -10,7 +10,8 @@ from wsi.cache import cells_of_crop, describe_side, kept_cells, other_sides, til
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
-from wsi.folders import first_of, named, not_read
+from wsi.folders import not_read
+from wsi.labels import named
 from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
 from wsi.slides import CROP, Slide
 

@@ -97,6 +97,12 @@ def split_flags(split, drop_shared):
     return flags + ["--drop-shared"] if drop_shared else flags
 
 
+def cutting_flags(slide_mpp, tissue):
+    """Returns --slide-mpp and --tissue as a command line has them, [] for their defaults."""
+    flags = ["--slide-mpp", f"{slide_mpp:g}"] if slide_mpp else []
+    return flags if tissue == DATA_FLAGS["--tissue"]["default"] else [*flags, "--tissue", f"{tissue:g}"]
+
+
 def evaluated_mpp(data, mpp, trained_at):
     """Returns the um/px to evaluate an encoder at: --mpp, else a known data set's, else trained_at.
 

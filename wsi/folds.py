@@ -8,7 +8,7 @@ import numpy as np
 from common.classify import make_folds
 from common.errors import InputError
 from common.files import write_csv
-from wsi.folders import SPLITS
+from wsi.labels import SPLITS
 from wsi.published import published_split
 from wsi.splits import check_unseen
 

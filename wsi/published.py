@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import read_csv
-from wsi.folders import SPLITS, slide_of
+from wsi.labels import SPLITS, slide_of
 
 
 def published_split(found, path, drop_shared=False):

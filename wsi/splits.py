@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import InputError, print_skipped
+from common.errors import InputError, first_of, print_skipped
 from common.files import read_csv, write_csv
 from common.pool import call
 from wsi.cache import load_crops
-from wsi.folders import SPLIT_NAMES, claim_work, find_folder, first_of, same_patients, tcga_patient
+from wsi.folders import claim_work, find_folder
+from wsi.labels import SPLIT_NAMES, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
 
 ADVICE = "use another encoder, or pre-train again with this split"
