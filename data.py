@@ -155,7 +155,7 @@ class Augmentation:
 
     Scales are shares of the crop's area, sizes are px. greyscale, solarize and blur are factors on DINO's
     probabilities; jitter is a factor on its strengths of colour jitter and, below 1, on the probability. mean
-    and std (RGB in 0 to 1) are the encoder's.
+    and std (RGB in 0 to 1) and patch_size, px, are the encoder's.
     """
 
     local_crops: int = 8
@@ -169,6 +169,7 @@ class Augmentation:
     blur: float = 1.0
     mean: tuple = MEAN
     std: tuple = STD
+    patch_size: int = 16
 
 
 class Draws:
@@ -337,7 +338,7 @@ def make_view(images, cells, kind, size, scale, draws, augmentation, counts):
     solarized = draws.chance(B, kind["solarize"] * augmentation.solarize)
     x = apply_where(solarized, solarize, x)
     x = normalize(x, augmentation.mean, augmentation.std)
-    return x, view_prior(cells, boxes, flip, size, counts=counts)
+    return x, view_prior(cells, boxes, flip, size, augmentation.patch_size, counts)
 
 
 def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1), counts=False):
@@ -345,11 +346,12 @@ def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1
 
     Returns views [(2, B, 3, 224, 224), (local, B, 3, 96, 96)] and priors [(2, B, 196), (local, B, 36)], the
     global ones alone if local_crops is 0, on the device of the generator, which draws all random numbers.
-    shard: (index, count) of these crops in their batch. counts: returns cells per patch instead of P_c
-    (view_prior). ValueError for crops of another dtype.
+    shard: (index, count) of these crops in their batch, whose shards are equally large. counts: returns cells
+    per patch instead of P_c (view_prior). ValueError for other dtypes or shapes.
     """
-    if crops.dtype != torch.uint8:
-        raise ValueError(f"make_views takes crops of uint8, 0 to 255, not {crops.dtype}")
+    if crops.dtype != torch.uint8 or crops.shape[-1] != crops.shape[-2] or cells.dim() != 3:
+        raise ValueError("make_views takes square uint8 crops (B, 3, S, S), 0 to 255, and cells (B, K, 2), "
+                         f"not {crops.dtype} {tuple(crops.shape)} and {tuple(cells.shape)}")
     draws = Draws(generator, shard)
     images = crops.to(draws.device).float() / 255
     cells = cells.to(draws.device)
@@ -357,7 +359,9 @@ def make_views(crops, cells, generator, augmentation=Augmentation(), shard=(0, 1
               ([LOCAL] * augmentation.local_crops, augmentation.local_size, augmentation.local_scale)]
     views, priors = [], []
     for kinds, size, scale in groups:
-        group = [make_view(images, cells, kind, size, scale, draws, augmentation, counts) for kind in kinds]
+        with torch.autocast(draws.device.type, enabled=False):  # fp32, wherever it is called
+            group = [make_view(images, cells, kind, size, scale, draws, augmentation, counts)
+                     for kind in kinds]
         if group:
             views.append(torch.stack([view for view, _ in group]))
             priors.append(torch.stack([prior for _, prior in group]))

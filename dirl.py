@@ -181,18 +181,15 @@ class ViTH(VisionTransformer):
         self.blocks.apply(init_weights)
 
 
-vit_h = ViTH
 vit_t4 = partial(vit_t, depth=4)  # not in the paper: for runs of minutes
-ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": vit_h, "vit_t4": vit_t4}
+ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": ViTH, "vit_t4": vit_t4}
 
 
 # ---------------------------------------------------------------- 3.3 cell-back pooling
 
 def regions_present(prior):
     """P_c (B, n) -> bools (B,), (B,): are |P_c| and |1 - P_c|, the divisors of eq. 3 and 8, above 0?"""
-    has_cell = (prior > 0).any(-1)
-    has_background = (prior < 1).any(-1)
-    return has_cell, has_background
+    return (prior > 0).any(-1), (prior < 1).any(-1)
 
 
 def region_mean(tokens, region):
@@ -204,9 +201,12 @@ def cell_back_pool(tokens, prior):
     """Eq. 3: f_c = P_c^T T_L / |P_c| and f_b = (1 - P_c)^T T_L / |1 - P_c|.
 
     The paper's idea: each region has its own feature to match, so attending to one region is not enough.
-    tokens (B, n, d), prior (B, n) -> f_c, f_b (B, d). An empty region pools to zeros and passes no gradient.
+    tokens (B, n, d), prior (B, n) -> f_c, f_b (B, d); what is above 0 in prior counts as 1. An empty region
+    pools to zeros and passes no gradient. ValueError for other shapes, such as tokens with a class token.
     """
-    prior = prior.to(tokens.dtype)
+    if prior.shape != tokens.shape[:2]:
+        raise ValueError(f"a prior of shape {tuple(prior.shape)} for tokens of {tuple(tokens.shape)}")
+    prior = (prior > 0).to(tokens.dtype)
     return region_mean(tokens, prior), region_mean(tokens, 1 - prior)
 
 
@@ -219,7 +219,7 @@ def disentangle_masks(prior):
     M_self(i, j) = 0 where P_c(i) = P_c(j); M_cross(i, j) = 0 where P_c(i) != P_c(j) or i = j.
     The diagonal is 0 in both, so no row is all -inf: if the other region is empty, M_cross leaves i = j.
     """
-    same = prior.unsqueeze(-1) == prior.unsqueeze(-2)  # (B, n, n)
+    same = (prior > 0).unsqueeze(-1) == (prior > 0).unsqueeze(-2)  # (B, n, n)
     eye = torch.eye(prior.shape[-1], dtype=torch.bool, device=prior.device)
     zero = torch.zeros(same.shape, device=prior.device)
     m_self = zero.masked_fill(~same, -math.inf)
@@ -308,7 +308,7 @@ class DINOLoss(nn.Module):
     student (V, B, K): logits of all views, the U global ones first; teacher (U, B, K). Every student view is
     compared with every other global view of the teacher. A pair counts if the region is present in both
     (present_s (V, B), present_t (U, B); None: everywhere). Returns the mean over the pairs that count, 0 if
-    none does. Call update_center() once per step, after the loss; all DDP processes have to call both.
+    none does. Each call collects rows for update_center(), to be called once per step in all DDP processes.
 
     `entropy` is the mean H(q) of the last call: ln K if the outputs are uniform, 0 if each is on a single
     prototype. The loss is H(q) + KL(q || p).
@@ -376,6 +376,7 @@ def eq9_weights(names, lambda_1=0.5, lambda_2=0.1 / 4):
 class DiRL(nn.Module):
     """Encoder, disentangle block and one head per representation of the method.
 
+    encoder: images -> T_L (B, n, d), with embed_dim and num_heads. Weights are fp32; bf16 is for autocast.
     method: "baseline" is DINO on f, "cellback" has f_c and f_b, "dirl" has all six; ValueError for others.
     out_dim: K of the heads of f, f_c and f_b; disentangled_dim: K of the other four.
     """
@@ -400,7 +401,6 @@ class DiRL(nn.Module):
         f_cb is a mean over cell tokens, so it is present in any view with cells, even without background.
         """
         tokens = self.encoder(images)  # T_L (B, n, d)
-        prior = prior > 0  # so that counts of cells, or a mask of 0 and 255, are P_c too
         has_cell, has_background = regions_present(prior)
         if self.method == "baseline":
             return {"f": tokens.mean(1)}, {"f": torch.ones_like(has_cell)}
@@ -471,7 +471,7 @@ def make_teacher(student):
 
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """theta_t = m theta_t + (1 - m) theta_s, parameter by parameter."""
+    """theta_t = m theta_t + (1 - m) theta_s, parameter by parameter; not of buffers, since DiRL has none."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 

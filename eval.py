@@ -54,7 +54,7 @@ from wsi.datasets import add_data_flags, evaluated_mpp, run_name
 from wsi.folders import find_folder
 from wsi.folds import open_folds
 from wsi.slides import CROP
-from wsi.splits import check_classes, check_split_flags, check_unseen, find_data, find_patches
+from wsi.splits import check_classes, check_split_flags, check_unseen, find_data, find_patches, hashes_of
 
 # ---------------------------------------------------------------- flags
 
@@ -399,7 +399,7 @@ def predict_slides(args):
 
     print_table(rows[:21])  # the first 20 slides
     print_skipped(skipped)
-    hashes = {"the encoder": set(about["trained_on"]["images"].values()), "DSMIL": kept.trained_on}
+    hashes = {"the encoder": hashes_of(about["trained_on"]), "DSMIL": kept.trained_on}
     for what, trained_on in hashes.items():
         known = [name for name in infos if found.content_of(name) in trained_on]
         if known:

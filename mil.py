@@ -48,11 +48,11 @@ class DSMIL(nn.Module):
 def class_weights(labels, num_classes):
     """Returns weights (C,) inverse to the classes' counts, N / (C n_c), so that all classes weigh the same.
 
-    labels: ints, of the training slides; ValueError if a class has none.
+    labels: ints below C, of the training slides; ValueError if a class has none, or for other labels.
     """
     counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
-    if (counts == 0).any():
-        raise ValueError("a class without a slide has no weight")
+    if len(counts) > num_classes or (counts == 0).any():
+        raise ValueError(f"slides of classes {counts.tolist()}: each of {num_classes} needs some")
     return len(labels) / (num_classes * counts.float())
 
 
@@ -81,7 +81,8 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
     lr, weight_decay and batch are A.1.2's, the rest Li et al.'s: Adam with betas (0.5, 0.9), cosine from lr
     to 5e-6. The epoch with the lowest loss on val is kept. progress(epoch, loss, val_loss), if given, is
     called after each epoch; weights (C,), if given, weigh the classes in training and validation
-    (class_weights). Returns the model in eval mode. ValueError without a training or validation bag.
+    (class_weights). Returns the model in eval mode. ValueError without a training or validation bag;
+    FloatingPointError if no loss on val is finite, as for features that are NaN.
     """
     if not train or not val:
         raise ValueError("DSMIL needs at least one training and one validation bag")
@@ -104,9 +105,11 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
         schedule.step()
         with torch.no_grad():
             val_loss = sum(dsmil_loss(*model(x)[:2], y, weights).item() for x, y in val) / len(val)
-        if best_state is None or val_loss < best or math.isnan(best):
+        if val_loss < best:
             best, best_state = val_loss, copy.deepcopy(model.state_dict())
         if progress:
             progress(epoch, total / len(train), val_loss)
+    if not math.isfinite(best):
+        raise FloatingPointError("no validation loss of DSMIL is finite; check the features, or lower lr")
     model.load_state_dict(best_state)
     return model.eval()

@@ -34,17 +34,27 @@ def centroid_map(centroids, size):
 
 
 def downsample_prior(c_map, patch_size=16):
-    """Returns P_c: C max-pooled over each p x p patch, C (.., H, W) -> P_c (.., n) float, row by row."""
-    lead = c_map.shape[:-2]
-    pooled = F.max_pool2d(c_map.reshape(-1, 1, *c_map.shape[-2:]).float(), patch_size)
-    return pooled.view(*lead, -1)
+    """Returns P_c: C max-pooled over each p x p patch, C (.., H, W) -> P_c (.., n) float, row by row.
+
+    What is above 0 in C counts as 1. ValueError if H or W is no multiple of patch_size.
+    """
+    *lead, H, W = c_map.shape
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"{H} x {W} px do not divide into patches of {patch_size} px")
+    pooled = F.max_pool2d((c_map > 0).float().reshape(-1, 1, H, W), patch_size)
+    return pooled.view(*lead, (H // patch_size) * (W // patch_size))
 
 
 def bin_centroids(centroids, size, patch_size=16):
-    """Returns the P_c (n,) of the two above without drawing C: 1 for each patch that holds a centroid."""
+    """Returns the P_c (n,) of the two above without drawing C: 1 for each patch that holds a centroid.
+
+    ValueError if size is no multiple of patch_size.
+    """
+    if size % patch_size:
+        raise ValueError(f"{size} px do not divide into patches of {patch_size} px")
     grid = size // patch_size
     xy = points(centroids)
-    xy = (xy[((xy >= 0) & (xy < grid * patch_size)).all(1)] // patch_size).long()
+    xy = (xy[((xy >= 0) & (xy < size)).all(1)] // patch_size).long()
     prior = torch.zeros(grid * grid)
     prior[xy[:, 1] * grid + xy[:, 0]] = 1
     return prior

@@ -113,7 +113,7 @@ def test_an_image_that_is_no_whole_number_of_patches_is_refused():
 
 
 def test_later_blocks_are_dropped_more_often():
-    for encoder in (dirl.vit_t(4, drop_path=0.3), dirl.vit_h(drop_path=0.33)):
+    for encoder in (dirl.vit_t(4, drop_path=0.3), dirl.ViTH(drop_path=0.33)):
         rates = torch.tensor([block.drop_path.p for block in encoder.blocks if isinstance(block, dirl.Block)])
         torch.testing.assert_close(rates, torch.linspace(0, rates[-1], len(rates)))
         assert rates[-1] > 0.29
@@ -398,6 +398,15 @@ def test_p_c_is_where_a_prior_is_above_0_and_every_view_size_needs_one(small_hea
             assert torch.equal(logits, want[name][0]) and torch.equal(present, want[name][1])
     with pytest.raises(ValueError):
         model(views, priors[:1])
+    p = random_prior(2, 16)
+    tokens = torch.randn(2, 16, 8)
+    for scaled in (255 * p, 3 * p.int(), p.bool()):  # each piece by itself, for who copies it
+        for got, want in zip(dirl.cell_back_pool(tokens, scaled) + dirl.disentangle_masks(scaled),
+                             dirl.cell_back_pool(tokens, p) + dirl.disentangle_masks(p)):
+            assert torch.equal(got, want)
+    for wrong in (p.unsqueeze(-1), p[:1], p[:, :15]):  # (n, 1) as the paper writes it; a class token too many
+        with pytest.raises(ValueError, match="for tokens of"):
+            dirl.cell_back_pool(tokens, wrong)
 
 
 def test_teacher_shares_no_storage_and_moves_by_momentum(small_heads):
@@ -450,8 +459,9 @@ def test_dsmil_loss_by_hand():
 def test_class_weights_by_hand():
     weights = mil.class_weights([0, 0, 0, 1], 2)
     torch.testing.assert_close(weights, torch.tensor([4 / 6, 4 / 2]))
-    with pytest.raises(ValueError, match="no weight"):
-        mil.class_weights([0, 0], 2)
+    for labels in ([0, 0], [0, 1, 2]):
+        with pytest.raises(ValueError, match="each of 2 needs some"):
+            mil.class_weights(labels, 2)
     scores, bag = torch.randn(5, 2), torch.randn(2)
     for label in (0, 1):
         weighted = mil.dsmil_loss(scores, bag, label, weights)
@@ -498,6 +508,12 @@ def test_dsmil_training_against_its_loop():
         states.append((loss, copy.deepcopy(model.state_dict())))
     for name, value in min(states, key=lambda state: state[0])[1].items():
         torch.testing.assert_close(got.state_dict()[name], value)
+
+
+def test_dsmil_refuses_features_that_give_no_finite_loss():
+    bag = torch.full((3, 4), float("nan")), 0
+    with pytest.raises(FloatingPointError, match="no validation loss of DSMIL is finite"):
+        mil.train_dsmil([bag], [bag], 2, epochs=2)
 
 
 def test_dsmil_keeps_the_epoch_with_the_lowest_validation_loss():
@@ -663,10 +679,29 @@ def test_views_have_dinos_shapes_and_repeat_with_their_seed():
 
 
 def test_views_of_other_sizes_and_pixels_are_refused():
-    with pytest.raises(ValueError, match="uint8"):  # 0 to 1, as torchvision's ToTensor gives: would be black
-        data.make_views(torch.rand(2, 3, 224, 224), torch.zeros(2, 1, 2), torch.Generator())
+    uint8 = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
+    cells = torch.zeros(2, 1, 2)
+    for crops, xy in ((uint8 / 255, cells),  # as torchvision's ToTensor gives: would be black
+                      (uint8[..., :160], cells), (uint8, cells[0])):
+        with pytest.raises(ValueError, match="square uint8 crops"):
+            data.make_views(crops, xy, torch.Generator())
+    with pytest.raises(ValueError, match="100 px do not divide into patches of 16"):
+        prior.bin_centroids([], 100)
+    with pytest.raises(ValueError, match="64 x 100 px do not divide into patches of 16"):
+        prior.downsample_prior(torch.zeros(64, 100))
     with pytest.raises(ValueError, match="100 px"):
         prior.view_prior(torch.zeros(1, 1, 2), torch.tensor([[0, 0, 50, 50]]), torch.tensor([False]), 100)
+
+
+def test_views_are_in_fp32_under_autocast_and_take_other_patches():
+    crops = (as_batch(tissue_like(), tissue_like(seed=1)) * 255).to(torch.uint8)
+    cells = torch.rand(2, 5, 2) * 224
+    settings = data.Augmentation(local_crops=1, patch_size=8, local_size=96)
+    want, priors = data.make_views(crops, cells, torch.Generator().manual_seed(0), settings)
+    assert [p.shape[-1] for p in priors] == [28 ** 2, 12 ** 2]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = data.make_views(crops, cells, torch.Generator().manual_seed(0), settings)
+    assert all(torch.equal(x, y) and x.dtype == torch.float32 for x, y in zip(got, want))
 
 
 PLAIN = dict(jitter=0, greyscale=0, solarize=0, blur=0, mean=(0,) * 3, std=(1,) * 3)

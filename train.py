@@ -22,7 +22,6 @@ import dirl
 from common import encoders, optimization
 from common.checkpoint import Run
 from common.distributed import any_of, device_of_process, first_before_others, join, leave, processes, rank
-from common.encoders import MEAN, STD
 from common.errors import InputError, Parser, exit_code_of, print_skipped, run_script, stop_signals
 from common.files import check_writable, stamp
 from common.flags import RUNNING, SEED, SHARE, between, running_flags, side, whole, words_of
@@ -74,9 +73,9 @@ def argument_parser(prog="python train.py"):
     add("--global-size", type=side, default=224,
         help="side of the global views in px, a multiple of 16; 112 is 4 times faster but coarser")
     add("--local-size", type=side, default=96, help="side of the local views in px, a multiple of 16")
-    add("--stats", default="imagenet", choices=["imagenet", "data"],
-        help="mean and sd that normalise the pixels: ImageNet's as in DINO (also for --init with ImageNet's "
-             "weights), or the training crops' own, with which small runs on H&E learn sooner")
+    add("--stats", default="imagenet", choices=["imagenet", "data", "init"],
+        help="mean and sd that normalise the pixels: ImageNet's as in DINO, those in the file of --init, or "
+             "the training crops' own (data), with which small runs on H&E learn sooner")
     add("--jitter", type=between(0, 2), default=1.0,
         help="factor on the strengths of colour jitter and, below 1, on its probability: 0 is none, 1 "
              "DINO's, 2 near SimCLR's; lower it if a head's outputs stay uniform")
@@ -353,10 +352,11 @@ def training_crops(args):
     crops, owners = share_of(crops, args.fraction, args.seed)
     if len(crops) < args.batch:
         raise InputError(f"--batch {args.batch}: there are only {len(crops)} training crops; lower --batch")
-    mean, std = MEAN, STD
-    if args.stats == "data":
-        mean, std = encoders.stats_of_crops(images_of(crops, spread(len(crops), 128)))
-    return TrainingData(found, crops, places, skipped, training_record(found, sorted(set(owners))), mean, std)
+    mean, std = encoders.stats_of(args.stats, args.init, lambda: images_of(crops, spread(len(crops), 128)))
+    trained_on = training_record(found, sorted(set(owners)))
+    if args.init:
+        trained_on["init"] = encoders.record_of_file(args.init)
+    return TrainingData(found, crops, places, skipped, trained_on, mean, std)
 
 
 def loader_of(crops, args, start, steps):
@@ -404,8 +404,7 @@ def train(args, build=build_dirl):
     """Trains the Recipe that build(encoder, args) returns; returns the exit code."""
     # A bad --run, --init or --probe is refused first, because preparing slides may take hours.
     check_writable(args.run)
-    if args.init:
-        encoders.fit_weights(encoders.make_encoder(args.arch, MEAN, STD, args.depth), args.init)
+    encoders.check_init(args.init, args.stats, args.arch, args.depth)
     probe_sets = read_probe(args.probe, args.probe_images, args.seed) if args.probe else None
     data, settings, recipe, optimizer = set_up(args, build)
     per_epoch = len(data.crops) // args.batch

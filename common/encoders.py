@@ -3,6 +3,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -169,6 +170,10 @@ def save_encoder(path, encoder, **about):
 
 # ---------------------------------------------------------------- weights of other programs
 
+EMPTY_RECORD = {"data": None, "images": {}, "patients": []}
+NO_RECORD = "warning: {}: does not record what it was trained on; make sure it has seen no test image"
+
+
 class ClassTokenViT(dirl.VisionTransformer):
     """A ViT with a class token, which is f, as in timm and DINO: images (B, 3, H, W) -> that token (B, 1, d).
 
@@ -211,31 +216,28 @@ def open_encoder(path, arch=None):
     if isinstance(state, dict) and "trained_on" in state:  # an encoder.pt: its own arch and record count
         return load_encoder(path)
     weights = weights_of(state, path)
-    try:
-        mean, std = scale_of(state.get("mean", MEAN), state.get("std", STD))
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its mean and std are not two lists of three numbers, std above 0 "
-                         f"({one_line(error)}); correct or remove them") from None
-    encoder = make_encoder(arch, mean, std)
+    encoder = make_encoder(arch, *(stats_of_file(path) or (MEAN, STD)))
     if "cls_token" in weights:
         encoder = ClassTokenViT(encoder.embed_dim, len(encoder.blocks), encoder.num_heads,
                                 mean=encoder.mean, std=encoder.std)
     ignored = init_encoder(encoder, path, state)
-    foreign = [name for name in ignored if name.startswith(("blocks.", "reg_token", "dist_token"))]
+    other = ("blocks.", "attn_pool.", "reg_token", "dist_token")
+    foreign = [name for name in ignored if name.startswith(other)]
     if foreign:
         raise InputError(f"{path}: has {', '.join(foreign[:3])}, which --arch {arch} has not, so its "
                          "features would be others; take another --arch, if it is a plain ViT")
     check_finite(encoder, path)
-    print(f"warning: {path}: does not record what it was trained on; make sure it has seen no test image")
+    print(NO_RECORD.format(path))
     about = {"arch": arch, "method": re.sub(r"[^\w.-]+", "_", path.stem), "data": None, "mpp": None,
-             "step": None, "trained_on": {"data": None, "images": {}, "patients": []}}
+             "step": None, "trained_on": EMPTY_RECORD}
     return encoder.eval(), about
 
 
 def weights_of(state, path):
     """Returns {timm's name: tensor} of a loaded encoder.pt, or of a state dict with timm's or DINO's names.
 
-    DINO keeps student and teacher (the teacher is taken) and puts "module." and "backbone." before the names.
+    DINO keeps student and teacher (the teacher is taken) and puts "module." and "backbone." before the names,
+    torch.compile "_orig_mod.".
     InputError if the file at path has no state dict.
     """
     for key in ("encoder", "teacher", "state_dict", "model"):
@@ -245,7 +247,8 @@ def weights_of(state, path):
     weights = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            weights[name.removeprefix("module.").removeprefix("backbone.")] = value
+            name = name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("backbone.")
+            weights[name] = value
     return weights
 
 
@@ -297,6 +300,54 @@ def init_encoder(encoder, path, state=None):
     rest = f", ignored {', '.join(ignored)}" if ignored else ""
     print(f"{path}: took {len(weights)} tensors{rest}")
     return ignored
+
+
+def check_init(init, stats, arch, depth):
+    """InputError if the file of --init does not fit an encoder, or lacks the mean and std of --stats init."""
+    if init:
+        fit_weights(make_encoder(arch, MEAN, STD, depth), init)
+    if stats == "init" and not (init and stats_of_file(init)):
+        raise InputError(f"--stats init: takes the mean and std of --init, and {init or 'no file'} has none")
+
+
+def stats_of_file(path):
+    """Returns the (mean, std) that a file of weights keeps, or None."""
+    state = load_tensors(path)
+    if not isinstance(state, dict) or not {"mean", "std"} & state.keys():
+        return None
+    try:
+        return scale_of(state.get("mean"), state.get("std"))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its mean and std are not two lists of three numbers, std above 0 "
+                         f"({one_line(error)}); correct or remove them") from None
+
+
+def stats_of(stats, init, images):
+    """Returns the mean and std of --stats: ImageNet's, those of the file of --init, or the data's own.
+
+    images: a function that returns crops, uint8. Warns if the weights of --init had others.
+    """
+    mean, std = MEAN, STD
+    of_init = stats_of_file(init) if init else None
+    if stats == "data":
+        mean, std = stats_of_crops(images())
+    elif stats == "init":
+        return of_init
+    if of_init and not np.allclose(of_init, (mean, std)):
+        print(f"warning: {init}: its pixels were normalised by another mean and std; --stats init takes them")
+    return mean, std
+
+
+def record_of_file(path):
+    """Returns the "trained_on" of a file of weights, for the record of what starts from it.
+
+    An empty one, with a warning, of files without it.
+    """
+    state = load_tensors(path)
+    if isinstance(state, dict) and "trained_on" in state:
+        return state["trained_on"]
+    print(NO_RECORD.format(path))
+    return EMPTY_RECORD
 
 
 # ---------------------------------------------------------------- where results go

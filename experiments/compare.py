@@ -11,7 +11,7 @@ import sys
 
 import train
 from common.distributed import processes
-from common.encoders import RegisterViT
+from common.encoders import MEAN, STD, RegisterViT
 from common.errors import InputError
 from common.flags import between, whole, words_of
 from experiments.ssl import byol_simclr, esvit, evenness, heads, imix, lsup, selfpatch
@@ -89,7 +89,7 @@ def check(args):
     if args.heads and args.arch == "vit_h":
         raise InputError("--heads: --arch vit_h has blocks of two sizes; use another --arch")
     if args.heads:
-        depth = len(train.start_encoder(args, train.MEAN, train.STD).blocks)
+        depth = len(train.start_encoder(args, MEAN, STD).blocks)
         if args.ssl != "dino" or max(args.heads) != depth:  # blocks after the last head would not learn
             raise InputError(f"--heads {' '.join(map(str, args.heads))}: needs --ssl dino, and as its last "
                              f"block {depth}, the last of this encoder")

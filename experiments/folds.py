@@ -20,7 +20,7 @@ from experiments.figures import shared
 from wsi.folders import find_folder
 from wsi.folds import fold_files
 from wsi.published import published_split, shared_patients
-from wsi.splits import check_classes, check_unseen, seen_images
+from wsi.splits import check_classes, check_unseen, records_of, seen_images
 
 LEAKED = "test slides seen in pre-training"
 SHARED = "patients in two splits"
@@ -65,7 +65,7 @@ def open_network(pattern, folds, args):
         if missing:
             raise InputError(f"{runs[number]}/features: lacks {len(missing)} slides ({missing[0]}, ..); "
                              f"python eval.py --data {args.data} --checkpoint {path}, or remove them")
-        seen, _ = seen_images(found, tested, about["trained_on"])
+        seen = set().union(*(seen_images(found, tested, one)[0] for one in records_of(about["trained_on"])))
         patients = shared_patients(found)
         leaks[number] = {LEAKED: len(seen), SHARED: len(set().union(*patients.values())),
                          LEAKING: len(patients["train", "test"])}

@@ -93,7 +93,7 @@ def test_a_file_that_is_no_encoder_is_refused(tmp_path, content, says):
 
 
 @pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "blocks.3.attn.q_norm.weight", "blocks.4.norm1.bias",
-                                  "reg_token", "dist_token"])
+                                  "reg_token", "dist_token", "attn_pool.q.weight"])
 def test_weights_that_make_other_features_are_refused(tmp_path, name):
     class_token_file(tmp_path / "w.pth", **{name: torch.ones(D)})
     with pytest.raises(InputError, match=f"w.pth: has {name}"):

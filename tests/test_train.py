@@ -31,6 +31,7 @@ from common.log import Log
 from common.watch import effective_rank
 from experiments import benchmark, compare, curves
 from wsi import cache
+from wsi.splits import hashes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -349,7 +350,8 @@ def test_init_takes_weights_in_timms_and_dinos_names(tmp_path, capsys):
     save_tensors(tmp_path / "timm.pth", plain)
     of_dino = {f"module.backbone.{name}": value for name, value in plain.items()}
     save_tensors(tmp_path / "dino.pth", {"student": {}, "teacher": of_dino})
-    for name in ("timm.pth", "dino.pth"):
+    save_tensors(tmp_path / "compiled.pth", {f"_orig_mod.{name}": value for name, value in plain.items()})
+    for name in ("timm.pth", "dino.pth", "compiled.pth"):
         encoder = dirl.vit_t().eval()
         encoders.init_encoder(encoder, tmp_path / name)
         assert torch.equal(encoder(images), ours(images))
@@ -360,6 +362,30 @@ def test_init_takes_weights_in_timms_and_dinos_names(tmp_path, capsys):
     save_tensors(tmp_path / "half.pth", {"norm.weight": torch.ones(192)})
     with pytest.raises(InputError, match="weights are missing"):
         encoders.init_encoder(dirl.vit_t(), tmp_path / "half.pth")
+
+
+def test_weights_of_init_bring_their_training_slides_and_their_mean_and_std(place, folder, capsys):
+    """A run on a copy of the slides that starts from a run that saw a test slide may not be tested on it."""
+    first = ["--data", "in", *SMALL[2:], "--max-steps", "1", "--run", "runs/first"]
+    shutil.copy(folder / "slides" / "nests_3.png", place / "in" / "slides" / "good.png")
+    assert train.main([*first, "--stats", "data"]) == 0
+    argv = [*FOLDER, "--method", "baseline", "--max-steps", "1", "--run", "runs/second"]
+    assert train.main([*argv, "--init", "runs/first/encoder.pt"]) == 0
+    assert "another mean and std; --stats init takes them" in capsys.readouterr().out
+    test = [*SET, "--checkpoint", "runs/second"]
+    refused(capsys, eval_py.main, test, "runs/second/encoder.pt: was trained on 1 of these 2 test", "nests_3")
+    argv[-1] = "runs/third"
+    assert train.main([*argv, "--init", "runs/first/encoder.pt", "--stats", "init"]) == 0
+    assert "another mean and std" not in capsys.readouterr().out
+    before, after = (load_tensors(f"runs/{run}/encoder.pt") for run in ("first", "third"))
+    assert before["mean"] == after["mean"] and after["trained_on"]["init"] == before["trained_on"]
+    assert hashes_of(after["trained_on"]) > hashes_of(before["trained_on"])
+    save_tensors(place / "w.pth", before["encoder"])
+    refused(capsys, train.main, [*argv, "--stats", "init", "--init", "w.pth"], "w.pth has none")
+    refused(capsys, train.main, [*argv, "--stats", "init"], "no file has none")
+    argv[-1] = "runs/fourth"
+    assert train.main([*argv, "--init", "w.pth"]) == 0
+    assert "w.pth: does not record what it was trained on" in capsys.readouterr().out
 
 
 def dinos_checkpoint(ours, **more):

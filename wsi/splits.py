@@ -202,6 +202,16 @@ def training_record(found, names):
     return {"data": found.name, "images": hashes, "patients": sorted(patients)}
 
 
+def records_of(trained_on):
+    """Returns an encoder's training_record, and those of the weights that it started from (--init)."""
+    return [trained_on] + (records_of(trained_on["init"]) if "init" in trained_on else [])
+
+
+def hashes_of(trained_on):
+    """Returns the hashes of the images in all records_of an encoder's training."""
+    return set().union(*(record["images"].values() for record in records_of(trained_on)))
+
+
 def seen_images(found, names, trained_on):
     """Returns which of these images an encoder saw in training, and which it saw another image of.
 
@@ -239,8 +249,11 @@ def check_unseen(found, names, trained_on, path, advice=ADVICE):
     """InputError if the encoder at path has seen one of these images (seen_images), with advice.
 
     Also if it was trained on a slide of this data set whose patient is unknown, since it may be a test
-    patient. Prints how many images are of patients whom a published split has in two splits.
+    patient. All records_of its training count. Prints how many images are of patients whom a published split
+    has in two splits.
     """
+    if "init" in trained_on:
+        check_unseen(found, names, trained_on["init"], path, advice)
     seen, shared = seen_images(found, names, trained_on)
     if seen:
         raise InputError(f"{path}: was trained on {len(seen)} of these {len(names)} test images or their "
