@@ -189,7 +189,7 @@ ARCHS = {"vit_t": vit_t, "vit_s": vit_s, "vit_h": ViTH, "vit_t4": vit_t4}
 
 def regions_present(prior):
     """P_c (B, n) -> bools (B,), (B,): are |P_c| and |1 - P_c|, the divisors of eq. 3 and 8, above 0?"""
-    return (prior > 0).any(-1), (prior < 1).any(-1)
+    return (prior > 0).any(-1), (prior <= 0).any(-1)
 
 
 def region_mean(tokens, region):

@@ -20,8 +20,8 @@ validates once while the others train; the epoch that is best on it scores the t
 row per fold) and patches_predictions.csv (the folds' mean score of each test image).
 
 Nothing is chosen on the test set, and an encoder that was trained on a test image is refused. Results go to
-the encoder's run; those on another data set go to on_<data>/ in it. --checkpoint FILE --arch vit_s measures
-weights with timm's or DINO's names, such as ImageNet's; their results go to runs/<data>_<file's name>/.
+the encoder's run; those on another data set, or at another um/px, to a folder on_<data>.. in it. --checkpoint
+FILE --arch vit_s measures weights with timm's or DINO's names; results go to runs/<data>_<file's name>/.
 """
 import sys
 from functools import partial
@@ -380,7 +380,7 @@ def predict_slides(args):
         raise InputError(f"--data {args.data}: holds crops; predict takes the slides that they were cut from")
     network = network_of(path, encoder, about, run_name(args.data), found.name, kept.mpp, args.device)
     out = network.folder / "predicted"
-    tissue = args.tissue or kept.tissue
+    tissue = kept.tissue if args.tissue is None else args.tissue
     print(f"{path}: {about['method']} {about['arch']}, with {len(kept.models)} DSMILs of {folder} for "
           f"{', '.join(kept.classes)}; tiles at {kept.mpp:g} um/px with {tissue:g} tissue or more")
     skipped = prepare_tiles(found, tissue, args.workers, args.max_gigapixels)
@@ -468,7 +468,7 @@ def evaluate_patches(args):
             results = classify.linear_folds(features.numpy(), patches)
         else:
             results = classify.fine_tuned_folds(encoder, patches, settings, args.seed, name,
-                                                run / "patches_folds" / name)
+                                                classify.folds_folder(run, key))
         mean = classify.report_folds(results, patches, key, run / "patches.csv", args.seed)
         classify.write_predictions(run / "patches_predictions.csv", mean, patches, key)
     print(f"Wrote {run}/patches.csv, patches_predictions.csv")

@@ -110,6 +110,6 @@ def train_dsmil(train, val, num_classes, epochs=200, lr=2e-4, weight_decay=5e-2,
         if progress:
             progress(epoch, total / len(train), val_loss)
     if not math.isfinite(best):
-        raise FloatingPointError("no validation loss of DSMIL is finite; check the features, or lower lr")
+        raise FloatingPointError("DSMIL: no validation loss is finite; check the features, or lower --mil-lr")
     model.load_state_dict(best_state)
     return model.eval()

@@ -252,7 +252,7 @@ def views_of_step(images, cells, step, settings, shard, counts):
 
 def log_values(recipe, loss, each, priors):
     """Returns the log's values of a shard: loss, each L_name, entropies, both_regions, cell_share."""
-    both = [((p.amax(-1) > 0) & (p.amin(-1) < 1)).flatten() for p in priors]
+    both = [((p.amax(-1) > 0) & (p.amin(-1) <= 0)).flatten() for p in priors]
     both_regions = torch.cat(both).float().mean()  # share of all views that have cells and background
     cell_share = (priors[0] > 0).float().mean()  # share of the global views' patches that hold a cell
     entropies = [cross_entropy.entropy for cross_entropy in recipe.loss.losses.values()]
@@ -447,7 +447,8 @@ def train(args, build=build_dirl):
 def config_of(args, data, settings):
     """Returns the content of config.json: what must stay the same when the run is resumed."""
     flags = {flag: value for flag, value in vars(args).items() if flag not in RUNNING}
-    images = f"{len(data.trained_on['images'])} (stamp {stamp(**data.trained_on)})"
+    record = {name: value for name, value in data.trained_on.items() if name != "init"}
+    images = f"{len(record['images'])} (stamp {stamp(**record)})"
     return flags | {
         "data": run_name(args.data, args.split, args.drop_shared), "mpp": crop_mpp(data.found),
         "crops": len(data.crops), "places": data.places, "images": images, "pixels": [data.mean, data.std],
@@ -473,7 +474,7 @@ def finish(args, run, log, step, steps, skipped, stop):
               f"the same command resumes from {run.folder}/checkpoint.pt.")
     else:
         flags = ["--data", args.data, *split_flags(args.split, args.drop_shared)]
-        flags += cutting_flags(args.slide_mpp, args.tissue)
+        flags += cutting_flags(args.data, args.mpp, args.slide_mpp, args.tissue)
         flags += [] if args.run == default_run(args) else ["--checkpoint", f"{run.folder}/encoder.pt"]
         done = f"{run.folder} had finished its {steps} steps; nothing was trained"
         if step > log.start:

@@ -206,7 +206,7 @@ def linear_folds(features, patches):
 def fine_tuned_folds(encoder, patches, settings, seed, name, folder):
     """Fine-tunes the encoder on each fold; yields what linear_folds yields.
 
-    A fold that is done is kept as fold_<k>.npz in the folder until all are: a stopped command resumes.
+    A fold that is done is kept as fold_<k>.npz in the folder, so that a stopped command resumes.
     """
     made_from = content_stamp(encoder, patches, settings, seed)
     for k, (train, val) in enumerate(patches.folds, 1):
@@ -220,15 +220,20 @@ def fine_tuned_folds(encoder, patches, settings, seed, name, folder):
             with atomic_write(path) as temp, open(temp, "wb") as file:
                 np.savez(file, made_from=made_from, **fold)
         yield fold["scores"], float(fold["loss"]), str(fold["kept"])
-    shutil.rmtree(folder)
+
+
+def folds_folder(run, key):
+    """Returns the folder of fine_tuned_folds until write_predictions removes it; key: as in report_folds."""
+    return run / "patches_folds" / key["data"] / key["encoder"]
 
 
 def content_stamp(encoder, patches, settings, seed):
     """Returns 16 hex digits of all that fine-tuning's results are made from."""
-    digest = hashlib.sha256(f"{settings} {seed} {patches.classes}".encode())
+    pixels = encoder.mean, encoder.std
+    digest = hashlib.sha256(f"{settings} {seed} {patches.classes} {pixels}".encode())
     indices = [index for fold in patches.folds for index in fold]
     for array in (patches.images, patches.labels, patches.test, *indices, *encoder.state_dict().values()):
-        digest.update(torch.as_tensor(array).cpu().numpy().tobytes())
+        digest.update(torch.as_tensor(array).contiguous().cpu().numpy())
     return digest.hexdigest()[:16]
 
 
@@ -281,3 +286,4 @@ def write_predictions(path, scores, patches, key):
         columns = {f"score {label}": f"{score:.4f}" for label, score in zip(patches.classes, of_image)}
         rows.append(key | image | columns)
     merge_csv(path, PATCH_KEYS, rows)
+    shutil.rmtree(folds_folder(path.parent, key), ignore_errors=True)

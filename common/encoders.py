@@ -150,7 +150,7 @@ def load_encoder(path):
 
 def scale_of(mean, std):
     """Returns an encoder's mean and std as lists; an error unless both are three numbers, std above 0."""
-    mean, std = torch.tensor([mean, std], dtype=torch.float64).view(2, 3).tolist()
+    mean, std = (torch.as_tensor(values, dtype=torch.float64).view(3).tolist() for values in (mean, std))
     if not (all(map(math.isfinite, mean)) and min(std) > 0):
         raise ValueError(f"mean {mean}, std {std}")
     return mean, std
@@ -303,10 +303,12 @@ def init_encoder(encoder, path, state=None):
 
 
 def check_init(init, stats, arch, depth):
-    """InputError if the file of --init does not fit an encoder, or lacks the mean and std of --stats init."""
+    """InputError if the file of --init does not fit an encoder, or lacks what --stats init takes."""
+    of_init = None
     if init:
         fit_weights(make_encoder(arch, MEAN, STD, depth), init)
-    if stats == "init" and not (init and stats_of_file(init)):
+        of_init = stats_of_file(init)
+    if stats == "init" and not of_init:
         raise InputError(f"--stats init: takes the mean and std of --init, and {init or 'no file'} has none")
 
 
@@ -353,7 +355,7 @@ def record_of_file(path):
 # ---------------------------------------------------------------- where results go
 
 def results_name(name, mpp, about):
-    """Returns a data set's name, with the um/px of its slides (or None) if the encoder's are others."""
+    """Returns a data set's name in folders, with the um/px of its slides (or None) if not the encoder's."""
     return name if mpp is None or about["mpp"] in (None, mpp) else f"{name}_{mpp:g}um"
 
 
@@ -381,13 +383,14 @@ def features_folder(path, about, slides):
 def describe_results(folder, path, about, data, mpp=None):
     """Writes a results_folder's config.json, which experiments.table reads, unless it is the run's own.
 
-    data, mpp: see results_name. InputError if the folder has results of other weights (files of other
+    mpp: um/px of slides, or None. InputError if the folder has results of other weights (files of other
     programs may have the same name), or of these at another um/px.
     """
-    data = results_name(data, mpp, about)
     config = {"data": data, "arch": about["arch"], "method": about["method"]}
+    if mpp not in (None, about["mpp"]):
+        config["measured_at"] = mpp
     if about["data"] is None:
-        config |= {"weights": file_stamp(path)} | ({"measured_at": mpp} if mpp else {})
+        config["weights"] = file_stamp(path)
         before = read_json(folder / "config.json")
         if any(before[name] != config.get(name) for name in before):
             raise InputError(f"{folder}: has results of other weights than {path}, or at another um/px; "

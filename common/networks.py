@@ -96,8 +96,9 @@ def describe(networks):
     for network in networks:
         about = network.about
         origin = f" of {about['data']}, step {about['step']}" if about["data"] else ", trained elsewhere"
-        is_stopped = network.path.name == "encoder.pt" and not is_finished(network.path.parent)
-        unfinished = ", unfinished" if about["data"] and is_stopped else ""
+        run = network.path.parent
+        is_last = network.path.name == "encoder.pt" and (run / "log.csv").is_file()
+        unfinished = ", unfinished" if is_last and not is_finished(run) else ""
         print(f"{network.path}: {about['method']} {about['arch']}{origin}{unfinished}")
 
 

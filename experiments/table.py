@@ -3,7 +3,7 @@
     python -m experiments.table runs [--measures accuracy auc macro_f1 middle]
 
 Reads slides.csv, patches.csv and results.csv of every run below a folder, and of each other folder where
-eval.py writes results: on_<data>/ of another data set, encoder_<epoch>/, weights of other programs. Repeats
+eval.py writes results: on_<data>/ of another data set or um/px, encoder_<epoch>/, other weights. Repeats
 are DSMIL's trainings, or the folds, of all runs that differ in nothing but the seed. A row names the settings
 in which the rows of a data set differ, unless they are the default; bold marks the best of a column of
 accuracies, AUC or F1.
@@ -33,7 +33,7 @@ SSL = {"byol": "BYOL", "simclr": "SimCLR", "esvit": "EsViT", "selfpatch": "SelfP
 SIZES = {"vit_t4": "T4", "vit_t": "T", "vit_s": "S", "vit_h": "H"}
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "macro_f1": "macro F1", "middle": "tokens 0.5 to 2"}
 NO_SETTING = {*RUNNING, "seed", "data", "crops", "places", "images", "pixels", "steps", "weights",
-              "measured_at", "method", "arch", "ssl", "pretrained_on"}  # the last four are named otherwise
+              "measured_at", "mpp", "method", "arch", "ssl", "pretrained_on"}  # the last six: named otherwise
 
 
 def arguments(argv):
@@ -78,12 +78,20 @@ def read_runs(folder):
     return runs
 
 
+def um_per_px(config):
+    """Returns the um/px at which slides were measured, None if unknown."""
+    return config.get("measured_at") or config.get("mpp")
+
+
 def labels_of(runs):
     """Returns [label, ...]: "DiRL-T, BYOL", and the settings in which it differs from runs of its data set.
 
     Only what is not the flags' default is named, so that runs with the paper's settings have no addition.
     """
     labels = []
+    runs_on = defaultdict(list)  # {data set: configs}
+    for _, config, _ in runs:
+        runs_on[config["data"]].append(config)
     configs = [config for _, config, _ in runs if "weights" not in config]  # another program's: no settings
     for folder, config, _ in runs:
         others = [other for other in configs if other["data"] == config["data"]]
@@ -96,6 +104,9 @@ def labels_of(runs):
             differs = any(other.get(name, usual) != value for other in others)
             if name not in NO_SETTING and differs and value != usual:
                 additions.append(f"{name.replace('_', ' ')} {value}")
+        at = um_per_px(config)
+        if at and any(um_per_px(other) not in (None, at) for other in runs_on[config["data"]]):
+            additions.append(f"at {at:g} um/px")
         log = read_log(folder / "log.csv")
         if log and not is_finished(folder):
             additions.append(f"stopped at step {int(log[-1]['step']) + 1}")

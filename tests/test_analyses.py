@@ -329,6 +329,18 @@ def test_settings_that_differ_between_rows_are_in_their_names(tmp_path, capsys):
     assert "learned nothing" not in (tmp_path / "table.md").read_text()  # no middle bin is shown
 
 
+def test_results_at_several_um_per_px_are_told_apart(tmp_path):
+    result(tmp_path / "a", [0.8], data="one", mpp=2.0)
+    result(tmp_path / "b", [0.5], data="one", method="dino", weights="x", measured_at=2.0)
+    result(tmp_path / "c", [0.5], data="two", mpp=1.0)
+    assert table.main([str(tmp_path), "--measures", "accuracy"]) == 0
+    assert {row["network"] for row in rows_of(tmp_path / "table.csv")} == {"DiRL-T4", "dino-T4"}
+    result(tmp_path / "a/on_one_1um", [0.6], data="one", mpp=2.0, measured_at=1.0)
+    assert table.main([str(tmp_path), "--measures", "accuracy"]) == 0
+    assert {row["network"] for row in rows_of(tmp_path / "table.csv")} == {
+        "DiRL-T4, at 2 um/px", "DiRL-T4, at 1 um/px", "dino-T4, at 2 um/px", "DiRL-T4"}
+
+
 # ---------------------------------------------------------------- folds (Table 4)
 
 SEEN = "test slides seen in pre-training"

@@ -84,6 +84,7 @@ def test_files_that_match_no_slide_are_named(place):
     Path("x/cells/a").rename("x/cells/sub")
     Path("x/cells/a.json").symlink_to("unmounted.json")
     assert Path("x/cells/a.json") in unmatched_files(found) and "read: 5 " in unused_cell_files(found)[0]
+    assert unused_cell_files(found)[0].endswith("; move what is in sub/ to the folder above")
     Path("x/cells/a.json").unlink()
     names = [path.name for path in unmatched_files(find_data("x", 1.0, "hovernet"))]
     assert names == ["a_notes.csv", "b.csv", "c.zip", "z.json", "a.csv"]

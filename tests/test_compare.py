@@ -8,7 +8,7 @@ from tiny_flags import SET
 
 import eval as eval_py
 from common.files import load_tensors, save_tensors
-from common.networks import files_of, named
+from common.networks import describe, files_of, named
 from experiments import table
 
 EVAL = [*SET, "--repeats", "2", "--epochs", "2", "--overlays", "1"]
@@ -33,7 +33,10 @@ def run_of(method, seed=0, finished=True, folder=None, images=()):
 def test_all_finished_runs_are_in_one_table_and_each_has_its_own_results(folder, capsys):
     last = run_of("dirl", seed=3)
     baseline = run_of("baseline", seed=1)
-    run_of("cellback", finished=False)
+    stopped = SimpleNamespace(path=run_of("cellback", finished=False) / "encoder.pt",
+                              about={"method": "cellback", "arch": "vit_t4", "data": "tiny_set", "step": 1})
+    describe([stopped])
+    assert "tiny_set, step 1, unfinished\n" in capsys.readouterr().out
     argv = [*EVAL, "--checkpoint", str(last), "--compare", "random", "all"]
     assert eval_py.main(argv) == 0
     out = capsys.readouterr().out

@@ -399,7 +399,7 @@ def test_check_says_what_is_there_and_what_to_look_at(place, capsys):
     for says in ("slides: 3", "um/px by: --slide-mpp 2", "tiles cut at 1 um/px: 0 of 3", "A 1 of 1 patients",
                  "hovernet 1", "cannot be used: 1", "none yet 2", "zero.svs", "late.svs", "no usable val ",
                  "no usable train image of B", "no usable test image of A", "no cell, so that it",
-                 "1 images are in two splits, as files of other names; keep one of each: good = other",
+                 "1 slides are in two splits under two names", ": good = other\n",
                  "warnings: 7"):
         assert says in out, says
 

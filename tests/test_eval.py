@@ -28,7 +28,7 @@ from tiny_flags import CPU, SET
 import dirl
 import eval as eval_py
 from common import classify, export, metrics
-from common.encoders import represent
+from common.encoders import MEAN, STD, random_encoder, represent
 from common.files import save_tensors
 from common.metrics import area_under, auc, bootstrap, macro_f1
 from wsi.cache import prepare_cells, ready_cells
@@ -232,7 +232,7 @@ def test_fine_tuning_end_to_end_same_seed_same_result(capsys):
     first = {path: path.read_bytes() for path in run.glob("*.csv")}
     assert eval_py.main(argv) == 1
     assert len(first) == 2 and all(path.read_bytes() == content for path, content in first.items())
-    assert not list(run.glob("patches_folds/random vit_t4/*"))
+    assert not list(run.glob("patches_folds/**/*.npz"))
 
 
 def test_a_stopped_fine_tuning_resumes_after_its_last_fold_and_replaces_no_result(monkeypatch, capsys):
@@ -261,7 +261,7 @@ def test_folds_that_were_kept_count_only_for_the_same_images_weights_and_setting
     images = torch.zeros(4, 3, 2, 2, dtype=torch.uint8)
     labels = np.arange(4) % 2
     patches = classify.Patches(None, images, labels, None, list("ab"), [([0], [1])], np.arange(2, 4))
-    encoder = torch.nn.Linear(2, 2)
+    encoder = random_encoder("vit_t4", 0, MEAN, STD)
     first = classify.content_stamp(encoder, patches, settings, 0)
     assert first == classify.content_stamp(encoder, dataclasses.replace(patches), settings, 0)
     others = [(encoder, dataclasses.replace(patches, images=images + 1), settings, 0),
@@ -269,8 +269,9 @@ def test_folds_that_were_kept_count_only_for_the_same_images_weights_and_setting
               (encoder, dataclasses.replace(patches, folds=[([1], [0])]), settings, 0),
               (encoder, dataclasses.replace(patches, test=np.array([3])), settings, 0),
               (encoder, patches, dataclasses.replace(settings, lr=1e-4), 0), (encoder, patches, settings, 1),
-              (torch.nn.Linear(2, 2), patches, settings, 0)]
-    assert len({classify.content_stamp(*other) for other in others} | {first}) == 8
+              (random_encoder("vit_t4", 1, MEAN, STD), patches, settings, 0),
+              (random_encoder("vit_t4", 0, STD, STD), patches, settings, 0)]
+    assert len({classify.content_stamp(*other) for other in others} | {first}) == 9
 
 
 def test_fine_tuning_trains_everything_and_keeps_the_best_epoch():

@@ -6,8 +6,7 @@ from synthetic import slides_named, tcga, write, write_table
 
 import data
 from common.errors import InputError
-from wsi import check, splits
-from wsi.slides import content_of
+from wsi import splits
 from wsi.splits import find_data
 
 
@@ -122,7 +121,7 @@ def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
         splits.check_unseen(found, test, elsewhere, "encoder.pt")
     rows = [f"s{i},{'AB'[i % 2]},p{i},{'test' if i < 2 else 'train'}" for i in range(6)]
     found = set_of(place, rows)
-    content = content_of(found.images["s0"])
+    content = found.content_of("s0")
     one = {"data": "another", "images": {"s0": content}, "patients": ["p0", "p1"]}
     for trained_on in (one, one | {"images": {"renamed": content}},
                        {"data": "s", "images": {"renamed": content}, "patients": []}):
@@ -132,7 +131,7 @@ def test_an_encoder_that_saw_a_test_image_or_patient_is_refused(place):
     splits.check_unseen(found, ["s0", "s1"], other, "encoder.pt")
 
 
-def test_equal_crops_of_one_data_set_are_known_by_name_and_a_mirax_slide_by_its_index(place):
+def test_equal_crops_and_mirax_stubs_are_known_by_their_names_too(place, capsys):
     for name in ("a", "b", "c", "d"):
         write(place / "s" / f"{name}.png", b"glass" if name in "ab" else name.encode())
     write_table(place / "s" / "labels.csv", "image,label,split",
@@ -140,16 +139,29 @@ def test_equal_crops_of_one_data_set_are_known_by_name_and_a_mirax_slide_by_its_
     found = find_data("s")
     trained_on = splits.training_record(found, ["a.png", "c.png"])
     splits.check_unseen(found, found.split("test"), trained_on, "encoder.pt")
+    elsewhere = trained_on | {"data": "another"}
+    splits.check_unseen(found, found.split("test"), elsewhere, "encoder.pt")
+    elsewhere["images"] = {"crops/b.png": found.content_of("b.png")}
     with pytest.raises(InputError, match=r"1 of these 2 .*\(b.png\)"):
-        splits.check_unseen(found, found.split("test"), trained_on | {"data": "another"}, "encoder.pt")
-    [warning] = check.equal_in_two_splits(found, set())
-    assert warning.startswith("s: 1 images are in two splits") and warning.endswith(": a.png = b.png")
-    assert check.equal_in_two_splits(found, {"a.png"}) == []
+        splits.check_unseen(found, found.split("test"), elsewhere, "encoder.pt")
+    assert splits.equal_in_two_splits(found, found.labels) == []
     for name in ("x", "y"):
-        write(place / f"{name}.mrxs", b"stub")
-        write(place / name / "Slidedat.ini", name.encode())
-    x, y = content_of(place / "x.mrxs"), content_of(place / "y.mrxs")
-    assert x == content_of(place / "x" / "Slidedat.ini") != y
+        write(place / "m" / "slides" / f"{name}.mrxs", b"stub")
+    write_table(place / "m" / "labels.csv", "slide,label,patient,split", ["x,A,p,train", "y,B,q,test"])
+    found = find_data("m")
+    splits.check_unseen(found, ["y"], splits.training_record(found, ["x"]), "encoder.pt")
+    assert splits.equal_in_two_splits(found, found.labels) == []
+
+
+def test_one_file_in_two_splits_is_named_before_training(place, capsys):
+    found = set_of(place, LABELLED)
+    shutil.copy(place / "s/slides/P001_A.svs", place / "s/slides/P002_A.svs")
+    warning, = splits.equal_in_two_splits(found, found.labels)
+    assert warning.startswith("s: 1 slides are in two splits under two names")
+    assert warning.endswith("remove one of each: P001_A = P002_A")
+    assert splits.equal_in_two_splits(found, ["P002_A", "P003_A"]) == []
+    splits.warn_of_untestable(found)
+    assert f"warning: {warning}\n" in capsys.readouterr().out
 
 
 def test_an_encoder_that_saw_an_unlabelled_slide_of_a_test_patient_is_refused(place):

@@ -46,7 +46,7 @@ def test_labels_that_differ_only_in_case_or_are_not_the_papers_are_refused(place
     write_table(table, "slide,label,patient", ["a,LUAD,p", "b,LUSC,q", "c,normal,r"])
     with pytest.raises(InputError, match="--data lung has the labels LUAD, LUSC, not normal; .*: --data d"):
         find_data("lung")
-    assert find_data("datasets/lung", 2.0).classes == ["LUAD", "LUSC", "normal"]
+    assert find_data("datasets/lung", 2.0, "hovernet").classes == ["LUAD", "LUSC", "normal"]
 
 
 def test_a_file_that_was_meant_to_be_labels_csv_is_named(place, capsys):
@@ -55,7 +55,7 @@ def test_a_file_that_was_meant_to_be_labels_csv_is_named(place, capsys):
     assert find_data("s", 1.0).warnings and "s: has no labels.csv" in capsys.readouterr().out
 
 
-def test_a_second_folder_of_the_same_name_is_refused_until_the_first_one_is_gone(place):
+def test_a_second_folder_of_the_same_name_is_refused_until_the_first_one_is_gone(place, capsys):
     for folder in ("one/s", "two/s", "datasets/lung", "two/lung"):
         slides_named(place / folder, "ab")
     find_data("one/s", 1.0)
@@ -64,7 +64,8 @@ def test_a_second_folder_of_the_same_name_is_refused_until_the_first_one_is_gone
         find_data("two/s", 1.0)
     (place / "one" / "s").rename(place / "one" / "moved")
     assert find_data("two/s", 1.0).images and find_data("lung").images
-    with pytest.raises(InputError, match="two/lung: datasets/lung is of another folder"):
+    assert "s: was made from" in capsys.readouterr().out
+    with pytest.raises(InputError, match="two/lung: datasets/lung is another data set"):
         find_data("two/lung", 1.0)
 
 
@@ -73,9 +74,10 @@ def test_a_split_seed_that_draws_nothing_is_named(place, capsys):
     slides_named(place / "s", names)
     write_table(place / "s" / "labels.csv", "slide,label", [f"{name},{name[0]}" for name in names])
     first = find_data("s", 1.0, split_seed=3).labels
-    assert "so --split-seed" not in capsys.readouterr().out
+    find_data("s", 1.0, split_seed=3)
+    assert "--split-seed" not in capsys.readouterr().out
     assert find_data("s", 1.0, split_seed=4).labels == first
-    assert "split.csv counts, so --split-seed 4 draws nothing" in capsys.readouterr().out
+    assert "split.csv keeps its split; --split-seed 4 would draw another" in capsys.readouterr().out
 
 
 def test_what_needs_no_classes_reads_only_the_um_per_px_of_labels_csv(place):
@@ -85,6 +87,9 @@ def test_what_needs_no_classes_reads_only_the_um_per_px_of_labels_csv(place):
         find_data("s", 1.0)
     found = find_folder("s", 1.0, has_classes=False)
     assert (found.said_mpp("a"), found.said_mpp("b"), found.labels) == (0.5, 0.25, {})
+    write_table(place / "s" / "labels.csv", "slide,label,mpp", ["a,A,0.5", "a.svs,A,0.25"])
+    with pytest.raises(InputError, match="line 3 names 'a' a second time"):
+        find_folder("s", 1.0, has_classes=False)
 
 
 @pytest.mark.parametrize("content, says", [

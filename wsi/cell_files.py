@@ -146,11 +146,13 @@ def unmatched_files(data):
 
 def where_to_put(data, unmatched):
     """Returns advice on files of slides one folder too deep, as HoVer-Net and CellViT leave them, or ""."""
-    keys = [key_of(data, name) for name in data.images]
+    if data.kind != "slides":
+        return ""
+    names = {name + ending for name in data.images for ending in CELL_ENDINGS}
     for file in map(PurePosixPath, unmatched):
-        if any(file.name in (key + ending for ending in CELL_ENDINGS) for key in keys):
+        if file.name in names and file.parent.name not in ("", *PRIORS):
             return f"; move what is in {file.parent}/ to the folder above"
-        if file.parent.name in keys and file.suffix == ".geojson":
+        if file.parent.name in data.images and file.suffix == ".geojson":
             return f"; rename {file} to {file.parent.name}{file.suffix}"
     return ""
 

@@ -11,9 +11,9 @@ from wsi.cell_files import cell_files, is_builtin, unused_cell_files
 from wsi.cells import cell_format
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of
 from wsi.folders import not_read
-from wsi.labels import named
 from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
 from wsi.slides import CROP, Slide
+from wsi.splits import equal_in_two_splits
 
 
 def check(data, root, found, error, md5=False, workers=2, gigapixels=MAX_GIGAPIXELS):
@@ -160,20 +160,7 @@ def check_split(found, broken):
         empty = [label for label in found.classes if not images[label]]
         if empty and (split != "val" or not rows):
             warnings.append(f"labels.csv: no usable {split} image of {', '.join(empty)}: eval.py needs one")
-    return warnings + equal_in_two_splits(found, broken)
-
-
-def equal_in_two_splits(found, broken):
-    """Returns a list with a warning if images of two splits are the same file, or []."""
-    first_with = {}
-    equal = []
-    for name in sorted(found.labels.keys() - broken):
-        content = found.content_of(name)
-        first = first_with.setdefault(content, name)
-        if content and found.labels[first]["split"] != found.labels[name]["split"]:
-            equal.append(f"{first} = {name}")
-    return named(equal, f"{found.source}: {len(equal)} images are in two splits, as files of other names; "
-                 "keep one of each")
+    return warnings + equal_in_two_splits(found, found.labels.keys() - broken)
 
 
 def look_at_cells(path, file, kind, mpp, slide_mpp, said_mpp):

@@ -97,10 +97,11 @@ def split_flags(split, drop_shared):
     return flags + ["--drop-shared"] if drop_shared else flags
 
 
-def cutting_flags(slide_mpp, tissue):
-    """Returns --slide-mpp and --tissue as a command line has them, [] for their defaults."""
-    flags = ["--slide-mpp", f"{slide_mpp:g}"] if slide_mpp else []
-    return flags if tissue == DATA_FLAGS["--tissue"]["default"] else [*flags, "--tissue", f"{tissue:g}"]
+def cutting_flags(data, mpp, slide_mpp, tissue):
+    """Returns --mpp, --slide-mpp and --tissue as eval.py needs them after train.py, [] for its defaults."""
+    flags = ["--mpp", str(mpp)] if mpp and data in DATASETS and mpp != DATASETS[data].mpp else []
+    flags += ["--slide-mpp", str(slide_mpp)] if slide_mpp else []
+    return flags if tissue == DATA_FLAGS["--tissue"]["default"] else [*flags, "--tissue", str(tissue)]
 
 
 def evaluated_mpp(data, mpp, trained_at):

@@ -3,10 +3,11 @@
 The user's folder is only read: tiles, cells and the split are written to datasets/<name>/.
 """
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import InputError, first_of
+from common.errors import InputError, first_of, printable
 from common.files import files_under, read_json, write_json
 from wsi.datasets import DATASETS, OWN, PATCH_SETS, folder_of, safe_name
 from wsi.labels import (
@@ -18,11 +19,12 @@ from wsi.labels import (
     read_chaoyang,
     read_mhist,
     read_table,
+    refuse_repeats,
     same_patients,
     slide_of,
     tcga_patient,
 )
-from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, content_of, find_slides, slide_name, why_not_read
+from wsi.slides import PLAIN_TYPES, SLIDE_TYPES, file_identity, find_slides, slide_name, why_not_read
 
 CROP_TYPES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 
@@ -66,8 +68,12 @@ class Data:
         return row.get("mpp")
 
     def content_of(self, name):
-        """Returns the hash of an image's file (wsi.slides.content_of)."""
-        return content_of(self.images[name])
+        """Returns the hash of an image's file, by which it is known under another name; "" if unreadable."""
+        return file_identity(self.images[name])["file_hash"]
+
+    def has_own_content(self, name):
+        """Whether files of equal content are one image: not crops (glass), nor .mrxs without its folder."""
+        return self.kind == "slides" and self.images[name].suffix.lower() != ".mrxs"
 
     def names_of_patients(self):
         """Returns same_patients of all rows, including slides that only split.csv still lists."""
@@ -98,8 +104,8 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None, h
     """Returns the Data of a name in DATASETS or of a folder; splits are those of labels.csv, or "".
 
     A folder holds slides/ (or slides directly), crops/ alone, or images with a labels.csv of image,label.
-    has_classes: otherwise only the um/px of labels.csv counts. InputError if the folder or its images are
-    missing, or if a name's labels are not the paper's.
+    has_classes: otherwise labels.csv's classes and splits are neither read nor checked. InputError if the
+    folder or its images are missing, or if a name's labels are not the paper's.
     """
     if data in DATASETS:
         source = folder_of(data, root)
@@ -120,6 +126,7 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None, h
         raise InputError("; ".join([f"{source}: no {kind} in it ({' '.join(sorted(types))})", *others[:1]]))
     paper_prior = DATASETS.get(data, OWN).prior
     found = Data(name, source, Path(root) / name, mpp, kind, images, slide_mpp, prior, paper_prior)
+    refuse_repeats(rows)
     if rows and not has_classes:
         found.pretrain_only = {row["name"]: row for row in rows}
     elif rows:
@@ -130,9 +137,10 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None, h
         found.classes = list(DATASETS[data].classes)
     unknown = [label for label in found.classes if data in DATASETS and label not in DATASETS[data].classes]
     if unknown:
+        prior = f" --prior {paper_prior}" if paper_prior else ""
         raise InputError(f"{source}/labels.csv: --data {data} has the labels "
                          f"{', '.join(DATASETS[data].classes)}, not {first_of(unknown)}; for other classes "
-                         f"name the folder: --data {source}")
+                         f"name the folder: --data {source} --mpp {mpp:g}{prior}")
     found.warnings = warnings
     for line in warnings:
         print("warning:", line)
@@ -248,7 +256,7 @@ def slides_elsewhere(source):
 
 
 def claim_work(found):
-    """Records in datasets/<name>/source.json which folder it is made from.
+    """Records in datasets/<name>/source.json which folder it is made from, if that can be written.
 
     InputError if it is made from another folder of the same name, or is itself a data set: results of the
     two would overwrite each other's.
@@ -256,14 +264,20 @@ def claim_work(found):
     folder = found.source.resolve()
     if folder == found.work.resolve():
         return
+    tables = ("labels.csv", "annotations.csv", "train.json")  # read_layout's
+    is_data_set = any((found.work / name).exists() for name in ("slides", *tables))
+    if is_data_set or found.work.is_dir() and find_slides(files_in(found.work)):
+        raise InputError(f"{found.source}: {found.work} is another data set of this name; rename one of them")
     record = found.work / "source.json"
     before = Path(read_json(record).get("folder", folder))
-    if (found.work / "slides").is_dir() or (found.work / "labels.csv").is_file():
-        before = found.work
+    if before == folder and record.is_file():
+        return
     if before.is_dir() and not before.samefile(folder):
         raise InputError(f"{found.source}: {found.work} is of another folder of the same name, {before}; "
                          f"rename one of the two, or delete {record} if this is a copy of that")
-    if read_json(record) != {"folder": str(folder)}:
+    if before != folder:
+        print(printable(f"{found.work}: was made from {before}, which is gone, and is now used for {folder}"))
+    with suppress(InputError):
         write_json(record, {"folder": str(folder)})
 
 

@@ -133,20 +133,27 @@ def read_chaoyang(source):
     return rows
 
 
+def refuse_repeats(rows):
+    """InputError for a row with the name of an earlier one."""
+    names = set()
+    for row in rows:
+        if row["name"] in names:
+            raise InputError(f"{row['where']} names {row['name']!r} a second time; remove one of the lines")
+        names.add(row["name"])
+
+
 def check_rows(rows, images, kind):
     """Returns labels, pretrain_only, absent and warnings of Data; splits that labels.csv leaves open are "".
 
     Slides without a row and rows without a slide cost a warning, since downloads are often partial.
-    InputError for a row without a label and a patient, an unknown split, a repeated name, a crop without a
-    file, fewer than two classes, classes that differ only in case, or splits for some rows only.
+    InputError for a row without a label and a patient, an unknown split, a crop without a file, fewer than
+    two classes, classes that differ only in case, or splits for some rows only.
     """
     labels = {}
     pretrain_only = {}
     absent = {}
     for row in rows:
         where, name = row["where"], row["name"]
-        if name in labels or name in pretrain_only or name in absent:
-            raise InputError(f"{where} names {name!r} a second time; remove one of the lines")
         if row["split"] and row["split"] not in SPLIT_NAMES:
             raise InputError(f"{where}: split {row['split']!r} is not one of train, val, test")
         checked = {"label": row["label"], "patient": row["patient"] or tcga_patient(name) or name,
@@ -176,7 +183,8 @@ def check_rows(rows, images, kind):
                "use them for pre-training, add rows with their patient and an empty label")]
     of_no_patient = [row["name"] for row in rows if not row["patient"] and not tcga_patient(row["name"])]
     warnings += named(of_no_patient, f"{table}: {len(of_no_patient)} of {len(rows)} rows have no patient and "
-                      "each counts as its own, so a patient may be in two splits; fill in the column patient")
+                      "each counts as its own, so a patient may be in two splits; fill in the column patient "
+                      "(a slide's own name, if it is the only one)")
     missing = sorted({row["label"] for row in rows if row["label"].lower() in MISSING})
     warnings += named(missing, f"{table}: these labels count as classes; if they are unknown labels, leave "
                       "them empty")

@@ -383,17 +383,6 @@ def file_identity(path):
             "file_hash": sample_hash(path, status.st_size, status.st_mtime_ns), "pixels": PIXELS}
 
 
-def content_of(path):
-    """Returns the hash by which an image is known under another name; "" if it cannot be read.
-
-    MIRAX's .mrxs may be equal for all slides, so its Slidedat.ini counts, in the folder next to it.
-    """
-    path = Path(path)
-    index = path.with_suffix("") / "Slidedat.ini"
-    is_mirax = path.suffix.lower() == ".mrxs" and index.is_file()
-    return file_identity(index if is_mirax else path)["file_hash"]
-
-
 @lru_cache(maxsize=None)  # each process reads a file once, unless the file changes
 def sample_hash(path, size, changed):
     """Returns 16 hex digits of the SHA-256 of a file's size, start, middle and end; "" if unreadable."""

@@ -1,5 +1,5 @@
 """The split of a data set by patient (A.1), and the check that no encoder is tested on its training data."""
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from common.files import read_csv, write_csv
 from common.pool import call
 from wsi.cache import load_crops
 from wsi.folders import claim_work, find_folder
-from wsi.labels import SPLIT_NAMES, same_patients, tcga_patient
+from wsi.labels import SPLIT_NAMES, named, same_patients, tcga_patient
 from wsi.published import published_split, shared_patients
 
 ADVICE = "use another encoder, or pre-train again with this split"
@@ -121,8 +121,9 @@ def complete_split(labels, kind, path, seed):
         write_csv(path, [("name", "patient", "split")] + [
             (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
         print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
-    elif seed:
-        print(f"{path} counts, so --split-seed {seed} draws nothing; delete the file to draw again")
+    elif seed and any(draw_split(undecided, {}, splits, seed)[row["patient"]] != row["split"]
+                      for row in undecided.values()):
+        print(f"{path} keeps its split; --split-seed {seed} would draw another if the file were deleted")
     return rows
 
 
@@ -178,8 +179,24 @@ def check_classes(found, names):
                              "change the split")
 
 
+def equal_in_two_splits(found, names):
+    """Returns a list with a warning if slides of two splits, among names, are the same file, or []."""
+    first_with = {}
+    equal = []
+    for name in sorted(names):
+        content = found.content_of(name)
+        first = first_with.setdefault(content, name)
+        different = found.labels[first]["split"] != found.labels[name]["split"]
+        if content and different and found.has_own_content(name):
+            equal.append(f"{first} = {name}")
+    return named(equal, f"{found.source}: {len(equal)} slides are in two splits under two names, so eval.py "
+                 "refuses what is trained on one and tested on the other; remove one of each")
+
+
 def warn_of_untestable(found):
     """Prints a line if no encoder that is trained on these slides can be evaluated on them."""
+    for line in equal_in_two_splits(found, found.labels):
+        print("warning:", line)
     if found.kind == "slides" and not found.labels:
         print(f"{found.source}: no labels: all slides are trained on, none is left for testing")
     elif found.kind == "slides":
@@ -217,15 +234,16 @@ def seen_images(found, names, trained_on):
 
     trained_on: the encoder's training_record. Seen are images that it was trained on, under this name or
     another, or on another image of their patient; those of patients whom a published split has in two splits
-    are the second list. Images are the same if their file hashes are; of crops of one data set, where equal
-    ones occur (glass), their names count. A patient's name counts within one data set (check_unseen warns of
-    it in others), a TCGA patient's in all.
+    are the second list. Slides are the same if their file hashes are, others if also their names are
+    (Data.has_own_content). A patient's name counts within one data set (check_unseen warns of it in others),
+    a TCGA patient's in all.
     """
     same_data = trained_on["data"] == found.name
     names_of = found.names_of_patients()
     rows = found.absent | found.pretrain_only | found.labels
     images = trained_on["images"]
-    hashes = set() if same_data and found.kind == "crops" else set(images.values()) - {""}
+    hashes = set(images.values()) - {""}
+    named_hashes = {(PurePosixPath(name).name, content) for name, content in images.items()}
     patients = set(trained_on["patients"]) | set(map(tcga_patient, images))
     if same_data:  # labels.csv may name more patients now than when the encoder was trained
         patients |= {rows[name]["patient"] for name in images if name in rows}
@@ -234,7 +252,10 @@ def seen_images(found, names, trained_on):
     accepted = set().union(*shared_patients(found).values())
     seen, shared = [], []
     for name in names:
-        same_image = found.content_of(name) in hashes
+        content = found.content_of(name)
+        same_image = content in hashes
+        if not found.has_own_content(name):
+            same_image = not same_data and (PurePosixPath(name).name, content) in named_hashes
         same_name = same_data and name in images
         patient = found.labels[name]["patient"]
         same_patient = bool(patients & names_of[patient])
