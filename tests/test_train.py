@@ -70,7 +70,7 @@ def test_interrupted_equals_uninterrupted_end_to_end(place, folder, capsys, blan
     assert train.main([*FOLDER, "--run", "runs/whole"]) == 0 and times(whole, "*.pt") == kept
     printed = capsys.readouterr().out
     assert "runs/whole had finished its 6 steps; nothing was trained. Next: python eval.py" in printed
-    assert " --data 'tiny set' --slide-mpp 1 --tissue 0.3 --checkpoint runs/whole/encoder.pt\n" in printed
+    assert " --data 'tiny set' --slide-mpp 1.0 --tissue 0.3 --checkpoint runs/whole/encoder.pt\n" in printed
     assert "Wrote" not in printed and "resumed" not in printed
     a, b = (load_tensors(path / "checkpoint.pt") for path in (whole, run))
     assert a["step"] == b["step"] == 6
