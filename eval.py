@@ -51,7 +51,7 @@ from wsi.cache import file_mpp, keep_shard, load_crops, prepare_tiles, ready_cel
 from wsi.cell_files import cell_files, whose_cells
 from wsi.crops import picture_of
 from wsi.datasets import add_data_flags, evaluated_mpp, run_name
-from wsi.folders import find_folder
+from wsi.folders import claim_work, find_folder
 from wsi.folds import open_folds
 from wsi.slides import CROP
 from wsi.splits import check_classes, check_split_flags, check_unseen, find_data, find_patches, hashes_of
@@ -375,7 +375,7 @@ def predict_slides(args):
         raise InputError(f"--dsmil: name the folder in which eval.py kept the DSMILs of {path}")
     folder = args.dsmil or encoders.results_folder(path, about, about["data"])
     kept = bags.read_dsmils(folder, path, args.device)
-    found = find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp, has_classes=False)
+    found = claim_work(find_folder(args.data, kept.mpp, slide_mpp=args.slide_mpp, has_classes=False))
     if found.kind == "crops":
         raise InputError(f"--data {args.data}: holds crops; predict takes the slides that they were cut from")
     network = network_of(path, encoder, about, run_name(args.data), found.name, kept.mpp, args.device)

@@ -216,7 +216,7 @@ def open_encoder(path, arch=None):
     if isinstance(state, dict) and "trained_on" in state:  # an encoder.pt: its own arch and record count
         return load_encoder(path)
     weights = weights_of(state, path)
-    encoder = make_encoder(arch, *(stats_of_file(path) or (MEAN, STD)))
+    encoder = make_encoder(arch, *(stats_of_file(path, state) or (MEAN, STD)))
     if "cls_token" in weights:
         encoder = ClassTokenViT(encoder.embed_dim, len(encoder.blocks), encoder.num_heads,
                                 mean=encoder.mean, std=encoder.std)
@@ -306,15 +306,16 @@ def check_init(init, stats, arch, depth):
     """InputError if the file of --init does not fit an encoder, or lacks what --stats init takes."""
     of_init = None
     if init:
-        fit_weights(make_encoder(arch, MEAN, STD, depth), init)
-        of_init = stats_of_file(init)
+        state = load_tensors(init)
+        fit_weights(make_encoder(arch, MEAN, STD, depth), init, state)
+        of_init = stats_of_file(init, state)
     if stats == "init" and not of_init:
         raise InputError(f"--stats init: takes the mean and std of --init, and {init or 'no file'} has none")
 
 
-def stats_of_file(path):
-    """Returns the (mean, std) that a file of weights keeps, or None."""
-    state = load_tensors(path)
+def stats_of_file(path, state=None):
+    """Returns the (mean, std) that a file of weights keeps, or None; state: as in fit_weights."""
+    state = load_tensors(path) if state is None else state
     if not isinstance(state, dict) or not {"mean", "std"} & state.keys():
         return None
     try:
@@ -354,30 +355,27 @@ def record_of_file(path):
 
 # ---------------------------------------------------------------- where results go
 
-def results_name(name, mpp, about):
-    """Returns a data set's name in folders, with the um/px of its slides (or None) if not the encoder's."""
-    return name if mpp is None or about["mpp"] in (None, mpp) else f"{name}_{mpp:g}um"
-
-
-def results_folder(path, about, data):
+def results_folder(path, about, data, mpp=None):
     """Returns the folder of the results that an encoder has on a data set, so that none overwrites another's.
 
     path, about: of open_encoder. It is the run of an encoder.pt, encoder_<epoch>/ in it of an
-    encoder_<epoch>.pt, on_<data>/ in these for a data set (results_name) other than the training's, and
-    runs/<data>_<file's stem>/ of another program's weights.
+    encoder_<epoch>.pt, on_<data>/ in these for a data set other than the training's, on_<data>_<mpp>um/ for
+    slides at other um/px than the training's, and runs/<data>_<file's stem>/ of another program's weights.
     """
+    if mpp is not None and about["mpp"] not in (None, mpp):
+        data = f"{data}_{mpp:g}um"
     if about["data"] is None:
         return Path("runs") / f"{data}_{about['method']}"
     folder = path.parent if path.name == "encoder.pt" else path.with_suffix("")
     return folder if data == about["data"] else folder / f"on_{data}"
 
 
-def features_folder(path, about, slides):
+def features_folder(path, about, slides, mpp=None):
     """Returns the folder of features/: like results_folder, but data sets of the same slides share it.
 
     slides: the name of their folder (wsi.folders.Data.name), "bright" for bright3 and bright6.
     """
-    return results_folder(path, about | {"data": about["trained_on"]["data"]}, slides)
+    return results_folder(path, about | {"data": about["trained_on"]["data"]}, slides, mpp)
 
 
 def describe_results(folder, path, about, data, mpp=None):

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 import dirl
-from common.encoders import features_folder, find_encoder, random_encoder, results_folder, results_name
+from common.encoders import features_folder, find_encoder, random_encoder, results_folder
 from common.files import file_stamp, read_json
 from common.log import is_finished
 
@@ -28,11 +28,10 @@ class Network:
 def network_of(path, encoder, about, data, slides, mpp, device):
     """Returns the Network of an encoder and its file.
 
-    data: the results' name, slides: as in features_folder; mpp: um/px of the slides, or None (results_name).
+    data: of the results, slides: as in features_folder; mpp: um/px of the slides, or None.
     """
-    return Network(encoder.to(device), about, path,
-                   results_folder(path, about, results_name(data, mpp, about)),
-                   features_folder(path, about, results_name(slides, mpp, about)), file_stamp(path))
+    return Network(encoder.to(device), about, path, results_folder(path, about, data, mpp),
+                   features_folder(path, about, slides, mpp), file_stamp(path))
 
 
 def random_start(trained, device):

@@ -13,7 +13,7 @@ import torch
 
 from common.bags import DSMILSettings, read_bags
 from common.crossval import score_folds
-from common.encoders import check_device, features_folder, find_encoder, load_encoder, results_name
+from common.encoders import check_device, features_folder, find_encoder, load_encoder
 from common.errors import InputError
 from common.flags import SEED, add_mil_optimizer, whole
 from experiments.figures import shared
@@ -60,7 +60,7 @@ def open_network(pattern, folds, args):
         tested = found.split("test")
         if not args.allow_seen:
             check_unseen(found, tested, about["trained_on"], path, ADVICE)
-        runs[number] = features_folder(path, about, results_name(found.name, found.mpp, about))
+        runs[number] = features_folder(path, about, found.name, found.mpp)
         missing = sorted(found.labels.keys() - read_bags(runs[number], found.labels, path).keys())
         if missing:
             raise InputError(f"{runs[number]}/features: lacks {len(missing)} slides ({missing[0]}, ..); "

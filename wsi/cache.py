@@ -23,7 +23,7 @@ from prior import segment_nuclei
 from wsi.cell_files import cell_files, is_builtin, unused_cell_files, whose_cells
 from wsi.cells import READERS, read_cells
 from wsi.datasets import NO_CELLS
-from wsi.folders import claim_work, not_read
+from wsi.folders import not_read
 from wsi.pixels import is_grey, read_image
 from wsi.sanity import MISPLACED, open_slide, read_slide_cells, what_is_odd
 from wsi.segment import save_cells, segment_slides, source_of
@@ -136,10 +136,9 @@ def cut(path, slide_mpp, said_mpp, gigapixels, crops, mpp, tissue):
 def prepare_tiles(data, tissue=0.5, workers=2, gigapixels=MAX_GIGAPIXELS):
     """Cuts the slides that have no tiles yet; returns a line for each slide that was skipped.
 
-    InputError if no slide can be used, if tiles were cut with another --tissue, or as in claim_work.
+    InputError if no slide can be used, or if tiles were cut with another --tissue.
     """
     need_mpp(data)
-    claim_work(data)
     others = not_read(data.source)
     if others:
         print(printable(f"warning: {len(others)} files or folders look like slides and are not read; "

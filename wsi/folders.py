@@ -137,10 +137,10 @@ def find_folder(data, mpp=None, prior="auto", root="datasets", slide_mpp=None, h
         found.classes = list(DATASETS[data].classes)
     unknown = [label for label in found.classes if data in DATASETS and label not in DATASETS[data].classes]
     if unknown:
-        prior = f" --prior {paper_prior}" if paper_prior else ""
+        segmenter = f" --prior {paper_prior}" if paper_prior else ""
         raise InputError(f"{source}/labels.csv: --data {data} has the labels "
                          f"{', '.join(DATASETS[data].classes)}, not {first_of(unknown)}; for other classes "
-                         f"name the folder: --data {source} --mpp {mpp:g}{prior}")
+                         f"name the folder: --data {source} --mpp {mpp:g}{segmenter}")
     found.warnings = warnings
     for line in warnings:
         print("warning:", line)
@@ -256,14 +256,14 @@ def slides_elsewhere(source):
 
 
 def claim_work(found):
-    """Records in datasets/<name>/source.json which folder it is made from, if that can be written.
+    """Records in datasets/<name>/source.json which folder it is made from, if writable; returns the Data.
 
     InputError if it is made from another folder of the same name, or is itself a data set: results of the
     two would overwrite each other's.
     """
     folder = found.source.resolve()
     if folder == found.work.resolve():
-        return
+        return found
     tables = ("labels.csv", "annotations.csv", "train.json")  # read_layout's
     is_data_set = any((found.work / name).exists() for name in ("slides", *tables))
     if is_data_set or found.work.is_dir() and find_slides(files_in(found.work)):
@@ -271,7 +271,7 @@ def claim_work(found):
     record = found.work / "source.json"
     before = Path(read_json(record).get("folder", folder))
     if before == folder and record.is_file():
-        return
+        return found
     if before.is_dir() and not before.samefile(folder):
         raise InputError(f"{found.source}: {found.work} is of another folder of the same name, {before}; "
                          f"rename one of the two, or delete {record} if this is a copy of that")
@@ -279,6 +279,7 @@ def claim_work(found):
         print(printable(f"{found.work}: was made from {before}, which is gone, and is now used for {folder}"))
     with suppress(InputError):
         write_json(record, {"folder": str(folder)})
+    return found
 
 
 def image_files(rows, folder):

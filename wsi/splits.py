@@ -24,8 +24,7 @@ def find_data(data, mpp=None, prior="auto", split_seed=0, root="datasets", slide
     files are missing, or a patient is in two splits of the data set's own.
     """
     check_split_flags(split, drop_shared)
-    found = find_folder(data, mpp, prior, root, slide_mpp)
-    claim_work(found)
+    found = claim_work(find_folder(data, mpp, prior, root, slide_mpp))
     if split:
         return published_split(found, split, drop_shared)
     rows = complete_split(found.labels, found.kind, found.work / "split.csv", split_seed)
@@ -121,9 +120,10 @@ def complete_split(labels, kind, path, seed):
         write_csv(path, [("name", "patient", "split")] + [
             (name, row["patient"], row["split"]) for name, row in sorted(rows.items())])
         print(f"Wrote {path}: the split of {len(new)} more {kind}, by patient; it may be edited.")
-    elif seed and any(draw_split(undecided, {}, splits, seed)[row["patient"]] != row["split"]
-                      for row in undecided.values()):
-        print(f"{path} keeps its split; --split-seed {seed} would draw another if the file were deleted")
+    elif seed:
+        drawn = draw_split(undecided, {}, splits, seed)
+        if any(drawn[row["patient"]] != row["split"] for row in undecided.values()):
+            print(f"{path} keeps its split; --split-seed {seed} would draw another if the file were deleted")
     return rows
 
 
@@ -183,11 +183,10 @@ def equal_in_two_splits(found, names):
     """Returns a list with a warning if slides of two splits, among names, are the same file, or []."""
     first_with = {}
     equal = []
-    for name in sorted(names):
+    for name in filter(found.has_own_content, sorted(names)):
         content = found.content_of(name)
         first = first_with.setdefault(content, name)
-        different = found.labels[first]["split"] != found.labels[name]["split"]
-        if content and different and found.has_own_content(name):
+        if content and found.labels[first]["split"] != found.labels[name]["split"]:
             equal.append(f"{first} = {name}")
     return named(equal, f"{found.source}: {len(equal)} slides are in two splits under two names, so eval.py "
                  "refuses what is trained on one and tested on the other; remove one of each")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.bags import read_bags, read_dsmils
-from common.encoders import attention_of, features_folder, in_batches, results_folder, results_name
+from common.encoders import attention_of, features_folder, in_batches, results_folder
 from common.errors import InputError, run_script
 from common.export import sparse_tokens, tiles_of, write_features
 from common.figures import BINS, draw_maps, stitch
@@ -44,9 +44,9 @@ def dsmil_attention(found, data, path, about, name, corners):
     """
     if not found.labels:
         return None
-    folder = features_folder(path, about, results_name(found.name, found.mpp, about))
+    folder = features_folder(path, about, found.name, found.mpp)
     try:
-        kept = read_dsmils(results_folder(path, about, results_name(data, found.mpp, about)), path, "cpu")
+        kept = read_dsmils(results_folder(path, about, data, found.mpp), path, "cpu")
         bag = read_bags(folder, [name], path)[name]
     except InputError as error:
         print(f"skipped: DSMIL: {error}")
